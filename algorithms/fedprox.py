@@ -1,0 +1,39 @@
+"""FedProx: local training is pulled towards the broadcast model.
+
+Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith. Federated Optimization in Heterogeneous Networks. MLSys 2020.
+https://arxiv.org/abs/1812.06127 (Algorithm 2)
+
+Server keeps   body, head
+Client keeps   nothing
+Down           body, head
+Up             body, head
+Departs        every client does the full local work (no simulated stragglers)
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bench import Algorithm, Batch, LocalData, Task, Tree, register
+from bench.losses import proximal
+
+
+@register("fedprox")
+@dataclass(frozen=True, kw_only=True)
+class FedProx(Algorithm):
+    """The pull is part of the loss, hence of the gradient before momentum."""
+
+    mu: float = 0.01
+    """Strength of the pull, ≥ 0 (paper: tuned in 0.001 ... 1 for each data set)."""
+
+    def __post_init__(self) -> None:
+        if self.mu < 0:
+            raise ValueError(f"mu = {self.mu}: must be at least 0")
+
+    def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
+        """Minimise cross-entropy + mu/2 · squared distance to the broadcast model."""
+
+        def loss(params: Tree, batch: Batch) -> Tensor:
+            return task.loss(params, batch) + self.mu * proximal(params, shared)
+
+        return task.sgd(loss, shared, data.batches(task.epochs)), private

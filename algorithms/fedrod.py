@@ -1,0 +1,53 @@
+"""FedRoD: a generic head taught by a balanced loss, and a personal head that adds to it.
+
+Chen, Chao. On Bridging Generic and Personalized Federated Learning for Image Classification. ICLR 2022.
+https://arxiv.org/abs/2107.00778 (linear variant)
+
+Server keeps   body, head
+Client keeps   head
+Down           body, head
+Up             body, head
+Departs        the personal head starts at zero: a client that never took part predicts as the generic model
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from bench import Algorithm, Batch, LocalData, Task, Tree, register, tree
+from bench.losses import balanced_softmax, cross_entropy
+
+
+@register("fedrod")
+@dataclass(frozen=True, kw_only=True)
+class FedRoD(Algorithm):
+    """The two losses share no trained parameter, so one SGD on their sum is two optimisers."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"body"})
+
+    def init_client(self, task: Task) -> Tree:
+        """Start with a personal head of zero."""
+        return {"head": tree.zeros_like(task.init()["head"])}
+
+    def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
+        """Train body and generic head by balanced softmax, the personal head by the sum of both heads'
+        logits.
+        """
+
+        def loss(w: dict[str, Tree], batch: Batch) -> Tensor:
+            z = task.model.features(w["body"], batch.x)
+            generic = task.model.logits(w["generic"], z)
+            both = generic.detach() + task.model.logits(w["personal"], z.detach())
+            return balanced_softmax(generic, batch, data.class_counts) + cross_entropy(both, batch)
+
+        w = {"body": shared["body"], "generic": shared["head"], "personal": private["head"]}
+        w = task.sgd(loss, w, data.batches(task.epochs))
+        return {"body": w["body"], "head": w["generic"]}, {"head": w["personal"]}
+
+    def personal_model(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> Tree | None:
+        """Give the sum of both heads, itself a linear head."""
+        return {
+            "body": shared["body"],
+            "head": tree.add(shared["head"], private["head"]),
+        }

@@ -1,0 +1,50 @@
+"""Personalised and long-tailed federated learning, side by side, under one protocol.
+
+The public names are those an algorithm's or a dataset's file imports; they are loaded when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bench.algorithm import Adaptation as Adaptation
+    from bench.algorithm import Algorithm as Algorithm
+    from bench.algorithm import Exchange as Exchange
+    from bench.data import Batch as Batch
+    from bench.data import LocalData as LocalData
+    from bench.data import Uploads as Uploads
+    from bench.dataset import DataDamaged as DataDamaged
+    from bench.dataset import DataMissing as DataMissing
+    from bench.dataset import Dataset as Dataset
+    from bench.dataset import Labels as Labels
+    from bench.dataset import Splits as Splits
+    from bench.registry import register as register
+    from bench.task import Task as Task
+    from bench.tree import Tree as Tree
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Adaptation": "algorithm",
+    "Algorithm": "algorithm",
+    "Exchange": "algorithm",
+    "Batch": "data",
+    "LocalData": "data",
+    "Uploads": "data",
+    "DataDamaged": "dataset",
+    "DataMissing": "dataset",
+    "Dataset": "dataset",
+    "Labels": "dataset",
+    "Splits": "dataset",
+    "register": "registry",
+    "Task": "task",
+    "Tree": "tree",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'bench' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"bench.{_HOMES[name]}"), name)

@@ -1,0 +1,163 @@
+"""What there is to choose from, and what is known of each: for `bench list` and `bench show`.
+
+Names and first lines are read from source text, so that listing imports no plug-in.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+from typing import Any
+
+from bench.registry import ALGORITHMS, DATASETS, Registry, UnknownPlugin
+
+KINDS = ("algorithms", "datasets", "models", "settings", "partitions")
+
+
+def summaries(kind: str) -> dict[str, str]:
+    """Give all names of a kind with the first line of what each is; imports no plug-in.
+
+    Args:
+        kind: One of `KINDS`.
+    """
+    if kind in ("algorithms", "datasets"):
+        registry: Registry[Any] = ALGORITHMS if kind == "algorithms" else DATASETS
+        return {name: _first_line(_module_docstring(kind, name)) for name in registry}
+    return {name: _first_line(documentation) for name, documentation in _builtins(kind).items()}
+
+
+def find(name: str) -> list[str]:
+    """Tell of which kinds a name is: an algorithm and a setting may share one.
+
+    Raises:
+        UnknownPlugin: Of none; the message offers near ones.
+    """
+    from bench.spelling import near
+
+    known = {kind: list(summaries(kind)) for kind in KINDS}
+    kinds = [kind for kind, names in known.items() if {name, name.replace("-", "_")} & set(names)]
+    if kinds:
+        return kinds
+    everything = [each for names in known.values() for each in names]
+    raise UnknownPlugin(f"nothing is called {name!r}; {near(name, everything)}")
+
+
+def describe(kind: str, name: str, dataset: str) -> dict[str, Any]:
+    """Give what is known of a thing, in JSON's types.
+
+    Args:
+        kind: One of `KINDS`.
+        name: As `summaries` has it.
+        dataset: That a setting's values are shown for.
+
+    Returns:
+        "name", "kind", "documentation", and what the kind has: "fields" (name to value or type and default,
+        and doc), "tier", "needs", "version", "size", "parameters" and so on.
+    """
+    if kind == "algorithms":
+        return _describe_plugin(kind, name, ALGORITHMS[name], ("tier", "needs", "stackable", "version"))
+    if kind == "datasets":
+        facts = ("num_classes", "image_shape", "size", "licence", "citation", "source", "version")
+        return _describe_plugin(kind, name, DATASETS[name], facts)
+    described = {"name": name, "kind": kind, "documentation": _builtins(kind)[name]}
+    if kind == "settings":
+        return {**described, "dataset": dataset, "fields": _setting_fields(name, dataset)}
+    return {**described, "parameters": _count_parameters(name)} if kind == "models" else described
+
+
+def _describe_plugin(kind: str, name: str, plugin: type, facts: tuple[str, ...]) -> dict[str, Any]:
+    name = name.replace("-", "_")
+    texts = (inspect.getmodule(plugin).__doc__, plugin.__doc__)
+    documentation = "\n\n".join(inspect.cleandoc(text) for text in texts if text)
+    values = {fact: getattr(plugin, fact) for fact in facts}
+    plain = {fact: sorted(value) if isinstance(value, frozenset) else value for fact, value in values.items()}
+    described = {"name": name, "kind": kind, "documentation": documentation, **plain}
+    return {**described, "fields": field_descriptions(plugin)}
+
+
+def field_descriptions(plugin: type) -> dict[str, dict[str, Any]]:
+    """Give type, default and documentation (the string after it) of each field of a dataclass."""
+    documented = _field_docstrings(plugin)
+    described = {}
+    for field in fields(plugin):
+        described[field.name] = {
+            "type": field.type if isinstance(field.type, str) else inspect.formatannotation(field.type),
+            "default": None if field.default is MISSING else field.default,
+            "doc": documented.get(field.name, ""),
+        }
+    return described
+
+
+def _field_docstrings(plugin: type) -> dict[str, str]:
+    try:
+        source = textwrap.dedent(inspect.getsource(plugin))
+    except (OSError, TypeError):  # no source file: an interactive session
+        return {}
+    (definition,) = ast.parse(source).body
+    assert isinstance(definition, ast.ClassDef)
+    documented = {}
+    for statement, following in zip(definition.body, definition.body[1:], strict=False):
+        match statement, following:
+            case ast.AnnAssign(target=ast.Name(id=field)), ast.Expr(value=ast.Constant(value=str(text))):
+                documented[field] = " ".join(text.split())
+    return documented
+
+
+def _module_docstring(kind: str, name: str) -> str:
+    """Read the docstring of a built-in plug-in's file; an entry point's is not known unless imported."""
+    package = importlib.import_module(f"bench.{kind}")
+    for folder in package.__path__:
+        file = Path(folder) / f"{name}.py"
+        if file.is_file():
+            return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return "from another distribution"
+
+
+def _builtins(kind: str) -> Mapping[str, str]:
+    """Give the docstrings of what is no plug-in."""
+    if kind == "models":
+        from bench.models import MODELS
+
+        builders: Mapping[str, Callable[..., Any]] = MODELS
+        return {name: _doc(type(build(10, (3, 32, 32), "group"))) for name, build in builders.items()}
+    if kind == "settings":
+        from bench.settings import SETTINGS
+
+        return {name: _doc(setting) for name, setting in SETTINGS.items()}
+    from bench.split import PARTITIONS
+
+    return {name: _doc(partition) for name, partition in PARTITIONS.items()}
+
+
+def _setting_fields(name: str, dataset: str) -> dict[str, dict[str, Any]]:
+    from bench.settings import SETTINGS, Setting
+
+    values = asdict(SETTINGS[name](DATASETS[dataset]()))
+    documented = _field_docstrings(Setting)
+    return {field: {"value": value, "doc": documented.get(field, "")} for field, value in values.items()}
+
+
+def _count_parameters(name: str) -> dict[str, int]:
+    from bench import keys, tree
+    from bench.models import build
+
+    model = build(name, 10, (3, 32, 32))
+    initial = model.init(keys.key(0))
+    leaves = tree.flatten(tree.parameters(initial))
+    body = sum(leaf.numel() for path, leaf in leaves.items() if path.startswith("body/"))
+    total = sum(leaf.numel() for leaf in leaves.values())
+    return {"total": total, "body": body, "head": total - body, "features": model.feature_size}
+
+
+def _doc(documented: object) -> str:
+    return inspect.getdoc(documented) or ""
+
+
+def _first_line(documentation: str) -> str:
+    """Give a docstring's first paragraph, on one line."""
+    return " ".join(documentation.partition("\n\n")[0].split())

@@ -1,0 +1,453 @@
+"""The contract: what every algorithm and dataset promises, each promise a function, for built-in and
+third-party ones alike.
+
+`bench check NAME` and the test suite run them on a toy problem: eight clients with 0 to 60 examples of six
+classes, a small dense model, seconds on a CPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import pickle
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import engine as engines
+from bench import toy, tree
+from bench.algorithm import Algorithm
+from bench.data import Uploads
+from bench.dataset import DataDamaged, DataMissing, Dataset, Splits
+from bench.evaluation import part_each
+from bench.registry import ALGORITHMS, DATASETS
+from bench.rounds import Run
+from bench.settings import Setting
+from bench.tree import Tree
+
+
+class ContractBroken(AssertionError):
+    """A promise is not kept; the message says which and how."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found."""
+
+    promise: str
+    problem: str | None
+    """None where the promise is kept."""
+
+
+def check(plugin: type[Algorithm] | type[Dataset]) -> Iterator[Finding]:
+    """Run every check of an algorithm's or a dataset's contract, one after the other."""
+    promises: dict[str, Callable[[Any], None]] = (
+        ALGORITHM_PROMISES if issubclass(plugin, Algorithm) else DATASET_PROMISES
+    )
+    for promise, keep in promises.items():
+        try:
+            keep(plugin)
+        except ContractBroken as broken:
+            yield Finding(promise, str(broken))
+        except Exception as error:  # a plug-in may fail in any way, and the other promises are still of interest
+            yield Finding(promise, f"{type(error).__name__}: {error}")
+        else:
+            yield Finding(promise, None)
+
+
+def _require(kept: bool, problem: str) -> None:
+    if not kept:
+        raise ContractBroken(problem)
+
+
+# The toy problem
+# -----------------------------------------------------------------------------------------------------
+
+
+def toy_run(
+    algorithm: Algorithm,
+    engine: str = "serial",
+    seed: int = 0,
+    setting: Setting = toy.SETTING,
+    garbage: bool = False,
+    checkpoint: Path | None = None,
+    sizes: tuple[int, ...] = toy.SIZES,
+) -> Run:
+    """Set up a run of the toy problem without taking a step."""
+    dataset = toy.Toy(garbage=garbage)
+    splits = dataset.load()
+    split = toy.split(replace_test(splits), sizes)
+    return Run(algorithm, dataset, splits, split, setting, seed, engine, "fp32", "cpu", checkpoint)
+
+
+def replace_test(splits: Splits) -> Splits:
+    """Give the splits with the true test labels, so that the partition is the same whatever the test images
+    are.
+    """
+    return dataclasses.replace(splits, test_y=toy.Toy().load().test_y)
+
+
+def finish(run: Run) -> Run:
+    """Take the steps that are left."""
+    while run.progress.round < run.setting.rounds:
+        run.step()
+    return run
+
+
+def largest_difference(a: Tree, b: Tree) -> float:
+    """Give the largest absolute difference of two trees; infinite where their structure differs."""
+    left, right = tree.flatten(a), tree.flatten(b)
+    if left.keys() != right.keys():
+        return math.inf
+    return max(
+        (float((x.double() - right[path].double()).abs().max()) for path, x in left.items() if x.numel()),
+        default=0.0,
+    )
+
+
+def states(run: Run) -> Tree:
+    """Give all that a run keeps, as one tree."""
+    return {"server": run.progress.server, **{f"client {k}": state for k, state in run.store.states.items()}}
+
+
+def upload_once(run: Run, client: int = 0) -> tuple[Tree, Tree]:
+    """Run the first exchange of the first round at one client."""
+    task = run._task(0)
+    exchange = run.algorithm.exchanges(task)[0]
+    shared, own = part_each(run.algorithm.broadcast(task, run.progress.server))
+    population = run.population
+    if "pooled" in run.algorithm.needs:
+        visit = population.pooled_visit(0, run.store[-1])
+    else:
+        row = None if own is None else tree.pick(own, client)
+        visit = population.visit(client, 0, run.store[client], row)
+    results, _ = engines.serial(getattr(run.algorithm, exchange.client), task, shared, population.images, [visit])
+    upload, private = results[0]
+    return upload, private
+
+
+# Promises of an algorithm
+# --------------------------------------------------------------------------------------------
+
+
+def name_is_file_name(plugin: type[Algorithm]) -> None:
+    """The registered name is the name of the file."""
+    module = inspect.getmodule(plugin)
+    assert module is not None
+    stem = Path(module.__file__ or "").stem
+    names = [name for name in ALGORITHMS if ALGORITHMS[name] is plugin]
+    _require(names == [stem], f"registered as {names}, but the file is {stem}.py")
+
+
+def defaults_construct(plugin: type[Algorithm]) -> None:
+    """The class is a frozen, keyword-only dataclass whose defaults suffice and whose repr evaluates back to
+    it.
+    """
+    parameters = getattr(plugin, "__dataclass_params__", None)
+    _require(parameters is not None and parameters.frozen, "not a frozen dataclass")
+    algorithm = plugin()
+    again = eval(repr(algorithm), {plugin.__name__: plugin})
+    _require(again == algorithm, f"eval(repr()) gives {again!r}, not {algorithm!r}")
+    extra = set(vars(algorithm)) - {field.name for field in dataclasses.fields(algorithm)}  # type: ignore[arg-type]
+    _require(not extra, f"holds {', '.join(sorted(extra))} besides its fields")
+
+
+def ledger(plugin: type) -> dict[str, set[str]]:
+    """Read the ledger of an algorithm's module: what is kept and sent, by top-level key."""
+    text = inspect.getdoc(sys.modules[plugin.__module__]) or ""
+    entries: dict[str, set[str]] = {}
+    for line in text.splitlines():
+        for title in ("Server keeps", "Client keeps", "Down", "Up"):
+            if line.startswith(title + " "):
+                words = line[len(title) :].strip()
+                entries[title] = set() if words == "nothing" else {word.strip() for word in words.split(",")}
+    return entries
+
+
+def ledger_is_true(plugin: type[Algorithm]) -> None:
+    """The module's docstring lists exactly what server and client keep and send, and says where it departs
+    from its source.
+    """
+    entries = ledger(plugin)
+    text = inspect.getdoc(sys.modules[plugin.__module__]) or ""
+    missing = [t for t in ("Server keeps", "Client keeps", "Down", "Up", "Departs") if f"\n{t} " not in f"\n{text}"]
+    _require(not missing, f"the module's docstring has no line {', '.join(missing)}")
+    run = toy_run(plugin())
+    task = run._task(0)
+    upload, private = upload_once(run)
+    found = {
+        "Server keeps": set(run.progress.server),
+        "Client keeps": set(private),
+        "Down": set(run.algorithm.broadcast(task, run.progress.server)),
+        "Up": set(upload),
+    }
+    for title, keys_found in found.items():
+        said = ", ".join(sorted(entries[title])) or "nothing"
+        seen = ", ".join(sorted(keys_found)) or "nothing"
+        _require(entries[title] == keys_found, f"the ledger says {title}: {said}; found: {seen}")
+
+
+def inputs_are_left_alone(plugin: type[Algorithm]) -> None:
+    """Nothing that is passed in is changed in place."""
+    run = toy_run(plugin())
+    task = run._task(0)
+    server, private = run.progress.server, run.store[0]
+    before = tree.clone({"server": server, "private": private})
+    upload, _ = upload_once(run)
+    sent = tree.clone(upload)
+    run.algorithm.aggregate(task, server, Uploads(tree.stack([upload, upload]), torch.ones(2, dtype=torch.float64)))
+    run.algorithm.global_model(task, server)
+    run._evaluate(task, 1, True)
+    _require(
+        largest_difference(before, {"server": server, "private": private}) == 0,
+        "server or private state was changed in place",
+    )
+    _require(largest_difference(sent, upload) == 0, "the upload was changed in place by the server")
+
+
+def states_keep_shape(plugin: type[Algorithm]) -> None:
+    """Server and private states keep their keys, shapes and dtypes from round to round."""
+    run = toy_run(plugin())
+    first = {"server": run.progress.server, "private": run.store.initial}
+    run.step()
+    run.step()
+    client = next(iter(run.store.states))
+    second = {"server": run.progress.server, "private": run.store.states[client]}
+    a, b = tree.flatten(first), tree.flatten(second)
+    _require(a.keys() == b.keys(), f"keys changed: {sorted(a.keys() ^ b.keys())}")
+    for path, leaf in a.items():
+        now = b[path]
+        _require(
+            (leaf.shape, leaf.dtype) == (now.shape, now.dtype),
+            f"{path} was {tuple(leaf.shape)} {leaf.dtype}, is {tuple(now.shape)} {now.dtype}",
+        )
+
+
+def models_fit(plugin: type[Algorithm]) -> None:
+    """Global and personal models are absent, or a body and a head of the architecture (unless `predict` is
+    overridden).
+    """
+    run = toy_run(plugin())
+    run.step()
+    if plugin.predict is not Algorithm.predict:
+        return
+    task = run._task(0)
+    wanted = {path: leaf.shape for path, leaf in tree.flatten(task.init()).items()}
+    shared, own = part_each(run.algorithm.broadcast(task, run.progress.server))
+    visit = run.population.visit(0, 0, run.store[0], None if own is None else tree.pick(own, 0))
+    personal, _ = engines.serial(run.algorithm.personal_model, task, shared, run.population.images, [visit])
+    models = {"global": run.algorithm.global_model(task, run.progress.server), "personal": personal[0]}
+    models |= {
+        f"global {name}": model for name, model in run.algorithm.global_variants(task, run.progress.server).items()
+    }
+    _require(any(model is not None for model in models.values()), "there is neither a global nor a personal model")
+    for name, model in models.items():
+        if model is not None:
+            found = {path: leaf.shape for path, leaf in tree.flatten(model).items()}
+            _require(found == wanted, f"the {name} model has {sorted(found)}, the architecture {sorted(wanted)}")
+
+
+def engines_agree(plugin: type[Algorithm]) -> None:
+    """Serial and stacked engines give the same states, unequal and empty clients included."""
+    if not plugin.stackable:
+        return
+    setting = replace(toy.SETTING, rounds=1, participation=1.0, weight_decay=1e-3, clip=5.0)
+    one, other = (
+        finish(toy_run(plugin(), "serial", setting=setting)),
+        finish(toy_run(plugin(), "stacked", setting=setting)),
+    )
+    apart = largest_difference(states(one), states(other))
+    _require(apart <= engines.TOLERANCE, f"states of the serial and the stacked engine differ by {apart:.1e}")
+
+
+def seed_decides(plugin: type[Algorithm]) -> None:
+    """The same seed gives the same bits, another seed others; torch's global generator has no say."""
+    digests = []
+    for seed, noise in ((0, 1), (0, 2), (1, 1)):
+        state = torch.random.get_rng_state()
+        torch.random.set_rng_state(torch.Generator().manual_seed(noise).get_state())
+        digests.append(finish(toy_run(plugin(), seed=seed, setting=replace(toy.SETTING, rounds=2))).outcome().digest)
+        torch.random.set_rng_state(state)
+    _require(digests[0] == digests[1], "two runs of one seed differ")
+    _require(digests[0] != digests[2], "two seeds give the same bits")
+
+
+def client_order_is_irrelevant(plugin: type[Algorithm]) -> None:
+    """The server's result does not depend on the order in which clients are listed."""
+    run = toy_run(plugin())
+    task = run._task(0)
+    uploads = [upload_once(run, k)[0] for k in (0, 1, 2, 4)]
+    sizes = torch.tensor([60.0, 44.0, 33.0, 9.0], dtype=torch.float64)
+    server = getattr(run.algorithm, run.algorithm.exchanges(task)[0].server)
+    forward = server(task, run.progress.server, Uploads(tree.stack(uploads), sizes))
+    backward = server(task, run.progress.server, Uploads(tree.stack(uploads[::-1]), sizes.flip(0)))
+    apart = largest_difference(forward, backward)
+    _require(apart < 1e-4, f"listing the clients backwards changes the server's state by {apart:.1e}")
+
+
+def small_clients_are_harmless(plugin: type[Algorithm]) -> None:
+    """An empty client changes nothing; clients of one example or one class leave everything finite."""
+    for sizes in ((60, 0, 0, 0, 0, 0, 0, 0), (1, 1, 2, 1, 60, 5, 0, 1)):
+        for engine in ("serial", "stacked"):
+            run = toy_run(plugin(), engine, setting=replace(toy.SETTING, rounds=2, participation=1.0), sizes=sizes)
+            finish(run)
+            _require(
+                tree.is_finite(states(run)),
+                f"clients of {sizes} examples ({engine}) end in a state that is not finite",
+            )
+    run = toy_run(plugin())
+    if "pooled" not in plugin.needs:
+        upload, private = upload_once(run, toy.SIZES.index(0))
+        apart = largest_difference(run.store.initial, private)
+        _require(apart == 0, f"a client without examples changes its private state by {apart:.1e}")
+        _require(tree.is_finite(upload), "a client without examples sends something that is not finite")
+
+
+def pickles_small(plugin: type[Algorithm]) -> None:
+    """An algorithm pickles by reference, to less than 500 bytes."""
+    packed = pickle.dumps(plugin())
+    _require(len(packed) < 500, f"pickles to {len(packed)} bytes")
+    _require(pickle.loads(packed) == plugin(), "does not survive pickling")
+
+
+def resumes(plugin: type[Algorithm]) -> None:
+    """Stopping after a round and going on in a new process gives the bits of one go."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "checkpoint.pt"
+        first = toy_run(plugin(), checkpoint=checkpoint)
+        first.saved = -math.inf  # save after this round, however quick it was
+        first.step()
+        second = toy_run(plugin(), checkpoint=checkpoint)
+        _require(second.progress.round == 1, "the checkpoint was not taken up")
+        resumed = finish(second).outcome()
+    whole = finish(toy_run(plugin())).outcome()
+    _require(resumed.digest == whole.digest, "a resumed run ends in another state than an uninterrupted one")
+    _require(resumed.metrics == whole.metrics, "a resumed run ends with other metrics than an uninterrupted one")
+
+
+def evaluation_is_pure(plugin: type[Algorithm]) -> None:
+    """Testing between rounds leaves training as it is."""
+    often = finish(toy_run(plugin())).outcome().digest
+    once = finish(toy_run(plugin(), setting=replace(toy.SETTING, eval_every=toy.SETTING.rounds))).outcome().digest
+    _require(often == once, "testing after each round changes the final state")
+
+
+def test_data_stay_out(plugin: type[Algorithm]) -> None:
+    """Replacing the test data by garbage changes no state: nothing is trained or chosen on them."""
+    setting = replace(toy.SETTING, rounds=2)
+    a = finish(toy_run(plugin(), setting=setting)).outcome()
+    b = finish(toy_run(plugin(), setting=setting, garbage=True)).outcome()
+    _require(a.digest == b.digest, "the final state depends on the test data")
+
+
+def learns(plugin: type[Algorithm]) -> None:
+    """The toy problem is learnt: over 80 % personal (masked) accuracy, or generic where there is no personal
+    model.
+    """
+    outcome = finish(toy_run(plugin(), "stacked", setting=replace(toy.SETTING, rounds=12, eval_every=12))).outcome()
+    reached = outcome.metrics.get("personal.masked")
+    reached = outcome.metrics.get("generic") if reached is None else reached
+    _require(reached is not None and reached > 0.8, f"reaches {reached}, a working method over 0.8")
+
+
+ALGORITHM_PROMISES: dict[str, Callable[[type[Algorithm]], None]] = {
+    "the name is the file's name": name_is_file_name,
+    "defaults construct, frozen, repr evaluates back": defaults_construct,
+    "the ledger is true": ledger_is_true,
+    "inputs are left alone": inputs_are_left_alone,
+    "states keep keys, shapes and dtypes": states_keep_shape,
+    "models fit the architecture": models_fit,
+    "engines agree": engines_agree,
+    "the seed decides, and nothing else": seed_decides,
+    "the order of clients is irrelevant": client_order_is_irrelevant,
+    "small and empty clients are harmless": small_clients_are_harmless,
+    "pickles by reference": pickles_small,
+    "stop and resume equals one go": resumes,
+    "evaluation is pure": evaluation_is_pure,
+    "test data stay out of training": test_data_stay_out,
+    "learns the toy problem": learns,
+}
+
+
+# Promises of a dataset
+# -----------------------------------------------------------------------------------------------
+
+
+def dataset_name_is_file_name(plugin: type[Dataset]) -> None:
+    """The registered name is the name of the file."""
+    stem = Path(inspect.getfile(plugin)).stem
+    names = [name for name in DATASETS if DATASETS[name] is plugin]
+    _require(names == [stem], f"registered as {names}, but the file is {stem}.py")
+
+
+def dataset_describes_itself(plugin: type[Dataset]) -> None:
+    """Classes, image shape, mean and standard deviation are stated, and agree in the number of channels."""
+    dataset = plugin()
+    channels = dataset.image_shape[0]
+    _require(dataset.num_classes >= 2, f"num_classes = {dataset.num_classes}")
+    _require(
+        len(dataset.mean) == channels == len(dataset.std),
+        f"mean and std need {channels} values, one a channel",
+    )
+    _require(all(s > 0 for s in dataset.std), f"std = {dataset.std}: must be above 0")
+
+
+def dataset_loads(plugin: type[Dataset]) -> None:
+    """Images are uint8 of the stated shape, labels int64 in range; every class has training and test images."""
+    dataset, root = plugin(), _root()
+    try:
+        splits = dataset.load(root)
+    except DataMissing as missing:
+        _require(len(str(missing)) > 20, "DataMissing should say what to fetch and where to put it")
+        return
+    for part, x, y in (("train", splits.train_x, splits.train_y), ("test", splits.test_x, splits.test_y)):
+        _require(
+            x.dtype == torch.uint8 and tuple(x.shape[1:]) == dataset.image_shape,
+            f"{part} images are {x.dtype} {tuple(x.shape)}",
+        )
+        _require(y.dtype == torch.int64 and y.shape == x.shape[:1], f"{part} labels are {y.dtype} {tuple(y.shape)}")
+        counts = torch.bincount(y, minlength=dataset.num_classes)
+        _require(
+            len(counts) == dataset.num_classes and bool((counts > 0).all()),
+            f"{part} images of each class: {counts.tolist()}",
+        )
+    labels = dataset.labels(root)
+    _require(
+        torch.equal(labels.train, splits.train_y) and torch.equal(labels.test, splits.test_y),
+        "labels() differ from load()",
+    )
+    again = plugin().load(root)
+    _require(torch.equal(again.train_x, splits.train_x), "loading twice gives two results")
+
+
+def dataset_says_what_is_missing(plugin: type[Dataset]) -> None:
+    """Where files are needed and there are none, the error is DataMissing, in a sentence that says what to
+    do.
+    """
+    with tempfile.TemporaryDirectory() as empty:
+        try:
+            plugin().load(Path(empty))
+        except DataMissing as missing:
+            _require(len(str(missing)) > 20, "the message should say what to fetch and where to put it")
+        except DataDamaged:
+            raise ContractBroken("an empty folder is missing data, not damaged data") from None
+
+
+def _root() -> Path:
+    from bench.files import data_root
+
+    return data_root(None)
+
+
+DATASET_PROMISES: dict[str, Callable[[type[Dataset]], None]] = {
+    "the name is the file's name": dataset_name_is_file_name,
+    "it describes itself": dataset_describes_itself,
+    "it loads what it says": dataset_loads,
+    "it says what is missing": dataset_says_what_is_missing,
+}

@@ -1,0 +1,106 @@
+"""The command: verbs that are loaded when they are called, and errors as one sentence with an exit status.
+
+Exit status 0 done, 1 some run failed, 2 wrong usage or configuration, 3 data missing or damaged,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+import bench
+
+_VERBS = {
+    "run": ("bench.cli_run", "Compare algorithms; with no options, five of them on scikit-learn's digits."),
+    "list": ("bench.cli_show", "List algorithms, datasets, models, settings, partitions."),
+    "show": ("bench.cli_show", "Say what a plug-in, model, setting or partition is, and what it takes."),
+    "data": ("bench.cli_data", "Fetch, check and look at datasets and how they are split."),
+    "table": ("bench.cli_table", "Print the leaderboard of stored results."),
+    "check": ("bench.cli_plugin", "Check that an algorithm or dataset keeps the contract."),
+    "speed": ("bench.cli_plugin", "Measure images/s of federated training against the bare loop."),
+    "new": ("bench.cli_plugin", "Write an algorithm or dataset to start from."),
+}
+"""Verb to the module that has the command of that name, and what it does, for `bench --help`."""
+
+_STATUS = {
+    "BadConfig": 2,
+    "UnknownPlugin": 2,
+    "BadPlugin": 2,
+    "BadModel": 2,
+    "PartitionFailed": 2,
+    "OutputUnwritable": 2,
+    "DamagedResult": 2,
+    "DataMissing": 3,
+    "DataDamaged": 3,
+}
+"""Our errors that are shown as a sentence, by name: importing them takes seconds. Anything else is a bug."""
+
+
+class Verbs(click.Group):
+    """A group whose commands are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Name the verbs, in the order of use."""
+        return list(_VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a verb."""
+        if cmd_name not in _VERBS:
+            return None
+        command: click.Command = getattr(importlib.import_module(_VERBS[cmd_name][0]), f"{cmd_name}_command")
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of verbs without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(verb, says) for verb, (_, says) in _VERBS.items()])
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a verb and exit; errors that are the user's are one line on standard error."""
+        try:
+            status = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except click.UsageError as error:
+            path = error.ctx.command_path if error.ctx else "bench"
+            fail(f"{error.format_message().rstrip('.')}; see '{path} --help'", 2)
+        except click.ClickException as error:
+            fail(error.format_message(), 2)
+        except click.Abort:
+            fail("interrupted", 130)
+        except Exception as error:
+            ours = [kind.__name__ for kind in type(error).__mro__ if kind.__module__.startswith("bench.")]
+            expected = [_STATUS[name] for name in ours if name in _STATUS]
+            if not expected:
+                raise
+            fail(str(error), expected[0])
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+def fail(sentence: str, status: int) -> None:
+    """Say what is wrong and exit."""
+    click.echo(f"bench: {sentence}", err=True)
+    sys.exit(status)
+
+
+@click.group(
+    cls=Verbs,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+@click.version_option(bench.__version__, package_name="pfl-lt-bench", prog_name="bench")
+@click.pass_context
+def main(context: click.Context) -> None:
+    """Personalised and long-tailed federated learning, side by side, under one protocol.
+
+    \b
+    bench run                                      five algorithms on digits, in a minute
+    bench run --algos fedloge,fedrep --dataset cifar10 --imbalance 50,100 --seeds 3
+    bench table                                    what there is so far
+    bench show fedloge                             what an algorithm does, keeps and sends
+    bench new algorithm mine                       a file to start from
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())

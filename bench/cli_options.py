@@ -1,0 +1,145 @@
+"""The options of `bench run`: on the command line, or as keys of a TOML file."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+DEFAULT_ALGORITHMS = "fedavg,fedrep,fedbabu,creff,fedloge"
+DEFAULT_DATASET = "digits"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the command line, the sweep file and the defaults say; names as of the options."""
+
+    algos: str
+    dataset: str
+    imbalance: str | None
+    alpha: str | None
+    seeds: str
+    plugin: tuple[Path, ...]
+    setting: str
+    partition: str | None
+    clients: int | None
+    participation: float | None
+    rounds: int | None
+    epochs: int | None
+    batch_size: int | None
+    lr: float | None
+    model: str | None
+    set: tuple[str, ...]
+    engine: str
+    precision: str
+    device: str
+    jobs: int | None
+    ray: str | None
+    out: Path
+    data_root: Path | None
+    tracking_uri: str | None
+    dry_run: bool
+    force: bool
+    json: bool
+
+
+def run_options(command: click.Command) -> click.Command:
+    """Give a command the options of `bench run`."""
+    command.params += [click.Option([name], help=text, **more) for name, text, more in _OPTIONS]
+    return command
+
+
+def _read_file(context: click.Context, parameter: click.Parameter, file: Path | None) -> None:
+    """Make the keys of a TOML file the defaults of the options of the same names."""
+    if file is None:
+        return
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else f"not TOML: {error}"
+        raise click.BadParameter(f"{file}: {why}", context, parameter) from error
+    options = {name.removeprefix("--").replace("-", "_"): more for name, _, more in _OPTIONS}
+    del options["from"]
+    defaults: dict[str, Any] = {}
+    for key, value in content.items():
+        name = key.replace("-", "_")
+        if name not in options:
+            near = difflib.get_close_matches(name, options, n=2, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(options)}"
+            raise click.BadParameter(f"{file}: no option is called {key!r}; {hint}", context, parameter)
+        defaults[name] = _as_typed(value, bool(options[name].get("multiple")))
+    context.default_map = defaults
+
+
+def _as_typed(value: Any, many: bool) -> Any:
+    """Spell a value of TOML as a person types it."""
+    if many:
+        if isinstance(value, dict):
+            return [f"{key}={item!r}" for key, item in value.items()]
+        return [str(item) for item in (value if isinstance(value, list) else [value])]
+    if isinstance(value, list):
+        return ",".join(map(str, value)) + ("," if len(value) == 1 else "")  # `5,` is a seed, `5` a count
+    return value if isinstance(value, bool) else str(value)
+
+
+_PATH = click.Path(path_type=Path)
+_Callback = Callable[[click.Context, click.Parameter, Any], Any]
+_ON_FILE: dict[str, Any] = {"is_eager": True, "expose_value": False, "callback": _read_file}
+
+
+def _shown(default: str) -> dict[str, Any]:
+    return {"default": default, "show_default": True}
+
+
+def _one_of(*values: str) -> dict[str, Any]:
+    return {"type": click.Choice(values), "default": values[0], "show_default": True}
+
+
+_OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("--algos", "Algorithms, with parameters as in fedrep(head_epochs=5).", _shown(DEFAULT_ALGORITHMS)),
+    ("--dataset", "Dataset, or several separated by commas.", _shown(DEFAULT_DATASET)),
+    ("--imbalance", "Largest class over smallest, e.g. 10,50; the setting's by default.", {}),
+    ("--alpha", "Concentration of the partition, e.g. 0.1,0.5; small is more skewed.", {}),
+    ("--seeds", "A count (3 is 0,1,2), or seeds with a comma (0,4,7 or 3407,).", _shown("1")),
+    ("--plugin", "File with an algorithm or a dataset; repeatable.", {"type": _PATH, "multiple": True}),
+    ("--setting", "Named protocol; the next options replace parts of it.", _shown("quick")),
+    ("--partition", "How images are dealt to clients; see 'bench list partitions'.", {}),
+    ("--clients", "Number of clients.", {"type": int}),
+    ("--participation", "Share of the clients that train in a round, in (0, 1].", {"type": float}),
+    ("--rounds", "Rounds of communication.", {"type": int}),
+    ("--epochs", "Local epochs of a round.", {"type": int}),
+    ("--batch-size", "Examples of an optimiser step.", {"type": int}),
+    ("--lr", "Learning rate.", {"type": float}),
+    ("--model", "Network; see 'bench list models'.", {}),
+    (
+        "--set",
+        "Any other field of the setting, e.g. norm=batch; repeatable.",
+        {"metavar": "FIELD=VALUE", "multiple": True},
+    ),
+    ("--engine", "Clients one by one, or stacked.", _one_of("auto", "serial", "stacked")),
+    ("--precision", "Arithmetic of the networks.", _one_of("fp32", "bf16")),
+    ("--device", "auto is a GPU where there is one.", _one_of("auto", "cpu", "cuda")),
+    ("--jobs", "Runs at once; by default what the machine holds.", {"type": click.IntRange(min=1)}),
+    (
+        "--ray",
+        "Where runs go: Ray on this machine (default for several), this process, or a cluster.",
+        {"metavar": "local|off|ADDRESS"},
+    ),
+    (
+        "--out",
+        "Folder of results.",
+        {"type": _PATH, "default": Path("runs"), "show_default": True},
+    ),
+    ("--data-root", "Folder of datasets; else $BENCH_DATA, else the user's cache.", {"type": _PATH}),
+    ("--tracking-uri", "MLflow; by default SQLite beside the results.", {"metavar": "URI|off"}),
+    ("--from", "TOML file with these options as keys; those given here win.", {"type": _PATH, **_ON_FILE}),
+    ("--dry-run", "Say what would run, and stop.", {"is_flag": True}),
+    ("--force", "Run again what is finished, and replace it.", {"is_flag": True}),
+    ("--json", "Print one JSON document on standard output.", {"is_flag": True}),
+)
+"""Name, help, and the rest of what `click.Option` takes."""

@@ -1,0 +1,90 @@
+"""`bench new`, `bench check` and `bench speed`: for who writes an algorithm, a dataset, or the engine."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+_FILE = click.Path(path_type=Path)
+
+
+@click.command("new")
+@click.argument("kind", type=click.Choice(["algorithm", "dataset"]))
+@click.argument("name")
+@click.option("--out", type=_FILE, default=Path("."), show_default=True, help="Folder of the new file.")
+def new_command(kind: str, name: str, out: Path) -> None:
+    """Write a file that passes `bench check` and does the default thing, to start from.
+
+    \b
+    bench new algorithm mine
+    bench new dataset leaves --out plugins
+    """
+    from bench import scaffold
+
+    file = scaffold.write(kind, name, out)
+    plugin = shlex.quote(str(file))
+    option = "--algos" if kind == "algorithm" else "--dataset"
+    click.echo(f"wrote {file}; next:")
+    click.echo(f"  bench check {file.stem} --plugin {plugin}")
+    click.echo(f"  bench run {option} {file.stem} --plugin {plugin}")
+
+
+@click.command("check")
+@click.argument("name")
+@click.option("--plugin", type=_FILE, help="File that the algorithm or dataset is defined in.")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def check_command(name: str, plugin: Path | None, as_json: bool) -> None:
+    """Check that the algorithm or dataset NAME keeps the contract; exit status 1 if a promise is broken.
+
+    \b
+    bench check fedrep
+    bench check mine --plugin mine.py
+    """
+    from bench import checks
+    from bench.registry import ALGORITHMS, DATASETS, load_plugin
+
+    if plugin is not None:
+        load_plugin(plugin)
+    found = DATASETS[name] if name in DATASETS else ALGORITHMS[name]
+    findings = []
+    for finding in checks.check(found):
+        findings.append(finding)
+        if not as_json:
+            broken = "" if finding.problem is None else f": {finding.problem}"
+            click.echo(f"{'✓' if finding.problem is None else '✗'} {finding.promise}{broken}")
+    if as_json:
+        rows = [{"promise": finding.promise, "problem": finding.problem} for finding in findings]
+        click.echo(json.dumps({"name": name, "findings": rows}, indent=2))
+    sys.exit(1 if any(finding.problem is not None for finding in findings) else 0)
+
+
+@click.command("speed")
+@click.option("--json", "as_json", is_flag=True, help="Print the measurement as JSON.")
+def speed_command(as_json: bool) -> None:
+    """Measure images/s of federated training and of the bare training loop, interleaved in one run."""
+    from bench import speed
+
+    measured = speed.measure()
+    click.echo(json.dumps(measured, indent=2) if as_json else _lines(measured))
+
+
+def _lines(measured: Any, indent: str = "") -> str:
+    """Write nested mappings as indented lines."""
+    lines = []
+    for key, value in measured.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{key}", _lines(value, indent + "  ")]
+        else:
+            lines.append(f"{indent}{key:<{34 - len(indent)}} {_number(value)}")
+    return "\n".join(lines)
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return str(value)

@@ -1,0 +1,230 @@
+"""`bench run`: from options to runs, finished folders and a leaderboard."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bench.cli_options import Options, run_options
+from bench.cli_table import print_boards
+
+if TYPE_CHECKING:
+    from bench.config import Run, Sweep
+    from bench.leaderboard import Leaderboard
+    from bench.pool import Pool
+    from bench.progress import Display
+    from bench.sweep import Result
+    from bench.tracking import Mirror
+    from bench.watch import Watcher
+
+_OF_THE_SETTING = ("partition", "clients", "participation", "rounds", "epochs", "batch_size", "lr", "model")
+"""Options that replace a field of the setting of the same name."""
+
+
+@run_options
+@click.command("run")
+def run_command(**values: Any) -> None:
+    """Compare algorithms on one split, and print the leaderboard.
+
+    Every algorithm is run in every cell of datasets × imbalance × alpha × seeds. What is finished is not run
+    again; a sweep that was interrupted goes on with the same command.
+
+    \b
+    bench run
+    bench run --algos "fedavg,fedrep(head_epochs=5)" --rounds 20 --seeds 3
+    bench run --dataset cifar10 --imbalance 50,100 --alpha 0.5 --seeds 0,4,7 --jobs 2
+    bench run --setting creff --dataset cifar10 --device cuda --set norm=group
+    bench run --from sweep.toml --dry-run
+    """
+    sys.exit(_run(Options(**values)))
+
+
+def _run(options: Options) -> int:
+    from bench import sweep
+    from bench.progress import Display
+    from bench.storage import prepare
+
+    asked = _sweep(options)
+    runs = asked.expand()
+    if options.dry_run:
+        return _print_plan(runs, options)
+    prepare(options.out)
+    rest = [run for run in runs if options.force or not sweep.finished(run, options.out)]
+    sweep.check_data(rest)
+    _say_overrides(asked, runs)
+    with Display(quiet=options.json) as display:
+        pool = _pool(options, asked.device, len(rest), display)
+        mirror = _mirror(options, asked, len(rest), display)
+        watchers: list[Watcher] = [display, *([mirror] if mirror else [])]
+        try:
+            results = sweep.run(runs, options.out, pool=pool, watchers=watchers, force=options.force)
+        except KeyboardInterrupt:
+            return _interrupted(runs, options, mirror, display)
+        boards = _boards(results, options.out)
+        if mirror is not None:
+            _finish(mirror, results, boards)
+    if options.json:
+        click.echo(json.dumps({"runs": [_as_json(result, options.out) for result in results]}, indent=2))
+    else:
+        _print_boards(boards, options, mirror)
+    failed = sum(result.status == "failed" for result in results)
+    if failed:
+        told = f"{failed} of {len(results)} runs failed; each says why in the run.json of its folder"
+        click.echo(f"bench: {told}, and the same command tries again", err=True)
+    return 1 if failed else 0
+
+
+# From options to what runs ----------------------------------------------------------------------------------
+
+
+def _sweep(options: Options) -> Sweep:
+    from bench import config
+    from bench.files import data_root
+    from bench.registry import load_plugin
+    from bench.settings import BadConfig
+    from bench.spelling import parse_assignments, parse_numbers, split_list
+
+    for file in options.plugin:
+        load_plugin(file)
+    overrides = parse_assignments(options.set)
+    for field in (*_OF_THE_SETTING, "imbalance", "alpha"):
+        if field in overrides:
+            raise BadConfig(f"--set {field}: use --{field.replace('_', '-')}")
+    given = {field: getattr(options, field) for field in _OF_THE_SETTING}
+    overrides |= {field: value for field, value in given.items() if value is not None}
+    factors = split_list(options.imbalance) if options.imbalance is not None else []
+    if options.imbalance is not None and not factors:
+        raise BadConfig("--imbalance is empty; a number such as 50 is wanted")
+    return config.Sweep(
+        algorithms=tuple(config.parse_algorithms(options.algos)),
+        datasets=tuple(config.parse_datasets(options.dataset)),
+        setting=options.setting,
+        overrides=overrides,
+        imbalance=tuple(config.parse_imbalance(factor) for factor in factors),
+        alpha=() if options.alpha is None else tuple(parse_numbers(options.alpha, "--alpha")),
+        seeds=tuple(config.parse_seeds(options.seeds)),
+        engine=options.engine,
+        precision=options.precision,
+        device=config.resolve_device(options.device),
+        data_root=data_root(options.data_root).resolve(),
+        plugins=tuple(file.resolve() for file in options.plugin),
+    )
+
+
+def _pool(options: Options, device: str, todo: int, display: Display) -> Pool:
+    from bench.pool import InProcess, OnRay, has_ray
+
+    if options.ray == "off" or (options.ray is None and todo <= 1):
+        return InProcess()
+    if options.ray is None and not has_ray():
+        display.warn("ray is not installed, so the runs follow each other here; pip install ray for several at once")
+        return InProcess()
+    return OnRay(options.ray or "local", options.jobs, device)
+
+
+def _mirror(options: Options, asked: Sweep, todo: int, display: Display) -> Mirror | None:
+    from bench import tracking
+
+    given = options.tracking_uri
+    if given == "off" or (given is None and todo == 0):
+        return None
+    if not tracking.has_mlflow():
+        display.warn("mlflow is not installed, so nothing is tracked; pip install mlflow, or use --tracking-uri off")
+        return None
+    about = {"command": _command(), "setting": asked.setting, "seeds": ",".join(map(str, asked.seeds))}
+    about |= {"algorithms": options.algos, "dataset": options.dataset}
+    return tracking.Mirror(given or tracking.default_uri(options.out), options.out, about, display.warn)
+
+
+def _command() -> str:
+    """Give the command line as it can be typed again."""
+    return shlex.join(["bench", *sys.argv[1:]])
+
+
+# What is said -----------------------------------------------------------------------------------------------
+
+
+def _say_overrides(asked: Sweep, runs: Sequence[Run]) -> None:
+    """Say which setting holds, and which of its fields were replaced."""
+    for dataset in dict.fromkeys(run.dataset for run in runs):
+        changed = {key: value for run in runs if run.dataset == dataset for key, value in run.overrides().items()}
+        replaced = f", with other {', '.join(changed)}" if changed else ""
+        click.echo(f"setting {asked.setting} on {type(dataset).__name__.lower()}{replaced}", err=True)
+
+
+def _print_plan(runs: Sequence[Run], options: Options) -> int:
+    from bench import sweep
+
+    plan = [(run, sweep.finished(run, options.out) and not options.force) for run in runs]
+    if options.json:
+        rows = [{**_cell(run), "status": "cached" if done else "to do"} for run, done in plan]
+        click.echo(json.dumps({"runs": rows}, indent=2))
+    else:
+        for run, done in plan:
+            click.echo(f"{run.id}  {'cached' if done else 'to do '}  {run}")
+    return 0
+
+
+def _interrupted(runs: Sequence[Run], options: Options, mirror: Mirror | None, display: Display) -> int:
+    from bench import sweep
+
+    done = sum(sweep.finished(run, options.out) for run in runs)
+    display.warn(f"interrupted: {done} of {len(runs)} runs are done and kept. The same command goes on: {_command()}")
+    if mirror is not None:
+        mirror.finish("KILLED", {})
+    return 130
+
+
+def _finish(mirror: Mirror, results: Sequence[Result], boards: Sequence[Leaderboard]) -> None:
+    from bench.table import render
+
+    failed = any(result.status == "failed" for result in results)
+    tables = {f"leaderboard.{format}": render(boards, format) for format in ("md", "json")}
+    mirror.finish("FAILED" if failed else "FINISHED", tables)
+
+
+def _boards(results: Sequence[Result], out: Path) -> list[Leaderboard]:
+    from bench import records
+    from bench.table import leaderboards
+
+    finished = [records.read(out / result.run.id) for result in results if result.status != "failed"]
+    return leaderboards(finished)
+
+
+def _print_boards(boards: Sequence[Leaderboard], options: Options, mirror: Mirror | None) -> None:
+    from bench.tracking import interface_command
+
+    print_boards(boards)
+    click.echo(f"results: {options.out}  (bench table --out {shlex.quote(str(options.out))})")
+    if mirror is not None and mirror.healthy:
+        click.echo(f"curves:  {interface_command(mirror.uri)}")
+
+
+def _cell(run: Run) -> dict[str, Any]:
+    from bench.spelling import label, name
+
+    return {
+        "id": run.id,
+        "algorithm": name(run.algorithm),
+        "call": label(run.algorithm),
+        "dataset": label(run.dataset),
+        "imbalance": run.setting.imbalance,
+        "alpha": run.setting.alpha,
+        "seed": run.seed,
+    }
+
+
+def _as_json(result: Result, out: Path) -> dict[str, Any]:
+    from bench import records
+
+    cell = {**_cell(result.run), "status": result.status}
+    if result.status == "failed":
+        return {**cell, "metrics": {}, "digest": None, "reason": result.reason}
+    record = records.read(out / result.run.id)
+    return {**cell, "metrics": record.metrics, "digest": record.document["digest"]}

@@ -1,0 +1,92 @@
+"""`bench list` and `bench show`: what there is, and what each thing does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bench.cli_options import DEFAULT_DATASET
+
+_KINDS = ("algorithms", "datasets", "models", "settings", "partitions")
+
+
+@click.command("list")
+@click.argument("kind", type=click.Choice(_KINDS), required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print the names as JSON.")
+def list_command(kind: str | None, as_json: bool) -> None:
+    """List what there is to choose from; of every kind, if none is given.
+
+    \b
+    bench list algorithms
+    bench list datasets --json
+    """
+    from bench import catalogue
+
+    listed = {each: catalogue.summaries(each) for each in ((kind,) if kind else catalogue.KINDS)}
+    if as_json:
+        names = {each: list(summaries) for each, summaries in listed.items()}
+        click.echo(json.dumps(names[kind] if kind else names))
+        return
+    for each, summaries in listed.items():
+        click.echo("" if kind else f"{each}:")
+        width = max(map(len, summaries), default=0)
+        for name, summary in summaries.items():
+            click.echo(f"  {name:{width}}  {summary}")
+
+
+@click.command("show")
+@click.argument("name")
+@click.option("--plugin", type=click.Path(path_type=Path), help="File that the name is defined in.")
+@click.option("--kind", type=click.Choice(_KINDS), help="Which is meant, where several have the name.")
+@click.option("--dataset", default=DEFAULT_DATASET, show_default=True, help="Show a setting as it is for this.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def show_command(name: str, plugin: Path | None, kind: str | None, dataset: str, as_json: bool) -> None:
+    """Say what an algorithm, dataset, model, setting or partition is, and which parameters it takes.
+
+    \b
+    bench show fedloge
+    bench show cifar10 --json
+    bench show quick --dataset cifar10
+    bench show fedloge --kind settings
+    bench show mine --plugin mine.py
+    """
+    from bench import catalogue
+    from bench.registry import UnknownPlugin, load_plugin
+
+    if plugin is not None:
+        load_plugin(plugin)
+    kinds = catalogue.find(name)
+    if kind is not None and kind not in kinds:
+        raise UnknownPlugin(f"none of the {kind} is called {name!r}; it is one of the {' and the '.join(kinds)}")
+    shown = kind or kinds[0]
+    described = catalogue.describe(shown, name, dataset)
+    click.echo(json.dumps(described, indent=2) if as_json else _prose(described))
+    for other in kinds:
+        if kind is None and other != shown:
+            click.echo(f"{name} is also one of the {other}: bench show {name} --kind {other}", err=True)
+
+
+def _prose(described: Mapping[str, Any]) -> str:
+    """Write a description for a person."""
+    known = ("name", "kind", "documentation", "fields")
+    lines = [f"{described['name']} ({described['kind'].removesuffix('s')})", "", described["documentation"]]
+    if described.get("fields"):
+        lines += ["", "Fields"]
+    for name, field in described.get("fields", {}).items():
+        lines.append(f"  {name} = {field.get('value', field.get('default'))!r}")
+        if field["doc"]:
+            lines.append(f"      {field['doc']}")
+    rest = {key: value for key, value in described.items() if key not in known}
+    return "\n".join((*lines, "", *(f"{key:<14} {_value(value)}" for key, value in rest.items())))
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{each:,} {key}" for key, each in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "nothing"
+    return str(value)

@@ -1,0 +1,78 @@
+"""`bench table`: the leaderboard of stored results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from bench.leaderboard import Leaderboard
+
+
+@click.command("table")
+@click.option("--dataset", "datasets", help="Only these datasets, separated by commas.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs"),
+    show_default=True,
+    help="Folder of results.",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["md", "csv", "latex", "html", "json"]),
+    help="Text in this format instead of a table for the terminal.",
+)
+@click.option(
+    "--metric",
+    type=click.Choice(["last", "last10", "best"]),
+    default="last",
+    show_default=True,
+    help="Last round, mean of the last ten evaluations, or the best on test data (optimistic).",
+)
+@click.option("--write", is_flag=True, help="Write the README.md of the folder of results.")
+def table_command(datasets: str | None, out: Path, form: str | None, metric: str, write: bool) -> None:
+    """Print the leaderboard of stored results: mean and 95 % interval over seeds, one table per protocol.
+
+    Damaged folders are named on standard error and left out.
+
+    \\b
+    bench table
+    bench table --dataset cifar10 --format latex > table.tex
+    bench table --out results --write
+    """
+    from bench import records, table
+
+    if not out.is_dir():
+        raise click.BadParameter(f"{out}: there is no such folder, 'bench run' makes one", param_hint="--out")
+    found, damaged = records.read_all(out)
+    for sentence in damaged:
+        click.echo(f"bench: {sentence}", err=True)
+    if datasets is not None:
+        wanted = {name.strip().replace("-", "_") for name in datasets.split(",") if name.strip()}
+        found = [record for record in found if record.dataset.partition("(")[0] in wanted]
+    boards = table.leaderboards(found, metric)
+    if write:
+        command = f"bench table --out {out} --write" + (f" --metric {metric}" if metric != "last" else "")
+        path = records.publish(out, table.results_readme(boards, records.prose(out), command))
+        click.echo(f"wrote {path}", err=True)
+    elif form is not None:
+        click.echo(table.render(boards, form), nl=False)
+    else:
+        print_boards(boards)
+
+
+def print_boards(boards: Sequence[Leaderboard]) -> None:
+    """Print leaderboards for a person."""
+    from rich.console import Console
+
+    from bench.table import terminal
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160  # a file has no width, and 80 columns would cut
+    console.print(*terminal(boards))

@@ -1,0 +1,219 @@
+"""What an algorithm is handed: a batch, one client's examples, and what a cohort sent.
+
+Images stay uint8 in one resident tensor; a client is a list of rows of it. Normalisation and augmentation are
+tensor operations on whole batches, keyed by (client, round, epoch, example), hence the same in every engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bench import keys, tree
+from bench.tree import Tree
+
+AUGMENTATIONS = ("none", "crop", "crop_flip", "batch_crop_flip")
+"""`crop` and `crop_flip` draw for each image (pad 4, black); `batch_crop_flip` draws once for a whole batch
+and pads with the mean colour, which is what the CReFF family of codes does."""
+
+_PAD = 4
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples of one optimiser step."""
+
+    x: Tensor
+    """(B, channels, height, width) float32, normalised, stored channels-last."""
+    y: Tensor
+    """(B,) int64."""
+    weight: Tensor
+    """(B,) float32: 1 for an example, 0 for padding."""
+
+
+class Images:
+    """Images resident on one device, and how to make batches of them.
+
+    Args:
+        x: (N, channels, height, width) uint8.
+        y: (N,) int64.
+        mean: Per channel, of pixels in [0, 1].
+        std: Per channel, likewise.
+        augment: One of `AUGMENTATIONS`.
+        scale: The pixel value that stands for 1.0 (255, or 16 for digits).
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        augment: str = "none",
+        scale: float = 255.0,
+    ) -> None:
+        self.y, self.augment, self.shape = y, augment, tuple(x.shape[1:])
+        self.pad = 0 if augment == "none" else _PAD
+        colour = torch.tensor(mean) if augment.startswith("batch") else torch.zeros(len(mean))
+        channels, height, width = self.shape
+        # Channels last, and padded once for all: a crop is then one gather.
+        padded = (colour * scale).round().to(torch.uint8).to(x.device)
+        padded = padded.expand(len(x), height + 2 * self.pad, width + 2 * self.pad, channels).clone()
+        padded[:, self.pad : self.pad + height, self.pad : self.pad + width] = x.permute(0, 2, 3, 1)
+        self.x = padded
+        self.factor = (1.0 / (scale * torch.tensor(std))).to(x.device)
+        self.offset = (-torch.tensor(mean) / torch.tensor(std)).to(x.device)
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def plain(self, index: Tensor) -> Tensor:
+        """Give images without augmentation: (B, channels, height, width) float32."""
+        _, height, width = self.shape
+        inner = self.x[:, self.pad : self.pad + height, self.pad : self.pad + width]
+        return self._normalise(inner[index])
+
+    def augmented(self, index: Tensor, key: Tensor, example: Tensor) -> Tensor:
+        """Give randomly shifted and flipped images.
+
+        Args:
+            index: (B,) rows.
+            key: () int64, of the client, round and epoch.
+            example: (B,) number of the example within its client: what its own draw depends on.
+        """
+        if self.augment == "none":
+            return self.plain(index)
+        if self.augment.startswith("batch"):
+            key, example = keys.fold(key, example[0]), torch.zeros_like(example)
+        draws = keys.fold(key, example)
+        _, height, width = self.shape
+        down, right = (draws >> 8) & 0xFFFF, (draws >> 24) & 0xFFFF
+        column = torch.arange(width, device=index.device)
+        if self.augment.endswith("flip"):
+            column = torch.where(((draws >> 40) & 1).bool()[:, None], width - 1 - column, column)
+        row = torch.arange(height, device=index.device) + (down % (2 * self.pad + 1))[:, None]
+        column = column + (right % (2 * self.pad + 1))[:, None]
+        return self._normalise(self.x[index[:, None, None], row[:, :, None], column[:, None, :]])
+
+    def _normalise(self, pixels: Tensor) -> Tensor:
+        return (pixels.to(torch.float32) * self.factor + self.offset).permute(0, 3, 1, 2)
+
+
+@dataclass
+class Meter:
+    """Counts the epochs that a verb asked for, so that the loop can report samples processed."""
+
+    epochs: float = 0.0
+
+
+@dataclass(frozen=True)
+class LocalData:
+    """One client's training examples in one round.
+
+    Written and read for one client. In the stacked engine many clients are padded to a common length L; the
+    padding comes last and `mask` is 0 there.
+    """
+
+    images: Images
+    index: Tensor
+    """(L,) int64, rows of `images`; padding repeats a valid row."""
+    n: Tensor
+    """() int64, how many of the L are real."""
+    key: Tensor
+    """() int64, randomness of this client in this round."""
+    class_counts: Tensor
+    """(C,) int64, training examples of each class at this client."""
+    batch_size: int
+    meter: Meter = field(default_factory=Meter)
+
+    @property
+    def y(self) -> Tensor:
+        """Labels: (L,) int64."""
+        return self.images.y[self.index]
+
+    @property
+    def mask(self) -> Tensor:
+        """1 for an example, 0 for padding: (L,) float32."""
+        return (torch.arange(len(self.index), device=self.index.device) < self.n).to(torch.float32)
+
+    def steps(self, epochs: int) -> Tensor:
+        """Count the optimiser steps that `batches(epochs)` makes: () float32."""
+        return (epochs * ((self.n + self.batch_size - 1) // self.batch_size)).to(torch.float32)
+
+    def batches(self, epochs: int, salt: str = "") -> Iterator[Batch]:
+        """Shuffle anew in each epoch and give augmented batches; the last of an epoch may be smaller.
+
+        The order is a function of (run seed, client, round, epoch, salt): two calls with one salt see the
+        same batches, so that two models of a client, or two algorithms, are trained on the same stream.
+        """
+        for epoch in range(epochs):
+            order = keys.permutation(keys.fold(self.key, f"order {salt} {epoch}"), len(self.index), self.n)
+            draws = keys.fold(self.key, f"augment {salt} {epoch}")
+            mask = self.mask
+            for start in range(0, len(order), self.batch_size):
+                example = order[start : start + self.batch_size]
+                rows = self.index[example]
+                weight = mask[start : start + self.batch_size]
+                yield Batch(self.images.augmented(rows, draws, example), self.images.y[rows], weight)
+            self.meter.epochs += 1
+
+    def plain_batches(self, size: int = 256) -> Iterator[Batch]:
+        """Give every example once, in its stored order, without augmentation."""
+        mask = self.mask
+        for start in range(0, len(self.index), size):
+            rows = self.index[start : start + size]
+            yield Batch(self.images.plain(rows), self.images.y[rows], mask[start : start + size])
+        self.meter.epochs += 1 / 3  # a forward pass is a third of a training step
+
+
+class Uploads:
+    """What the clients of a cohort sent, in the order of their ids.
+
+    Args:
+        tree: Every leaf (K, ...).
+        sizes: (K,) training examples of each client.
+    """
+
+    def __init__(self, tree: Tree, sizes: Tensor) -> None:
+        self.tree, self.sizes = tree, sizes
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, key: str) -> Tree:
+        value = self.tree[key]
+        assert isinstance(value, dict), f"upload {key!r} is a tensor: use .tensor({key!r})"
+        return value
+
+    def tensor(self, key: str) -> Tensor:
+        """Give an upload that is a single tensor: (K, ...)."""
+        value = self.tree[key]
+        assert isinstance(value, Tensor), f"upload {key!r} is a tree: index it"
+        return value
+
+    def mean(self, key: str | None = None, weights: Tensor | None = None) -> Tree:
+        """Average over the clients, in float64 and in the order of their ids.
+
+        Args:
+            key: Which upload; all of them when None.
+            weights: (K,), or (K, C) for a mean per class over leaves (K, C, ...); by default the clients'
+                sizes. They need not sum to one. Where all weights are zero the plain mean is taken.
+        """
+        weights = self.sizes if weights is None else weights
+        weights = weights.to(torch.float64)
+        total = weights.sum(0, keepdim=True)
+        weights = torch.where(total > 0, weights / total.clamp(min=1e-300), torch.ones_like(weights) / len(weights))
+
+        def average(leaf: Tensor) -> Tensor:
+            if weights.ndim > 1:
+                w = weights.reshape(weights.shape + (1,) * (leaf.ndim - weights.ndim))
+                return (leaf.to(torch.float64) * w).sum(0).to(leaf.dtype)
+            total = torch.zeros(leaf.shape[1:], dtype=torch.float64, device=leaf.device)
+            for part, w in zip(leaf, weights.tolist(), strict=True):
+                total.add_(part, alpha=w)  # without a copy of all in float64
+            return total.to(leaf.dtype)
+
+        return tree.map(average, self.tree if key is None else self[key])

@@ -1,0 +1,124 @@
+"""Where data files live, and how official files are read: checked, and with errors that say what to do."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import pickle
+import warnings
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.dataset import DataDamaged, DataMissing
+
+
+def data_root(option: Path | None = None) -> Path:
+    """Choose the folder of all datasets: the option, else $BENCH_DATA, else `bench` in the user's cache."""
+    if option is not None:
+        return option.expanduser()
+    if os.environ.get("BENCH_DATA"):
+        return Path(os.environ["BENCH_DATA"]).expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "bench"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Official:
+    """The official files of a dataset."""
+
+    name: str
+    """As on the command line."""
+    folder: str
+    """Below the data root, as torchvision lays it out."""
+    checksums: Mapping[str, str]
+    """File name to the MD5 of its contents (if it may lie there packed by gzip: of the unpacked ones)."""
+    size: str
+    """Of the download, in words."""
+    by_hand: str
+    """What a person can do instead of `bench data fetch`; {root} stands for the data root."""
+
+    def read(self, root: Path, name: str) -> bytes:
+        """Give the contents of a file, unpacked, if its checksum is right.
+
+        The checksum is computed at every reading: 0.3 s for all of CIFAR, so nothing need be remembered.
+
+        Raises:
+            DataMissing: A file of the dataset is not there.
+            DataDamaged: This one is not the official one.
+        """
+        absent = [file for file in self.checksums if not self._path(root, file).is_file()]
+        if absent:
+            raise DataMissing(
+                f"{self.name}: {root / self.folder} has no {', '.join(absent)}; "
+                f"'bench data fetch {self.name}' downloads {self.size} to {root} (elsewhere: --data-root or "
+                f"$BENCH_DATA), or do it by hand: {self.by_hand.format(root=root)}"
+            )
+        path = self._path(root, name)
+        advice = f"delete it and run 'bench data fetch {self.name}' again"
+        try:
+            contents = path.read_bytes()
+            if path.suffix == ".gz":
+                contents = gzip.decompress(contents)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataDamaged(f"{path} cannot be read ({error}); {advice}") from error
+        if hashlib.md5(contents, usedforsecurity=False).hexdigest() != self.checksums[name]:
+            raise DataDamaged(f"{path} is not the official file, its checksum is wrong; {advice}")
+        return contents
+
+    def fetch(self, root: Path, download: Callable[[Path], object]) -> None:
+        """Create `root` and let torchvision download to it.
+
+        Raises:
+            DataMissing: The download failed.
+        """
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            download(root)
+        except (OSError, RuntimeError) as error:  # no network or space; torchvision's own checksum
+            raise DataMissing(
+                f"{self.name}: the download to {root} failed ({error}); try again, or do it by hand: "
+                f"{self.by_hand.format(root=root)}"
+            ) from error
+
+    def _path(self, root: Path, name: str) -> Path:
+        path = root / self.folder / name
+        packed = path.with_name(name + ".gz")
+        return packed if packed.is_file() and not path.is_file() else path
+
+
+def unpickle(contents: bytes) -> dict[str, Any]:
+    """Read a batch of CIFAR, pickled by Python 2; only with the right checksum, as a pickle can run code."""
+    with warnings.catch_warnings():
+        # NumPy dislikes how the arrays of 2009 spell their dtype.
+        warnings.filterwarnings("ignore", message=".*align should be passed as Python or NumPy boolean")
+        batch = pickle.loads(contents, encoding="latin1")
+    assert isinstance(batch, dict)
+    return batch
+
+
+def images_of(batches: list[dict[str, Any]]) -> Tensor:
+    """Join the images of CIFAR batches: (N, 3, 32, 32) uint8."""
+    return torch.cat([torch.from_numpy(batch["data"]) for batch in batches]).view(-1, 3, 32, 32)
+
+
+def labels_of(batches: list[dict[str, Any]], key: str) -> Tensor:
+    """Join the labels of CIFAR batches: (N,) int64."""
+    return torch.tensor([label for batch in batches for label in batch[key]])
+
+
+def read_idx(contents: bytes) -> Tensor:
+    """Read an array of unsigned bytes in the idx format of MNIST: uint8 of the shape that it states.
+
+    Source: http://yann.lecun.com/exdb/mnist, "The IDX file format".
+    """
+    rank = contents[3]
+    shape = np.frombuffer(contents, dtype=">u4", count=rank, offset=4).tolist()
+    return torch.frombuffer(bytearray(contents), dtype=torch.uint8, offset=4 + 4 * rank).view(shape)

@@ -1,0 +1,217 @@
+"""What a leaderboard says, in words and cells, whatever format it is written in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from bench.leaderboard import Leaderboard, Row, suffix
+from bench.statistics import Estimate
+
+ABSENT = "–"
+NO_RUNS = "There are no finished runs."
+INTERVAL = "± is half the 95 % interval over seeds (Student t), which one seed does not have"
+LEGEND = (
+    f"Accuracies are percentages, a mean over seeds; {INTERVAL}. {ABSENT} stands for what an algorithm does not have.",
+    "generic: the one global model on the balanced official test set, mean over classes; many, medium, few: "
+    "the same over the classes with that many training images.",
+    "personal: each client's own model on its own test images, an unweighted mean over clients; masked: the "
+    "same with the classes that a client never trained on left out of the arg-max; worst decile: the mean "
+    "over the worst tenth of the clients; unseen: clients held out of training.",
+    "Rows are ordered by personal, then generic; those without come last.",
+    "Cost is a mean over seeds, of a whole run: MB sent down and up (counted from the tensors), FLOP and "
+    "samples of training, wall seconds, peak memory of the process, state kept at all clients.",
+    "Tier, what the server learns or needs: S nothing beyond models, L label statistics, A its own data, V "
+    "pre-trained models.",
+)
+_MEANING = {
+    "last": "the last round",
+    "last10": "the mean of the last ten evaluations",
+    "best": "the best round on the test set, which is optimistic and not what rows are ordered by",
+}
+_NOTHING = Estimate(None, None, 0)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number per row: where it is found and how it is shown."""
+
+    title: str
+    key: str
+    """In `Row.metrics`, or in `Row.cost` if there is a unit."""
+    unit: float | None = None
+    """What the cost is divided by; None for an accuracy, shown in percent with its interval."""
+
+    def estimate(self, row: Row) -> Estimate:
+        """Look the number up; nothing where the row has none."""
+        return (row.metrics if self.unit is None else row.cost).get(self.key, _NOTHING)
+
+    def show(self, row: Row, interval: bool = True) -> str:
+        """Write the number for people."""
+        estimate = self.estimate(row)
+        if estimate.mean is None:
+            return ABSENT
+        if self.unit is not None:
+            return _amount(estimate.mean / self.unit)
+        if not interval or estimate.half_width is None:
+            return f"{100 * estimate.mean:.1f}"
+        return f"{100 * estimate.mean:.1f} ± {100 * estimate.half_width:.1f}"
+
+
+MAIN = ("generic", "personal", "masked")
+"""Columns of which the mean of ten and the best round are known too."""
+_ACCURACY = (
+    Column("generic", "generic"),
+    Column("many", "generic.many"),
+    Column("medium", "generic.medium"),
+    Column("few", "generic.few"),
+    Column("personal", "personal"),
+    Column("masked", "personal.masked"),
+    Column("worst decile", "personal.worst_decile"),
+    Column("unseen", "unseen"),
+)
+_TIME_AND_MEMORY = (
+    Column("seconds", "wall_seconds", 1.0),
+    Column("peak MiB", "peak_memory_bytes", 2.0**20),
+    Column("state MiB", "client_state_bytes", 2.0**20),
+)
+
+
+_PREFIXES = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
+
+
+def columns(board: Leaderboard) -> tuple[Column, ...]:
+    """Choose the columns of a leaderboard: unseen clients have one only where some were held out."""
+    work = (_scaled(board, "FLOP", "train_flops"), _scaled(board, " samples", "samples"))
+    cost = (Column("MB", "bytes", 1e6), *work, *_TIME_AND_MEMORY)
+    if board.metric != "last":
+        main = [column for column in _ACCURACY if column.title in MAIN]
+        return (*(Column(column.title, column.key + suffix(board.metric)) for column in main), *cost)
+    unseen = any(row.metrics.get("unseen", _NOTHING).n for row in board.rows)
+    return (*(column for column in _ACCURACY if unseen or column.key != "unseen"), *cost)
+
+
+def _scaled(board: Leaderboard, title: str, key: str) -> Column:
+    """Count in thousands, millions and so on, as far as the largest number of the leaderboard has one."""
+    largest = max((row.cost.get(key, _NOTHING).mean or 0.0 for row in board.rows), default=0.0)
+    prefix, unit = next(((prefix, unit) for prefix, unit in _PREFIXES if largest >= unit), ("", 1.0))
+    return Column((prefix + title).strip(), key, unit)
+
+
+def grid(board: Leaderboard, label: Callable[[str], str] = str) -> tuple[list[str], list[list[str]]]:
+    """Lay a leaderboard out.
+
+    Args:
+        board: The leaderboard.
+        label: How an algorithm's name is written.
+
+    Returns:
+        The heading, and as many cells per row.
+    """
+    marks, _ = footnotes(board)
+    shown = columns(board)
+    cells = [
+        [label(row.label) + marks[row.label], row.tier, str(len(row.seeds)), *(c.show(row) for c in shown)]
+        for row in board.rows
+    ]
+    return ["algorithm", "tier", "seeds", *(column.title for column in shown)], cells
+
+
+def title(board: Leaderboard) -> str:
+    """Name what a leaderboard compares on."""
+    parts = [board.dataset]
+    parts += [] if board.imbalance is None else [f"imbalance {board.imbalance:g}"]
+    parts += [] if board.alpha is None else [f"alpha {board.alpha:g}"]
+    return ", ".join((*parts, f"setting {' or '.join(board.names)}"))
+
+
+def details(board: Leaderboard) -> str:
+    """Say under which protocol, in a line."""
+    field = board.setting.get
+    epochs = "1 epoch" if field("epochs") == 1 else f"{field('epochs')} epochs"
+    parts = [
+        f"model {field('model')} ({field('norm')} norm)",
+        f"{field('clients')} clients, {_percent(field('participation'))} a round",
+        f"{field('rounds')} rounds of {epochs}, batch {field('batch_size')}, learning rate {field('lr')}",
+        f"partition {field('partition')}",
+        _seeds(board.seeds),
+        f"{board.engine} engine, {board.precision}, {board.device}",
+    ]
+    if board.overrides:
+        changed = ", ".join(f"{key} = {value}" for key, value in sorted(board.overrides.items()))
+        parts.append(f"departs from {board.names[0]}: {changed}")
+    return "; ".join(parts) + "."
+
+
+def remarks(board: Leaderboard) -> list[str]:
+    """List what stands below a leaderboard: warnings, where the numbers come from, numbered footnotes."""
+    _, notes = footnotes(board)
+    numbered = [f"[{number}] {note}" for number, note in enumerate(notes, start=1)]
+    return [*warnings(board), provenance(board), *numbered]
+
+
+def footnotes(board: Leaderboard) -> tuple[dict[str, str], list[str]]:
+    """Give what a reader must know about single rows.
+
+    Returns:
+        The marks of each row by its label (" [1]", or nothing), and the notes in the order of their numbers.
+    """
+    marks: dict[str, str] = {}
+    notes: list[str] = []
+    for row in board.rows:
+        own = _notes(board, row)
+        marks[row.label] = "".join(f" [{len(notes) + number}]" for number in range(1, len(own) + 1))
+        notes += [f"{row.label}: {note}." for note in own]
+    return marks, notes
+
+
+def _notes(board: Leaderboard, row: Row) -> list[str]:
+    failed = {seed for seed, _ in row.failures}
+    notes = [f"seed {seed} failed ({' '.join(reason.split())})" for seed, reason in row.failures]
+    if set(board.seeds) - set(row.seeds) - failed:
+        notes.append(f"{_seeds(row.seeds) or 'none'} of {_seeds(board.seeds)}")
+    if "#" in row.label:
+        notes.append(f"version {row.version} of {row.call}; another version is in this table")
+    return notes
+
+
+def provenance(board: Leaderboard) -> str:
+    """Say what was measured, under which protocol, by which commits and when."""
+    parts = [f"Measured: {_MEANING[board.metric]}", f"protocol {board.protocol}"]
+    if board.commits:
+        parts.append(f"commit {', '.join(map(_short, board.commits))}")
+    if board.finished:
+        parts.append(f"runs of {' to '.join(dict.fromkeys((board.finished[0], board.finished[-1])))}")
+    if board.hardware:
+        parts.append(f"on {' and '.join(board.hardware)}")
+    return "; ".join(parts) + "."
+
+
+def warnings(board: Leaderboard) -> list[str]:
+    """Name the seeds of which the rows did not see the same split."""
+    return [
+        f"Not comparable: the runs of seed {seed} saw different splits ({', '.join(fingerprints)})."
+        for seed, fingerprints in board.fingerprints.items()
+        if len(fingerprints) > 1
+    ]
+
+
+def _amount(value: float) -> str:
+    """Write a cost with two or three digits."""
+    if value == 0:
+        return "0"
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 0.95 else f"{value:#.2g}"
+
+
+def _short(commit: str) -> str:
+    head, dash, state = commit.partition("-")
+    return head[:10] + dash + state
+
+
+def _percent(share: object) -> str:
+    return f"{100 * share:g} %" if isinstance(share, int | float) else str(share)
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    """Name seeds; nothing if there are none."""
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" if seeds else ""

@@ -1,0 +1,207 @@
+"""From records to leaderboards: what may stand in one table, averaged over seeds."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from bench.identity import canonical, identify
+from bench.record import Record
+from bench.statistics import Estimate, estimate
+
+METRICS = ("last", "last10", "best")
+"""Which evaluation counts: the last round, the mean of the last ten, or the best one, which is optimistic."""
+
+_NOTHING = Estimate(None, None, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One algorithm with one set of hyper-parameters, over its seeds."""
+
+    label: str
+    """As on the command line, without fields at their defaults: `fedrep(head_epochs=5)`."""
+    algorithm: str
+    call: str
+    """The algorithm with all its fields."""
+    version: str
+    """Of the algorithm; empty if not recorded."""
+    tier: str
+    seeds: tuple[int, ...]
+    """Finished ones, ascending."""
+    metrics: Mapping[str, Estimate]
+    """Fractions 0-1, by key; not all rows have the same keys."""
+    cost: Mapping[str, Estimate]
+    """Of a whole run: the recorded costs, and "bytes" sent in both directions."""
+    failures: tuple[tuple[int, str], ...]
+    """Seed and reason of each failed run."""
+    ids: tuple[str, ...]
+    """Of the runs, finished and failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leaderboard:
+    """Algorithms that were run under one protocol, engine, precision and kind of device."""
+
+    dataset: str
+    """Its name, with its options if it has any: `inat(version=2018)`."""
+    imbalance: float | None
+    alpha: float | None
+    names: tuple[str, ...]
+    """Settings that the protocol was asked for by."""
+    setting: Mapping[str, object]
+    """The protocol's fields, without the name."""
+    overrides: Mapping[str, object]
+    """Fields that differ from those of the setting of the first name, apart from imbalance and alpha."""
+    protocol: str
+    engine: str
+    precision: str
+    device: str
+    metric: str
+    """One of `METRICS`."""
+    seeds: tuple[int, ...]
+    """All seeds of any row, ascending."""
+    rows: tuple[Row, ...]
+    """By the mean of `personal`, then `generic`, best first and absent last; best rounds never rank."""
+    fingerprints: Mapping[int, tuple[str, ...]]
+    """Of the split, by seed; more than one means that the rows did not see the same data."""
+    commits: tuple[str, ...]
+    finished: tuple[str, ...]
+    """Days (ISO 8601) on which runs ended, ascending."""
+    hardware: tuple[str, ...]
+    """Processors, or GPUs where those computed."""
+
+
+def leaderboards(records: Iterable[Record], metric: str = "last") -> list[Leaderboard]:
+    """Sort records into tables.
+
+    Runs stand in one table only if dataset, imbalance, alpha, protocol, engine, precision and device are
+    equal. The setting's name does not count: the same fields under two names are one protocol.
+
+    Args:
+        records: Finished and failed runs, in any order.
+        metric: One of `METRICS`: what is shown.
+
+    Returns:
+        Leaderboards in the order of dataset, imbalance, alpha, setting, protocol, engine, precision, device.
+
+    Raises:
+        ValueError: Unknown metric.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"metric {metric!r}: must be one of {', '.join(METRICS)}")
+    tables: dict[tuple[object, ...], list[Record]] = defaultdict(list)
+    for record in sorted(records, key=lambda record: record.id):
+        place = (record.dataset, record.imbalance, record.alpha, record.protocol)
+        tables[(*place, record.engine, record.precision, record.device)].append(record)
+    boards = [_leaderboard(members, metric) for members in tables.values()]
+    return sorted(boards, key=_place)
+
+
+def suffix(metric: str) -> str:
+    """Give what follows a metric's key: "" for the last round, "@last10", "@best"."""
+    return "" if metric == "last" else f"@{metric}"
+
+
+def _place(board: Leaderboard) -> tuple[object, ...]:
+    none_first = [(number is not None, number or 0.0) for number in (board.imbalance, board.alpha)]
+    return (
+        board.dataset, *none_first, board.names, board.protocol, board.engine, board.precision, board.device
+    )  # fmt: skip
+
+
+def _leaderboard(records: Sequence[Record], metric: str) -> Leaderboard:
+    first = records[0]
+    names = sorted({str(record.setting["name"]) for record in records})
+    fingerprints: dict[int, set[str]] = defaultdict(set)
+    for record in records:
+        if record.fingerprint is not None:
+            fingerprints[record.seed].add(record.fingerprint)
+    return Leaderboard(
+        dataset=_dataset(first),
+        imbalance=first.imbalance,
+        alpha=first.alpha,
+        names=tuple(names),
+        setting={key: value for key, value in first.setting.items() if key != "name"},
+        overrides=_overrides(records, names[0]),
+        protocol=first.protocol,
+        engine=first.engine,
+        precision=first.precision,
+        device=first.device,
+        metric=metric,
+        seeds=tuple(sorted({record.seed for record in records})),
+        rows=_rows(records, metric),
+        fingerprints={seed: tuple(sorted(known)) for seed, known in sorted(fingerprints.items())},
+        commits=tuple(sorted({record.commit for record in records if record.commit})),
+        finished=tuple(sorted({record.finished[:10] for record in records if record.finished})),
+        hardware=tuple(sorted(filter(None, {_hardware(record) for record in records}))),
+    )
+
+
+def _dataset(record: Record) -> str:
+    described = record.identity.get("dataset")
+    options = described.get("fields") if isinstance(described, dict) else None
+    if not isinstance(options, dict) or not options:
+        return record.dataset
+    return f"{record.dataset}({', '.join(f'{name}={value!r}' for name, value in sorted(options.items()))})"
+
+
+def _hardware(record: Record) -> str:
+    recorded = record.document.get("hardware")
+    if not isinstance(recorded, dict):
+        return ""
+    return str(recorded.get("gpu") or recorded.get("cpu") or "")
+
+
+def _overrides(records: Sequence[Record], name: str) -> dict[str, object]:
+    """Say how the protocol departs from the setting that a run asked for by this name."""
+    named = next(record for record in records if record.setting["name"] == name)
+    return {key: value for key, value in named.overrides.items() if key not in ("imbalance", "alpha")}
+
+
+def _rows(records: Sequence[Record], metric: str) -> tuple[Row, ...]:
+    """Make one row of the runs that differ by seed only."""
+    runs: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        runs[canonical({key: value for key, value in record.identity.items() if key != "seed"})].append(record)
+    labels = {key: members[0].label or members[0].call for key, members in runs.items()}
+    shared = {label for label in labels.values() if list(labels.values()).count(label) > 1}
+    rows = [
+        _row(f"{label} #{identify({'row': key})[:4]}" if label in shared else label, runs[key])
+        for key, label in labels.items()
+    ]
+    ranking = "@last10" if metric == "last10" else ""
+
+    def rank(row: Row) -> tuple[object, ...]:
+        means = [row.metrics.get(f"{key}{ranking}", _NOTHING).mean for key in ("personal", "generic")]
+        return (*((mean is None, -(mean or 0.0)) for mean in means), row.label)
+
+    return tuple(sorted(rows, key=rank))
+
+
+def _row(label: str, records: Sequence[Record]) -> Row:
+    done = sorted((record for record in records if record.status == "done"), key=lambda record: record.seed)
+    failed = sorted((record.seed, record.reason or "") for record in records if record.status == "failed")
+    identity = records[0].identity.get("algorithm")
+    return Row(
+        label=label,
+        algorithm=records[0].algorithm,
+        call=records[0].call,
+        version=str(identity.get("version", "")) if isinstance(identity, dict) else "",
+        tier=records[0].tier,
+        seeds=tuple(record.seed for record in done),
+        metrics=_estimates([record.metrics for record in done]),
+        cost=_estimates([_with_bytes(record.cost) for record in done]),
+        failures=tuple(failed),
+        ids=tuple(sorted(record.id for record in records)),
+    )
+
+
+def _estimates(runs: Sequence[Mapping[str, float | None]]) -> dict[str, Estimate]:
+    return {key: estimate(run.get(key) for run in runs) for key in sorted({key for run in runs for key in run})}
+
+
+def _with_bytes(cost: Mapping[str, float | None]) -> dict[str, float | None]:
+    down, up = cost.get("bytes_down"), cost.get("bytes_up")
+    return {**cost, "bytes": None if down is None or up is None else down + up}

@@ -1,0 +1,48 @@
+"""Losses of a batch and their pieces. All are means over the batch's real examples; padding weighs nothing."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench import tree
+from bench.data import Batch
+from bench.tree import Tree
+
+
+def mean(values: Tensor, batch: Batch) -> Tensor:
+    """Average (B,) over the real examples; 0 for a batch of padding only."""
+    return (values * batch.weight).sum() / batch.weight.sum().clamp(min=1.0)
+
+
+def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
+    """Mean cross-entropy of (B, C) logits with the batch's labels, computed in float32: ()."""
+    return mean(F.cross_entropy(logits.float(), batch.y, reduction="none"), batch)
+
+
+def balanced_softmax(logits: Tensor, batch: Batch, class_counts: Tensor) -> Tensor:
+    """Cross-entropy of logits shifted by the logarithm of class counts; a class with count 0 leaves the
+    softmax.
+
+    Args:
+        logits: (B, C).
+        batch: Labels and weights.
+        class_counts: (C,), ≥ 0, any scale.
+
+    Source: Ren et al. 2020, https://arxiv.org/abs/2007.10740, eq. 4.
+    """
+    # A finite floor instead of log 0 = -inf keeps padded batches and their gradients finite; exp(-1e4) is
+    # exactly 0.
+    shift = torch.where(
+        class_counts > 0,
+        class_counts.clamp(min=1e-12).log(),
+        torch.full_like(class_counts, -1e4, dtype=torch.float32),
+    )
+    return cross_entropy(logits.float() + shift, batch)
+
+
+def proximal(params: Tree, anchor: Tree) -> Tensor:
+    """Half the squared distance of two trees, running statistics apart: ()."""
+    difference = tree.sub(tree.parameters(params), tree.parameters(anchor))
+    return 0.5 * tree.dot(difference, difference)

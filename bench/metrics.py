@@ -1,0 +1,138 @@
+"""What is measured: functions of how many test images of each class each model got right.
+
+The words are those of the table. `generic` is the one global model on the balanced official test set,
+`personal` client k's own model on client k's test data, `personal.masked` the same with the classes that the
+client never trained on left out of the arg-max, `unseen` the personal models of clients held out of training.
+All values are fractions 0-1. What was not measured is None, never a number.
+
+Sums are exactly rounded (`math.fsum`), so a metric depends neither on the machine nor on the clients' order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+Counts = dict[str, tuple[Tensor, Tensor]]
+"""Model name to (correct, total), each (K, C) int64, or (1, C) for a generic model."""
+
+STANDARD = ("generic", "personal", "personal.masked", "unseen", "unseen.masked")
+"""The models of every result; one that an algorithm does not have is reported as absent."""
+
+
+def summarise(counts: Counts, groups: Mapping[str, Tensor]) -> dict[str, float | None]:
+    """Turn counts into metrics.
+
+    Args:
+        counts: The standard models, as far as there are any, and further ones as "generic:NAME" and
+            "personal:NAME".
+        groups: "many", "medium", "few" to (n,) int64 class indices, possibly none.
+
+    Returns:
+        For a generic model NAME and NAME.GROUP; for a personal one also NAME.weighted, NAME.std and
+        NAME.worst_decile; for unseen clients the mean only.
+
+    Raises:
+        ValueError: A model's name begins with none of generic, personal and unseen.
+    """
+    num_classes = max((int(classes.max()) + 1 for classes in groups.values() if len(classes)), default=0)
+    nothing = torch.zeros(0, num_classes, dtype=torch.int64)
+    metrics: dict[str, float | None] = {}
+    for name in dict.fromkeys((*STANDARD, *counts)):
+        correct, total = (table.cpu() for table in counts.get(name, (nothing, nothing)))
+        match name.split(":")[0]:
+            case "generic":
+                metrics |= _generic(name, correct, total, groups)
+            case "personal" | "personal.masked":
+                metrics |= _personal(name, correct, total, groups)
+            case "unseen" | "unseen.masked":
+                metrics[name] = _mean(_accuracies(correct.sum(1), total.sum(1)))
+            case _:
+                raise ValueError(f"model name {name!r} begins with neither generic, personal nor unseen")
+    return metrics
+
+
+def _generic(name: str, correct: Tensor, total: Tensor, groups: Mapping[str, Tensor]) -> dict[str, float | None]:
+    """Average over classes: each weighs the same, whatever its number of test images."""
+    correct, total = correct.sum(0), total.sum(0)  # (C,)
+    metrics = {name: _mean(_accuracies(correct, total))}
+    for group, classes in groups.items():
+        metrics[f"{name}.{group}"] = _mean(_accuracies(correct[classes], total[classes]))
+    return metrics
+
+
+def _personal(name: str, correct: Tensor, total: Tensor, groups: Mapping[str, Tensor]) -> dict[str, float | None]:
+    """Average over clients with test images: each weighs the same, whatever its size."""
+    accuracies = _accuracies(correct.sum(1), total.sum(1))
+    metrics = {name: _mean(accuracies)}
+    for group, classes in groups.items():
+        metrics[f"{name}.{group}"] = _mean(_accuracies(correct[:, classes].sum(1), total[:, classes].sum(1)))
+    metrics[f"{name}.weighted"] = _mean(_accuracies(correct.sum()[None], total.sum()[None]))
+    metrics[f"{name}.std"] = _deviation(accuracies)
+    metrics[f"{name}.worst_decile"] = _mean(sorted(accuracies)[: math.ceil(len(accuracies) / 10)])
+    return metrics
+
+
+def _accuracies(correct: Tensor, total: Tensor) -> list[float]:
+    """Divide (n,) by (n,), leaving out what has no test image: at most n fractions."""
+    pairs = zip(correct.tolist(), total.tolist(), strict=True)
+    return [right / images for right, images in pairs if images > 0]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
+
+
+def _deviation(values: Sequence[float]) -> float | None:
+    """Population standard deviation: the clients are all there are, not a sample."""
+    mean = _mean(values)
+    if mean is None:
+        return None
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
+
+
+def last_mean(rows: Sequence[Mapping[str, object]], key: str, n: int = 10) -> float | None:
+    """Average a metric over the last n evaluations, or over all if there are fewer.
+
+    Args:
+        rows: One mapping per evaluated round, in the order of the rounds.
+        key: Name of the metric; None and NaN are absent and do not count.
+        n: Evaluations, ≥ 1.
+    """
+    return _mean(_measured(rows[-n:], key))
+
+
+def best(rows: Sequence[Mapping[str, object]], key: str) -> float | None:
+    """Give a metric's largest value over all evaluations: chosen on test data, hence optimistic."""
+    return max(_measured(rows, key), default=None)
+
+
+def _measured(rows: Iterable[Mapping[str, object]], key: str) -> list[float]:
+    values = (row.get(key) for row in rows)
+    return [float(value) for value in values if isinstance(value, int | float) and not math.isnan(value)]
+
+
+def from_rows(rows: Iterable[Mapping[str, str | int]], num_classes: int) -> Counts:
+    """Rebuild the counts of one evaluation from stored rows, so that any metric can be computed later.
+
+    Args:
+        rows: Mappings with "model", "client" (-1: generic), "class", "correct" and "total", all of one round;
+            a row without test images may be missing.
+        num_classes: C.
+
+    Returns:
+        Model name to a pair of (K, C) int64; clients ascend, and those without any row are left out.
+    """
+    cells: dict[str, dict[int, list[list[int]]]] = {}
+    for row in rows:
+        empty = [[0] * num_classes, [0] * num_classes]
+        correct, total = cells.setdefault(str(row["model"]), {}).setdefault(int(row["client"]), empty)
+        correct[int(row["class"])], total[int(row["class"])] = int(row["correct"]), int(row["total"])
+    counts: Counts = {}
+    for model, clients in cells.items():
+        table = torch.tensor([clients[client] for client in sorted(clients)])  # (K, 2, C)
+        counts[model] = (table[:, 0], table[:, 1])
+    return counts

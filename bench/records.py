@@ -1,0 +1,156 @@
+"""One folder per run: written once, read for ever.
+
+    OUT/<id>/rounds.parquet    the curves: a row an evaluated round
+    OUT/<id>/clients.parquet   a row per round, model, client and class: correct and total
+    OUT/<id>/run.json          everything else; written last, so that a folder without it is unfinished
+
+Every file appears whole or not at all, whenever the process is killed. `run.json` holds the SHA-256 of its
+companions and its own identity's hash, so that files of different runs cannot be taken for one result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from bench import storage
+from bench.record import COUNTS, DOCUMENT, FORMAT, ROUNDS, check
+from bench.record import DamagedResult as DamagedResult
+from bench.record import Record as Record
+from bench.record import read as read
+from bench.storage import OutputUnwritable as OutputUnwritable
+from bench.storage import prepare as prepare
+
+_COUNT_COLUMNS = ("round", "model", "client", "class", "correct", "total")
+
+Status = Literal["done", "failed", "partial", "absent"]
+
+
+class AlreadyDone(FileExistsError):
+    """A finished result would be overwritten, and nobody asked for that."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def status(out: Path, run_id: str) -> Status:
+    """Say how far a run has come: "done", "failed", "partial" (begun, or killed) or "absent".
+
+    Raises:
+        DamagedResult: It has been finished, and its files are not what was written.
+    """
+    folder = out / run_id
+    if not folder.is_dir():
+        return "absent"
+    return read(folder).status if (folder / DOCUMENT).exists() else "partial"
+
+
+def write(
+    out: Path,
+    run_id: str,
+    document: Mapping[str, object],
+    rounds: Sequence[Mapping[str, float | int | None]],
+    counts: Sequence[Mapping[str, int | str]],
+    *,
+    replace: bool = False,
+) -> Path:
+    """Store a finished run.
+
+    Args:
+        out: The folder of all results.
+        run_id: First 12 hexadecimal digits of the SHA-256 of `document["identity"]`.
+        document: What run.json is to hold; "format", "id", "status" and "files" are put in here.
+        rounds: A row an evaluated round, with a "round"; not all need the same keys. None and NaN are absent.
+        counts: Rows of round, model, client (-1: generic), class, correct, total.
+        replace: Whether a finished or damaged result may be overwritten.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        AlreadyDone: The run is finished, and `replace` is not set.
+        DamagedResult: The run's folder is damaged, and `replace` is not set.
+        OutputUnwritable: The disk is full, or the folder cannot be written.
+        ValueError: The document lacks a key, has one of the wrong type, or is not that of `run_id`.
+    """
+    folder = out / run_id
+    if not replace and status(out, run_id) == "done":
+        raise AlreadyDone(f"{folder} holds a finished run; --force runs it again and replaces it")
+    tallies: storage.Columns = {
+        name: ("string" if name == "model" else "int32", [row[name] for row in counts]) for name in _COUNT_COLUMNS
+    }
+    companions = {
+        ROUNDS: storage.parquet(storage.columns(rounds, first="round")),
+        COUNTS: storage.parquet(tallies),
+    }
+    files = {name: hashlib.sha256(content).hexdigest() for name, content in companions.items()}
+    _put(folder, {**document, "id": run_id, "status": "done", "files": files}, companions)
+    return folder
+
+
+def fail(out: Path, run_id: str, document: Mapping[str, object], reason: str) -> Path:
+    """Record that a run failed and why; a later run replaces that. A finished run is left as it is.
+
+    Args:
+        out: The folder of all results.
+        run_id: As for `write`.
+        document: As for `write`, with what was known when the run failed.
+        reason: A sentence.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        OutputUnwritable: The disk is full, or the folder cannot be written.
+        ValueError: As for `write`.
+    """
+    folder = out / run_id
+    try:
+        finished = status(out, run_id) == "done"
+    except DamagedResult:
+        finished = False
+    if not finished:
+        _put(folder, {**document, "id": run_id, "status": "failed", "reason": reason}, {})
+    return folder
+
+
+def read_all(out: Path) -> tuple[list[Record], list[str]]:
+    """Read all finished and failed runs of a folder; unfinished ones are passed over.
+
+    Returns:
+        The runs sorted by id, and a sentence for each damaged one.
+    """
+    records, damaged = [], []
+    for path in sorted(out.glob(f"*/{DOCUMENT}")):
+        try:
+            records.append(read(path.parent))
+        except DamagedResult as error:
+            damaged.append(str(error))
+    return records, damaged
+
+
+def prose(out: Path) -> str | None:
+    """Read what a person wrote about the results of a folder: its NOTES.md, if it has one."""
+    path = out / "NOTES.md"
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def publish(out: Path, text: str) -> Path:
+    """Write the folder's README.md, whole or not at all.
+
+    Raises:
+        OutputUnwritable: The folder cannot be written.
+    """
+    storage.place(out, {"README.md": text.encode()})
+    return out / "README.md"
+
+
+def _put(folder: Path, document: Mapping[str, object], companions: Mapping[str, bytes]) -> None:
+    """Write a run's files, run.json last; what could not be read back is not written."""
+    content = storage.absent_is_none({**document, "format": FORMAT})
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    check(folder, json.loads(text))
+    storage.place(folder, {**companions, DOCUMENT: text.encode()})

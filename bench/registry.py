@@ -1,0 +1,166 @@
+"""Names to plug-in classes, lazily: looking through the names imports nothing, looking one up imports one
+module.
+
+Plug-ins are the files of `algorithms/` and `datasets/`, other distributions' entry points in the groups
+`bench.algorithms` and `bench.datasets`, and files named with `--plugin`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Generic, TypeVar
+
+T = TypeVar("T", bound=type)
+P = TypeVar("P")
+
+
+class UnknownPlugin(LookupError):
+    """No plug-in has that name; the message offers near ones."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class BadPlugin(ValueError):
+    """A plug-in cannot be loaded, or two have one name."""
+
+
+class Registry(Mapping[str, type[P]], Generic[P]):
+    """Plug-ins of one kind by name.
+
+    Args:
+        kind: "algorithms" or "datasets": names the folder, the entry-point group, and the word in messages.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._classes: dict[str, type[P]] = {}
+
+    def __getitem__(self, name: str) -> type[P]:
+        name = name.replace("-", "_")
+        if name in self._classes:
+            return self._classes[name]
+        if name in self._files():
+            importlib.import_module(f"bench.{self.kind}.{name}")
+        elif name in self._entry_points():
+            entry = self._entry_points()[name]
+            loaded = entry.load()
+            if isinstance(loaded, type) and name not in self._classes:
+                self._classes[name] = loaded
+        else:
+            raise UnknownPlugin(self._unknown(name))
+        if name not in self._classes:
+            raise BadPlugin(
+                f"{self.kind}/{name} was imported and did not register {name!r}; its class needs @register({name!r})"
+            )
+        return self._classes[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted({*self._files(), *self._entry_points(), *self._classes}))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name.replace("-", "_") in set(self)
+
+    def add(self, name: str, plugin: type[P]) -> None:
+        """Enter a class under a name; another class under a taken name is an error, never a replacement."""
+        known = self._classes.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (
+            plugin.__module__,
+            plugin.__qualname__,
+        ):
+            raise BadPlugin(
+                f"two {self.kind} are called {name!r}: {known.__module__}.{known.__qualname__} and "
+                f"{plugin.__module__}.{plugin.__qualname__}; rename one"
+            )
+        if name in self._files() and not plugin.__module__.startswith(f"bench.{self.kind}."):
+            raise BadPlugin(f"{name!r} of {plugin.__module__} has the name of a built-in of {self.kind}; rename it")
+        self._classes[name] = plugin
+
+    def registered_by(self, module: str) -> list[str]:
+        """Give the names whose class was defined in a module."""
+        return sorted(name for name, known in self._classes.items() if known.__module__ == module)
+
+    def _files(self) -> dict[str, Path]:
+        package = importlib.import_module(f"bench.{self.kind}")
+        return {
+            file.stem: file
+            for folder in package.__path__
+            for file in Path(folder).glob("*.py")
+            if not file.stem.startswith("_")
+        }
+
+    def _entry_points(self) -> dict[str, EntryPoint]:
+        return {entry.name: entry for entry in entry_points(group=f"bench.{self.kind}")}
+
+    def _unknown(self, name: str) -> str:
+        near = difflib.get_close_matches(name, list(self), n=2, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(self)}"
+        return f"no bench.{self.kind} plug-in is called {name!r}; {hint}"
+
+
+def register(name: str) -> Callable[[T], T]:
+    """Enter an `Algorithm` or `Dataset` class under its file's name."""
+
+    def enter(plugin: T) -> T:
+        from bench.algorithm import Algorithm
+        from bench.dataset import Dataset
+
+        if issubclass(plugin, Algorithm):
+            ALGORITHMS.add(name, plugin)
+        elif issubclass(plugin, Dataset):
+            DATASETS.add(name, plugin)
+        else:
+            raise BadPlugin(f"{plugin.__qualname__} is neither an Algorithm nor a Dataset")
+        return plugin
+
+    return enter
+
+
+def load_plugin(path: Path) -> list[str]:
+    """Import a file of plug-ins, of whatever kind, and give the names it registered.
+
+    Raises:
+        BadPlugin: No such file, it fails when imported, or a name is taken.
+    """
+    module = f"bench_plugin_{path.stem}"
+    if not path.is_file():
+        raise BadPlugin(f"--plugin {path}: no such file")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if getattr(sys.modules.get(module), "__plugin_digest__", None) != digest:
+        spec = importlib.util.spec_from_file_location(module, path)
+        assert spec is not None and spec.loader is not None
+        imported = importlib.util.module_from_spec(spec)
+        imported.__dict__["__plugin_digest__"] = digest
+        sys.modules[module] = imported  # before it runs, so that its classes pickle by reference
+        try:
+            spec.loader.exec_module(imported)
+        except Exception as error:
+            del sys.modules[module]
+            if isinstance(error, BadPlugin):
+                raise
+            raise BadPlugin(f"--plugin {path} fails when imported: {type(error).__name__}: {error}") from error
+    names = [name for registry in (ALGORITHMS, DATASETS) for name in registry.registered_by(module)]
+    if not names:
+        raise BadPlugin(f"--plugin {path} registers nothing; its class needs @register(...)")
+    return names
+
+
+def source_digest(plugin: type) -> str | None:
+    """Give the SHA-256 of the file that `load_plugin` took a class from; None for installed ones: they have a
+    version.
+    """
+    return getattr(sys.modules[plugin.__module__], "__plugin_digest__", None)
+
+
+ALGORITHMS: Registry[Algorithm] = Registry("algorithms")  # type: ignore[name-defined]  # noqa: F821
+DATASETS: Registry[Dataset] = Registry("datasets")  # type: ignore[name-defined]  # noqa: F821

@@ -1,0 +1,358 @@
+"""One run: the round loop, its checkpoints and its accounts. It knows phases, trees and clients, and no
+algorithm by name.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import engine as engines
+from bench import keys, metrics, models, tree
+from bench.algorithm import Algorithm, Exchange
+from bench.data import LocalData, Uploads
+from bench.dataset import Dataset, Splits
+from bench.engine import Verb
+from bench.evaluation import Counts, Evaluator, part_each
+from bench.population import Population, Store
+from bench.settings import Setting
+from bench.split import Split, group_classes
+from bench.task import Task
+from bench.tree import Tree
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+Row = dict[str, float | int | None]
+
+
+class Diverged(ArithmeticError):
+    """A model is no longer finite; the message says whose and when."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """News of a run after a round."""
+
+    round: int
+    """Rounds completed."""
+    rounds: int
+    seconds: float
+    """Wall time of this run so far, from before an interruption too."""
+    metrics: dict[str, float | None] | None
+    """Where this round was evaluated."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All that a finished run leaves."""
+
+    metrics: dict[str, float | None]
+    """Last round; `@last10` the mean of the last ten evaluations; `@best` the best one, on test data, hence
+    optimistic.
+    """
+    rounds: list[Row]
+    """One row an evaluated round: "round" and the metrics."""
+    counts: list[dict[str, int | str]]
+    """Rows of round, model, client (-1: generic), class, correct, total."""
+    cost: dict[str, float | None]
+    digest: str
+    """SHA-256 over the server's and all clients' final states."""
+
+
+@dataclass
+class Progress:
+    """All that changes from round to round: what a checkpoint holds."""
+
+    round: int
+    server: Tree
+    states: dict[int, Tree]
+    rows: list[Row] = field(default_factory=list)
+    counts: list[dict[str, int | str]] = field(default_factory=list)
+    cost: dict[str, float] = field(default_factory=dict)
+
+
+def train(
+    *,
+    algorithm: Algorithm,
+    dataset: Dataset,
+    splits: Splits,
+    split: Split,
+    setting: Setting,
+    seed: int,
+    engine: str,
+    precision: str = "fp32",
+    device: str = "cpu",
+    checkpoint: Path | None = None,
+    report: Callable[[Report], None] | None = None,
+) -> Outcome:
+    """Train and test one algorithm on one split.
+
+    Args:
+        algorithm: What is compared.
+        dataset: Where images come from, for their normalisation.
+        splits: The images.
+        split: Whose they are.
+        setting: The protocol.
+        seed: Of initial weights, cohorts, data order and augmentation.
+        engine: "serial" or "stacked".
+        precision: "fp32", or "bf16" for automatic mixed precision.
+        device: "cpu" or "cuda".
+        checkpoint: File to save to after rounds, and to continue from if it is there.
+        report: Called after each round.
+
+    Raises:
+        Diverged: A state is no longer finite.
+    """
+    run = Run(algorithm, dataset, splits, split, setting, seed, engine, precision, device, checkpoint)
+    while run.progress.round < setting.rounds:
+        measured = run.step()
+        if report is not None:
+            report(Report(run.progress.round, setting.rounds, run.progress.cost["wall_seconds"], measured))
+    return run.outcome()
+
+
+class Run:
+    """One run between two rounds. `train` drives it; tests may step through it."""
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        dataset: Dataset,
+        splits: Splits,
+        split: Split,
+        setting: Setting,
+        seed: int,
+        engine: str,
+        precision: str = "fp32",
+        device: str = "cpu",
+        checkpoint: Path | None = None,
+    ) -> None:
+        self.started = time.perf_counter()
+        self.algorithm, self.setting, self.checkpoint, self.device = algorithm, setting, checkpoint, device
+        self.engine = engines.BY_NAME["serial" if not algorithm.stackable else engine]
+        self.population = Population(dataset, splits, split, setting, seed, device)
+        self.groups = group_classes(split.class_counts, setting.groups)
+        prior = split.class_counts / split.class_counts.sum() if "prior" in algorithm.needs else None
+        self.task = Task(
+            model=models.build(setting.model, dataset.num_classes, dataset.image_shape, setting.norm),
+            num_classes=dataset.num_classes,
+            num_clients=setting.training_clients,
+            rounds=setting.rounds,
+            epochs=setting.epochs,
+            batch_size=setting.batch_size,
+            lr=setting.lr,
+            key=keys.fold(keys.key(seed), "run").to(device),
+            momentum=setting.momentum,
+            weight_decay=setting.weight_decay,
+            clip=setting.clip,
+            prior=None if prior is None else prior.float().to(device),
+            frozen_statistics=setting.statistics == "frozen",
+            precision=PRECISIONS[precision],
+        )
+        self.own_statistics = setting.norm == "batch" and setting.statistics == "personal"
+        self.evaluator = Evaluator(algorithm, self.population, self.engine, dataset.num_classes)
+        if self.own_statistics:
+            self.evaluator.wrap = self._with_own_statistics
+        self.fingerprint = f"{algorithm!r} {algorithm.version} {setting!r} {seed} {split.fingerprint}"
+        server = algorithm.init_server(self.task)
+        initial = algorithm.init_client(self.task)
+        if self.own_statistics:
+            initial = {
+                "own": initial,
+                "statistics": tree.split(part_each(self._broadcast(0, server))[0], tree.is_statistic)[0],
+            }
+        self.store = Store(tree.to(initial, "cpu"), device)
+        _reset_peak_memory(device)
+        self.progress = self._load() or Progress(0, server, {}, cost={})
+        self.store.states = self.progress.states
+        self.saved = time.perf_counter()
+        self.saving = 0.0
+
+    def step(self) -> dict[str, float | None] | None:
+        """Run the next round; give its metrics if it was evaluated."""
+        r = self.progress.round
+        started = time.perf_counter()
+        task = self._task(r)
+        for exchange in self.algorithm.exchanges(task):
+            self._exchange(task, exchange)
+        self._synchronise()
+        self._spend("device_seconds", time.perf_counter() - started)
+        if not (tree.is_finite(self.progress.server) and all(map(tree.is_finite, self.store.all()))):
+            raise Diverged(f"diverged: after round {r + 1} a state is no longer finite; a smaller lr may help")
+        measured = None
+        last = r + 1 == self.setting.rounds
+        if last or (r + 1) % self.setting.eval_every == 0:
+            measured = self._evaluate(task, r + 1, last)
+        self.progress.round = r + 1
+        self._spend("wall_seconds", time.perf_counter() - (self.started if r == 0 else started))
+        self._save(last)
+        return measured
+
+    def outcome(self) -> Outcome:
+        """Sum up a finished run."""
+        rows = self.progress.rows
+        final: dict[str, float | None] = {key: value for key, value in rows[-1].items() if key != "round"}
+        for key in ("generic", "personal", "personal.masked"):
+            final[f"{key}@last10"] = metrics.last_mean(rows, key)
+            final[f"{key}@best"] = metrics.best(rows, key)
+        cost: dict[str, float | None] = dict(self.progress.cost)
+        if "pooled" in self.algorithm.needs:
+            cost["bytes_down"] = cost["bytes_up"] = None  # nothing is sent: there is one place
+        flops, samples = cost.pop("probe_flops", None), cost.pop("probe_samples", None)
+        total = cost["samples"]
+        cost["train_flops"] = flops * total / samples if flops and samples and total else None
+        cost["peak_memory_bytes"] = _peak_memory(self.device)
+        cost["client_state_bytes"] = float(self.store.nbytes())
+        digest = tree.digest([self.progress.server, *self.store.all()])
+        return Outcome(final, rows, self.progress.counts, cost, digest)
+
+    # A round's parts
+    # ---------------------------------------------------------------------------------------------
+
+    def _task(self, r: int) -> Task:
+        return self.task.at(r, self.setting.lr * self.setting.lr_decay**r)
+
+    def _broadcast(self, r: int, server: Tree) -> Tree:
+        return self.algorithm.broadcast(self._task(r), server)
+
+    def _exchange(self, task: Task, exchange: Exchange) -> None:
+        server, store, population = self.progress.server, self.store, self.population
+        verb: Verb = getattr(self.algorithm, exchange.client)
+        shared, own = part_each(self.algorithm.broadcast(task, server))
+        if "pooled" in self.algorithm.needs:
+            clients: Sequence[int] = (-1,)
+            visits = [population.pooled_visit(task.round, store[-1])]
+            sizes = torch.ones(1, dtype=torch.float64, device=population.device)
+        else:
+            clients = range(population.training) if exchange.everyone else population.cohort(task.round)
+            rows = [None if own is None else tree.pick(own, k) for k in clients]
+            visits = [population.visit(k, task.round, store[k], row) for k, row in zip(clients, rows, strict=True)]
+            sizes = population.sizes(clients)
+            self._spend("bytes_down", sum(tree.nbytes(shared) + (tree.nbytes(row) if row else 0) for row in rows))
+        probe = engines.Probe() if "probe_samples" not in self.progress.cost else None
+        wrapped = self._with_own_statistics(verb) if self.own_statistics else verb
+        results, samples = self.engine(wrapped, task, shared, population.images, visits, probe)
+        self._spend("samples", samples)
+        if probe is not None and probe.samples:
+            self._spend("probe_flops", probe.flops)
+            self._spend("probe_samples", probe.samples)
+        for k, (_, private) in zip(clients, results, strict=True):
+            store[k] = private
+        uploads = [upload for upload, _ in results]
+        self._spend("bytes_up", sum(tree.nbytes(upload) for upload in uploads))
+        verb_of_server = getattr(self.algorithm, exchange.server)
+        self.progress.server = verb_of_server(task, server, Uploads(tree.stack(uploads), sizes))
+
+    def _with_own_statistics(self, verb: Verb) -> Verb:
+        """Keep running statistics of norm layers at the client: put its own in before, take them out after."""
+
+        def wrapped(task: Task, shared: Tree, private: Tree, data: LocalData) -> Any:
+            statistics = private["statistics"]
+            result = verb(task, tree.merge(shared, statistics), private["own"], data)
+            if not isinstance(result, tuple):
+                return result
+            upload, own = result
+            moved, rest = tree.split(upload, tree.flatten(statistics).__contains__)
+            return rest, {"own": own, "statistics": tree.merge(statistics, moved)}
+
+        return wrapped
+
+    def _evaluate(self, task: Task, completed: int, last: bool) -> dict[str, float | None]:
+        server, population = self.progress.server, self.population
+        shared, own = part_each(self.algorithm.broadcast(task, server))
+        evaluator = self.evaluator
+        counts: Counts = {}
+        if not self.own_statistics:  # a generic model would need statistics that nobody has
+            counts |= evaluator.generic(task, server)
+        counts |= evaluator.personal(task, shared, own, self.store, range(population.training), last)
+        if population.training < population.size:
+            held_out = range(population.training, population.size)
+            counts |= evaluator.personal(task, shared, own, self.store, held_out, last)
+        evaluator.forget()
+        measured = metrics.summarise(counts, self.groups)
+        self.progress.rows.append({"round": completed, **measured})
+        for name, (correct, total) in counts.items():
+            generic = name.startswith("generic")
+            offset = population.training if name.startswith("unseen") else 0
+            for k, c in torch.nonzero(total).tolist():
+                self.progress.counts.append(
+                    {
+                        "round": completed,
+                        "model": name,
+                        "client": -1 if generic else offset + k,
+                        "class": c,
+                        "correct": int(correct[k, c]),
+                        "total": int(total[k, c]),
+                    }
+                )
+        return measured
+
+    def _spend(self, what: str, amount: float) -> None:
+        self.progress.cost[what] = self.progress.cost.get(what, 0.0) + amount
+
+    def _synchronise(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    # Checkpoints
+    # -------------------------------------------------------------------------------------------------
+
+    def _save(self, last: bool) -> None:
+        """Save what a later process needs, unless the last save is so recent that saving would cost over 5 %
+        of the time.
+        """
+        if self.checkpoint is None or (not last and time.perf_counter() - self.saved < 1.0 + 20 * self.saving):
+            return
+        started = time.perf_counter()
+        partial = self.checkpoint.with_suffix(".partial")
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"fingerprint": self.fingerprint, **vars(self.progress)}, partial)
+        os.replace(partial, self.checkpoint)
+        self.saved = time.perf_counter()
+        self.saving = self.saved - started
+
+    def _load(self) -> Progress | None:
+        """Give what a checkpoint holds; None where there is none, it is another run's, or it cannot be read."""
+        if self.checkpoint is None or not self.checkpoint.is_file():
+            return None
+        try:
+            saved = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, KeyError, ValueError):
+            return None  # half a file is no file: the run starts anew
+        if saved.pop("fingerprint") != self.fingerprint:
+            return None
+        saved["states"] = {client: tree.to(state, "cpu") for client, state in saved["states"].items()}
+        return Progress(**saved)
+
+
+def _reset_peak_memory(device: str) -> None:
+    """Start to measure peak memory anew, where the system allows it."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def _peak_memory(device: str) -> float | None:
+    """Give the largest resident memory of this process (CPU) or of its tensors on the GPU, in bytes."""
+    if device == "cuda":
+        return float(torch.cuda.max_memory_allocated())
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        try:
+            import resource
+        except ImportError:  # Windows
+            return None
+        return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)

@@ -1,0 +1,271 @@
+"""Settings: named, documented bundles of everything that must be equal for all algorithms of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+from bench.data import AUGMENTATIONS
+from bench.dataset import Dataset
+from bench.models import MODELS, NORMS, STATISTICS_POLICIES
+
+
+class BadConfig(ValueError):
+    """A value of the command line or of a file is out of range, of the wrong type, or unknown."""
+
+
+PROFILES = ("exponential", "step", "pareto")
+CLIENT_TESTS = ("matched", "fedloge")
+GROUP_RULES = ("count", "cumulative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A protocol. Two results may stand in one table if all fields but the name are equal."""
+
+    name: str
+    model: str
+    """Name in `bench.models.MODELS`."""
+    norm: str = "group"
+    """"group" or "batch"."""
+    statistics: str = "shared"
+    """What happens to batch norm's running statistics: "shared", "personal" or "frozen"."""
+    clients: int
+    """All clients, held-out ones included."""
+    unseen: int = 0
+    """Clients (the last ones) held out of training, tested after adaptation."""
+    participation: float = 1.0
+    """Share of the training clients drawn in each round, uniformly, without replacement; in (0, 1]."""
+    rounds: int
+    epochs: int
+    """Local epochs of a round."""
+    batch_size: int
+    lr: float
+    lr_decay: float = 1.0
+    """Factor on the learning rate after each round."""
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    clip: float | None = None
+    """Largest gradient norm; None for no clipping."""
+    augment: str = "none"
+    """One of `bench.data.AUGMENTATIONS`."""
+    profile: str = "exponential"
+    """Shape of the long tail: "exponential", "step" or "pareto"."""
+    imbalance: float = 1.0
+    """Largest class over smallest class, ≥ 1."""
+    partition: str = "dirichlet"
+    """Name in `bench.split.PARTITIONS`."""
+    alpha: float = 0.5
+    """Dirichlet concentration, or classes per client for "shards"."""
+    client_test: str = "matched"
+    """How client test sets are drawn: "matched" or "fedloge"."""
+    groups: str = "count"
+    """Rule of many / medium / few: "count" (> 100, 20-100, < 20) or "cumulative" (75 %, 95 %)."""
+    eval_every: int = 1
+    """Rounds between evaluations; the last round is always evaluated."""
+
+    def __post_init__(self) -> None:
+        for name in ("clients", "rounds", "epochs", "batch_size", "eval_every"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        _require(
+            0 <= self.unseen < self.clients,
+            "unseen",
+            self.unseen,
+            f"must be in 0..{self.clients - 1} (clients - 1)",
+        )
+        _require(0 < self.participation <= 1, "participation", self.participation, "must be in (0, 1]")
+        for name in ("lr", "lr_decay", "alpha"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "must be above 0")
+        _require(0 <= self.momentum < 1, "momentum", self.momentum, "must be in [0, 1)")
+        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must be at least 0")
+        _require(self.clip is None or self.clip > 0, "clip", self.clip, "must be above 0")
+        _require(
+            self.imbalance >= 1,
+            "imbalance",
+            self.imbalance,
+            "must be at least 1 (largest class over smallest)",
+        )
+        for name, allowed in (
+            ("model", tuple(MODELS)),
+            ("norm", NORMS),
+            ("statistics", STATISTICS_POLICIES),
+            ("augment", AUGMENTATIONS),
+            ("profile", PROFILES),
+            ("client_test", CLIENT_TESTS),
+            ("groups", GROUP_RULES),
+        ):
+            _require(
+                getattr(self, name) in allowed,
+                name,
+                getattr(self, name),
+                f"must be one of {', '.join(allowed)}",
+            )
+
+    @property
+    def training_clients(self) -> int:
+        """Clients that may take part in training."""
+        return self.clients - self.unseen
+
+    @property
+    def cohort_size(self) -> int:
+        """Clients of a round: at least one."""
+        return max(int(self.participation * self.training_clients), 1)
+
+
+def _require(holds: bool, name: str, value: object, rule: str) -> None:
+    if not holds:
+        raise BadConfig(f"{name} = {value!r}: {rule}")
+
+
+def quick(dataset: Dataset) -> Setting:
+    """Our own small protocol: minutes on two cores, not comparable with any paper.
+
+    20 clients, 40 % a round, SGD 0.05 with momentum 0.5, imbalance 10, Dirichlet 0.5. Images of 8 pixels:
+    MLP, 40 rounds of 2 epochs (seconds a run; about 85-90 % generic on digits). 28 pixels: small CNN, 30
+    rounds. 32 pixels and more: ResNet-8, 50 rounds of 1 epoch (about an hour a run on one core).
+    """
+    side = dataset.image_shape[1]
+    if side <= 8:
+        model, rounds, epochs, batch_size, lr = "mlp", 40, 2, 16, 0.05
+    elif side <= 28:
+        model, rounds, epochs, batch_size, lr = "small_cnn", 30, 1, 32, 0.05
+    else:
+        model, rounds, epochs, batch_size, lr = "resnet8", 50, 1, 32, 0.05
+    return Setting(
+        name="quick",
+        model=model,
+        clients=20,
+        participation=0.4,
+        rounds=rounds,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        momentum=0.5,
+        augment="none" if side <= 28 else "crop_flip" if dataset.flip else "crop",
+        imbalance=10.0,
+        partition="dirichlet",
+        alpha=0.5,
+        eval_every=1 if side <= 8 else 5,
+    )
+
+
+def fedloge(dataset: Dataset) -> Setting:
+    """The protocol of FedLoGe's main table: 500 rounds of 5 epochs, batch 8, SGD 0.03 with momentum 0.5,
+    batch norm averaged.
+
+    Up to 10 classes ResNet-18 and 40 clients, above ResNet-34 and 20; full participation; Dirichlet 0.5,
+    imbalance 50. The authors' logs: 15-31 hours a run on their GPU; about 79 % (CIFAR-10) and 47 %
+    (CIFAR-100) generic with the SSE-C head.
+    Source: the released code and its logs, github.com/ZackZikaiXiao/FedLoGe.
+    """
+    few = dataset.num_classes <= 10
+    return Setting(
+        name="fedloge",
+        model="resnet18" if few else "resnet34",
+        norm="batch",
+        clients=40 if few else 20,
+        rounds=500,
+        epochs=5,
+        batch_size=8,
+        lr=0.03,
+        momentum=0.5,
+        augment="crop_flip",
+        imbalance=50.0,
+        partition="fedloge",
+        alpha=0.5,
+        client_test="fedloge",
+        groups="cumulative",
+        eval_every=10,
+    )
+
+
+def creff(dataset: Dataset) -> Setting:
+    """The protocol of CReFF and of most tables in its line: 20 clients, 8 a round, 200 rounds of 10 epochs,
+    batch 32, SGD 0.1.
+
+    ResNet-8 with batch norm, `feddf_recut` partition with alpha 0.5 (hence equal client sizes), augmentation
+    drawn once a batch. Imbalance 50; the tables have 10, 50 and 100. About 28 times the work of `quick`.
+    Source: github.com/shangxinyi/CReFF-FL.
+    """
+    return Setting(
+        name="creff",
+        model="resnet8",
+        norm="batch",
+        clients=20,
+        participation=0.4,
+        rounds=200,
+        epochs=10,
+        batch_size=32,
+        lr=0.1,
+        augment="batch_crop_flip",
+        imbalance=50.0,
+        partition="feddf_recut",
+        alpha=0.5,
+        eval_every=10,
+    )
+
+
+def gbme(dataset: Dataset) -> Setting:
+    """A large federation after GBME: 100 clients, 20 a round, Dirichlet 0.1, 2000 rounds of 2 epochs, SGD 0.6
+    with momentum 0.9.
+
+    A plain ResNet-32 (the paper's has a reduced last stage for each expert); imbalance 100. GPU days.
+    Source: github.com/Spinozaaa/Federated-Long-tailed-Learning.
+    """
+    return Setting(
+        name="gbme",
+        model="resnet32",
+        norm="batch",
+        clients=100,
+        participation=0.2,
+        rounds=2000,
+        epochs=2,
+        batch_size=64,
+        lr=0.6,
+        momentum=0.9,
+        weight_decay=5e-4,
+        augment="crop_flip",
+        imbalance=100.0,
+        partition="lda",
+        alpha=0.1,
+        eval_every=20,
+    )
+
+
+def redgrape(dataset: Dataset) -> Setting:
+    """Many rounds and mild skew after RedGrape: 50 clients, 10 a round, Dirichlet 1, 1000 rounds of 5 epochs,
+    ResNet-56.
+
+    Batch 64, SGD 0.1 with momentum 0.9, gradients clipped at 1; imbalance 100. GPU days.
+    Source: github.com/keven980716/Federated_Learning_Experiments.
+    """
+    return Setting(
+        name="redgrape",
+        model="resnet56",
+        norm="batch",
+        clients=50,
+        participation=0.2,
+        rounds=1000,
+        epochs=5,
+        batch_size=64,
+        lr=0.1,
+        momentum=0.9,
+        clip=1.0,
+        augment="crop_flip",
+        imbalance=100.0,
+        partition="lda",
+        alpha=1.0,
+        eval_every=10,
+    )
+
+
+SETTINGS: dict[str, Callable[[Dataset], Setting]] = {
+    "quick": quick,
+    "fedloge": fedloge,
+    "creff": creff,
+    "gbme": gbme,
+    "redgrape": redgrape,
+}
+"""Name to the bundle for a dataset."""
+
+FIELDS = tuple(field.name for field in fields(Setting))

@@ -1,0 +1,264 @@
+"""How things are spelt on the command line: algorithms as Python calls, lists, seeds, fields of a setting.
+
+fedloge,fedrep(head_epochs=5)      0.5,0.1      3 (seeds 0, 1, 2)      0,4,7      momentum=0.9
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import math
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields
+from typing import Any, TypeVar, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from bench.algorithm import Algorithm
+from bench.dataset import Dataset
+from bench.registry import ALGORITHMS, DATASETS, Registry
+from bench.settings import BadConfig
+
+P = TypeVar("P")
+
+_CALL = re.compile(r"(?P<name>[A-Za-z_][\w-]*)\s*(?P<parameters>\(.*\))?", re.DOTALL)
+_MOST_SEEDS = 1000
+
+
+def split_list(text: str) -> list[str]:
+    """Split at commas that stand in no bracket and no quotes; empty items are left out."""
+    items, item, depth, quote = [], "", 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote and not item.endswith("\\") else quote
+        elif character in "'\"":
+            quote = character
+        elif character in "([{":
+            depth += 1
+        elif character in ")]}":
+            depth -= 1
+        if character == "," and depth == 0 and not quote:
+            items.append(item)
+            item = ""
+        else:
+            item += character
+    return [item.strip() for item in (*items, item) if item.strip()]
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """Say which names are near a wrong one, or else which there are."""
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names)}"
+
+
+# Plug-ins ---------------------------------------------------------------------------------------------------
+
+
+def parse_algorithms(text: str) -> list[Algorithm]:
+    """Read a comma list such as `fedloge,fedrep(head_epochs=5)`.
+
+    Raises:
+        UnknownPlugin: No algorithm has that name.
+        BadConfig: The list is empty, or a parameter is unknown, of the wrong type or out of range.
+    """
+    return _parse(text, ALGORITHMS, "--algos")
+
+
+def parse_datasets(text: str) -> list[Dataset]:
+    """Read a comma list of datasets; same syntax and errors as `parse_algorithms`."""
+    return _parse(text, DATASETS, "--dataset")
+
+
+def parse_dataset(text: str) -> Dataset:
+    """Read one dataset; same syntax and errors as `parse_algorithms`."""
+    datasets = parse_datasets(text)
+    if len(datasets) != 1:
+        raise BadConfig(f"{text!r}: one dataset is wanted here")
+    return datasets[0]
+
+
+def name(plugin: Algorithm | Dataset) -> str:
+    """Give the name that an instance's class is registered under."""
+    registry: Registry[Any] = ALGORITHMS if isinstance(plugin, Algorithm) else DATASETS
+    for known in registry.registered_by(type(plugin).__module__):
+        if registry[known] is type(plugin):
+            return known
+    raise LookupError(f"{type(plugin).__qualname__} is not registered")
+
+
+def label(plugin: Algorithm | Dataset) -> str:
+    """Spell an instance as on the command line, without fields at their defaults: `fedrep(head_epochs=5)`."""
+    changed = [
+        f"{field.name}={value!r}"
+        for field in fields(plugin)  # type: ignore[arg-type]
+        if (value := getattr(plugin, field.name)) != _default(field)
+    ]
+    return name(plugin) + (f"({', '.join(changed)})" if changed else "")
+
+
+def _default(field: Any) -> object:
+    return field.default_factory() if field.default_factory is not MISSING else field.default
+
+
+def _parse(text: str, registry: Registry[P], option: str) -> list[P]:
+    items = split_list(text)
+    if not items:
+        raise BadConfig(f"{option} is empty; there are {', '.join(registry)}")
+    return [_construct(item, registry) for item in items]
+
+
+def _construct(text: str, registry: Registry[P]) -> P:
+    call = _CALL.fullmatch(text)
+    if call is None:
+        raise BadConfig(f"{text!r} is not a name or a call such as name(parameter=1)")
+    plugin_name = call["name"].replace("-", "_")
+    plugin = registry[plugin_name]
+    values = _keywords(plugin_name, call["parameters"] or "()")
+    hints = _field_types(plugin)
+    takes = f"{plugin_name} takes {', '.join(hints) or 'no parameters'}"
+    for parameter in values:
+        if parameter not in hints:
+            raise BadConfig(f"{plugin_name}({parameter}={values[parameter]!r}): no such parameter; {takes}")
+    typed = {key: check_type(hints[key], value, f"{plugin_name}({key}={value!r})") for key, value in values.items()}
+    try:
+        return plugin(**typed)
+    except ValueError as error:  # what a range check of `__post_init__` raises, `BadConfig` included
+        raise BadConfig(f"{text}: {error}") from error
+
+
+def _keywords(plugin_name: str, parameters: str) -> dict[str, object]:
+    try:
+        tree = ast.parse(f"{plugin_name}{parameters}", mode="eval").body
+    except (SyntaxError, ValueError) as error:
+        raise BadConfig(f"{plugin_name}{parameters} is not written as a Python call") from error
+    if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name):
+        raise BadConfig(f"{plugin_name}{parameters} is not written as one Python call")
+    if tree.args or any(keyword.arg is None for keyword in tree.keywords):
+        raise BadConfig(f"{plugin_name}{parameters}: give parameters by name, as in name(parameter=1)")
+    values: dict[str, object] = {}
+    for keyword in tree.keywords:
+        assert keyword.arg is not None
+        try:
+            values[keyword.arg] = ast.literal_eval(keyword.value)
+        except (ValueError, TypeError, MemoryError, RecursionError) as error:
+            written = ast.unparse(keyword.value)
+            call = f"{plugin_name}({keyword.arg}={written})"
+            raise BadConfig(f"{call}: {written} is not a Python literal; text needs quotes") from error
+    return values
+
+
+def _field_types(plugin: type) -> dict[str, Any]:
+    hints = get_type_hints(plugin, include_extras=True)
+    return {field.name: hints[field.name] for field in fields(plugin) if field.init}
+
+
+def check_type(hint: Any, value: object, where: str) -> Any:
+    """Give a value as a field's type has it, whole numbers as floats where floats are wanted.
+
+    Raises:
+        BadConfig: It is of another type, or not finite; begins with `where`.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadConfig(f"{where}: a finite number is wanted")
+    try:
+        return TypeAdapter(hint).validate_python(value, strict=True)
+    except ValidationError as error:
+        reasons = dict.fromkeys(detail["msg"].removeprefix("Input ") for detail in error.errors())
+        raise BadConfig(f"{where}: it {' or '.join(reasons)}") from error
+
+
+# Numbers and settings ---------------------------------------------------------------------------------------
+
+
+def parse_numbers(text: str, option: str) -> list[float]:
+    """Read a comma list of finite numbers.
+
+    Raises:
+        BadConfig: It is empty, or something else stands there.
+    """
+    try:
+        numbers = [float(item) for item in split_list(text)]
+    except ValueError as error:
+        raise BadConfig(f"{option} {text}: numbers are wanted, separated by commas") from error
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise BadConfig(f"{option} {text}: finite numbers are wanted, separated by commas")
+    return numbers
+
+
+def parse_imbalance(text: str) -> float:
+    """Read an imbalance factor; a value in (0, 1) is understood as its inverse, and standard error says so.
+
+    Raises:
+        BadConfig: Not a number above 0.
+    """
+    (factor, *others) = parse_numbers(text, "--imbalance")
+    if factor <= 0 or others:
+        raise BadConfig(
+            f"--imbalance {text}: must be at least 1 (largest class over smallest), or its inverse in (0, 1)"
+        )
+    if factor < 1:
+        inverse = float(f"{1 / factor:.12g}")  # 1 / 0.02 is 50 to a person
+        print(f"imbalance {text} is understood as its inverse, {inverse:g}", file=sys.stderr)
+        return inverse
+    return factor
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Read seeds: a lone number N counts (0..N-1), a number with a comma is itself (`3407,` or `0,4,7`).
+
+    Raises:
+        BadConfig: Not whole numbers, below 0 or above 2^32 - 1, or a count beyond reason.
+    """
+    try:
+        numbers = [int(item) for item in split_list(text)]
+    except ValueError as error:
+        raise BadConfig(f"--seeds {text}: a count such as 3, or seeds such as 0,4,7, are wanted") from error
+    if not numbers or min(numbers) < 0 or max(numbers) >= 2**32 or ("," not in text and numbers == [0]):
+        raise BadConfig(f"--seeds {text}: a count of at least 1, or seeds from 0 to 2^32 - 1, are wanted")
+    if "," in text:
+        return list(dict.fromkeys(numbers))
+    if numbers[0] > _MOST_SEEDS:
+        raise BadConfig(f"--seeds {text} would run everything {text} times; write '{text},' for that one seed")
+    return list(range(numbers[0]))
+
+
+def parse_assignments(items: Iterable[str]) -> dict[str, object]:
+    """Read `field=value` items; what is no Python literal is text.
+
+    Raises:
+        BadConfig: No equals sign, or a field twice.
+    """
+    values: dict[str, object] = {}
+    for item in items:
+        field, equals, text = (part.strip() for part in item.partition("="))
+        field = field.replace("-", "_")
+        if not equals or not field:
+            raise BadConfig(f"--set {item}: field=value is wanted")
+        if field in values:
+            raise BadConfig(f"--set {field} is given twice")
+        try:
+            values[field] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            values[field] = text
+    return values
+
+
+def check_fields(kind: type, values: Mapping[str, object], where: str) -> dict[str, Any]:
+    """Check names and types of a dataclass's fields.
+
+    Args:
+        kind: The dataclass.
+        values: By field.
+        where: What the values were given to, for messages.
+
+    Raises:
+        BadConfig: No such field, or a value of the wrong type.
+    """
+    hints = _field_types(kind)
+    for field in values:
+        if field not in hints:
+            raise BadConfig(f"{where} has no field {field!r}; {near(field, hints)}")
+    return {field: check_type(hints[field], value, f"{field} = {value!r}") for field, value in values.items()}

@@ -1,0 +1,265 @@
+"""From a list of runs to finished folders: skip what is done, execute the rest, tell who watches."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from bench import provenance, records
+from bench.config import Run
+from bench.dataset import Dataset, Labels, Splits
+from bench.engine import CannotStack
+from bench.pool import Pool
+from bench.rounds import Diverged, Report, train
+from bench.spelling import label, name
+from bench.split import Split, describe, group_classes, make_split
+from bench.watch import Watcher, append, progress_file
+
+Status = Literal["done", "cached", "failed"]
+
+_EXPECTED = (Diverged, CannotStack, records.OutputUnwritable)
+"""Errors whose message is a whole sentence."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a run."""
+
+    run: Run
+    status: Status
+    reason: str | None = None
+    """Why it failed."""
+
+
+def finished(run: Run, out: Path) -> bool:
+    """Tell whether a run's folder is complete.
+
+    Raises:
+        DamagedResult: It was, and its files are not what was written.
+    """
+    return records.status(out, run.id) == "done"
+
+
+def check_data(runs: Sequence[Run]) -> None:
+    """Make every split that runs will need, from labels alone: what is wrong shows before any work is done.
+
+    Raises:
+        DataMissing: A dataset's files are not there.
+        DataDamaged: They are not what they should be.
+        PartitionFailed: The data cannot be split so.
+    """
+    labels: dict[tuple[Dataset, Path], Labels] = {}
+    seen: set[tuple[str, int]] = set()
+    for run in runs:
+        if (run.protocol, run.seed) in seen:
+            continue
+        seen.add((run.protocol, run.seed))
+        key = (run.dataset, run.data_root)
+        if key not in labels:
+            labels[key] = run.dataset.labels(run.data_root)
+        make_split(labels[key], run.dataset.num_classes, run.setting, run.seed)
+
+
+def run(
+    runs: Sequence[Run], out: Path, *, pool: Pool, watchers: Sequence[Watcher] = (), force: bool = False
+) -> list[Result]:
+    """Do what is not done.
+
+    Args:
+        runs: In the order in which they begin.
+        out: The folder of all results.
+        pool: Where they execute.
+        watchers: Who is told.
+        force: Whether finished runs are done again, from their first round.
+
+    Returns:
+        One result per run, in order.
+
+    Raises:
+        OutputUnwritable: Results cannot be written there.
+        DamagedResult: A finished run's files are not what was written, and `force` is not set.
+    """
+    records.prepare(out)
+    results = {run.id: Result(run, "cached") for run in runs if not force and finished(run, out)}
+    cached = [result.run for result in results.values()]
+    rest = [run for run in runs if run.id not in results]
+    for each in runs:
+        progress_file(out, each).unlink(missing_ok=True)  # of a process that was killed
+        if force:
+            _forget_checkpoint(out, each)
+    collector = _Collector(out, watchers, results)
+    for watcher in watchers:
+        watcher.begin(rest, cached)
+    if rest:
+        pool(rest, out, partial(execute, force=force), collector)
+    return [results[each.id] for each in runs]
+
+
+class _Collector:
+    """Notes how runs end, and passes all news on."""
+
+    def __init__(self, out: Path, watchers: Sequence[Watcher], results: dict[str, Result]) -> None:
+        self.out, self.watchers, self.results = out, watchers, results
+
+    def begin(self, runs: Sequence[Run], cached: Sequence[Run]) -> None:
+        for watcher in self.watchers:
+            watcher.begin(runs, cached)
+
+    def started(self, run: Run) -> None:
+        for watcher in self.watchers:
+            watcher.started(run)
+
+    def progressed(self, run: Run, report: Report) -> None:
+        for watcher in self.watchers:
+            watcher.progressed(run, report)
+
+    def ended(self, run: Run, reason: str | None) -> None:
+        if reason is not None and records.status(self.out, run.id) in ("absent", "partial"):
+            self._record_death(run, reason)
+        progress_file(self.out, run).unlink(missing_ok=True)  # the pool has read it to its end
+        self.results[run.id] = Result(run, "done" if reason is None else "failed", reason)
+        for watcher in self.watchers:
+            watcher.ended(run, reason)
+
+    def _record_death(self, run: Run, reason: str) -> None:
+        """Record the failure of a run whose worker died before it could."""
+        try:
+            records.fail(self.out, run.id, document(run, started=None), reason)
+        except records.OutputUnwritable:  # then standard error is all there is to say it on
+            return
+
+
+def execute(run: Run, out: Path, report: Callable[[Report], None] | None = None, force: bool = False) -> str | None:
+    """Do one run from start to end, or from its checkpoint on, and write its folder.
+
+    Args:
+        run: What to do.
+        out: The folder of all results.
+        report: Called after each round, besides the line in the progress file.
+        force: Whether a finished result may be replaced.
+
+    Returns:
+        None, or in a sentence why the run failed; that is recorded too.
+
+    Raises:
+        OutputUnwritable: The run's folder cannot be written.
+    """
+    torch.set_num_threads(1)
+    started = _now()
+    folder = out / run.id
+    records.prepare(folder)
+    progress = progress_file(out, run)
+
+    def tell(news: Report) -> None:
+        append(progress, news)
+        if report is not None:
+            report(news)
+
+    described = document(run, started)
+    try:
+        splits = _load(run.dataset, run.data_root)
+        labels = Labels(splits.train_y, splits.test_y, splits.users)
+        split = make_split(labels, run.dataset.num_classes, run.setting, run.seed)
+        described |= _describe_split(run, labels, split)
+        outcome = train(
+            algorithm=run.algorithm,
+            dataset=run.dataset,
+            splits=splits,
+            split=split,
+            setting=run.setting,
+            seed=run.seed,
+            engine=run.engine,
+            precision=run.precision,
+            device=run.device,
+            checkpoint=folder / "checkpoint.pt",
+            report=tell,
+        )
+        described |= {"metrics": outcome.metrics, "cost": outcome.cost, "digest": outcome.digest}
+        _write(out, run, described, outcome.rounds, outcome.counts, force)
+    except records.OutputUnwritable:
+        raise
+    except Exception as error:  # a plug-in may raise anything; the other runs of the sweep go on
+        reason = _reason(error)
+        trace = None if isinstance(error, _EXPECTED) else traceback.format_exc()
+        records.fail(out, run.id, {**described, "finished": _now(), "traceback": trace}, reason)
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)):  # with more memory it goes on there
+            _forget_checkpoint(out, run)
+        return reason
+    _forget_checkpoint(out, run)
+    return None
+
+
+def document(run: Run, started: str | None) -> dict[str, Any]:
+    """Describe a run before anything is known of its split, as run.json has it."""
+    return {
+        "protocol": run.protocol,
+        "identity": run.identity(),
+        "algorithm": name(run.algorithm),
+        "call": repr(run.algorithm),
+        "label": label(run.algorithm),
+        "tier": run.algorithm.tier,
+        "dataset": label(run.dataset),
+        "imbalance": run.setting.imbalance,
+        "alpha": run.setting.alpha,
+        "seed": run.seed,
+        "setting": asdict(run.setting),
+        "overrides": run.overrides(),
+        "engine": run.engine,
+        "precision": run.precision,
+        "device": run.device,
+        "versions": provenance.versions(),
+        "hardware": provenance.hardware(run.device),
+        "commit": provenance.commit(),
+        "started": started,
+    }
+
+
+def _describe_split(run: Run, labels: Labels, split: Split) -> dict[str, Any]:
+    groups = group_classes(split.class_counts, run.setting.groups)
+    described = describe(labels, split, run.dataset.num_classes, run.setting.groups)
+    return {
+        "fingerprint": split.fingerprint,
+        "class_counts": split.class_counts.tolist(),
+        "groups": {group: classes.tolist() for group, classes in groups.items()},
+        "heterogeneity": described["heterogeneity"],
+    }
+
+
+@lru_cache(maxsize=1)
+def _load(dataset: Dataset, root: Path) -> Splits:
+    """Load a dataset, once for consecutive runs on it."""
+    return dataset.load(root)
+
+
+def _write(out: Path, run: Run, described: dict[str, Any], rounds: Any, counts: Any, force: bool) -> None:
+    try:
+        records.write(out, run.id, {**described, "finished": _now()}, rounds, counts, replace=force)
+    except records.AlreadyDone:  # another process did the same run meanwhile, with the same numbers
+        return
+
+
+def _forget_checkpoint(out: Path, run: Run) -> None:
+    """Remove what only an unfinished run needs."""
+    for file in (out / run.id).glob("checkpoint.*"):
+        file.unlink(missing_ok=True)
+
+
+def _reason(error: Exception) -> str:
+    """Say in a sentence what went wrong; for unexpected errors also where."""
+    message = str(error).strip()
+    first = message.splitlines()[0] if message else "no message"
+    if isinstance(error, _EXPECTED):
+        return first
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {first} ({Path(frame.filename).name}, line {frame.lineno})"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

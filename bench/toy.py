@@ -1,0 +1,77 @@
+"""A small made-up problem for checks and tests: eight clients of 0-60 noisy 8×8 pictures of six classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bench import keys
+from bench.dataset import Dataset, Splits
+from bench.settings import Setting
+from bench.split import Split
+
+SIZES = (60, 44, 33, 17, 9, 3, 0, 26)
+"""Training examples of each client: none, fewer than a batch, and a last batch of one among them."""
+
+SETTING = Setting(
+    name="toy",
+    model="mlp",
+    clients=len(SIZES),
+    participation=0.75,
+    rounds=4,
+    epochs=2,
+    batch_size=16,
+    lr=0.05,
+    momentum=0.5,
+    imbalance=4.0,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Toy(Dataset):
+    """Six blurred prototypes under noise."""
+
+    num_classes: ClassVar[int] = 6
+    image_shape: ClassVar[tuple[int, int, int]] = (1, 8, 8)
+    mean: ClassVar[tuple[float, ...]] = (0.5,)
+    std: ClassVar[tuple[float, ...]] = (0.2,)
+    flip: ClassVar[bool] = False
+
+    train: int = 480
+    """Training pictures."""
+    test: int = 180
+    """Test pictures."""
+    garbage: bool = False
+    """Replace the test part by noise with random labels: whatever reads it for training will differ."""
+
+    def load(self, root: Path = Path()) -> Splits:
+        """Make the pictures; nothing is read."""
+        key = keys.key(2718)
+        prototypes = keys.uniform(keys.fold(key, "prototypes"), 6, 1, 8, 8)
+
+        def part(name: str, n: int) -> tuple[Tensor, Tensor]:
+            y = torch.arange(n) % 6
+            noise = keys.uniform(keys.fold(key, name), n, 1, 8, 8)
+            return (255 * (0.55 * prototypes[y] + 0.45 * noise)).to(torch.uint8), y
+
+        test_x, test_y = part("test", self.test)
+        if self.garbage:
+            test_y = test_y[keys.permutation(key, self.test)]
+            test_x = test_x.flip(0)
+        return Splits(*part("train", self.train), test_x, test_y)
+
+
+def split(splits: Splits, sizes: tuple[int, ...] = SIZES) -> Split:
+    """Deal training rows to clients by label, so that most hold two classes, and give each the test images of
+    its classes.
+    """
+    order = torch.argsort(splits.train_y, stable=True)
+    order = order[torch.arange(len(order)).reshape(-1, 4).T.flatten()]  # every class in four places
+    clients = tuple(part.sort().values for part in order[: sum(sizes)].split(list(sizes)))
+    tests = tuple(torch.nonzero(torch.isin(splits.test_y, splits.train_y[rows].unique())).flatten() for rows in clients)
+    counts = torch.bincount(splits.train_y[torch.cat(clients)], minlength=6)
+    return Split(class_counts=counts, clients=clients, tests=tests, fingerprint=f"toy {sizes}")

@@ -1,0 +1,165 @@
+"""Arithmetic on trees: nested dictionaries whose leaves are tensors.
+
+A model is `{"body": {...}, "head": {...}}`; so is its gradient, its momentum, and the difference of two
+models. Every function returns a new tree and leaves its arguments alone. Keys keep the order of the first
+argument.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Tree: TypeAlias = dict[str, Any]
+"""Nested dictionaries of tensors: a value is a `Tensor` or a `Tree`."""
+
+STATISTICS = "stats"
+"""Name of the sub-trees that hold running statistics of normalisation layers: sent and stored, never
+differentiated.
+"""
+
+
+def map(function: Callable[..., Tensor], first: Tree, *rest: Tree) -> Tree:
+    """Apply `function` to corresponding leaves of trees of one structure."""
+    return {
+        key: map(function, leaf, *(other[key] for other in rest))
+        if isinstance(leaf, dict)
+        else function(leaf, *(other[key] for other in rest))
+        for key, leaf in first.items()
+    }
+
+
+def flatten(tree: Tree, prefix: str = "") -> dict[str, Tensor]:
+    """Give the leaves by path, `{"body/conv/weight": tensor}`, in the tree's order."""
+    leaves: dict[str, Tensor] = {}
+    for key, leaf in tree.items():
+        if isinstance(leaf, dict):
+            leaves.update(flatten(leaf, f"{prefix}{key}/"))
+        else:
+            leaves[prefix + key] = leaf
+    return leaves
+
+
+def unflatten(leaves: Mapping[str, Tensor]) -> Tree:
+    """Undo `flatten`."""
+    tree: Tree = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def merge(tree: Tree, update: Tree) -> Tree:
+    """Give `tree` with the leaves of `update` put in; keys only one of them has are kept."""
+    merged = dict(tree)
+    for key, leaf in update.items():
+        mine = merged.get(key)
+        merged[key] = merge(mine, leaf) if isinstance(mine, dict) and isinstance(leaf, dict) else leaf
+    return merged
+
+
+def split(tree: Tree, chosen: Callable[[str], bool]) -> tuple[Tree, Tree]:
+    """Part a tree into the leaves whose path is chosen and the others."""
+    leaves = flatten(tree)
+    return (
+        unflatten({path: leaf for path, leaf in leaves.items() if chosen(path)}),
+        unflatten({path: leaf for path, leaf in leaves.items() if not chosen(path)}),
+    )
+
+
+def is_statistic(path: str) -> bool:
+    """Tell whether a leaf's path lies in a sub-tree of running statistics."""
+    return STATISTICS in path.split("/")
+
+
+def parameters(tree: Tree) -> Tree:
+    """Give the tree without running statistics."""
+    return split(tree, is_statistic)[1]
+
+
+def stack(trees: Sequence[Tree]) -> Tree:
+    """Stack K trees into one whose leaves have a leading axis of length K."""
+    return map(lambda *leaves: torch.stack(leaves), trees[0], *trees[1:])
+
+
+def pick(tree: Tree, index: int | Tensor | slice) -> Tree:
+    """Index the leading axis of every leaf."""
+    return map(lambda leaf: leaf[index], tree)
+
+
+def unstack(tree: Tree) -> Iterator[Tree]:
+    """Undo `stack`; the leaves are views."""
+    for k in range(len(next(iter(flatten(tree).values())))):
+        yield pick(tree, k)
+
+
+def add(a: Tree, b: Tree, scale: float | Tensor = 1.0) -> Tree:
+    """Give a + scale · b."""
+    return map(lambda x, y: x + scale * y, a, b)
+
+
+def sub(a: Tree, b: Tree) -> Tree:
+    """Give a - b."""
+    return map(torch.sub, a, b)
+
+
+def scale(a: Tree, factor: float | Tensor) -> Tree:
+    """Give factor · a."""
+    return map(lambda x: x * factor, a)
+
+
+def zeros_like(a: Tree) -> Tree:
+    """Give a tree of zeros of the same shapes and dtypes."""
+    return map(torch.zeros_like, a)
+
+
+def clone(a: Tree) -> Tree:
+    """Copy every leaf into memory of its own."""
+    return map(torch.clone, a)
+
+
+def dot(a: Tree, b: Tree) -> Tensor:
+    """Give the () inner product over all leaves."""
+    left, right = flatten(a), flatten(b)
+    return torch.stack([(left[path] * right[path]).sum() for path in left]).sum()
+
+
+def to(a: Tree, device: torch.device | str) -> Tree:
+    """Move every leaf to a device."""
+    return map(lambda leaf: leaf.to(device), a)
+
+
+def nbytes(a: Tree) -> int:
+    """Count the bytes of all leaves."""
+    return sum(leaf.numel() * leaf.element_size() for leaf in flatten(a).values())
+
+
+def same_memory(a: Tree, b: Tree) -> bool:
+    """Tell whether two trees are views of the very same tensors."""
+    left, right = flatten(a), flatten(b)
+    return left.keys() == right.keys() and all(
+        x is right[path] or (x.data_ptr() == right[path].data_ptr() and x.shape == right[path].shape)
+        for path, x in left.items()
+    )
+
+
+def is_finite(a: Tree) -> bool:
+    """Tell whether no floating-point leaf holds an infinity or NaN."""
+    return all(bool(leaf.isfinite().all()) for leaf in flatten(a).values() if leaf.is_floating_point())
+
+
+def digest(trees: Iterable[Tree]) -> str:
+    """Give the SHA-256 over paths, shapes, dtypes and bytes of all leaves, as 64 hexadecimal digits."""
+    sha = hashlib.sha256()
+    for tree in trees:
+        for path, leaf in sorted(flatten(tree).items()):
+            sha.update(f"{path} {tuple(leaf.shape)} {leaf.dtype}\n".encode())
+            sha.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()

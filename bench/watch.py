@@ -1,0 +1,65 @@
+"""How news of runs travel: from a worker, through a file beside its results, to whoever watches the sweep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from bench.rounds import Report
+
+if TYPE_CHECKING:
+    from bench.config import Run
+
+
+class Watcher(Protocol):
+    """Somebody who is told what happens in a sweep, always by the driver's main thread, which waits."""
+
+    def begin(self, runs: Sequence[Run], cached: Sequence[Run]) -> None:
+        """Learn which runs are to be computed, and which are there."""
+
+    def started(self, run: Run) -> None:
+        """Learn that a worker has taken a run."""
+
+    def progressed(self, run: Run, report: Report) -> None:
+        """Learn of a round."""
+
+    def ended(self, run: Run, reason: str | None) -> None:
+        """Learn that a run's folder is complete, or in a sentence why it failed."""
+
+
+def progress_file(out: Path, run: Run) -> Path:
+    """Give where a run's worker writes one JSON line a round, while it is not finished."""
+    return out / run.id / "progress.jsonl"
+
+
+def append(file: Path, report: Report) -> None:
+    """Add a report to a progress file."""
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(asdict(report)) + "\n")
+
+
+class Tail:
+    """Reads what has been appended to a progress file since the last look.
+
+    Args:
+        file: Need not be there yet.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.position = 0
+
+    def read(self) -> list[Report]:
+        """Give the new reports; a line that is still being written waits for the next look."""
+        try:
+            with self.file.open("rb") as stream:
+                stream.seek(self.position)
+                content = stream.read()
+        except FileNotFoundError:
+            return []
+        complete = content[: content.rfind(b"\n") + 1]
+        self.position += len(complete)
+        return [Report(**json.loads(line)) for line in complete.splitlines()]

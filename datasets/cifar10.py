@@ -1,0 +1,70 @@
+"""CIFAR-10: 60,000 colour photographs of 32 x 32 pixels in ten classes of things and animals.
+
+Alex Krizhevsky. Learning multiple layers of features from tiny images. Technical report, University of
+Toronto, 2009. https://www.cs.toronto.edu/~kriz/cifar.html
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from bench import Dataset, Labels, Splits, register
+from bench.files import Official, images_of, labels_of, unpickle
+
+FILES = Official(
+    name="cifar10",
+    folder="cifar-10-batches-py",
+    checksums={
+        "data_batch_1": "c99cafc152244af753f735de768cd75f",
+        "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+        "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+        "data_batch_4": "634d18415352ddfa80567beed471001a",
+        "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+        "test_batch": "40351d587109b95175f43aff81a1287e",
+    },
+    size="170 MB",
+    by_hand="unpack https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz in {root}",
+)
+
+
+@register("cifar10")
+@dataclass(frozen=True, kw_only=True)
+class Cifar10(Dataset):
+    """50,000 training images, 5,000 of each class, and 10,000 for testing, in the official order.
+
+    Normalised by the mean and standard deviation of CIFAR-10's own training pixels. FedLoGe's code takes
+    ImageNet's (0.485, 0.456, 0.406 / 0.229, 0.224, 0.225) for this dataset.
+    """
+
+    num_classes: ClassVar[int] = 10
+    image_shape: ClassVar[tuple[int, int, int]] = (3, 32, 32)
+    mean: ClassVar[tuple[float, ...]] = (0.4914, 0.4822, 0.4465)
+    std: ClassVar[tuple[float, ...]] = (0.2470, 0.2435, 0.2616)
+    size: ClassVar[str] = FILES.size
+    licence: ClassVar[str] = "none stated; cite the report"
+    citation: ClassVar[str] = (
+        "Krizhevsky, Learning multiple layers of features from tiny images, University of Toronto, 2009"
+    )
+    source: ClassVar[str] = "https://www.cs.toronto.edu/~kriz/cifar.html"
+
+    def load(self, root: Path) -> Splits:
+        """Read the six official batches."""
+        *train, test = _batches(root)
+        return Splits(images_of(train), labels_of(train, "labels"), images_of([test]), labels_of([test], "labels"))
+
+    def labels(self, root: Path) -> Labels:
+        """Read the labels, which lie in the same files."""
+        *train, test = _batches(root)
+        return Labels(labels_of(train, "labels"), labels_of([test], "labels"))
+
+    def fetch(self, root: Path) -> None:
+        """Download and unpack the official archive by torchvision, which checks it."""
+        from torchvision.datasets import CIFAR10
+
+        FILES.fetch(root, lambda folder: CIFAR10(folder, download=True))
+
+
+def _batches(root: Path) -> list[dict[str, Any]]:
+    return [unpickle(FILES.read(root, name)) for name in FILES.checksums]

@@ -1,0 +1,75 @@
+"""Fashion-MNIST: 70,000 grey pictures of 28 x 28 pixels of ten kinds of clothes, shoes and bags.
+
+Han Xiao, Kashif Rasul, Roland Vollgraf. Fashion-MNIST: a novel image dataset for benchmarking machine
+learning algorithms. 2017. https://arxiv.org/abs/1708.07747
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor
+
+from bench import Dataset, Labels, Splits, register
+from bench.files import Official, read_idx
+
+FILES = Official(
+    name="fashion_mnist",
+    folder="FashionMNIST/raw",
+    checksums={
+        "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+        "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
+        "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
+        "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
+    },
+    size="31 MB",
+    by_hand="put the four .gz files of https://github.com/zalandoresearch/fashion-mnist (data/fashion) in "
+    "{root}/FashionMNIST/raw",
+)
+
+
+@register("fashion_mnist")
+@dataclass(frozen=True, kw_only=True)
+class FashionMnist(Dataset):
+    """60,000 training images, 6,000 of each class, and 10,000 for testing, in the official order.
+
+    Normalised by the mean and standard deviation of its own training pixels.
+    """
+
+    num_classes: ClassVar[int] = 10
+    image_shape: ClassVar[tuple[int, int, int]] = (1, 28, 28)
+    mean: ClassVar[tuple[float, ...]] = (0.2860,)
+    std: ClassVar[tuple[float, ...]] = (0.3530,)
+    size: ClassVar[str] = FILES.size
+    licence: ClassVar[str] = "MIT"
+    citation: ClassVar[str] = (
+        "Xiao, Rasul, Vollgraf, Fashion-MNIST: a novel image dataset for benchmarking machine learning "
+        "algorithms, 2017, https://arxiv.org/abs/1708.07747"
+    )
+    source: ClassVar[str] = "https://github.com/zalandoresearch/fashion-mnist"
+
+    def load(self, root: Path) -> Splits:
+        """Read the four official files, unpacked or as .gz."""
+        labels = self.labels(root)
+        return Splits(
+            _read(root, "train-images-idx3")[:, None],
+            labels.train,
+            _read(root, "t10k-images-idx3")[:, None],
+            labels.test,
+        )
+
+    def labels(self, root: Path) -> Labels:
+        """Read the two small files."""
+        return Labels(_read(root, "train-labels-idx1").long(), _read(root, "t10k-labels-idx1").long())
+
+    def fetch(self, root: Path) -> None:
+        """Download the official files by torchvision, which checks them."""
+        from torchvision.datasets import FashionMNIST
+
+        FILES.fetch(root, lambda folder: FashionMNIST(folder, download=True))
+
+
+def _read(root: Path, name: str) -> Tensor:
+    return read_idx(FILES.read(root, f"{name}-ubyte"))

@@ -1,0 +1,266 @@
+"""How things are spelt, and what a sweep expands to."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench import config, spelling
+from bench.config import Run, Sweep
+from bench.identity import canonical
+from bench.models import BadModel
+from bench.registry import UnknownPlugin
+from bench.settings import BadConfig
+
+
+def sweep(algorithms: str = "fedavg", dataset: str = "digits", **more: object) -> Sweep:
+    options: dict[str, object] = {
+        "algorithms": tuple(config.parse_algorithms(algorithms)),
+        "datasets": tuple(config.parse_datasets(dataset)),
+        "data_root": Path("data"),
+        **more,
+    }
+    return Sweep(**options)  # type: ignore[arg-type]
+
+
+# Spelling
+
+
+def test_an_algorithm_is_written_as_a_python_call() -> None:
+    plain, changed = config.parse_algorithms("fedrep, fedrep(head_epochs=5, body_epochs=2)")
+    assert repr(plain) == "FedRep(head_epochs=10, body_epochs=1)"
+    assert repr(changed) == "FedRep(head_epochs=5, body_epochs=2)"
+
+
+@given(st.integers(0, 99), st.integers(0, 99), st.sampled_from(["fedrep", "fedrep "]))
+def test_a_label_is_read_back_as_the_same_algorithm(head: int, body: int, written: str) -> None:
+    (algorithm,) = config.parse_algorithms(f"{written}(head_epochs={head},body_epochs={body})")
+    assert config.parse_algorithms(spelling.label(algorithm)) == [algorithm]
+
+
+@given(st.floats(0, 0.99), st.sampled_from(["P0", "P1", "P2"]), st.booleans())
+def test_numbers_text_and_truth_values_survive_the_call_syntax(share: float, rule: str, flag: bool) -> None:
+    text = f"fedloge(sparsity={share!r}, personal_rule={rule!r}, faithful={flag})"
+    (algorithm,) = config.parse_algorithms(text)
+    values = {key: getattr(algorithm, key) for key in ("sparsity", "personal_rule", "faithful")}
+    assert values == {"sparsity": share, "personal_rule": rule, "faithful": flag}
+    assert config.parse_algorithms(spelling.label(algorithm)) == [algorithm]
+
+
+@given(st.lists(st.text("ab(){}[]'\",=\\ ", max_size=12), max_size=4))
+def test_no_text_breaks_the_parser(items: list[str]) -> None:
+    with pytest.raises((BadConfig, UnknownPlugin)):
+        config.parse_algorithms("x" + ",".join(items))
+
+
+def test_commas_in_brackets_and_quotes_do_not_split() -> None:
+    assert spelling.split_list("a(x=(1, 2),y='),('), b ,,c") == ["a(x=(1, 2),y='),(')", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("fedrep(head_epoch=5)", "fedrep(head_epoch=5): no such parameter; fedrep takes head_epochs, body_epochs"),
+        ("fedavg(x=1)", "fedavg takes no parameters"),
+        ("fedrep(head_epochs='abc')", "should be a valid integer"),
+        ("fedrep(head_epochs=True)", "should be a valid integer"),
+        ("fedrep(head_epochs=1.5)", "should be a valid integer"),
+        ("fedrep(head_epochs=abc)", "abc is not a Python literal"),
+        ("fedrep(head_epochs=__import__('os'))", "is not a Python literal"),
+        ("fedrep(5)", "by name"),
+        ("fedrep(**{})", "by name"),
+        ("fedrep(head_epochs=1)(2)", "Python call"),
+        ("fedrep(head_epochs=", "not a name or a call"),
+        ("fedrep(head_epochs=)", "Python call"),
+        ("fedloge(sparsity=1e999)", "finite"),
+        ("fedloge(sparsity=1.5)", "must be in [0, 1)"),
+        ("fedloge(personal_rule='P9')", "'P0', 'P1' or 'P2'"),
+        ("1fed", "not a name or a call"),
+        (" , ", "is empty; there are centralised"),
+    ],
+)
+def test_a_wrong_call_is_answered_in_a_sentence(text: str, said: str) -> None:
+    with pytest.raises(BadConfig) as caught:
+        config.parse_algorithms(text)
+    assert said in str(caught.value)
+
+
+def test_a_wrong_name_is_answered_with_the_near_ones() -> None:
+    with pytest.raises(UnknownPlugin, match="did you mean fedrep"):
+        config.parse_algorithms("fedrap")
+
+
+def test_whole_numbers_go_into_float_fields_and_give_the_same_run() -> None:
+    whole, real = config.parse_algorithms("fedprox(mu=0),fedprox(mu=0.0)")
+    assert whole == real and repr(whole) == repr(real)
+
+
+def test_a_hyphen_in_a_name_is_an_underscore() -> None:
+    assert config.parse_algorithms("fedavg-ft") == config.parse_algorithms("fedavg_ft")
+    assert config.parse_dataset("fashion-mnist") == config.parse_dataset("fashion_mnist")
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"),
+    [("3", [0, 1, 2]), ("1", [0]), ("0,4,7", [0, 4, 7]), ("3407,", [3407]), ("5,5", [5]), ("0,", [0])],
+)
+def test_a_lone_number_counts_seeds_and_a_comma_names_them(text: str, seeds: list[int]) -> None:
+    assert config.parse_seeds(text) == seeds
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "-1,", "x", "1.5", "", "4294967296,", "3407"])
+def test_other_seeds_are_refused(text: str) -> None:
+    with pytest.raises(BadConfig, match="--seeds"):
+        config.parse_seeds(text)
+
+
+def test_an_imbalance_below_one_is_its_inverse_and_said_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert config.parse_imbalance("50") == 50
+    assert capsys.readouterr().err == ""
+    assert config.parse_imbalance("0.02") == 50
+    assert capsys.readouterr().err == "imbalance 0.02 is understood as its inverse, 50\n"
+
+
+@pytest.mark.parametrize("text", ["0", "-0.1", "-5", "x", "nan", "inf", ""])
+def test_an_imbalance_of_zero_or_below_is_refused(text: str) -> None:
+    with pytest.raises(BadConfig, match="imbalance"):
+        config.parse_imbalance(text)
+
+
+# Sweeps and runs
+
+
+def test_a_sweep_is_the_product_of_its_lists_with_algorithms_innermost() -> None:
+    asked = sweep("fedavg,fedrep", imbalance=(10.0, 50.0), alpha=(0.1,), seeds=(0, 7))
+    cells = [(run.setting.imbalance, run.setting.alpha, run.seed, config.name(run.algorithm)) for run in asked.expand()]
+    assert cells == [
+        (10, 0.1, 0, "fedavg"),
+        (10, 0.1, 0, "fedrep"),
+        (10, 0.1, 7, "fedavg"),
+        (10, 0.1, 7, "fedrep"),
+        (50, 0.1, 0, "fedavg"),
+        (50, 0.1, 0, "fedrep"),
+        (50, 0.1, 7, "fedavg"),
+        (50, 0.1, 7, "fedrep"),
+    ]  # fmt: skip
+
+
+def test_a_run_asked_for_twice_is_one_run() -> None:
+    assert len(sweep("fedprox(mu=1),fedprox(mu=1.0)").expand()) == 1
+
+
+def one(**more: object) -> Run:
+    (run,) = sweep(**more).expand()  # type: ignore[arg-type]
+    return run
+
+
+def test_the_identity_holds_what_changes_numbers_and_nothing_else() -> None:
+    run = one()
+    same = replace(run, data_root=Path("elsewhere"), setting=replace(run.setting, name="other"))
+    assert same.id == run.id and same.protocol == run.protocol and len(run.id) == 12
+    (other,) = config.parse_algorithms("fedprox")
+    changes: list[Run] = [
+        replace(run, seed=1),
+        replace(run, algorithm=other),
+        replace(run, engine="serial"),
+        replace(run, precision="bf16"),
+        replace(run, device="cuda"),
+    ]
+    assert len({run.id, *(each.id for each in changes)}) == 6
+    assert {each.protocol for each in changes} == {run.protocol}
+    longer = replace(run, setting=replace(run.setting, rounds=41))
+    assert longer.id != run.id and longer.protocol != run.protocol
+
+
+def test_a_version_bump_is_another_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = one()
+    before = run.identity()
+    monkeypatch.setattr(type(run.algorithm), "version", 99)
+    assert run.identity() != before
+
+
+def test_an_identity_is_json_and_survives_pickling() -> None:
+    run = one(algorithms="fedloge(sparsity=0.5)")
+    assert json.loads(canonical(run.identity())) == json.loads(json.dumps(run.identity()))
+    assert pickle.loads(pickle.dumps(run)).id == run.id
+
+
+def test_fields_of_the_setting_are_replaced_and_the_run_knows_it() -> None:
+    run = one(overrides={"rounds": 3, "norm": "batch", "lr": 1, "clip": None})
+    assert run.overrides() == {"rounds": 3, "norm": "batch", "lr": 1.0}
+    assert isinstance(run.setting.lr, float)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"round": 3}, "did you mean rounds"),
+        ({"rounds": 0}, "must be at least 1"),
+        ({"rounds": "3"}, "valid integer"),
+        ({"lr": float("inf")}, "finite"),
+        ({"lr": -1.0}, "above 0"),
+        ({"clip": -1.0}, "above 0"),
+        ({"model": "resnet9"}, "did you mean resnet8"),
+        ({"partition": "dirichle"}, "did you mean dirichlet"),
+        ({"norm": "layer"}, "one of group, batch"),
+        ({"name": "mine"}, "cannot be set"),
+        ({"clients": 5, "unseen": 5}, "unseen = 5"),
+    ],
+)
+def test_a_wrong_field_of_a_setting_is_answered_in_a_sentence(overrides: dict[str, object], said: str) -> None:
+    with pytest.raises(BadConfig) as caught:
+        sweep(overrides=overrides).expand()
+    assert said in str(caught.value)
+
+
+def test_a_wrong_setting_is_answered_with_the_near_ones() -> None:
+    with pytest.raises(BadConfig, match="did you mean quick"):
+        sweep(setting="quik").expand()
+
+
+def test_an_algorithm_that_needs_a_body_is_refused_on_a_model_without() -> None:
+    with pytest.raises(BadConfig, match="fedrep needs a model with a body and a head, and linear has no body"):
+        sweep("fedrep", overrides={"model": "linear"}).expand()
+    assert sweep("fedavg", overrides={"model": "linear"}).expand()
+
+
+def test_a_model_too_large_for_the_images_is_refused() -> None:
+    with pytest.raises(BadModel, match="fedavg_cnn"):
+        sweep(overrides={"model": "fedavg_cnn"}).expand()
+
+
+def test_the_engine_is_resolved_and_recorded() -> None:
+    assert one().engine == "stacked"
+    assert one(overrides={"model": "small_cnn"}).engine == "serial"
+    assert one(engine="serial").engine == "serial"
+
+
+def test_assignments_are_literals_or_text() -> None:
+    items = ["norm=batch", "clip=None", "momentum = 0.9", "eval-every=5"]
+    read = {"norm": "batch", "clip": None, "momentum": 0.9, "eval_every": 5}
+    assert spelling.parse_assignments(items) == read
+    for wrong in (["norm"], ["=3"], ["norm=group", "norm=batch"]):
+        with pytest.raises(BadConfig, match="--set"):
+            spelling.parse_assignments(wrong)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranged:
+    """A dataclass with a union and a tuple."""
+
+    share: float | None = None
+    widths: tuple[int, ...] = ()
+
+
+def test_types_are_checked_strictly() -> None:
+    good = {"share": 1, "widths": (1, 2)}
+    assert spelling.check_fields(Ranged, good, "x") == {"share": 1.0, "widths": (1, 2)}
+    for wrong in ({"share": "1"}, {"widths": (1, "2")}, {"share": True}):
+        with pytest.raises(BadConfig, match="should be"):
+            spelling.check_fields(Ranged, wrong, "x")

@@ -1,0 +1,169 @@
+"""Every algorithm and dataset keeps every promise of `bench.checks`, and the checks see broken plug-ins for
+what they are.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import Algorithm, LocalData, Task, Tree, checks, toy, tree
+from bench.registry import ALGORITHMS, DATASETS
+
+GOLDEN = Path(__file__).parent / "golden.json"
+
+
+@pytest.mark.parametrize("promise", checks.ALGORITHM_PROMISES)
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_an_algorithm_keeps(name: str, promise: str) -> None:
+    checks.ALGORITHM_PROMISES[promise](ALGORITHMS[name])
+
+
+@pytest.mark.parametrize("promise", checks.DATASET_PROMISES)
+@pytest.mark.parametrize("name", list(DATASETS))
+def test_a_dataset_keeps(name: str, promise: str) -> None:
+    checks.DATASET_PROMISES[promise](DATASETS[name])
+
+
+def golden(name: str) -> dict[str, float | None]:
+    run = checks.finish(checks.toy_run(ALGORITHMS[name](), setting=replace(toy.SETTING, rounds=2, unseen=1)))
+    metrics = run.outcome().metrics
+    return {key: None if value is None else round(value, 6) for key, value in metrics.items() if "@" not in key}
+
+
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_the_numbers_are_those_of_last_time(name: str) -> None:
+    """To change them: raise the algorithm's version, run `python -m tests.test_contract`, and say why in the
+    commit.
+    """
+    expected = json.loads(GOLDEN.read_text())[name]
+    assert expected["version"] == ALGORITHMS[name].version
+    assert golden(name) == pytest.approx(expected["metrics"], abs=1e-4)
+
+
+def test_no_algorithm_is_another_at_its_defaults() -> None:
+    runs = {
+        name: checks.finish(checks.toy_run(ALGORITHMS[name](), setting=replace(toy.SETTING, rounds=2))).outcome()
+        for name in ALGORITHMS
+    }
+    marks = {name: (run.digest, run.metrics["personal"], run.metrics["generic"]) for name, run in runs.items()}
+    assert len(set(marks.values())) == len(marks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FedAvg(Algorithm):
+    def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
+        return task.sgd(task.loss, shared, data.batches(task.epochs)), private
+
+
+class InPlace(_FedAvg):
+    def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
+        upload, private = super().local_update(task, shared, private, data)
+        shared["head"]["bias"].add_(1.0)
+        return upload, private
+
+
+class BranchesOnATensor(_FedAvg):
+    def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
+        if data.n > 10:
+            return super().local_update(task, shared, private, data)
+        return shared, private
+
+
+class GlobalGenerator(_FedAvg):
+    def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
+        upload, private = super().local_update(task, shared, private, data)
+        return tree.map(lambda leaf: leaf + 1e-3 * torch.randn_like(leaf), upload), private
+
+
+class TakesTheFirst(_FedAvg):
+    def aggregate(self, task: Task, server: Tree, uploads: Any) -> Tree:
+        return tree.pick(uploads.tree, 0)
+
+
+class GrowsItsState(_FedAvg):
+    def aggregate(self, task: Task, server: Tree, uploads: Any) -> Tree:
+        return {**super().aggregate(task, server, uploads), "round": torch.tensor(float(task.round))}
+
+
+class DividesByItsSize(_FedAvg):
+    def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
+        upload, private = super().local_update(task, shared, private, data)
+        return tree.map(lambda leaf: leaf * data.n / data.n, upload), private
+
+
+class Ascends(_FedAvg):
+    def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
+        return task.sgd(lambda p, b: -task.loss(p, b).clamp(max=5.0), shared, data.batches(task.epochs)), private
+
+
+class WrongModel(_FedAvg):
+    def global_model(self, task: Task, server: Tree) -> Tree:
+        return {"body": server["body"], "head": {"weight": server["head"]["weight"].T}}
+
+
+class Remembers(_FedAvg):
+    seen: dict[int, int] = {}  # noqa: RUF012
+
+    def aggregate(self, task: Task, server: Tree, uploads: Any) -> Tree:
+        self.seen[0] = self.seen.get(0, 0) + 1
+        return tree.scale(super().aggregate(task, server, uploads), 1 + 1e-3 * self.seen[0])
+
+
+@pytest.mark.parametrize(
+    ("broken", "promise"),
+    [
+        (InPlace, "inputs are left alone"),
+        (BranchesOnATensor, "engines agree"),
+        (GlobalGenerator, "the seed decides, and nothing else"),
+        (GlobalGenerator, "engines agree"),
+        (TakesTheFirst, "the order of clients is irrelevant"),
+        (GrowsItsState, "states keep keys, shapes and dtypes"),
+        (DividesByItsSize, "small and empty clients are harmless"),
+        (Ascends, "learns the toy problem"),
+        (WrongModel, "models fit the architecture"),
+        (Remembers, "stop and resume equals one go"),
+    ],
+)
+def test_the_contract_catches(broken: type[Algorithm], promise: str) -> None:
+    findings = {finding.promise: finding.problem for finding in checks.check(broken)}
+    assert findings[promise] is not None
+
+
+def test_a_false_ledger_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    fedrep = ALGORITHMS["fedrep"]
+    module = __import__("sys").modules[fedrep.__module__]
+    monkeypatch.setattr(
+        module, "__doc__", str(module.__doc__).replace("Up             body", "Up             body, head")
+    )
+    with pytest.raises(checks.ContractBroken, match="the ledger says Up: body, head; found: body"):
+        checks.ledger_is_true(fedrep)
+
+
+def test_a_head_that_leaks_upward_is_caught() -> None:
+    fedrep = ALGORITHMS["fedrep"]
+
+    class Leaky(fedrep):  # type: ignore[misc, valid-type]
+        def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
+            upload, private = super().local_update(task, shared, private, data)
+            return {**upload, **private}, private
+
+    Leaky.__module__ = fedrep.__module__
+    with pytest.raises(checks.ContractBroken, match="found: body, head"):
+        checks.ledger_is_true(Leaky)
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(
+        json.dumps(
+            {name: {"version": ALGORITHMS[name].version, "metrics": golden(name)} for name in ALGORITHMS},
+            indent=1,
+        )
+        + "\n"
+    )
+    print(f"wrote {GOLDEN}")
