@@ -45,11 +45,14 @@ def check_command(name: str, plugin: Path | None, as_json: bool) -> None:
     bench check fedrep
     bench check mine --plugin mine.py
     """
+    import torch
+
     from bench import checks
     from bench.registry import ALGORITHMS, DATASETS, load_plugin
 
     if plugin is not None:
         load_plugin(plugin)
+    torch.set_num_threads(1)  # the toy problem is too small for more; they would wait for each other
     found = DATASETS[name] if name in DATASETS else ALGORITHMS[name]
     findings = []
     for finding in checks.check(found):

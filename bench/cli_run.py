@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,8 @@ def _run(options: Options) -> int:
     rest = [run for run in runs if options.force or not sweep.finished(run, options.out)]
     sweep.check_data(rest)
     _say_overrides(asked, runs)
-    with Display(quiet=options.json) as display:
+    # Standard output is for results, whatever Ray and MLflow think.
+    with redirect_stdout(sys.stderr), Display(quiet=options.json) as display:
         pool = _pool(options, asked.device, len(rest), display)
         mirror = _mirror(options, asked, len(rest), display)
         watchers: list[Watcher] = [display, *([mirror] if mirror else [])]

@@ -11,6 +11,7 @@ import os
 import pickle
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -78,13 +79,15 @@ class OnRay:
         """Execute all runs; an interruption stops the workers at once and keeps what they have saved."""
         ray = _quiet_ray()
         mine = not ray.is_initialized()
-        try:
-            if mine:
-                self._start(ray, len(runs))
-            self._drive(ray, runs, out.resolve(), execute, watcher)
-        finally:
-            if mine:
-                ray.shutdown()
+        # Ray prints what happened to workers on standard output, which is for results; the watcher is told anyway.
+        with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+            try:
+                if mine:
+                    self._start(ray, len(runs))
+                self._drive(ray, runs, out.resolve(), execute, watcher)
+            finally:
+                if mine:
+                    ray.shutdown()
 
     def _start(self, ray: Any, runs: int) -> None:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}

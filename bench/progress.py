@@ -58,7 +58,8 @@ class Display:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.bars.stop()
+        if self.live:
+            self.bars.stop()
 
     def begin(self, runs: Sequence[Run], cached: Sequence[Run]) -> None:
         """Show how much there is to do."""

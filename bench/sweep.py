@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import lru_cache, partial
@@ -91,7 +92,7 @@ def run(
     cached = [result.run for result in results.values()]
     rest = [run for run in runs if run.id not in results]
     for each in runs:
-        progress_file(out, each).unlink(missing_ok=True)  # of a process that was killed
+        _remove(progress_file(out, each))  # of a process that was killed
         if force:
             _forget_checkpoint(out, each)
     collector = _Collector(out, watchers, results)
@@ -123,7 +124,7 @@ class _Collector:
     def ended(self, run: Run, reason: str | None) -> None:
         if reason is not None and records.status(self.out, run.id) in ("absent", "partial"):
             self._record_death(run, reason)
-        progress_file(self.out, run).unlink(missing_ok=True)  # the pool has read it to its end
+        _remove(progress_file(self.out, run))  # the pool has read it to its end
         self.results[run.id] = Result(run, "done" if reason is None else "failed", reason)
         for watcher in self.watchers:
             watcher.ended(run, reason)
@@ -248,7 +249,13 @@ def _write(out: Path, run: Run, described: dict[str, Any], rounds: Any, counts: 
 def _forget_checkpoint(out: Path, run: Run) -> None:
     """Remove what only an unfinished run needs."""
     for file in (out / run.id).glob("checkpoint.*"):
-        file.unlink(missing_ok=True)
+        _remove(file)
+
+
+def _remove(file: Path) -> None:
+    """Remove a file if it is there; in a folder that cannot be written, the run will say what is wrong."""
+    with suppress(OSError):
+        file.unlink()
 
 
 def _reason(error: Exception) -> str:

@@ -40,6 +40,7 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 """Set before mlflow is imported, unless the user has set them: give up soon, and be quiet."""
 
@@ -290,6 +291,8 @@ def _milliseconds() -> int:
 
 
 def _first_sentence(error: Exception) -> str:
-    """Shorten what a library says: its first line, at most 200 characters."""
+    """Shorten what a library says to its first line, at most 200 characters."""
+    if "Max retries exceeded" in str(error):
+        return "nobody answers there"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:200].rstrip(". ")

@@ -254,7 +254,7 @@ def test_a_missing_gpu_is_said(bench: Bench, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_wrong_key_of_a_sweep_file_is_answered_with_the_near_ones(bench: Bench) -> None:
     Path("sweep.toml").write_text("algoritms = 'fedavg'")
     answer = bench("run", "--from", "sweep.toml", *OFF)
-    assert answer.status == 2 and "'algoritms'; did you mean algos?" in answer.err
+    assert answer.status == 2 and "'algoritms'; did you mean algos" in answer.err
 
 
 def test_a_corrupt_data_file_ends_with_status_3(bench: Bench) -> None:

@@ -1,0 +1,137 @@
+"""Algorithms and datasets from elsewhere: by path, by entry point, and written by `bench new`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import scaffold
+from bench.settings import BadConfig
+
+OFF = ("--ray", "off", "--tracking-uri", "off", "--json")
+
+
+def bench(*words: object, cwd: Path, status: int = 0, path: Path | None = None) -> tuple[str, str]:
+    """Call the command in a process of its own: plug-ins would stay in this one's registry."""
+    command = [sys.executable, "-m", "bench", *map(str, words)]
+    environment = {**os.environ, **({"PYTHONPATH": str(path)} if path else {})}
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == status, done
+    return done.stdout, done.stderr
+
+
+def digest(out: str) -> str:
+    (run,) = json.loads(out)["runs"]
+    assert run["status"] == "done"
+    return str(run["digest"])
+
+
+def test_a_new_algorithm_passes_the_check_and_runs_like_fedavg(tmp_path: Path) -> None:
+    out, _ = bench("new", "algorithm", "my-own", cwd=tmp_path)
+    assert "bench check my_own --plugin my_own.py" in out
+    checked, _ = bench("check", "my_own", "--plugin", "my_own.py", cwd=tmp_path)
+    assert "✗" not in checked and checked.count("✓") >= 12
+    run = ("run", "--rounds", "2", *OFF)
+    mine, _ = bench(*run, "--algos", "my_own", "--plugin", "my_own.py", cwd=tmp_path)
+    theirs, _ = bench(*run, "--algos", "fedavg", cwd=tmp_path)
+    assert digest(mine) == digest(theirs)
+    shown, _ = bench("show", "my-own", "--plugin", "my_own.py", "--json", cwd=tmp_path)
+    assert json.loads(shown)["fields"]["extra_epochs"]["default"] == 0
+
+
+def test_a_new_dataset_passes_the_check_and_runs(tmp_path: Path) -> None:
+    bench("new", "dataset", "leaves", "--out", "plugins", cwd=tmp_path)
+    plugin = ("--plugin", "plugins/leaves.py")
+    checked, _ = bench("check", "leaves", *plugin, cwd=tmp_path)
+    assert "✗" not in checked
+    out, _ = bench("run", "--dataset", "leaves", "--algos", "fedavg", "--rounds", "2", *OFF, *plugin, cwd=tmp_path)
+    assert len(digest(out)) == 64
+
+
+def test_an_edited_plugin_file_is_another_run(tmp_path: Path) -> None:
+    bench("new", "algorithm", "mine", cwd=tmp_path)
+    run = ("run", "--algos", "mine", "--plugin", "mine.py", "--dry-run", "--json")
+    before, _ = bench(*run, cwd=tmp_path)
+    file = tmp_path / "mine.py"
+    file.write_text(file.read_text() + "\n# edited\n")
+    after, _ = bench(*run, cwd=tmp_path)
+    assert json.loads(before)["runs"][0]["id"] != json.loads(after)["runs"][0]["id"]
+
+
+def test_a_plugin_that_fails_fails_its_run_only(tmp_path: Path) -> None:
+    bench("new", "algorithm", "broken", cwd=tmp_path)
+    file = tmp_path / "broken.py"
+    file.write_text(file.read_text().replace("        return task.sgd", "        1 / 0\n        return task.sgd"))
+    words = ("run", "--algos", "broken,fedavg", "--plugin", "broken.py", "--rounds", "1", *OFF)
+    out, err = bench(*words, cwd=tmp_path, status=1)
+    broken, fedavg = json.loads(out)["runs"]
+    assert (broken["status"], fedavg["status"]) == ("failed", "done")
+    assert broken["reason"].startswith("ZeroDivisionError: division by zero (broken.py, line ")
+    assert "Traceback" not in err
+    stored = json.loads((tmp_path / "runs" / broken["id"] / "run.json").read_text())
+    assert stored["status"] == "failed" and "ZeroDivisionError" in stored["traceback"]
+    checked, _ = bench("check", "broken", "--plugin", "broken.py", cwd=tmp_path, status=1)
+    assert "✗" in checked
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import nothing_of_that_name", "fails when imported: ModuleNotFoundError"),
+        ("x = 1", "registers nothing"),
+        ("def (", "SyntaxError"),
+    ],
+)
+def test_a_plugin_file_that_cannot_be_used_is_named(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "bad.py").write_text(text)
+    _, err = bench("run", "--plugin", "bad.py", *OFF, cwd=tmp_path, status=2)
+    assert said in err and "bad.py" in err and "Traceback" not in err
+
+
+def test_an_entry_point_of_another_distribution_is_found(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    (site / "third-1.0.dist-info").mkdir(parents=True)
+    file = scaffold.write("algorithm", "third", site)
+    assert file == site / "third.py"
+    (site / "third-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: third\nVersion: 1.0\n")
+    (site / "third-1.0.dist-info" / "entry_points.txt").write_text("[bench.algorithms]\nthird = third:Third\n")
+    listed, _ = bench("list", "algorithms", "--json", cwd=tmp_path, path=site)
+    assert "third" in json.loads(listed)
+    assert "third" not in json.loads(bench("list", "algorithms", "--json", cwd=tmp_path)[0])
+    run = ("run", "--algos", "third(extra_epochs=1)", "--rounds", "1", *OFF)
+    out, _ = bench(*run, cwd=tmp_path, path=site)
+    assert len(digest(out)) == 64
+
+
+def test_new_never_overwrites_and_refuses_names_that_cannot_be(tmp_path: Path) -> None:
+    file = scaffold.write("algorithm", "mine", tmp_path)
+    before = file.read_text()
+    for kind, name, said in (
+        ("dataset", "mine", "is there already"),
+        ("algorithm", "fedavg", "already; choose another name"),
+        ("dataset", "digits", "already; choose another name"),
+        ("algorithm", "class", "cannot name"),
+        ("algorithm", "1st", "cannot name"),
+        ("algorithm", "a/b", "cannot name"),
+        ("algorithm", "Mine", "cannot name"),
+    ):
+        with pytest.raises(BadConfig, match=said):
+            scaffold.write(kind, name, tmp_path)
+    assert file.read_text() == before
+    with pytest.raises(BadConfig, match="cannot be written"):
+        scaffold.write("algorithm", "other", file / "below")
+
+
+@pytest.mark.parametrize("kind", ["algorithm", "dataset"])
+def test_what_new_writes_passes_the_linter_of_this_repository(tmp_path: Path, kind: str) -> None:
+    file = scaffold.write(kind, "mine", tmp_path)
+    configuration = Path(__file__).parents[1] / "pyproject.toml"
+    for words in (("check", "--no-cache"), ("format", "--check", "--no-cache")):
+        command = [sys.executable, "-m", "ruff", *words, "--config", str(configuration), str(file)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
