@@ -103,7 +103,7 @@ class CReFF(Algorithm):
             apart = mismatch(weight, target["weight"]).sum(1) + mismatch(residual.sum(1), target["bias"])
             (slope,) = torch.autograd.grad((apart * present).sum(), features)
             with torch.no_grad():
-                features -= self.match_lr * slope * present[:, None, None]
+                features -= self.match_lr * slope
         return features.detach()
 
     def _retrain(self, task: Task, features: Tensor) -> Tree:

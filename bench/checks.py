@@ -201,7 +201,7 @@ def inputs_are_left_alone(plugin: type[Algorithm]) -> None:
     before = tree.clone({"server": server, "private": private})
     upload, _ = upload_once(run)
     sent = tree.clone(upload)
-    run.algorithm.aggregate(task, server, Uploads(tree.stack([upload, upload]), torch.ones(2, dtype=torch.float64)))
+    run.algorithm.aggregate(task, server, Uploads([upload, upload], torch.ones(2, dtype=torch.float64)))
     run.algorithm.global_model(task, server)
     run._evaluate(task, 1, True)
     _require(
@@ -285,8 +285,8 @@ def client_order_is_irrelevant(plugin: type[Algorithm]) -> None:
     uploads = [upload_once(run, k)[0] for k in (0, 1, 2, 4)]
     sizes = torch.tensor([60.0, 44.0, 33.0, 9.0], dtype=torch.float64)
     server = getattr(run.algorithm, run.algorithm.exchanges(task)[0].server)
-    forward = server(task, run.progress.server, Uploads(tree.stack(uploads), sizes))
-    backward = server(task, run.progress.server, Uploads(tree.stack(uploads[::-1]), sizes.flip(0)))
+    forward = server(task, run.progress.server, Uploads(uploads, sizes))
+    backward = server(task, run.progress.server, Uploads(uploads[::-1], sizes.flip(0)))
     apart = largest_difference(forward, backward)
     _require(apart < 1e-4, f"listing the clients backwards changes the server's state by {apart:.1e}")
 
@@ -339,11 +339,25 @@ def evaluation_is_pure(plugin: type[Algorithm]) -> None:
 
 
 def test_data_stay_out(plugin: type[Algorithm]) -> None:
-    """Replacing the test data by garbage changes no state: nothing is trained or chosen on them."""
+    """Garbage as test data changes no state and no adapted model: nothing is trained or chosen on them."""
     setting = replace(toy.SETTING, rounds=2)
-    a = finish(toy_run(plugin(), setting=setting)).outcome()
-    b = finish(toy_run(plugin(), setting=setting, garbage=True)).outcome()
-    _require(a.digest == b.digest, "the final state depends on the test data")
+    runs = [finish(toy_run(plugin(), setting=setting, garbage=garbage)) for garbage in (False, True)]
+    _require(runs[0].outcome().digest == runs[1].outcome().digest, "the final state depends on the test data")
+    a, b = (tested_model(run) for run in runs)
+    _require(largest_difference(a, b) == 0, "the personal model, or its adaptation, depends on the test data")
+
+
+def tested_model(run: Run) -> Tree:
+    """Give the personal model of client 0 as it is tested after a run; nothing where there is none."""
+    task = run._task(run.setting.rounds - 1)
+    shared, own = part_each(run.algorithm.broadcast(task, run.progress.server))
+    visit = run.population.visit(0, task.round, run.store[0], None if own is None else tree.pick(own, 0))
+    models, _ = engines.serial(run.algorithm.personal_model, task, shared, run.population.images, [visit])
+    adaptation = run.algorithm.adaptation(task)
+    if models[0] is None or adaptation is None:
+        return models[0] or {}
+    adapted: Tree = run.evaluator.adapt(adaptation, task, [visit], models)[adaptation.epochs][0]
+    return adapted
 
 
 def learns(plugin: type[Algorithm]) -> None:

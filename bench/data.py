@@ -6,7 +6,7 @@ tensor operations on whole batches, keyed by (client, round, epoch, example), he
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -173,47 +173,44 @@ class Uploads:
     """What the clients of a cohort sent, in the order of their ids.
 
     Args:
-        tree: Every leaf (K, ...).
+        trees: One upload a client, all of one structure.
         sizes: (K,) training examples of each client.
     """
 
-    def __init__(self, tree: Tree, sizes: Tensor) -> None:
-        self.tree, self.sizes = tree, sizes
+    def __init__(self, trees: Sequence[Tree], sizes: Tensor) -> None:
+        self.trees, self.sizes = trees, sizes
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     def __getitem__(self, key: str) -> Tree:
-        value = self.tree[key]
-        assert isinstance(value, dict), f"upload {key!r} is a tensor: use .tensor({key!r})"
-        return value
+        """Stack an upload that is a tree: every leaf (K, ...)."""
+        return tree.stack([upload[key] for upload in self.trees])
 
     def tensor(self, key: str) -> Tensor:
-        """Give an upload that is a single tensor: (K, ...)."""
-        value = self.tree[key]
-        assert isinstance(value, Tensor), f"upload {key!r} is a tree: index it"
-        return value
+        """Stack an upload that is a single tensor: (K, ...)."""
+        return torch.stack([upload[key] for upload in self.trees])
 
     def mean(self, key: str | None = None, weights: Tensor | None = None) -> Tree:
         """Average over the clients, in float64 and in the order of their ids.
 
         Args:
             key: Which upload; all of them when None.
-            weights: (K,), or (K, C) for a mean per class over leaves (K, C, ...); by default the clients'
-                sizes. They need not sum to one. Where all weights are zero the plain mean is taken.
+            weights: (K,), or (K, C) for a mean per class over leaves (C, ...); by default the clients' sizes. They
+                need not sum to one. Where all weights are zero the plain mean is taken.
         """
         weights = self.sizes if weights is None else weights
         weights = weights.to(torch.float64)
         total = weights.sum(0, keepdim=True)
         weights = torch.where(total > 0, weights / total.clamp(min=1e-300), torch.ones_like(weights) / len(weights))
 
-        def average(leaf: Tensor) -> Tensor:
+        def average(*leaves: Tensor) -> Tensor:
             if weights.ndim > 1:
-                w = weights.reshape(weights.shape + (1,) * (leaf.ndim - weights.ndim))
-                return (leaf.to(torch.float64) * w).sum(0).to(leaf.dtype)
-            total = torch.zeros(leaf.shape[1:], dtype=torch.float64, device=leaf.device)
-            for part, w in zip(leaf, weights.tolist(), strict=True):
-                total.add_(part, alpha=w)  # without a copy of all in float64
-            return total.to(leaf.dtype)
+                w = weights.reshape(weights.shape + (1,) * (leaves[0].ndim - 1))
+                return (torch.stack(leaves).to(torch.float64) * w).sum(0).to(leaves[0].dtype)
+            mean = torch.zeros_like(leaves[0], dtype=torch.float64)
+            for leaf, share in zip(leaves, weights.tolist(), strict=True):
+                mean.add_(leaf, alpha=share)  # one after the other: K models are never held twice
+            return mean.to(leaves[0].dtype)
 
-        return tree.map(average, self.tree if key is None else self[key])
+        return tree.map(average, *(self.trees if key is None else [upload[key] for upload in self.trees]))

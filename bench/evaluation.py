@@ -27,7 +27,7 @@ Counts = dict[str, tuple[Tensor, Tensor]]
 UNSEEN_ADAPTATION = Adaptation(epochs=5, parts=("head",), curve=())
 """What clients held out of training do where the algorithm has no adaptation of its own."""
 
-_SLICE = 250  # test images a pass: fits the cache of one core with a small network
+_SLICE = 128  # test images a pass: activations stay small
 
 
 @dataclass
@@ -88,7 +88,7 @@ class Evaluator:
             elif not final:
                 named[f"{headline}:0 epochs"] = models
             else:
-                adapted = self._adapt(adaptation, task, shared, visits, models)
+                adapted = self.adapt(adaptation, task, visits, models)
                 for budget, tuned in adapted.items():
                     named[f"{headline}:{budget} epochs"] = tuned
                 named[headline] = adapted[adaptation.epochs]
@@ -106,9 +106,11 @@ class Evaluator:
         """Drop the features kept for this evaluation."""
         self._features.clear()
 
-    def _adapt(
-        self, adaptation: Adaptation, task: Task, shared: Tree, visits: list[Visit], models: list[Tree]
+    def adapt(
+        self, adaptation: Adaptation, task: Task, visits: list[Visit], models: list[Tree]
     ) -> dict[int, list[Tree]]:
+        """Fine-tune models on their clients' training data: for each budget, one model a visit."""
+
         def adapt(task: Task, shared: Tree, model: Tree, data: LocalData) -> Tree:
             moving = {part: model[part] for part in adaptation.parts}
             momentum: Tree | None = None

@@ -177,5 +177,6 @@ def _reason(ray: Any, reference: Any) -> str | None:
     except ray.exceptions.WorkerCrashedError:
         return "the worker died (killed, or out of memory); the same command tries again"
     except ray.exceptions.RayError as error:
-        return f"the worker failed: {str(error).strip().splitlines()[-1]}"
+        last = str(error).strip().splitlines()[-1]  # before it may stand a trace
+        return f"the worker failed: {last.partition('. ')[0]}"
     return reason

@@ -106,8 +106,7 @@ class Store:
         return tree.to(self.states.get(client, self.initial), self.device)
 
     def __setitem__(self, client: int, state: Tree) -> None:
-        # A slice of a stack would keep the whole stack alive.
-        self.states[client] = tree.map(lambda leaf: leaf.detach().to("cpu", copy=True), state)
+        self.states[client] = tree.map(_keep, state)
 
     def all(self) -> list[Tree]:
         """Give the states of the clients that took part, by client."""
@@ -116,3 +115,10 @@ class Store:
     def nbytes(self) -> int:
         """Count the bytes kept for all clients together."""
         return sum(tree.nbytes(state) for state in self.states.values())
+
+
+def _keep(leaf: Tensor) -> Tensor:
+    """Bring a leaf to host memory of its own; a slice of a stack would keep the whole stack alive."""
+    leaf = leaf.detach()
+    alone = leaf.untyped_storage().nbytes() == leaf.numel() * leaf.element_size()
+    return leaf.to("cpu", copy=not alone)

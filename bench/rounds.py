@@ -243,12 +243,13 @@ class Run:
         if probe is not None and probe.samples:
             self._spend("probe_flops", probe.flops)
             self._spend("probe_samples", probe.samples)
-        for k, (_, private) in zip(clients, results, strict=True):
+        uploads = []
+        for k, (upload, private) in zip(clients, results, strict=True):
             store[k] = private
-        uploads = [upload for upload, _ in results]
+            uploads.append(upload)
         self._spend("bytes_up", sum(tree.nbytes(upload) for upload in uploads))
         verb_of_server = getattr(self.algorithm, exchange.server)
-        self.progress.server = verb_of_server(task, server, Uploads(tree.stack(uploads), sizes))
+        self.progress.server = verb_of_server(task, server, Uploads(uploads, sizes))
 
     def _with_own_statistics(self, verb: Verb) -> Verb:
         """Keep running statistics of norm layers at the client: put its own in before, take them out after."""

@@ -121,12 +121,12 @@ def quick(dataset: Dataset) -> Setting:
     """Our own small protocol: minutes on two cores, not comparable with any paper.
 
     20 clients, 40 % a round, SGD 0.05 with momentum 0.5, imbalance 10, Dirichlet 0.5. Images of 8 pixels:
-    MLP, 40 rounds of 2 epochs (seconds a run; about 85-90 % generic on digits). 28 pixels: small CNN, 30
+    MLP, 30 rounds of 2 epochs (seconds a run; about 85-90 % generic on digits). 28 pixels: small CNN, 30
     rounds. 32 pixels and more: ResNet-8, 50 rounds of 1 epoch (about an hour a run on one core).
     """
     side = dataset.image_shape[1]
     if side <= 8:
-        model, rounds, epochs, batch_size, lr = "mlp", 40, 2, 16, 0.05
+        model, rounds, epochs, batch_size, lr = "mlp", 30, 2, 16, 0.05
     elif side <= 28:
         model, rounds, epochs, batch_size, lr = "small_cnn", 30, 1, 32, 0.05
     else:

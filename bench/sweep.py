@@ -122,12 +122,19 @@ class _Collector:
             watcher.progressed(run, report)
 
     def ended(self, run: Run, reason: str | None) -> None:
-        if reason is not None and records.status(self.out, run.id) in ("absent", "partial"):
+        if reason is not None and not self._is_recorded(run, reason):
             self._record_death(run, reason)
         _remove(progress_file(self.out, run))  # the pool has read it to its end
         self.results[run.id] = Result(run, "done" if reason is None else "failed", reason)
         for watcher in self.watchers:
             watcher.ended(run, reason)
+
+    def _is_recorded(self, run: Run, reason: str) -> bool:
+        """Tell whether the run's worker could write why it failed."""
+        try:
+            return records.read(self.out / run.id).reason == reason
+        except records.DamagedResult:  # or there is nothing to read
+            return False
 
     def _record_death(self, run: Run, reason: str) -> None:
         """Record the failure of a run whose worker died before it could."""

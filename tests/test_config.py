@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench import config, spelling
@@ -38,12 +38,14 @@ def test_an_algorithm_is_written_as_a_python_call() -> None:
     assert repr(changed) == "FedRep(head_epochs=5, body_epochs=2)"
 
 
+@settings(deadline=None)  # the first example imports the algorithm
 @given(st.integers(0, 99), st.integers(0, 99), st.sampled_from(["fedrep", "fedrep "]))
 def test_a_label_is_read_back_as_the_same_algorithm(head: int, body: int, written: str) -> None:
     (algorithm,) = config.parse_algorithms(f"{written}(head_epochs={head},body_epochs={body})")
     assert config.parse_algorithms(spelling.label(algorithm)) == [algorithm]
 
 
+@settings(deadline=None)  # the first example imports the algorithm
 @given(st.floats(0, 0.99), st.sampled_from(["P0", "P1", "P2"]), st.booleans())
 def test_numbers_text_and_truth_values_survive_the_call_syntax(share: float, rule: str, flag: bool) -> None:
     text = f"fedloge(sparsity={share!r}, personal_rule={rule!r}, faithful={flag})"
@@ -53,6 +55,7 @@ def test_numbers_text_and_truth_values_survive_the_call_syntax(share: float, rul
     assert config.parse_algorithms(spelling.label(algorithm)) == [algorithm]
 
 
+@settings(deadline=None)  # the first example imports the algorithm
 @given(st.lists(st.text("ab(){}[]'\",=\\ ", max_size=12), max_size=4))
 def test_no_text_breaks_the_parser(items: list[str]) -> None:
     with pytest.raises((BadConfig, UnknownPlugin)):

@@ -93,15 +93,15 @@ def test_a_learning_rate_of_nearly_zero_changes_nearly_nothing() -> None:
 
 
 def test_averages_are_weighted_by_size_and_sum_to_one() -> None:
-    uploads = Uploads({"a": torch.tensor([[1.0], [4.0]])}, torch.tensor([30.0, 10.0]))
+    uploads = Uploads([{"a": torch.tensor([1.0])}, {"a": torch.tensor([4.0])}], torch.tensor([30.0, 10.0]))
     assert uploads.mean()["a"].item() == pytest.approx(1.75)
     assert uploads.mean(weights=torch.tensor([1.0, 1.0]))["a"].item() == pytest.approx(2.5)
-    same_models = Uploads({"a": torch.full((5, 3), 0.1)}, torch.arange(1.0, 6.0))
+    same_models = Uploads([{"a": torch.full((3,), 0.1)}] * 5, torch.arange(1.0, 6.0))
     assert torch.equal(same_models.mean()["a"], torch.full((3,), 0.1))
 
 
 def test_a_mean_per_class_counts_only_the_clients_that_hold_it() -> None:
-    uploads = Uploads({"g": {"w": torch.tensor([[1.0, 5.0, 7.0], [3.0, 9.0, 7.0]])}}, torch.ones(2))
+    uploads = Uploads([{"g": {"w": torch.tensor(w)}} for w in ([1.0, 5.0, 7.0], [3.0, 9.0, 7.0])], torch.ones(2))
     seen = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
     assert uploads.mean("g", seen)["w"].tolist() == [2.0, 9.0, 7.0]
 
@@ -362,7 +362,7 @@ def test_creff_leaves_the_features_of_absent_classes_and_lowers_the_mismatch_of_
     run = toy_run(make("creff", features_per_class=10, match_steps=50, head_epochs=1))
     before = run.progress.server
     upload, _ = upload_once(run)
-    after = run.algorithm.aggregate(run.task, before, Uploads(tree.stack([upload]), torch.ones(1)))
+    after = run.algorithm.aggregate(run.task, before, Uploads([upload], torch.ones(1)))
     present = upload["seen"] > 0
     assert 0 < int(present.sum()) < 6
     assert torch.equal(after["features"][~present], before["features"][~present])
@@ -533,12 +533,43 @@ def test_fedloge_reports_its_three_generic_heads_side_by_side() -> None:
 
 
 def test_masked_predictions_never_name_an_absent_class() -> None:
-    # A client tested on every class: masked, it can only be right about those it holds.
-    run = trained("fedavg")
-    counts = run.population.counts
-    for row in run.progress.counts:
-        if row["model"] == "personal.masked" and counts[int(row["client"]), int(row["class"])] == 0:
-            assert row["correct"] == 0
+    run = toy_run(make("fedavg"), setting=TWO_ROUNDS)
+    run.population.tests = [torch.arange(len(run.population.test))] * len(
+        toy.SIZES
+    )  # everybody is tested on everything
+    finish(run)
+    held = run.population.counts > 0
+    right = {(row["model"], row["client"], row["class"]): row["correct"] for row in run.progress.counts}
+    absent = [(k, c) for k in range(len(toy.SIZES)) for c in range(6) if not held[k, c] and held[k].any()]
+    assert absent
+    assert all(right["personal.masked", k, c] == 0 for k, c in absent)
+    assert any(right["personal", k, c] > 0 for k, c in absent)
+
+
+# What a seed decides -------------------------------------------------------------------------------------------------
+
+
+def test_cohorts_differ_by_round_and_seed_and_never_by_algorithm() -> None:
+    def cohorts(name: str, seed: int) -> list[tuple[int, ...]]:
+        setting = replace(toy.SETTING, participation=0.5)
+        population = toy_run(make(name), seed=seed, setting=setting).population
+        return [population.cohort(r) for r in range(8)]
+
+    assert len(set(cohorts("fedavg", 0))) > 4
+    assert cohorts("fedavg", 0) != cohorts("fedavg", 1)
+    assert cohorts("fedavg", 0) == cohorts("scaffold", 0)
+    drawn = [k for seed in range(40) for cohort in cohorts("fedavg", seed) for k in cohort]
+    shares = torch.bincount(torch.tensor(drawn)) / (40 * 8)
+    assert shares.tolist() == pytest.approx([0.5] * 8, abs=0.1)
+
+
+def test_the_seed_decides_initial_weights_and_the_order_of_data_each_by_itself() -> None:
+    one, other = toy_run(make("fedavg"), seed=0), toy_run(make("fedavg"), seed=1)
+    assert largest_difference(one.task.init()["body"], other.task.init()["body"]) > 0.01
+    first, second = one.population.visit(0, 0, {}), other.population.visit(0, 0, {})
+    assert not torch.equal(first.key, second.key)
+    assert not torch.equal(first.key, one.population.visit(0, 1, {}).key)
+    assert not torch.equal(first.key, one.population.visit(1, 0, {}).key)
 
 
 # Norm statistics, models, clipping

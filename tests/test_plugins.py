@@ -6,23 +6,46 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from bench import scaffold
+from bench.cli import main
+from bench.registry import ALGORITHMS, DATASETS
 from bench.settings import BadConfig
 
 OFF = ("--ray", "off", "--tracking-uri", "off", "--json")
 
+Bench = Callable[..., tuple[str, str]]
 
-def bench(*words: object, cwd: Path, status: int = 0, path: Path | None = None) -> tuple[str, str]:
-    """Call the command in a process of its own: plug-ins would stay in this one's registry."""
-    command = [sys.executable, "-m", "bench", *map(str, words)]
-    environment = {**os.environ, **({"PYTHONPATH": str(path)} if path else {})}
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == status, done
-    return done.stdout, done.stderr
+
+@pytest.fixture
+def bench(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    """Call the command in this process, in an empty folder, and forget the plug-ins afterwards."""
+    monkeypatch.chdir(tmp_path)
+    known = [dict(registry._classes) for registry in (ALGORITHMS, DATASETS)]
+
+    def call(*words: object, status: int = 0) -> tuple[str, str]:
+        forget()  # as a process of its own would not know what an earlier one loaded
+        with pytest.raises(SystemExit) as ended:
+            main([str(word) for word in words], prog_name="bench")
+        printed = capsys.readouterr()
+        assert ended.value.code == status, printed.err
+        return printed.out, printed.err
+
+    def forget() -> None:
+        for registry, classes in zip((ALGORITHMS, DATASETS), known, strict=True):
+            mine = [name for name, kind in registry._classes.items() if kind.__module__.startswith("bench_plugin_")]
+            for name in mine:
+                del registry._classes[name]
+            registry._classes.update(classes)
+        for module in [name for name in sys.modules if name.startswith("bench_plugin_")]:
+            del sys.modules[module]
+
+    yield call
+    forget()
 
 
 def digest(out: str) -> str:
@@ -31,51 +54,51 @@ def digest(out: str) -> str:
     return str(run["digest"])
 
 
-def test_a_new_algorithm_passes_the_check_and_runs_like_fedavg(tmp_path: Path) -> None:
-    out, _ = bench("new", "algorithm", "my-own", cwd=tmp_path)
+def test_a_new_algorithm_passes_the_check_and_runs_like_fedavg(bench: Bench) -> None:
+    out, _ = bench("new", "algorithm", "my-own")
     assert "bench check my_own --plugin my_own.py" in out
-    checked, _ = bench("check", "my_own", "--plugin", "my_own.py", cwd=tmp_path)
+    checked, _ = bench("check", "my_own", "--plugin", "my_own.py")
     assert "✗" not in checked and checked.count("✓") >= 12
     run = ("run", "--rounds", "2", *OFF)
-    mine, _ = bench(*run, "--algos", "my_own", "--plugin", "my_own.py", cwd=tmp_path)
-    theirs, _ = bench(*run, "--algos", "fedavg", cwd=tmp_path)
+    mine, _ = bench(*run, "--algos", "my_own", "--plugin", "my_own.py")
+    theirs, _ = bench(*run, "--algos", "fedavg")
     assert digest(mine) == digest(theirs)
-    shown, _ = bench("show", "my-own", "--plugin", "my_own.py", "--json", cwd=tmp_path)
+    shown, _ = bench("show", "my-own", "--plugin", "my_own.py", "--json")
     assert json.loads(shown)["fields"]["extra_epochs"]["default"] == 0
 
 
-def test_a_new_dataset_passes_the_check_and_runs(tmp_path: Path) -> None:
-    bench("new", "dataset", "leaves", "--out", "plugins", cwd=tmp_path)
+def test_a_new_dataset_passes_the_check_and_runs(bench: Bench) -> None:
+    bench("new", "dataset", "leaves", "--out", "plugins")
     plugin = ("--plugin", "plugins/leaves.py")
-    checked, _ = bench("check", "leaves", *plugin, cwd=tmp_path)
+    checked, _ = bench("check", "leaves", *plugin)
     assert "✗" not in checked
-    out, _ = bench("run", "--dataset", "leaves", "--algos", "fedavg", "--rounds", "2", *OFF, *plugin, cwd=tmp_path)
+    out, _ = bench("run", "--dataset", "leaves", "--algos", "fedavg", "--rounds", "2", *OFF, *plugin)
     assert len(digest(out)) == 64
 
 
-def test_an_edited_plugin_file_is_another_run(tmp_path: Path) -> None:
-    bench("new", "algorithm", "mine", cwd=tmp_path)
+def test_an_edited_plugin_file_is_another_run(bench: Bench, tmp_path: Path) -> None:
+    bench("new", "algorithm", "mine")
     run = ("run", "--algos", "mine", "--plugin", "mine.py", "--dry-run", "--json")
-    before, _ = bench(*run, cwd=tmp_path)
+    before, _ = bench(*run)
     file = tmp_path / "mine.py"
     file.write_text(file.read_text() + "\n# edited\n")
-    after, _ = bench(*run, cwd=tmp_path)
+    after, _ = bench(*run)
     assert json.loads(before)["runs"][0]["id"] != json.loads(after)["runs"][0]["id"]
 
 
-def test_a_plugin_that_fails_fails_its_run_only(tmp_path: Path) -> None:
-    bench("new", "algorithm", "broken", cwd=tmp_path)
+def test_a_plugin_that_fails_fails_its_run_only(bench: Bench, tmp_path: Path) -> None:
+    bench("new", "algorithm", "broken")
     file = tmp_path / "broken.py"
     file.write_text(file.read_text().replace("        return task.sgd", "        1 / 0\n        return task.sgd"))
     words = ("run", "--algos", "broken,fedavg", "--plugin", "broken.py", "--rounds", "1", *OFF)
-    out, err = bench(*words, cwd=tmp_path, status=1)
+    out, err = bench(*words, status=1)
     broken, fedavg = json.loads(out)["runs"]
     assert (broken["status"], fedavg["status"]) == ("failed", "done")
     assert broken["reason"].startswith("ZeroDivisionError: division by zero (broken.py, line ")
     assert "Traceback" not in err
     stored = json.loads((tmp_path / "runs" / broken["id"] / "run.json").read_text())
     assert stored["status"] == "failed" and "ZeroDivisionError" in stored["traceback"]
-    checked, _ = bench("check", "broken", "--plugin", "broken.py", cwd=tmp_path, status=1)
+    checked, _ = bench("check", "broken", "--plugin", "broken.py", status=1)
     assert "✗" in checked
 
 
@@ -87,25 +110,35 @@ def test_a_plugin_that_fails_fails_its_run_only(tmp_path: Path) -> None:
         ("def (", "SyntaxError"),
     ],
 )
-def test_a_plugin_file_that_cannot_be_used_is_named(tmp_path: Path, text: str, said: str) -> None:
+def test_a_plugin_file_that_cannot_be_used_is_named(bench: Bench, tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "bad.py").write_text(text)
-    _, err = bench("run", "--plugin", "bad.py", *OFF, cwd=tmp_path, status=2)
+    _, err = bench("run", "--plugin", "bad.py", *OFF, status=2)
     assert said in err and "bad.py" in err and "Traceback" not in err
 
 
 def test_an_entry_point_of_another_distribution_is_found(tmp_path: Path) -> None:
     site = tmp_path / "site"
     (site / "third-1.0.dist-info").mkdir(parents=True)
-    file = scaffold.write("algorithm", "third", site)
-    assert file == site / "third.py"
+    assert scaffold.write("algorithm", "third", site) == site / "third.py"
     (site / "third-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: third\nVersion: 1.0\n")
     (site / "third-1.0.dist-info" / "entry_points.txt").write_text("[bench.algorithms]\nthird = third:Third\n")
-    listed, _ = bench("list", "algorithms", "--json", cwd=tmp_path, path=site)
-    assert "third" in json.loads(listed)
-    assert "third" not in json.loads(bench("list", "algorithms", "--json", cwd=tmp_path)[0])
-    run = ("run", "--algos", "third(extra_epochs=1)", "--rounds", "1", *OFF)
-    out, _ = bench(*run, cwd=tmp_path, path=site)
-    assert len(digest(out)) == 64
+
+    def answer(*words: str) -> object:
+        done = subprocess.run(
+            [sys.executable, "-m", "bench", *words],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(site)},
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    listed = answer("list", "algorithms", "--json")
+    assert isinstance(listed, list) and "third" in listed and "third" not in list(ALGORITHMS)
+    document = answer("run", "--algos", "third(extra_epochs=1)", "--rounds", "1", *OFF)
+    assert isinstance(document, dict) and len(digest(json.dumps(document))) == 64
 
 
 def test_new_never_overwrites_and_refuses_names_that_cannot_be(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def start(*words: object, cwd: Path, **environment: str) -> subprocess.Popen[str
 def finish(process: subprocess.Popen[str], status: int = 0) -> tuple[Any, str]:
     """Wait for the command; give what it printed as JSON (None if nothing) and on standard error."""
     out, err = process.communicate(timeout=240)
-    assert process.returncode == status, (process.returncode, err)
+    assert process.returncode == status, err
     assert "Traceback" not in err
     assert out == "" or out.startswith("{"), out
     return (json.loads(out) if out else None), err
@@ -145,14 +145,16 @@ def test_mlflow_has_a_parent_and_a_child_for_each_run_beside_the_results(
 def test_the_death_of_a_worker_fails_its_run_and_the_same_command_mends_it(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(SLOW)
     pid = tmp_path / "pid"
-    words = ("run", "--algos", "slow,fedavg", "--plugin", "slow.py", "--rounds", "20", *QUIET, "--ray", "local")
-    process = start(*words, cwd=tmp_path, SLOW_PID=str(pid))
+    words = ("run", "--algos", "slow,fedavg", "--plugin", "slow.py", "--rounds", "20", *QUIET)
+    process = start(*words, "--ray", "local", cwd=tmp_path, SLOW_PID=str(pid))
     wait(lambda: pid.exists() and pid.read_text() != "")
     os.kill(int(pid.read_text()), signal.SIGKILL)
     printed, err = finish(process, status=1)
     assert [run["status"] for run in printed["runs"]] == ["failed", "done"]
     assert "the worker died" in printed["runs"][0]["reason"] and "1 of 2 runs failed" in err
-    mended, _ = finish(start(*words, cwd=tmp_path))
+    stored = json.loads((tmp_path / "runs" / printed["runs"][0]["id"] / "run.json").read_text())
+    assert stored["status"] == "failed" and stored["reason"] == printed["runs"][0]["reason"]
+    mended, _ = finish(start(*words, cwd=tmp_path))  # one run is left: no Ray
     assert [run["status"] for run in mended["runs"]] == ["done", "cached"]
 
 
@@ -253,9 +255,9 @@ def assert_mirrored(uri: str, printed: Any, cwd: Path, rounds: int) -> None:
         assert child["metrics"]["cost.samples"] > 0
 
 
-def test_a_later_sweep_has_a_parent_of_its_own_with_finished_runs_copied_once(tmp_path: Path) -> None:
+def test_a_later_sweep_has_a_parent_of_its_own_with_finished_runs_copied_once(tmp_path: Path, run: Run) -> None:
     words = ("run", "--rounds", "2", "--json", "--ray", "off")
-    finish(start(*words, "--algos", "fedavg", "--tracking-uri", "off", cwd=tmp_path))
+    sweep.run([run], tmp_path / "runs", pool=pool.InProcess())
     printed, _ = finish(start(*words, "--algos", "fedavg,local", cwd=tmp_path))
     assert [run["status"] for run in printed["runs"]] == ["cached", "done"]
     uri = f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}"
@@ -340,7 +342,7 @@ def test_a_real_server_is_written_live_and_may_die_without_loss(tmp_path: Path) 
     finished, going = shown["fedavg digits seed 0"], shown["slow digits seed 0"]
     assert finished["status"] == "FINISHED" and finished["tags"]["bench.digest"] == first["digest"]
     assert finished["metrics"]["personal"] == pytest.approx(first["metrics"]["personal"])
-    assert going["status"] == "RUNNING" and 0 < going["metrics"]["seconds"]
+    assert going["status"] == "RUNNING" and going["metrics"]["seconds"] > 0
 
 
 def test_metric_names_have_only_characters_that_mlflow_takes() -> None:
