@@ -1,5 +1,5 @@
 """`python -m bench`: the command, also from a checkout that is not installed."""
 
-from bench.cli import main
+from bench.command.main import main
 
 main(prog_name="bench")

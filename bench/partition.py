@@ -56,7 +56,7 @@ def dirichlet(pool: Pool, clients: int, alpha: float, seed: int) -> list[Rows]:
 def fedloge(pool: Pool, clients: int, alpha: float, seed: int) -> list[Rows]:
     """Draw a client for each image from its class's Dirichlet proportions, bit for bit as FedLoGe does.
 
-    Random numbers are those after `numpy.random.seed(seed)`. A (K, C) matrix of coin tosses that always show
+    Random numbers are those after seeding NumPy's legacy generator. A (K, C) matrix of coin tosses that always show
     one is drawn first: it decides nothing and moves the stream. A client may end up empty.
 
     Args:

@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 import torch
 
-from bench import provenance, records
+from bench import provenance
 from bench.config import Run
 from bench.dataset import Dataset, Labels, Splits
 from bench.engine import CannotStack
 from bench.pool import Pool
+from bench.results import records
 from bench.rounds import Diverged, Report, train
 from bench.spelling import label, name
 from bench.split import Split, describe, group_classes, make_split

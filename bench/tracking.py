@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench import records
+from bench.results import records
 from bench.rounds import Report
 from bench.spelling import label, name
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.cli import main
+from bench.command.main import main
 
 OFF = ("--ray", "off", "--tracking-uri", "off")
 SMALL = ("--algos", "fedavg", "--rounds", "2", *OFF)
@@ -71,7 +71,7 @@ def test_help_of_no_verb_loads_anything_heavy(tmp_path: Path) -> None:
     verbs = ("run", "list", "show", "data", "table", "check", "speed", "new")
     code = f"""
 import sys
-from bench.cli import main
+from bench.command.main import main
 for verb in {verbs}:
     try:
         main([verb, "--help"], prog_name="bench")
@@ -147,7 +147,7 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(bench: Bench) -> None:
 def test_neither_ray_nor_mlflow_is_imported_when_both_are_off(tmp_path: Path) -> None:
     code = f"""
 import sys
-from bench.cli import main
+from bench.command.main import main
 try:
     main(["run", *{SMALL!r}, "--json"], prog_name="bench")
 except SystemExit as ended:
@@ -317,7 +317,7 @@ def test_list_names_what_there_is_and_imports_no_plugin(tmp_path: Path, bench: B
     assert "resnet8" in everything["models"] and "quick" in everything["settings"]
     code = """
 import sys
-from bench.cli import main
+from bench.command.main import main
 try:
     main(["list", "algorithms"], prog_name="bench")
 except SystemExit:

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bench import DataDamaged, DataMissing, Dataset, LocalData, Splits, Uploads, keys, tree
-from bench.cli_data import data_command
+from bench.command.data import data_command
 from bench.data import Images
 from bench.files import Official, data_root, read_idx
 from bench.registry import DATASETS
@@ -254,7 +254,7 @@ def invoke(*words: str, typed: str | None = None) -> str:
 
 def test_the_command_is_there_before_torch_is() -> None:
     heavy = "sorted({'torch', 'numpy', 'rich', 'matplotlib', 'sklearn'} & set(sys.modules))"
-    asked = [sys.executable, "-c", f"import sys, bench.cli_data; print({heavy})"]
+    asked = [sys.executable, "-c", f"import sys, bench.command.data; print({heavy})"]
     assert subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
@@ -277,7 +277,7 @@ def test_stats_draws_a_table_and_a_picture(tmp_path: Path) -> None:
 
 
 def test_stats_fits_a_hundred_classes_in_a_narrow_terminal() -> None:
-    from bench.picture import bars, strips
+    from bench.command.picture import bars, strips
 
     table = np.arange(300).reshape(3, 100)
     assert {len(line) for line in strips(table, 40)} == {34}
@@ -483,7 +483,7 @@ def test_batches_repeat_for_a_salt_and_differ_between_salts() -> None:
 
 
 def test_uploads_are_averaged_by_size_or_by_class() -> None:
-    uploads = Uploads({"head": {"weight": torch.tensor([[1.0, 10.0], [4.0, 40.0]])}}, torch.tensor([1, 2]))
+    uploads = Uploads([{"head": {"weight": torch.tensor(w)}} for w in ([1.0, 10.0], [4.0, 40.0])], torch.tensor([1, 2]))
     assert uploads.mean()["head"]["weight"].tolist() == [3.0, 30.0]
     by_class = uploads.mean("head", torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
     assert by_class["weight"].tolist() == [2.5, 25.0]  # nobody: the plain mean

@@ -1,25 +1,126 @@
-"""Who may import whom: imports only go down, heavy libraries have one home each, and nothing draws from a global generator."""
+"""Who may import whom: imports only go down, heavy libraries have one home each, no global randomness."""
 
 from __future__ import annotations
 
 import ast
+import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
+
 FLOORS = {
-    "__init__": 0, "identity": 0, "keys": 0, "spelling": 0, "tree": 0,
-    "algorithm": 1, "data": 1, "dataset": 1, "files": 1, "losses": 1, "models": 1, "settings": 1, "task": 1,
-    "engine": 2, "evaluation": 2, "heterogeneity": 2, "longtail": 2, "metrics": 2, "partition": 2, "population": 2,
-    "registry": 2, "rounds": 2, "split": 2, "toy": 2, "speed": 2,
-}  # fmt: skip
+    # what needs nothing of ours
+    0: "tree keys identity dataset",
+    # one batch, one client, one model: what an algorithm's author reads
+    1: "data models losses task algorithm settings registry",
+    # from labels to clients
+    2: "files longtail heterogeneity dealing partition split",
+    # one run
+    3: "engine population evaluation metrics rounds toy speed",
+    # many runs, and what they leave
+    4: "spelling config watch results provenance tracking pool sweep",
+    # what people type and see
+    5: "checks command",
+}
+"""A module imports from floors below; on its own floor only what stands before it in the line."""
+
+ORDER = [module for line in FLOORS.values() for module in line.split()]
+HOMES = {"ray": "pool", "mlflow": "tracking", "click": "command", "rich": "command results", "matplotlib": "command"}
+"""Third parties with one home each."""
 
 
-def imported(file: Path) -> set[str]:
-    """Modules that a file imports anywhere, as dotted names; `from bench import tree` counts as `bench.tree`."""
+def modules() -> Iterator[tuple[str, Path]]:
+    """Every file of `bench/` and its place: the module's name, or its package's."""
+    for file in sorted((ROOT / "bench").rglob("*.py")):
+        place = file.relative_to(ROOT / "bench").parts[0].removesuffix(".py")
+        if place not in ("__init__", "__main__", "algorithms", "datasets"):
+            yield place, file
+
+
+def imports(file: Path) -> set[str]:
+    """Dotted names a file imports when it runs, inside functions too; those for type checkers only are left out."""
+    tree = ast.parse(file.read_text())
+    ignored = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
     names: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(tree):
+        if id(node) in ignored:
+            continue
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
+
+
+def ours(names: set[str]) -> set[str]:
+    return {name.split(".")[1] for name in names if name.startswith("bench.")} & set(ORDER)
+
+
+def test_every_file_has_a_place() -> None:
+    assert sorted({place for place, _ in modules()}) == sorted(ORDER)
+
+
+@pytest.mark.parametrize("file", [file for _, file in modules()], ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_only_go_down(file: Path) -> None:
+    place = next(place for place, known in modules() if known == file)
+    above = {used for used in ours(imports(file)) if ORDER.index(used) > ORDER.index(place)}
+    assert not above, f"{place} imports {', '.join(sorted(above))}, which stand above it"
+
+
+def test_heavy_libraries_have_one_home() -> None:
+    for place, file in modules():
+        for name in imports(file):
+            home = HOMES.get(name.split(".")[0])
+            assert home is None or place in home.split(), f"{file.name} imports {name}"
+
+
+def test_bench_never_names_a_plugin() -> None:
+    plugins = {file.stem for folder in ("algorithms", "datasets") for file in (ROOT / folder).glob("*.py")}
+    for _, file in modules():
+        for name in imports(file):
+            assert not re.match(r"bench\.(algorithms|datasets)\.", name), f"{file.name} imports {name}"
+    core = [file for place, file in modules() if ORDER.index(place) <= ORDER.index("evaluation")]
+    for file in core:
+        strings = {
+            node.value
+            for node in ast.walk(ast.parse(file.read_text()))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }
+        allowed = {"fedloge", "creff"}  # also names of a partition, a client test and two settings
+        assert not (strings & plugins) - allowed, f"{file.name} names {strings & plugins}"
+
+
+@pytest.mark.parametrize("folder", ["algorithms", "datasets"])
+def test_plugins_never_import_each_other(folder: str) -> None:
+    for file in (ROOT / folder).glob("*.py"):
+        for name in imports(file):
+            assert not re.match(r"bench\.(algorithms|datasets)\b", name), f"{file.name} imports {name}"
+            place = name.split(".")[1] if name.startswith("bench.") else ""
+            assert place not in ORDER or ORDER.index(place) <= ORDER.index("files"), f"{file.name} imports {name}"
+
+
+def test_nothing_draws_from_a_global_generator() -> None:
+    forbidden = re.compile(r"torch\.manual_seed|np\.random\.(?!RandomState|Generator|default_rng)\w+\(|random\.seed\(")
+    for folder in ("bench", "algorithms", "datasets"):
+        for file in (ROOT / folder).rglob("*.py"):
+            found = forbidden.search(file.read_text())
+            assert found is None, f"{file.name}: {found and found[0]}"
+
+
+def test_the_help_imports_nothing_heavy() -> None:
+    import subprocess
+
+    code = "import sys; sys.argv = ['bench', '--help']\nfrom bench.command.main import main\ntry: main()\nfinally: " + (
+        "print([m for m in ('torch', 'ray', 'mlflow', 'pandas', 'numpy') if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.strip() == "[]", done.stderr

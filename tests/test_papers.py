@@ -539,7 +539,7 @@ def test_masked_predictions_never_name_an_absent_class() -> None:
     )  # everybody is tested on everything
     finish(run)
     held = run.population.counts > 0
-    right = {(row["model"], row["client"], row["class"]): row["correct"] for row in run.progress.counts}
+    right = {(row["model"], row["client"], row["class"]): int(row["correct"]) for row in run.progress.counts}
     absent = [(k, c) for k in range(len(toy.SIZES)) for c in range(6) if not held[k, c] and held[k].any()]
     assert absent
     assert all(right["personal.masked", k, c] == 0 for k, c in absent)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import scaffold
-from bench.cli import main
+from bench.command import scaffold
+from bench.command.main import main
 from bench.registry import ALGORITHMS, DATASETS
 from bench.settings import BadConfig
 

@@ -24,13 +24,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bench import metrics, records, table
+from bench import metrics
 from bench.identity import canonical, identify
-from bench.layout import columns, details, footnotes, remarks
-from bench.leaderboard import Leaderboard, leaderboards
-from bench.record import check
-from bench.records import Record
-from bench.statistics import Estimate, estimate
+from bench.results import records, table
+from bench.results.layout import columns, details, footnotes, remarks
+from bench.results.leaderboard import Leaderboard, leaderboards
+from bench.results.record import check
+from bench.results.records import Record
+from bench.results.statistics import Estimate, estimate
 
 GROUPS = {"many": torch.tensor([0]), "medium": torch.tensor([1, 2]), "few": torch.tensor([3])}
 
@@ -409,7 +410,7 @@ _KILLED = """
 import json, os, signal, sys
 from pathlib import Path
 import pyarrow.parquet, pydantic
-from bench import records
+from bench.results import records
 
 out, run_id, given = sys.argv[1:]
 content, rounds, counts = json.loads(given)

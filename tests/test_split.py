@@ -15,12 +15,12 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 
+from bench.command.picture import spans
 from bench.dataset import DataDamaged, Labels
 from bench.dealing import Pool, dirichlet_table
 from bench.heterogeneity import gini, measure
 from bench.longtail import class_sizes, subsample
 from bench.partition import PARTITIONS
-from bench.picture import spans
 from bench.settings import Setting
 from bench.split import (
     PartitionFailed,

@@ -23,9 +23,10 @@ from typing import Any
 
 import pytest
 
-from bench import config, pool, records, sweep, tracking, watch
+from bench import config, pool, sweep, tracking, watch
+from bench.command.progress import Display
 from bench.config import Run
-from bench.progress import Display
+from bench.results import records
 from bench.rounds import Report
 
 ROOT = Path(__file__).parents[1]

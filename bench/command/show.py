@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from bench.cli_options import DEFAULT_DATASET
+from bench.command.options import DEFAULT_DATASET
 
 _KINDS = ("algorithms", "datasets", "models", "settings", "partitions")
 
@@ -24,7 +24,7 @@ def list_command(kind: str | None, as_json: bool) -> None:
     bench list algorithms
     bench list datasets --json
     """
-    from bench import catalogue
+    from bench.command import catalogue
 
     listed = {each: catalogue.summaries(each) for each in ((kind,) if kind else catalogue.KINDS)}
     if as_json:
@@ -54,7 +54,7 @@ def show_command(name: str, plugin: Path | None, kind: str | None, dataset: str,
     bench show fedloge --kind settings
     bench show mine --plugin mine.py
     """
-    from bench import catalogue
+    from bench.command import catalogue
     from bench.registry import UnknownPlugin, load_plugin
 
     if plugin is not None:

@@ -15,14 +15,14 @@ import click
 import bench
 
 _VERBS = {
-    "run": ("bench.cli_run", "Compare algorithms; with no options, five of them on scikit-learn's digits."),
-    "list": ("bench.cli_show", "List algorithms, datasets, models, settings, partitions."),
-    "show": ("bench.cli_show", "Say what a plug-in, model, setting or partition is, and what it takes."),
-    "data": ("bench.cli_data", "Fetch, check and look at datasets and how they are split."),
-    "table": ("bench.cli_table", "Print the leaderboard of stored results."),
-    "check": ("bench.cli_plugin", "Check that an algorithm or dataset keeps the contract."),
-    "speed": ("bench.cli_plugin", "Measure images/s of federated training against the bare loop."),
-    "new": ("bench.cli_plugin", "Write an algorithm or dataset to start from."),
+    "run": ("bench.command.run", "Compare algorithms; with no options, five of them on scikit-learn's digits."),
+    "list": ("bench.command.show", "List algorithms, datasets, models, settings, partitions."),
+    "show": ("bench.command.show", "Say what a plug-in, model, setting or partition is, and what it takes."),
+    "data": ("bench.command.data", "Fetch, check and look at datasets and how they are split."),
+    "table": ("bench.command.table", "Print the leaderboard of stored results."),
+    "check": ("bench.command.plugin", "Check that an algorithm or dataset keeps the contract."),
+    "speed": ("bench.command.plugin", "Measure images/s of federated training against the bare loop."),
+    "new": ("bench.command.plugin", "Write an algorithm or dataset to start from."),
 }
 """Verb to the module that has the command of that name, and what it does, for `bench --help`."""
 

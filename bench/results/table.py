@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from bench.layout import (
+from bench.results.layout import (
     ABSENT,
     INTERVAL,
     LEGEND,
@@ -27,9 +27,9 @@ from bench.layout import (
     title,
     warnings,
 )
-from bench.leaderboard import METRICS as METRICS
-from bench.leaderboard import Leaderboard as Leaderboard
-from bench.leaderboard import leaderboards as leaderboards
+from bench.results.leaderboard import METRICS as METRICS
+from bench.results.leaderboard import Leaderboard as Leaderboard
+from bench.results.leaderboard import leaderboards as leaderboards
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

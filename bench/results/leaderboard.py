@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bench.identity import canonical, identify
-from bench.record import Record
-from bench.statistics import Estimate, estimate
+from bench.results.record import Record
+from bench.results.statistics import Estimate, estimate
 
 METRICS = ("last", "last10", "best")
 """Which evaluation counts: the last round, the mean of the last ten, or the best one, which is optimistic."""

@@ -16,13 +16,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from bench import storage
-from bench.record import COUNTS, DOCUMENT, FORMAT, ROUNDS, check
-from bench.record import DamagedResult as DamagedResult
-from bench.record import Record as Record
-from bench.record import read as read
-from bench.storage import OutputUnwritable as OutputUnwritable
-from bench.storage import prepare as prepare
+from bench.results import storage
+from bench.results.record import COUNTS, DOCUMENT, FORMAT, ROUNDS, check
+from bench.results.record import DamagedResult as DamagedResult
+from bench.results.record import Record as Record
+from bench.results.record import read as read
+from bench.results.storage import OutputUnwritable as OutputUnwritable
+from bench.results.storage import prepare as prepare
 
 _COUNT_COLUMNS = ("round", "model", "client", "class", "correct", "total")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bench.leaderboard import Leaderboard, Row, suffix
-from bench.statistics import Estimate
+from bench.results.leaderboard import Leaderboard, Row, suffix
+from bench.results.statistics import Estimate
 
 ABSENT = "–"
 NO_RUNS = "There are no finished runs."

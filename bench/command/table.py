@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from bench.leaderboard import Leaderboard
+    from bench.results.leaderboard import Leaderboard
 
 
 @click.command("table")
@@ -45,7 +45,7 @@ def table_command(datasets: str | None, out: Path, form: str | None, metric: str
     bench table --dataset cifar10 --format latex > table.tex
     bench table --out results --write
     """
-    from bench import records, table
+    from bench.results import records, table
 
     if not out.is_dir():
         raise click.BadParameter(f"{out}: there is no such folder, 'bench run' makes one", param_hint="--out")
@@ -70,7 +70,7 @@ def print_boards(boards: Sequence[Leaderboard]) -> None:
     """Print leaderboards for a person."""
     from rich.console import Console
 
-    from bench.table import terminal
+    from bench.results.table import terminal
 
     console = Console()
     if not console.is_terminal:

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bench.cli_options import Options, run_options
-from bench.cli_table import print_boards
+from bench.command.options import Options, run_options
+from bench.command.table import print_boards
 
 if TYPE_CHECKING:
+    from bench.command.progress import Display
     from bench.config import Run, Sweep
-    from bench.leaderboard import Leaderboard
     from bench.pool import Pool
-    from bench.progress import Display
+    from bench.results.leaderboard import Leaderboard
     from bench.sweep import Result
     from bench.tracking import Mirror
     from bench.watch import Watcher
@@ -47,10 +47,13 @@ def run_command(**values: Any) -> None:
 
 
 def _run(options: Options) -> int:
-    from bench import sweep
-    from bench.progress import Display
-    from bench.storage import prepare
+    import torch
 
+    from bench import sweep
+    from bench.command.progress import Display
+    from bench.results.storage import prepare
+
+    torch.set_num_threads(1)  # more would wait for each other: what is done here is small, and runs take a core
     asked = _sweep(options)
     runs = asked.expand()
     if options.dry_run:
@@ -184,7 +187,7 @@ def _interrupted(runs: Sequence[Run], options: Options, mirror: Mirror | None, d
 
 
 def _finish(mirror: Mirror, results: Sequence[Result], boards: Sequence[Leaderboard]) -> None:
-    from bench.table import render
+    from bench.results.table import render
 
     failed = any(result.status == "failed" for result in results)
     tables = {f"leaderboard.{format}": render(boards, format) for format in ("md", "json")}
@@ -192,8 +195,8 @@ def _finish(mirror: Mirror, results: Sequence[Result], boards: Sequence[Leaderbo
 
 
 def _boards(results: Sequence[Result], out: Path) -> list[Leaderboard]:
-    from bench import records
-    from bench.table import leaderboards
+    from bench.results import records
+    from bench.results.table import leaderboards
 
     finished = [records.read(out / result.run.id) for result in results if result.status != "failed"]
     return leaderboards(finished)
@@ -223,7 +226,7 @@ def _cell(run: Run) -> dict[str, Any]:
 
 
 def _as_json(result: Result, out: Path) -> dict[str, Any]:
-    from bench import records
+    from bench.results import records
 
     cell = {**_cell(result.run), "status": result.status}
     if result.status == "failed":

@@ -146,7 +146,7 @@ def _title(name: str, setting: Setting, seed: int) -> str:
 
 
 def _save(out: Path, title: str, document: dict[str, Any], table: Any) -> None:
-    from bench.picture import save
+    from bench.command.picture import save
 
     try:
         save(out, title, document, table)
@@ -159,7 +159,7 @@ def _print(title: str, document: dict[str, Any], labels: Labels, split: Split) -
     import numpy as np
     from rich.console import Console
 
-    from bench.picture import bars, client_table, spans
+    from bench.command.picture import bars, client_table, spans
     from bench.split import histograms
 
     console = Console(highlight=False)

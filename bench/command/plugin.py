@@ -24,7 +24,7 @@ def new_command(kind: str, name: str, out: Path) -> None:
     bench new algorithm mine
     bench new dataset leaves --out plugins
     """
-    from bench import scaffold
+    from bench.command import scaffold
 
     file = scaffold.write(kind, name, out)
     plugin = shlex.quote(str(file))

@@ -1,0 +1,1 @@
+"""What finished runs leave on disk, and the tables made of it."""
