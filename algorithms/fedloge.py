@@ -1,8 +1,7 @@
-"""FedLoGe: a body taught through a fixed sparse ETF head; a shared and a personal head, realigned after
-training.
+"""FedLoGe: a body taught through a fixed sparse ETF; a shared and a personal head, realigned after training.
 
-Xiao, Chen, Liu, Wang, Feng, Hao, Zhou, Wu, Yang, Liu. FedLoGe: Joint Local and Generic Federated Learning
-under Long-tailed Data. ICLR 2024. https://arxiv.org/abs/2401.08977
+Xiao, Chen, Liu, Feng, Wu, Liu, Zhou, Yang, Liu. FedLoGe: Joint Local and Generic Federated Learning under
+Long-tailed Data. ICLR 2024. https://arxiv.org/abs/2401.08977
 
 Server keeps   body, head, etf
 Client keeps   head

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -76,13 +77,15 @@ class Population:
         union = torch.cat(self.index[: self.training])
         sizes = [sum(len(self.index[k]) for k in self.cohort(r)) for r in range(round + 1)]
         start, stop = sum(sizes[:-1]), sum(sizes)
+        counts = self.counts[: self.training].sum(0)
+        if stop - start == len(union):  # all take part: one client that holds everything, to the bit
+            return replace(self.visit(0, round, private), index=union, class_counts=counts)
         passes = range(start // len(union), -(-stop // len(union)))
         stream = torch.cat(
             [union[keys.permutation(keys.fold(self.key, "pooled", p), len(union)).to(self.device)] for p in passes]
         )
         offset = start - passes.start * len(union)
         index = stream[offset : offset + stop - start]
-        counts = self.counts[: self.training].sum(0)
         return Visit(private, index, keys.fold(self.key, "pooled round", round).to(self.device), counts)
 
     def sizes(self, clients: Iterable[int]) -> Tensor:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,12 +73,6 @@ def test_one_client_is_the_textbook_loop(name: str, weight_decay: float) -> None
     setting = replace(toy.SETTING, clients=1, participation=1.0, rounds=3, weight_decay=weight_decay)
     run = toy_run(make(name), setting=setting, sizes=(192,))
     rows = run.population.index[0]
-    if name == "centralised":  # its stream reshuffles the union: take it as it comes
-        setting = replace(setting, rounds=1)
-        run = toy_run(make(name), setting=setting, sizes=(192,))
-        visit = run.population.pooled_visit(0, {})
-        rows = visit.index
-        run.population._keys = 0, visit.key[None]
     expected = plain_sgd(run, rows, setting.rounds)
     assert largest_difference(expected, finish(run).progress.server) < 1e-6
 
@@ -670,3 +668,32 @@ def test_momentum_can_be_carried_from_round_to_round() -> None:
     half, momentum = task.resume_sgd(task.loss, task.init(), batches[:2], None)
     again, _ = task.resume_sgd(task.loss, half, batches[2:], momentum)
     assert same(whole, again)
+
+
+# Through the command line --------------------------------------------------------------------------------------------
+
+
+def bench_run(folder: Path, *arguments: str) -> dict[str, dict[str, Any]]:
+    """Run `bench run` as a user would, and give its runs by algorithm as it was spelt."""
+    command = [sys.executable, "-m", "bench", "run", "--json", "--ray", "off", "--tracking-uri", "off"]
+    done = subprocess.run([*command, "--out", str(folder), *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {run["call"]: run for run in json.loads(done.stdout)["runs"]}
+
+
+def test_degenerate_methods_are_fedavg_through_the_command_line(tmp_path: Path) -> None:
+    algorithms = "fedavg,fedprox(mu=0),fedavg_ft(finetune_epochs=0),fedprox"
+    runs = bench_run(tmp_path, "--algos", algorithms, "--rounds", "3")
+    fedavg = runs.pop("fedavg")
+    assert runs.pop("fedprox")["digest"] != fedavg["digest"]
+    assert len(runs) == 2
+    for run in runs.values():
+        assert (run["digest"], run["metrics"]) == (fedavg["digest"], fedavg["metrics"])
+
+
+def test_fedavg_of_one_client_is_centralised_training_through_the_command_line(tmp_path: Path) -> None:
+    runs = bench_run(
+        tmp_path, "--algos", "fedavg,centralised", "--clients", "1", "--participation", "1", "--rounds", "3"
+    )
+    assert runs["fedavg"]["digest"] == runs["centralised"]["digest"]
+    assert runs["fedavg"]["metrics"] == runs["centralised"]["metrics"]
