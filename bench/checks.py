@@ -66,8 +66,7 @@ def _require(kept: bool, problem: str) -> None:
         raise ContractBroken(problem)
 
 
-# The toy problem
-# -----------------------------------------------------------------------------------------------------
+# The toy problem ----------------------------------------------------------------------------------
 
 
 def toy_run(
@@ -132,8 +131,7 @@ def upload_once(run: Run, client: int = 0) -> tuple[Tree, Tree]:
     return upload, private
 
 
-# Promises of an algorithm
-# --------------------------------------------------------------------------------------------
+# Promises of an algorithm -------------------------------------------------------------------------
 
 
 def name_is_file_name(plugin: type[Algorithm]) -> None:
@@ -389,8 +387,7 @@ ALGORITHM_PROMISES: dict[str, Callable[[type[Algorithm]], None]] = {
 }
 
 
-# Promises of a dataset
-# -----------------------------------------------------------------------------------------------
+# Promises of a dataset ----------------------------------------------------------------------------
 
 
 def dataset_name_is_file_name(plugin: type[Dataset]) -> None:

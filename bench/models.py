@@ -1,16 +1,8 @@
 """Networks as pure functions of a tree: a body that makes features and a linear head that makes logits.
 
-A model is `{"body": ..., "head": {"weight": (C, d), "bias": (C,)}}`. Initial weights are a function of a key.
-Features are non-negative (the body ends in a ReLU and, for residual networks, average pooling), except for
-`linear`, which has no body.
-
-Initialisation: convolutions He normal over the fan-out (He et al. 2015, https://arxiv.org/abs/1502.01852);
-every linear layer uniform in ±1/sqrt(inputs), torch's default; norm layers 1 and 0.
-
-Normalisation is GroupNorm unless batch norm is asked for. The running statistics of batch norm are tensors of
-the tree, under `stats`: the loss of a training step returns their next values (`training` below), so they can
-be sent, kept, averaged and stacked like anything else. A model is in training mode exactly within a training
-step, and in evaluation mode elsewhere.
+A model is `{"body": ..., "head": {"weight": (C, d), "bias": (C,)}}`. Initial weights are a function of a key. Features
+are non-negative (the body ends in a ReLU and, for residual networks, average pooling), except for `linear`, which has
+no body. Normalisation is GroupNorm unless batch norm is asked for.
 """
 
 from __future__ import annotations
@@ -18,21 +10,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import keys, tree
-from bench.tree import STATISTICS, Tree
-
-NORMS = ("group", "batch")
-STATISTICS_POLICIES = ("shared", "personal", "frozen")
-"""Running statistics are averaged with the model, stay at each client, or keep their first values."""
+from bench import keys
+from bench.layers import apply_linear, convolution, convolve, linear, norm, norm_layer
+from bench.tree import Tree
 
 
 class Model(Protocol):
@@ -58,140 +44,6 @@ class Model(Protocol):
 
     def logits(self, head: Tree, z: Tensor) -> Tensor:
         """(B, d) -> (B, C)."""
-
-
-# Training mode and running statistics
-# --------------------------------------------------------------------------------
-
-
-@dataclass
-class Recorder:
-    """Collects the next running statistics during one forward pass in training mode."""
-
-    weight: Tensor
-    """(B,) 1 for an example, 0 for padding."""
-    padded: bool
-    """Whether some weights may be 0."""
-    frozen: bool
-    """Whether statistics keep their values, and are used instead of the batch's."""
-    seen: dict[int, Tensor] = field(default_factory=dict)
-    """Next value, by the identity of the leaf it replaces."""
-
-    def following(self, statistics: Tree) -> Tree:
-        """Give the next value of all statistics; those that were not used keep theirs."""
-
-        def next_of(leaf: Tensor) -> Tensor:
-            return self.seen.get(id(leaf), leaf)
-
-        return tree.map(next_of, statistics)
-
-
-_recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
-
-
-@contextmanager
-def training(recorder: Recorder) -> Iterator[Recorder]:
-    """Put models into training mode: batch norm uses the batch's statistics and records the running ones."""
-    token = _recorder.set(recorder)
-    try:
-        yield recorder
-    finally:
-        _recorder.reset(token)
-
-
-def batch_norm(layer: Tree, x: Tensor, momentum: float = 0.1, eps: float = 1e-5) -> Tensor:
-    """Normalise (B, c, h, w) over batch and space; padding counts for nothing.
-
-    Source: Ioffe, Szegedy 2015, https://arxiv.org/abs/1502.03167; running variance unbiased, as torch has it.
-    """
-    weight, bias = layer["weight"], layer["bias"]
-    stats = layer[STATISTICS]
-    mode = _recorder.get()
-    if mode is None or mode.frozen:
-        return F.batch_norm(x, stats["mean"], stats["var"], weight, bias, False, 0.0, eps)
-    if not mode.padded:
-        mean, var = stats["mean"].detach().clone(), stats["var"].detach().clone()
-        if x.shape[0] * x.shape[2] * x.shape[3] == 1:  # one value a channel has no variance
-            return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
-        y = F.batch_norm(x, mean, var, weight, bias, True, momentum, eps)
-    else:
-        w = mode.weight[:, None, None, None]
-        count = mode.weight.sum() * x.shape[2] * x.shape[3]
-        batch_mean = (x * w).sum((0, 2, 3)) / count.clamp(min=1)
-        centred = x - batch_mean[:, None, None]
-        batch_var = (centred.square() * w).sum((0, 2, 3)) / count.clamp(min=1)
-        usable = count > 1
-        batch_mean, batch_var = (
-            torch.where(usable, batch_mean, stats["mean"]),
-            torch.where(usable, batch_var, stats["var"]),
-        )
-        y = (x - batch_mean[:, None, None]) * torch.rsqrt(batch_var + eps)[:, None, None]
-        y = y * weight[:, None, None] + bias[:, None, None]
-        unbiased = batch_var.detach() * count / (count - 1).clamp(min=1)
-        mean = torch.where(usable, torch.lerp(stats["mean"], batch_mean.detach(), momentum), stats["mean"])
-        var = torch.where(usable, torch.lerp(stats["var"], unbiased, momentum), stats["var"])
-    mode.seen[id(stats["mean"])], mode.seen[id(stats["var"])] = mean, var
-    return y
-
-
-def group_norm(layer: Tree, x: Tensor, eps: float = 1e-5) -> Tensor:
-    """Normalise each image over groups of channels: 8 groups, or 2 where channels are few.
-
-    Source: Wu, He 2018, https://arxiv.org/abs/1803.08494.
-    """
-    groups = 8 if x.shape[1] % 8 == 0 and x.shape[1] > 16 else 2
-    return F.group_norm(x, groups, layer["weight"], layer["bias"], eps)
-
-
-def norm(layer: Tree, x: Tensor) -> Tensor:
-    """Apply the norm layer that the tree holds: batch norm where there are running statistics."""
-    return batch_norm(layer, x) if STATISTICS in layer else group_norm(layer, x)
-
-
-# Layers' initial weights
-# ---------------------------------------------------------------------------------------------
-
-
-def linear(key: Tensor, outputs: int, inputs: int) -> Tree:
-    """Draw a linear layer, uniform in ±1/sqrt(inputs): torch's default."""
-    bound = 1.0 / math.sqrt(inputs)
-    draw = keys.uniform(key, outputs * inputs + outputs) * (2 * bound) - bound
-    return {"weight": draw[: outputs * inputs].reshape(outputs, inputs), "bias": draw[outputs * inputs :]}
-
-
-def convolution(key: Tensor, outputs: int, inputs: int, size: int, bias: bool = False) -> Tree:
-    """Draw a convolution, He normal over the fan-out; a bias starts at zero."""
-    std = math.sqrt(2.0 / (outputs * size * size))
-    layer: Tree = {"weight": keys.normal(key, outputs, inputs, size, size) * std}
-    if bias:
-        layer["bias"] = torch.zeros(outputs, device=key.device)
-    return layer
-
-
-def norm_layer(kind: str, channels: int, device: torch.device) -> Tree:
-    """Make a norm layer: weight 1, bias 0, and for batch norm running mean 0 and variance 1."""
-    layer: Tree = {
-        "weight": torch.ones(channels, device=device),
-        "bias": torch.zeros(channels, device=device),
-    }
-    if kind == "batch":
-        layer[STATISTICS] = {
-            "mean": torch.zeros(channels, device=device),
-            "var": torch.ones(channels, device=device),
-        }
-    return layer
-
-
-def _conv(layer: Tree, x: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
-    return F.conv2d(x, layer["weight"], layer.get("bias"), stride, padding)
-
-
-def _linear(layer: Tree, x: Tensor) -> Tensor:
-    return F.linear(x, layer["weight"], layer["bias"])
-
-
-# Networks
-# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -224,7 +76,7 @@ class _Network(ABC):
 
     def logits(self, head: Tree, z: Tensor) -> Tensor:
         """(B, d) -> (B, C)."""
-        return _linear(head, z)
+        return apply_linear(head, z)
 
 
 class Linear(_Network):
@@ -258,7 +110,7 @@ class MLP(_Network):
 
     def features(self, body: Tree, x: Tensor) -> Tensor:
         """(B, channels, height, width) -> (B, 64)."""
-        return F.relu(_linear(body["hidden"], x.flatten(1)))
+        return F.relu(apply_linear(body["hidden"], x.flatten(1)))
 
 
 class SmallCNN(_Network):
@@ -284,9 +136,9 @@ class SmallCNN(_Network):
 
     def features(self, body: Tree, x: Tensor) -> Tensor:
         """(B, channels, height, width) -> (B, 64)."""
-        x = F.max_pool2d(F.relu(_conv(body["conv1"], x, padding=1)), 2)
-        x = F.max_pool2d(F.relu(_conv(body["conv2"], x, padding=1)), 2)
-        return F.relu(_linear(body["hidden"], x.flatten(1)))
+        x = F.max_pool2d(F.relu(convolve(body["conv1"], x, padding=1)), 2)
+        x = F.max_pool2d(F.relu(convolve(body["conv2"], x, padding=1)), 2)
+        return F.relu(apply_linear(body["hidden"], x.flatten(1)))
 
 
 class FedAvgCNN(_Network):
@@ -314,9 +166,9 @@ class FedAvgCNN(_Network):
 
     def features(self, body: Tree, x: Tensor) -> Tensor:
         """(B, channels, height, width) -> (B, 512)."""
-        x = F.max_pool2d(F.relu(_conv(body["conv1"], x)), 2)
-        x = F.max_pool2d(F.relu(_conv(body["conv2"], x)), 2)
-        return F.relu(_linear(body["hidden"], x.flatten(1)))
+        x = F.max_pool2d(F.relu(convolve(body["conv1"], x)), 2)
+        x = F.max_pool2d(F.relu(convolve(body["conv2"], x)), 2)
+        return F.relu(apply_linear(body["hidden"], x.flatten(1)))
 
 
 @dataclass(frozen=True)
@@ -366,7 +218,7 @@ class ResNet(_Network):
         """(B, channels, height, width) -> (B, d)."""
 
         def unit(layer: Tree, x: Tensor, stride: int, padding: int) -> Tensor:
-            return norm(layer["norm"], _conv(layer["conv"], x, stride, padding))
+            return norm(layer["norm"], convolve(layer["conv"], x, stride, padding))
 
         x = F.relu(unit(body["stem"], x, 1, 1))
         for name, _, _, stride in self._plan():

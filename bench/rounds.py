@@ -213,8 +213,7 @@ class Run:
         digest = tree.digest([self.progress.server, *self.store.all()])
         return Outcome(final, rows, self.progress.counts, cost, digest)
 
-    # A round's parts
-    # ---------------------------------------------------------------------------------------------
+    # A round's parts ------------------------------------------------------------------------------
 
     def _task(self, r: int) -> Task:
         return self.task.at(r, self.setting.lr * self.setting.lr_decay**r)
@@ -302,8 +301,7 @@ class Run:
         if self.device == "cuda":
             torch.cuda.synchronize()
 
-    # Checkpoints
-    # -------------------------------------------------------------------------------------------------
+    # Checkpoints ----------------------------------------------------------------------------------
 
     def _save(self, last: bool) -> None:
         """Save what a later process needs, unless the last save is so recent that saving would cost over 5 %

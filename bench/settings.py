@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields
 
 from bench.data import AUGMENTATIONS
 from bench.dataset import Dataset
-from bench.models import MODELS, NORMS, STATISTICS_POLICIES
+from bench.layers import NORMS, STATISTICS_POLICIES
+from bench.models import MODELS
 
 
 class BadConfig(ValueError):

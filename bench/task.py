@@ -12,7 +12,8 @@ from torch import Tensor
 
 from bench import keys, losses, tree
 from bench.data import Batch
-from bench.models import Model, Recorder, training
+from bench.layers import Recorder, training
+from bench.models import Model
 from bench.tree import Tree
 
 Loss = Callable[[Tree, Batch], Tensor]

@@ -16,7 +16,7 @@ FLOORS = {
     # what needs nothing of ours
     0: "tree keys identity dataset",
     # one batch, one client, one model: what an algorithm's author reads
-    1: "data models losses task algorithm settings registry",
+    1: "data layers models losses task algorithm settings registry",
     # from labels to clients
     2: "files longtail heterogeneity dealing partition split",
     # one run

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import Algorithm, Batch, Tree, Uploads, keys, losses, models, toy, tree
+from bench import Algorithm, Batch, Tree, Uploads, keys, layers, losses, models, toy, tree
 from bench.checks import finish, largest_difference, states, toy_run, upload_once
 from bench.registry import ALGORITHMS
 from bench.rounds import Run
@@ -104,8 +104,7 @@ def test_a_mean_per_class_counts_only_the_clients_that_hold_it() -> None:
     assert uploads.mean("g", seen)["w"].tolist() == [2.0, 9.0, 7.0]
 
 
-# Degenerate equivalences (every one to the bit unless it says otherwise)
-# --------------------------------------------
+# Degenerate equivalences (every one to the bit unless it says otherwise) --------------------------
 
 
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
@@ -278,8 +277,7 @@ def test_fedrods_personal_model_starts_as_the_generic_one() -> None:
     assert same(personal, run.progress.server)
 
 
-# Losses: golden values of the field
-# ----------------------------------------------------------------------------------
+# Losses: golden values of the field ---------------------------------------------------------------
 
 
 def test_balanced_softmax_has_its_golden_value() -> None:
@@ -570,8 +568,7 @@ def test_the_seed_decides_initial_weights_and_the_order_of_data_each_by_itself()
     assert not torch.equal(first.key, one.population.visit(1, 0, {}).key)
 
 
-# Norm statistics, models, clipping
-# -----------------------------------------------------------------------------------
+# Norm statistics, models, clipping ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("statistics", ["shared", "personal", "frozen"])
@@ -603,13 +600,13 @@ def test_engines_agree_on_batch_norm(statistics: str) -> None:
 
 def test_batch_norm_is_torchs_with_and_without_padding() -> None:
     x = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(0)) * 2 + 1
-    layer = models.norm_layer("batch", 4, torch.device("cpu"))
+    layer = layers.norm_layer("batch", 4, torch.device("cpu"))
     reference = torch.nn.BatchNorm2d(4)
     expected = reference(x[:5])
     for padded in (False, True):
-        recorder = models.Recorder(torch.tensor([1.0, 1, 1, 1, 1, 0]), padded, frozen=False)
-        with models.training(recorder):
-            y = models.batch_norm(layer, x if padded else x[:5])
+        recorder = layers.Recorder(torch.tensor([1.0, 1, 1, 1, 1, 0]), padded, frozen=False)
+        with layers.training(recorder):
+            y = layers.batch_norm(layer, x if padded else x[:5])
         assert torch.allclose(y[:5], expected, atol=1e-5)
         mean, var = layer["stats"]["mean"], layer["stats"]["var"]
         assert torch.allclose(recorder.seen[id(mean)], reference.running_mean, atol=1e-6)  # type: ignore[arg-type]
