@@ -74,6 +74,8 @@ def start(*words: object, cwd: Path, **environment: str) -> subprocess.Popen[str
         text=True,
         env={**os.environ, **environment},
         start_new_session=True,
+        # a job in the background of a shell inherits a deaf ear for interrupts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
