@@ -24,11 +24,10 @@ from bench import engine as engines
 from bench import toy, tree
 from bench.algorithm import Algorithm
 from bench.data import Uploads
-from bench.dataset import DataDamaged, DataMissing, Dataset, Splits
+from bench.dataset import DataDamaged, DataMissing, Dataset
 from bench.evaluation import part_each
 from bench.registry import ALGORITHMS, DATASETS
 from bench.rounds import Run
-from bench.settings import Setting
 from bench.tree import Tree
 
 
@@ -64,71 +63,6 @@ def check(plugin: type[Algorithm] | type[Dataset]) -> Iterator[Finding]:
 def _require(kept: bool, problem: str) -> None:
     if not kept:
         raise ContractBroken(problem)
-
-
-# The toy problem ----------------------------------------------------------------------------------
-
-
-def toy_run(
-    algorithm: Algorithm,
-    engine: str = "serial",
-    seed: int = 0,
-    setting: Setting = toy.SETTING,
-    garbage: bool = False,
-    checkpoint: Path | None = None,
-    sizes: tuple[int, ...] = toy.SIZES,
-) -> Run:
-    """Set up a run of the toy problem without taking a step."""
-    dataset = toy.Toy(garbage=garbage)
-    splits = dataset.load()
-    split = toy.split(replace_test(splits), sizes)
-    return Run(algorithm, dataset, splits, split, setting, seed, engine, "fp32", "cpu", checkpoint)
-
-
-def replace_test(splits: Splits) -> Splits:
-    """Give the splits with the true test labels, so that the partition is the same whatever the test images
-    are.
-    """
-    return dataclasses.replace(splits, test_y=toy.Toy().load().test_y)
-
-
-def finish(run: Run) -> Run:
-    """Take the steps that are left."""
-    while run.progress.round < run.setting.rounds:
-        run.step()
-    return run
-
-
-def largest_difference(a: Tree, b: Tree) -> float:
-    """Give the largest absolute difference of two trees; infinite where their structure differs."""
-    left, right = tree.flatten(a), tree.flatten(b)
-    if left.keys() != right.keys():
-        return math.inf
-    return max(
-        (float((x.double() - right[path].double()).abs().max()) for path, x in left.items() if x.numel()),
-        default=0.0,
-    )
-
-
-def states(run: Run) -> Tree:
-    """Give all that a run keeps, as one tree."""
-    return {"server": run.progress.server, **{f"client {k}": state for k, state in run.store.states.items()}}
-
-
-def upload_once(run: Run, client: int = 0) -> tuple[Tree, Tree]:
-    """Run the first exchange of the first round at one client."""
-    task = run._task(0)
-    exchange = run.algorithm.exchanges(task)[0]
-    shared, own = part_each(run.algorithm.broadcast(task, run.progress.server))
-    population = run.population
-    if "pooled" in run.algorithm.needs:
-        visit = population.pooled_visit(0, run.store[-1])
-    else:
-        row = None if own is None else tree.pick(own, client)
-        visit = population.visit(client, 0, run.store[client], row)
-    results, _ = engines.serial(getattr(run.algorithm, exchange.client), task, shared, population.images, [visit])
-    upload, private = results[0]
-    return upload, private
 
 
 # Promises of an algorithm -------------------------------------------------------------------------
@@ -176,9 +110,9 @@ def ledger_is_true(plugin: type[Algorithm]) -> None:
     text = inspect.getdoc(sys.modules[plugin.__module__]) or ""
     missing = [t for t in ("Server keeps", "Client keeps", "Down", "Up", "Departs") if f"\n{t} " not in f"\n{text}"]
     _require(not missing, f"the module's docstring has no line {', '.join(missing)}")
-    run = toy_run(plugin())
-    task = run._task(0)
-    upload, private = upload_once(run)
+    run = toy.run(plugin())
+    task = run.task_at(0)
+    upload, private = toy.upload_once(run)
     found = {
         "Server keeps": set(run.progress.server),
         "Client keeps": set(private),
@@ -193,25 +127,25 @@ def ledger_is_true(plugin: type[Algorithm]) -> None:
 
 def inputs_are_left_alone(plugin: type[Algorithm]) -> None:
     """Nothing that is passed in is changed in place."""
-    run = toy_run(plugin())
-    task = run._task(0)
+    run = toy.run(plugin())
+    task = run.task_at(0)
     server, private = run.progress.server, run.store[0]
     before = tree.clone({"server": server, "private": private})
-    upload, _ = upload_once(run)
+    upload, _ = toy.upload_once(run)
     sent = tree.clone(upload)
     run.algorithm.aggregate(task, server, Uploads([upload, upload], torch.ones(2, dtype=torch.float64)))
     run.algorithm.global_model(task, server)
-    run._evaluate(task, 1, True)
+    run.evaluate(task, 1, True)
     _require(
-        largest_difference(before, {"server": server, "private": private}) == 0,
+        tree.largest_difference(before, {"server": server, "private": private}) == 0,
         "server or private state was changed in place",
     )
-    _require(largest_difference(sent, upload) == 0, "the upload was changed in place by the server")
+    _require(tree.largest_difference(sent, upload) == 0, "the upload was changed in place by the server")
 
 
 def states_keep_shape(plugin: type[Algorithm]) -> None:
     """Server and private states keep their keys, shapes and dtypes from round to round."""
-    run = toy_run(plugin())
+    run = toy.run(plugin())
     first = {"server": run.progress.server, "private": run.store.initial}
     run.step()
     run.step()
@@ -231,11 +165,11 @@ def models_fit(plugin: type[Algorithm]) -> None:
     """Global and personal models are absent, or a body and a head of the architecture (unless `predict` is
     overridden).
     """
-    run = toy_run(plugin())
+    run = toy.run(plugin())
     run.step()
     if plugin.predict is not Algorithm.predict:
         return
-    task = run._task(0)
+    task = run.task_at(0)
     wanted = {path: leaf.shape for path, leaf in tree.flatten(task.init()).items()}
     shared, own = part_each(run.algorithm.broadcast(task, run.progress.server))
     visit = run.population.visit(0, 0, run.store[0], None if own is None else tree.pick(own, 0))
@@ -257,10 +191,10 @@ def engines_agree(plugin: type[Algorithm]) -> None:
         return
     setting = replace(toy.SETTING, rounds=1, participation=1.0, weight_decay=1e-3, clip=5.0)
     one, other = (
-        finish(toy_run(plugin(), "serial", setting=setting)),
-        finish(toy_run(plugin(), "stacked", setting=setting)),
+        toy.finish(toy.run(plugin(), "serial", setting=setting)),
+        toy.finish(toy.run(plugin(), "stacked", setting=setting)),
     )
-    apart = largest_difference(states(one), states(other))
+    apart = tree.largest_difference(toy.states(one), toy.states(other))
     _require(apart <= engines.TOLERANCE, f"states of the serial and the stacked engine differ by {apart:.1e}")
 
 
@@ -270,7 +204,9 @@ def seed_decides(plugin: type[Algorithm]) -> None:
     for seed, noise in ((0, 1), (0, 2), (1, 1)):
         state = torch.random.get_rng_state()
         torch.random.set_rng_state(torch.Generator().manual_seed(noise).get_state())
-        digests.append(finish(toy_run(plugin(), seed=seed, setting=replace(toy.SETTING, rounds=2))).outcome().digest)
+        digests.append(
+            toy.finish(toy.run(plugin(), seed=seed, setting=replace(toy.SETTING, rounds=2))).outcome().digest
+        )
         torch.random.set_rng_state(state)
     _require(digests[0] == digests[1], "two runs of one seed differ")
     _require(digests[0] != digests[2], "two seeds give the same bits")
@@ -278,14 +214,14 @@ def seed_decides(plugin: type[Algorithm]) -> None:
 
 def client_order_is_irrelevant(plugin: type[Algorithm]) -> None:
     """The server's result does not depend on the order in which clients are listed."""
-    run = toy_run(plugin())
-    task = run._task(0)
-    uploads = [upload_once(run, k)[0] for k in (0, 1, 2, 4)]
+    run = toy.run(plugin())
+    task = run.task_at(0)
+    uploads = [toy.upload_once(run, k)[0] for k in (0, 1, 2, 4)]
     sizes = torch.tensor([60.0, 44.0, 33.0, 9.0], dtype=torch.float64)
     server = getattr(run.algorithm, run.algorithm.exchanges(task)[0].server)
     forward = server(task, run.progress.server, Uploads(uploads, sizes))
     backward = server(task, run.progress.server, Uploads(uploads[::-1], sizes.flip(0)))
-    apart = largest_difference(forward, backward)
+    apart = tree.largest_difference(forward, backward)
     _require(apart < 1e-4, f"listing the clients backwards changes the server's state by {apart:.1e}")
 
 
@@ -293,16 +229,16 @@ def small_clients_are_harmless(plugin: type[Algorithm]) -> None:
     """An empty client changes nothing; clients of one example or one class leave everything finite."""
     for sizes in ((60, 0, 0, 0, 0, 0, 0, 0), (1, 1, 2, 1, 60, 5, 0, 1)):
         for engine in ("serial", "stacked"):
-            run = toy_run(plugin(), engine, setting=replace(toy.SETTING, rounds=2, participation=1.0), sizes=sizes)
-            finish(run)
+            run = toy.run(plugin(), engine, setting=replace(toy.SETTING, rounds=2, participation=1.0), sizes=sizes)
+            toy.finish(run)
             _require(
-                tree.is_finite(states(run)),
+                tree.is_finite(toy.states(run)),
                 f"clients of {sizes} examples ({engine}) end in a state that is not finite",
             )
-    run = toy_run(plugin())
+    run = toy.run(plugin())
     if "pooled" not in plugin.needs:
-        upload, private = upload_once(run, toy.SIZES.index(0))
-        apart = largest_difference(run.store.initial, private)
+        upload, private = toy.upload_once(run, toy.SIZES.index(0))
+        apart = tree.largest_difference(run.store.initial, private)
         _require(apart == 0, f"a client without examples changes its private state by {apart:.1e}")
         _require(tree.is_finite(upload), "a client without examples sends something that is not finite")
 
@@ -318,36 +254,36 @@ def resumes(plugin: type[Algorithm]) -> None:
     """Stopping after a round and going on in a new process gives the bits of one go."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "checkpoint.pt"
-        first = toy_run(plugin(), checkpoint=checkpoint)
+        first = toy.run(plugin(), checkpoint=checkpoint)
         first.saved = -math.inf  # save after this round, however quick it was
         first.step()
-        second = toy_run(plugin(), checkpoint=checkpoint)
+        second = toy.run(plugin(), checkpoint=checkpoint)
         _require(second.progress.round == 1, "the checkpoint was not taken up")
-        resumed = finish(second).outcome()
-    whole = finish(toy_run(plugin())).outcome()
+        resumed = toy.finish(second).outcome()
+    whole = toy.finish(toy.run(plugin())).outcome()
     _require(resumed.digest == whole.digest, "a resumed run ends in another state than an uninterrupted one")
     _require(resumed.metrics == whole.metrics, "a resumed run ends with other metrics than an uninterrupted one")
 
 
 def evaluation_is_pure(plugin: type[Algorithm]) -> None:
     """Testing between rounds leaves training as it is."""
-    often = finish(toy_run(plugin())).outcome().digest
-    once = finish(toy_run(plugin(), setting=replace(toy.SETTING, eval_every=toy.SETTING.rounds))).outcome().digest
+    often = toy.finish(toy.run(plugin())).outcome().digest
+    once = toy.finish(toy.run(plugin(), setting=replace(toy.SETTING, eval_every=toy.SETTING.rounds))).outcome().digest
     _require(often == once, "testing after each round changes the final state")
 
 
 def test_data_stay_out(plugin: type[Algorithm]) -> None:
     """Garbage as test data changes no state and no adapted model: nothing is trained or chosen on them."""
     setting = replace(toy.SETTING, rounds=2)
-    runs = [finish(toy_run(plugin(), setting=setting, garbage=garbage)) for garbage in (False, True)]
+    runs = [toy.finish(toy.run(plugin(), setting=setting, garbage=garbage)) for garbage in (False, True)]
     _require(runs[0].outcome().digest == runs[1].outcome().digest, "the final state depends on the test data")
     a, b = (tested_model(run) for run in runs)
-    _require(largest_difference(a, b) == 0, "the personal model, or its adaptation, depends on the test data")
+    _require(tree.largest_difference(a, b) == 0, "the personal model, or its adaptation, depends on the test data")
 
 
 def tested_model(run: Run) -> Tree:
     """Give the personal model of client 0 as it is tested after a run; nothing where there is none."""
-    task = run._task(run.setting.rounds - 1)
+    task = run.task_at(run.setting.rounds - 1)
     shared, own = part_each(run.algorithm.broadcast(task, run.progress.server))
     visit = run.population.visit(0, task.round, run.store[0], None if own is None else tree.pick(own, 0))
     models, _ = engines.serial(run.algorithm.personal_model, task, shared, run.population.images, [visit])
@@ -362,7 +298,7 @@ def learns(plugin: type[Algorithm]) -> None:
     """The toy problem is learnt: over 80 % personal (masked) accuracy, or generic where there is no personal
     model.
     """
-    outcome = finish(toy_run(plugin(), "stacked", setting=replace(toy.SETTING, rounds=12, eval_every=12))).outcome()
+    outcome = toy.finish(toy.run(plugin(), "stacked", setting=replace(toy.SETTING, rounds=12, eval_every=12))).outcome()
     reached = outcome.metrics.get("personal.masked")
     reached = outcome.metrics.get("generic") if reached is None else reached
     _require(reached is not None and reached > 0.8, f"reaches {reached}, a working method over 0.8")

@@ -179,9 +179,9 @@ class Run:
         """Run the next round; give its metrics if it was evaluated."""
         r = self.progress.round
         started = time.perf_counter()
-        task = self._task(r)
+        task = self.task_at(r)
         for exchange in self.algorithm.exchanges(task):
-            self._exchange(task, exchange)
+            self.exchange(task, exchange)
         self._synchronise()
         self._spend("device_seconds", time.perf_counter() - started)
         if not (tree.is_finite(self.progress.server) and all(map(tree.is_finite, self.store.all()))):
@@ -189,7 +189,7 @@ class Run:
         measured = None
         last = r + 1 == self.setting.rounds
         if last or (r + 1) % self.setting.eval_every == 0:
-            measured = self._evaluate(task, r + 1, last)
+            measured = self.evaluate(task, r + 1, last)
         self.progress.round = r + 1
         self._spend("wall_seconds", time.perf_counter() - (self.started if r == 0 else started))
         self._save(last)
@@ -215,13 +215,15 @@ class Run:
 
     # A round's parts ------------------------------------------------------------------------------
 
-    def _task(self, r: int) -> Task:
+    def task_at(self, r: int) -> Task:
+        """Give the task of a round, its learning rate decayed."""
         return self.task.at(r, self.setting.lr * self.setting.lr_decay**r)
 
     def _broadcast(self, r: int, server: Tree) -> Tree:
-        return self.algorithm.broadcast(self._task(r), server)
+        return self.algorithm.broadcast(self.task_at(r), server)
 
-    def _exchange(self, task: Task, exchange: Exchange) -> None:
+    def exchange(self, task: Task, exchange: Exchange) -> None:
+        """Make one trip from the server to clients and back."""
         server, store, population = self.progress.server, self.store, self.population
         verb: Verb = getattr(self.algorithm, exchange.client)
         shared, own = part_each(self.algorithm.broadcast(task, server))
@@ -264,7 +266,8 @@ class Run:
 
         return wrapped
 
-    def _evaluate(self, task: Task, completed: int, last: bool) -> dict[str, float | None]:
+    def evaluate(self, task: Task, completed: int, last: bool) -> dict[str, float | None]:
+        """Test all models, note counts and metrics, and give the metrics."""
         server, population = self.progress.server, self.population
         shared, own = part_each(self.algorithm.broadcast(task, server))
         evaluator = self.evaluator

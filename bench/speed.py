@@ -80,9 +80,9 @@ def _round(run: Run) -> Callable[[], float]:
 
     def once() -> float:
         started = time.perf_counter()
-        task = run._task(run.progress.round)
+        task = run.task_at(run.progress.round)
         for exchange in run.algorithm.exchanges(task):
-            run._exchange(task, exchange)
+            run.exchange(task, exchange)
         run.progress.round += 1
         return images / (time.perf_counter() - started)
 

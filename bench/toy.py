@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from bench import keys
+from bench import engine as engines
+from bench import keys, tree
+from bench.algorithm import Algorithm
 from bench.dataset import Dataset, Splits
+from bench.evaluation import part_each
+from bench.rounds import Run
 from bench.settings import Setting
 from bench.split import Split
+from bench.tree import Tree
 
 SIZES = (60, 44, 33, 17, 9, 3, 0, 26)
 """Training examples of each client: none, fewer than a batch, and a last batch of one among them."""
@@ -75,3 +80,54 @@ def split(splits: Splits, sizes: tuple[int, ...] = SIZES) -> Split:
     tests = tuple(torch.nonzero(torch.isin(splits.test_y, splits.train_y[rows].unique())).flatten() for rows in clients)
     counts = torch.bincount(splits.train_y[torch.cat(clients)], minlength=6)
     return Split(class_counts=counts, clients=clients, tests=tests, fingerprint=f"toy {sizes}")
+
+
+def run(
+    algorithm: Algorithm,
+    engine: str = "serial",
+    seed: int = 0,
+    setting: Setting = SETTING,
+    garbage: bool = False,
+    checkpoint: Path | None = None,
+    sizes: tuple[int, ...] = SIZES,
+) -> Run:
+    """Set up a run of the toy problem without taking a step."""
+    dataset = Toy(garbage=garbage)
+    splits = dataset.load()
+    dealt = split(_true_labels(splits), sizes)
+    return Run(algorithm, dataset, splits, dealt, setting, seed, engine, "fp32", "cpu", checkpoint)
+
+
+def _true_labels(splits: Splits) -> Splits:
+    """Give the splits with the true test labels, so that the partition is the same whatever the test images
+    are.
+    """
+    return replace(splits, test_y=Toy().load().test_y)
+
+
+def finish(run: Run) -> Run:
+    """Take the steps that are left."""
+    while run.progress.round < run.setting.rounds:
+        run.step()
+    return run
+
+
+def states(run: Run) -> Tree:
+    """Give all that a run keeps, as one tree."""
+    return {"server": run.progress.server, **{f"client {k}": state for k, state in run.store.states.items()}}
+
+
+def upload_once(run: Run, client: int = 0) -> tuple[Tree, Tree]:
+    """Run the first exchange of the first round at one client."""
+    task = run.task_at(0)
+    exchange = run.algorithm.exchanges(task)[0]
+    shared, own = part_each(run.algorithm.broadcast(task, run.progress.server))
+    population = run.population
+    if "pooled" in run.algorithm.needs:
+        visit = population.pooled_visit(0, run.store[-1])
+    else:
+        row = None if own is None else tree.pick(own, client)
+        visit = population.visit(client, 0, run.store[client], row)
+    results, _ = engines.serial(getattr(run.algorithm, exchange.client), task, shared, population.images, [visit])
+    upload, private = results[0]
+    return upload, private

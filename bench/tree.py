@@ -8,6 +8,7 @@ argument.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -139,6 +140,17 @@ def to(a: Tree, device: torch.device | str) -> Tree:
 def nbytes(a: Tree) -> int:
     """Count the bytes of all leaves."""
     return sum(leaf.numel() * leaf.element_size() for leaf in flatten(a).values())
+
+
+def largest_difference(a: Tree, b: Tree) -> float:
+    """Give the largest absolute difference of two trees; infinite where their structure differs."""
+    left, right = flatten(a), flatten(b)
+    if left.keys() != right.keys():
+        return math.inf
+    return max(
+        (float((x.double() - right[path].double()).abs().max()) for path, x in left.items() if x.numel()),
+        default=0.0,
+    )
 
 
 def same_memory(a: Tree, b: Tree) -> bool:

@@ -33,9 +33,9 @@ def test_a_dataset_keeps(name: str, promise: str) -> None:
 
 def golden(name: str) -> dict[str, float | None]:
     """Metrics after two rounds, and the length of all states: accuracies alone would hide small changes."""
-    run = checks.finish(checks.toy_run(ALGORITHMS[name](), setting=replace(toy.SETTING, rounds=2, unseen=1)))
+    run = toy.finish(toy.run(ALGORITHMS[name](), setting=replace(toy.SETTING, rounds=2, unseen=1)))
     found = {key: value for key, value in run.outcome().metrics.items() if "@" not in key}
-    found["length of states"] = math.sqrt(sum(float(tree.dot(s, s)) for s in checks.states(run).values() if s))
+    found["length of states"] = math.sqrt(sum(float(tree.dot(s, s)) for s in toy.states(run).values() if s))
     return {key: None if value is None else round(value, 6) for key, value in found.items()}
 
 
@@ -51,7 +51,7 @@ def test_the_numbers_are_those_of_last_time(name: str) -> None:
 
 def test_no_algorithm_is_another_at_its_defaults() -> None:
     runs = {
-        name: checks.finish(checks.toy_run(ALGORITHMS[name](), setting=replace(toy.SETTING, rounds=2))).outcome()
+        name: toy.finish(toy.run(ALGORITHMS[name](), setting=replace(toy.SETTING, rounds=2))).outcome()
         for name in ALGORITHMS
     }
     marks = {name: (run.digest, run.metrics["personal"], run.metrics["generic"]) for name, run in runs.items()}

@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import Algorithm, Batch, Tree, Uploads, keys, layers, losses, models, toy, tree
-from bench.checks import finish, largest_difference, states, toy_run, upload_once
 from bench.registry import ALGORITHMS
 from bench.rounds import Run
 from bench.settings import Setting
+from bench.toy import finish, states, upload_once
+from bench.toy import run as toy_run
+from bench.tree import largest_difference
 
 TWO_ROUNDS = replace(toy.SETTING, rounds=2)
 HOSTILE = replace(TWO_ROUNDS, momentum=0.9, weight_decay=1e-2)
@@ -166,7 +168,7 @@ def test_dittos_anchor_is_the_received_model() -> None:
     setting = replace(toy.SETTING, momentum=0.0, epochs=1, batch_size=1000, lr=0.5)
     run = toy_run(make("ditto", pull=2.0), setting=setting)
     _, kept = upload_once(run)
-    task, anchor = run._task(0), run.progress.server
+    task, anchor = run.task_at(0), run.progress.server
     data = run.population
     batch = Batch(data.images.plain(data.index[0]), data.images.y[data.index[0]], torch.ones(len(data.index[0])))
     _, gradient, _ = task.gradient(task.loss, run.store[0], batch)
@@ -249,7 +251,7 @@ def test_scaffolds_control_is_a_mean_of_the_gradients_taken(momentum: float) -> 
     setting = replace(toy.SETTING, momentum=momentum, batch_size=1000, epochs=5, lr=1e-4)
     run = toy_run(make("scaffold"), setting=setting)
     _, kept = upload_once(run)
-    task, rows = run._task(0), run.population.index[0]
+    task, rows = run.task_at(0), run.population.index[0]
     batch = Batch(run.population.images.plain(rows), run.population.images.y[rows], torch.ones(len(rows)))
     _, gradient, _ = task.gradient(task.loss, task.init(), batch)
     assert largest_difference(kept["control"], gradient) < 1e-2 * math.sqrt(float(tree.dot(gradient, gradient)))
