@@ -162,6 +162,19 @@ def test_a_head_that_leaks_upward_is_caught() -> None:
         checks.ledger_is_true(Leaky)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.999])
+def test_a_truncated_checkpoint_is_no_checkpoint(tmp_path: Path, share: float) -> None:
+    fedavg, file = ALGORITHMS["fedavg"], tmp_path / "checkpoint.pt"
+    first = toy.run(fedavg(), checkpoint=file)
+    first.saved = -math.inf  # save after this round, however quick it was
+    first.step()
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(share * len(whole))])
+    again = toy.run(fedavg(), checkpoint=file)
+    assert again.progress.round == 0
+    assert toy.finish(again).outcome().digest == toy.finish(toy.run(fedavg())).outcome().digest
+
+
 if __name__ == "__main__":
     GOLDEN.write_text(
         json.dumps(
