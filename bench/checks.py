@@ -149,8 +149,8 @@ def states_keep_shape(plugin: type[Algorithm]) -> None:
     first = {"server": run.progress.server, "private": run.store.initial}
     run.step()
     run.step()
-    client = next(iter(run.store.states))
-    second = {"server": run.progress.server, "private": run.store.states[client]}
+    client = run.store.clients()[0]
+    second = {"server": run.progress.server, "private": run.store[client]}
     a, b = tree.flatten(first), tree.flatten(second)
     _require(a.keys() == b.keys(), f"keys changed: {sorted(a.keys() ^ b.keys())}")
     for path, leaf in a.items():
@@ -370,7 +370,8 @@ def dataset_loads(plugin: type[Dataset]) -> None:
         "labels() differ from load()",
     )
     again = plugin().load(root)
-    _require(torch.equal(again.train_x, splits.train_x), "loading twice gives two results")
+    few = torch.arange(min(len(splits.train_y), 1000))
+    _require(torch.equal(again.train_x[few], splits.train_x[few]), "loading twice gives two results")
 
 
 def dataset_says_what_is_missing(plugin: type[Dataset]) -> None:

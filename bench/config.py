@@ -17,8 +17,8 @@ from bench.dataset import Dataset
 from bench.identity import identify
 from bench.models import MODELS, build, has_body
 from bench.registry import source_digest
-from bench.settings import SETTINGS, BadConfig, Setting
-from bench.spelling import check_fields, label, near
+from bench.settings import SETTINGS, WITHOUT_ALPHA, BadConfig, Setting, named
+from bench.spelling import check_fields, label, near, spell_imbalance
 from bench.spelling import name as name
 from bench.spelling import parse_algorithms as parse_algorithms
 from bench.spelling import parse_dataset as parse_dataset
@@ -26,6 +26,12 @@ from bench.spelling import parse_datasets as parse_datasets
 from bench.spelling import parse_imbalance as parse_imbalance
 from bench.spelling import parse_seeds as parse_seeds
 from bench.split import PARTITIONS
+from bench.weights import digest
+
+_LATER: Mapping[str, object] = {"eval_clients": None}
+"""Fields of a setting that came after results were published: at these values they change no number, and are no part
+of an identity.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +48,8 @@ class Run:
     """"fp32" or "bf16"."""
     device: str = "cpu"
     """"cpu" or "cuda", resolved."""
+    weights: Path | None = None
+    """File of a body that models start from."""
     data_root: Path
     plugins: tuple[Path, ...] = ()
     """Files that a worker must load before it can unpickle the rest."""
@@ -68,28 +76,34 @@ class Run:
         return identify(self._protocol())
 
     def overrides(self) -> dict[str, object]:
-        """Give the fields that differ from the named setting's."""
-        named = SETTINGS[self.setting.name](self.dataset)
-        return {key: value for key, value in asdict(self.setting).items() if value != getattr(named, key)}
+        """Give the fields that differ from the named setting's, and the file of weights if there is one."""
+        usual = named(self.setting.name, self.dataset)
+        changed = {key: value for key, value in asdict(self.setting).items() if value != getattr(usual, key)}
+        return changed if self.weights is None else {**changed, "weights": self.weights.name}
 
     def __str__(self) -> str:
         """Say in words which cell this is: for progress and errors."""
         setting = self.setting
         cell = f"{label(self.algorithm)} on {label(self.dataset)}"
-        return f"{cell}, imbalance {setting.imbalance:g}, alpha {setting.alpha:g}, seed {self.seed}"
+        alpha = "" if setting.alpha is None else f", alpha {setting.alpha:g}"
+        return f"{cell}, imbalance {spell_imbalance(setting.imbalance)}{alpha}, seed {self.seed}"
 
     def _protocol(self) -> dict[str, Any]:
         setting = asdict(self.setting)
         del setting["name"]
-        return {"dataset": describe_plugin(self.dataset), "setting": setting}
+        for key, default in _LATER.items():
+            if setting[key] == default:
+                del setting[key]
+        protocol = {"dataset": describe_plugin(self.dataset), "setting": setting}
+        return protocol if self.weights is None else {**protocol, "weights": digest(self.weights)}
 
 
 def describe_plugin(plugin: Algorithm | Dataset) -> dict[str, Any]:
     """Give name, version and fields of an instance, and the digest of its file if it came with `--plugin`."""
     described = {
         "name": name(plugin),
-        "version": plugin.version,
-        "fields": asdict(plugin),  # type: ignore[call-overload]
+        "version": plugin.revision if isinstance(plugin, Dataset) else plugin.version,
+        "fields": plugin.identity() if isinstance(plugin, Dataset) else asdict(plugin),  # type: ignore[call-overload]
     }
     digest = source_digest(type(plugin))
     return described if digest is None else {**described, "source": digest}
@@ -105,8 +119,8 @@ class Sweep:
     """Name in `SETTINGS`."""
     overrides: Mapping[str, object] = field(default_factory=dict)
     """Fields of the setting to replace, except imbalance and alpha."""
-    imbalance: tuple[float, ...] = ()
-    """Empty: the setting's."""
+    imbalance: tuple[float | None, ...] = ()
+    """None: the natural tail. Empty: the setting's."""
     alpha: tuple[float, ...] = ()
     """Empty: the setting's."""
     seeds: tuple[int, ...] = (0,)
@@ -115,6 +129,8 @@ class Sweep:
     precision: str = "fp32"
     device: str = "cpu"
     """"cpu" or "cuda"."""
+    weights: Path | None = None
+    """File of a body that models start from."""
     data_root: Path
     plugins: tuple[Path, ...] = ()
 
@@ -124,14 +140,16 @@ class Sweep:
         Raises:
             BadConfig: A setting or field is unknown or out of range, or an algorithm does not fit the model.
             BadModel: The model does not fit the images.
+            BadWeights: The file of weights cannot be read.
         """
         runs: dict[str, Run] = {}
         for dataset in self.datasets:
-            base = resolve_setting(self.setting, dataset, self.overrides)
-            cells = itertools.product(self.imbalance or (base.imbalance,), self.alpha or (base.alpha,), self.seeds)
-            for imbalance, alpha, seed in cells:
-                setting = replace(base, imbalance=float(imbalance), alpha=float(alpha))
-                for algorithm in self.algorithms:
+            axes = {"imbalance": self.imbalance, "alpha": self.alpha}
+            given = {axis: values for axis, values in axes.items() if values}
+            for values in itertools.product(*given.values()):
+                cell = {**self.overrides, **dict(zip(given, values, strict=True))}
+                setting = resolve_setting(self.setting, dataset, cell)
+                for seed, algorithm in itertools.product(self.seeds, self.algorithms):
                     run = self._run(algorithm, dataset, setting, seed)
                     runs.setdefault(run.id, run)
         return list(runs.values())
@@ -150,6 +168,7 @@ class Sweep:
             engine=engines.choose(self.engine, model, self.device),
             precision=self.precision,
             device=self.device,
+            weights=self.weights,
             data_root=self.data_root,
             plugins=self.plugins,
         )
@@ -169,7 +188,40 @@ def resolve_setting(setting: str, dataset: Dataset, overrides: Mapping[str, obje
     for key, known in (("model", MODELS), ("partition", PARTITIONS)):
         if key in typed and typed[key] not in known:
             raise BadConfig(f"no {key} is called {typed[key]!r}; {near(typed[key], known)}")
-    return replace(SETTINGS[setting](dataset), **typed)
+    return _reconcile(replace(named(setting, dataset), **typed), dataset, typed, SETTINGS[setting](dataset).alpha)
+
+
+def _reconcile(setting: Setting, dataset: Dataset, given: Mapping[str, Any], usual: float | None) -> Setting:
+    """Refuse what was given and would do nothing, and let what was not given follow from the partition.
+
+    Args:
+        setting: With everything replaced that was given.
+        dataset: Says whether it has a tail of its own.
+        given: Fields that a person chose.
+        usual: The named setting's alpha, before a partition without one was chosen.
+    """
+    of = f"{name(dataset)} is"
+    if "imbalance" in given and given["imbalance"] is None and dataset.tail == "made":
+        raise BadConfig(f"--imbalance natural: {of} balanced, so a number such as 50 is wanted")
+    if given.get("imbalance") is not None and dataset.tail == "natural":
+        said = f"--imbalance {given['imbalance']:g}: {of} long-tailed by nature and is not cut"
+        raise BadConfig(f"{said}; leave the option out, or say --imbalance natural")
+    if setting.partition in WITHOUT_ALPHA:
+        if given.get("alpha") is not None:
+            what = "clients are its natural users" if setting.partition == "users" else "images are dealt evenly"
+            said = f"--alpha {given['alpha']:g}: {what} (partition {setting.partition}), which no alpha shapes"
+            raise BadConfig(f"{said}; leave the option out, or choose another --partition")
+        setting = replace(setting, alpha=None)
+    elif setting.alpha is None:
+        setting = replace(setting, alpha=usual)
+    if setting.partition != "users":
+        if setting.clients is None:
+            raise BadConfig(f"--partition {setting.partition}: say among how many clients with --clients")
+        if given.get("client_test") == "own":
+            raise BadConfig(f"client_test = own needs natural users as clients, not --partition {setting.partition}")
+        if setting.client_test == "own":
+            setting = replace(setting, client_test="matched")
+    return setting
 
 
 def resolve_device(device: str) -> str:

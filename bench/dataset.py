@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -20,20 +22,50 @@ class DataDamaged(ValueError):
     """A file of a dataset is there and is not what it should be."""
 
 
+class Streamed(Protocol):
+    """Images that stay in a file and are read by rows: more than memory holds."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, channels, height, width)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is read: uint8 pixels, or float16 features."""
+
+    def __len__(self) -> int:
+        """Give N."""
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """Read images by (n,) int64 rows, in that order: (n, channels, height, width) in memory of their own."""
+
+    def prefetch(self, rows: Tensor) -> None:
+        """Tell that these rows will be read soon; returns at once."""
+
+
 @dataclass(frozen=True)
 class Splits:
     """The official parts of a dataset; the test part never enters training."""
 
-    train_x: Tensor
-    """(N, channels, height, width) uint8."""
+    train_x: Tensor | Streamed
+    """(N, channels, height, width) uint8; (n, ...) if only the rows of `held` are there."""
     train_y: Tensor
     """(N,) int64, classes 0..C-1."""
-    test_x: Tensor
+    test_x: Tensor | Streamed
     """(M, channels, height, width) uint8."""
     test_y: Tensor
     """(M,) int64."""
     users: Tensor | None = None
     """(N,) int64, the natural client of each training example, if the dataset has any."""
+    test_users: Tensor | None = None
+    """(M,) int64, the same for test examples; numbers as in `users`."""
+    held: Tensor | None = None
+    """(n,) int64, ascending rows of the training part that `train_x` holds; None: all."""
+
+    @property
+    def labels(self) -> Labels:
+        """What a partition needs to know."""
+        return Labels(self.train_y, self.test_y, self.users, self.test_users)
 
 
 @dataclass(frozen=True)
@@ -46,33 +78,59 @@ class Labels:
     """(M,) int64."""
     users: Tensor | None = None
     """(N,) int64 or None."""
+    test_users: Tensor | None = None
+    """(M,) int64 or None; numbers as in `users`."""
 
 
 class Dataset(ABC):
     """A frozen dataclass of options, and how to read the files.
 
-    Subclasses set the class attributes and implement `load`; `labels` may be overridden where labels are
-    cheaper to read than images.
+    Subclasses give the facts below, as class attributes or, where they depend on options, as properties, and
+    implement `load`; `labels` may be overridden where labels are cheaper to read than images.
     """
 
-    version: ClassVar[int] = 1
+    revision: ClassVar[int] = 1
     """Raised when the same options give other numbers."""
-    num_classes: ClassVar[int]
-    image_shape: ClassVar[tuple[int, int, int]]
-    """Channels, height, width."""
-    mean: ClassVar[tuple[float, ...]]
-    """Per channel, of pixels in [0, 1]."""
-    std: ClassVar[tuple[float, ...]]
     scale: ClassVar[float] = 255.0
     """The pixel value that stands for 1.0."""
     flip: ClassVar[bool] = True
     """Whether a mirrored image still shows its class (false for digits)."""
+    tail: ClassVar[Literal["made", "natural", "either"]] = "made"
+    """"made": balanced, an imbalance factor cuts it; "natural": long-tailed as it is, and never cut; "either":
+    kept as it is unless a factor is given.
+    """
+    own_clients: ClassVar[bool] = False
+    """Whether clients are by default the natural users of the training part."""
+    own_tests: ClassVar[bool] = False
+    """Whether the same users' test images are known, which such clients are then tested on."""
+    quick: ClassVar[Mapping[str, object]] = {}
+    """Fields in which the setting `quick` differs on this dataset."""
     size: ClassVar[str] = ""
     """What `bench data fetch` would download, in words: "163 MB"."""
     licence: ClassVar[str] = ""
     citation: ClassVar[str] = ""
     source: ClassVar[str] = ""
     """Address of the official files, or where they come from."""
+
+    @property
+    @abstractmethod
+    def num_classes(self) -> int:
+        """C."""
+
+    @property
+    @abstractmethod
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+
+    @property
+    @abstractmethod
+    def mean(self) -> tuple[float, ...]:
+        """Per channel, of pixels in [0, 1]."""
+
+    @property
+    @abstractmethod
+    def std(self) -> tuple[float, ...]:
+        """Per channel, of pixels in [0, 1]."""
 
     @abstractmethod
     def load(self, root: Path) -> Splits:
@@ -86,11 +144,19 @@ class Dataset(ABC):
 
     def labels(self, root: Path) -> Labels:
         """Read the labels only; same errors as `load`."""
-        splits = self.load(root)
-        return Labels(splits.train_y, splits.test_y, splits.users)
+        return self.load(root).labels
+
+    def require(self, root: Path) -> None:  # noqa: B027 - most datasets have nothing to add
+        """Raise what `load` would, where labels can be there without images."""
 
     def fetch(self, root: Path) -> None:
         """Download the official files to `root`; where that cannot be done, `DataMissing` says what to do
         instead.
         """
         raise DataMissing(f"{type(self).__name__.lower()} cannot be downloaded: see {self.source}")
+
+    def identity(self) -> dict[str, Any]:
+        """Give what tells this dataset from others of its class, in JSON's types: its fields. A user's own files are
+        told by their contents instead, not by where they lie.
+        """
+        return asdict(self)  # type: ignore[call-overload, no-any-return]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from bench.longtail import Rows
+from bench.longtail import Rows, by_class
 
 TRIES = 10_000
 """Draws after which a partition with a smallest client size is given up; they take seconds at most."""
@@ -36,8 +36,15 @@ class Pool:
 
 def generator(seed: int, *purpose: str | int) -> np.random.RandomState:
     """Make the random numbers of a seed and a purpose; another purpose has an unrelated stream."""
+    random = np.random.RandomState(0)
+    reseed(random, seed, *purpose)
+    return random
+
+
+def reseed(stream: np.random.RandomState, seed: int, *purpose: str | int) -> None:
+    """Have a generator give the random numbers of a seed and a purpose: quicker than a new one."""
     digest = hashlib.sha256("/".join(map(str, (seed, *purpose))).encode()).digest()
-    return np.random.RandomState(np.frombuffer(digest, dtype="<u4").astype(np.int64))
+    stream.seed(np.frombuffer(digest, dtype="<u4").astype(np.int64))
 
 
 def require(partition: str, pool: Pool, clients: int, least: int) -> None:
@@ -69,11 +76,12 @@ def deal(random: np.random.RandomState, pool: Pool, table: Rows) -> list[Rows]:
         For each client positions in the pool, class by class.
     """
     clients: list[list[Rows]] = [[] for _ in range(table.shape[1])]
-    for c, counts in enumerate(table):
-        rows = random.permutation(np.flatnonzero(pool.labels == c))
-        for client, part in zip(clients, np.split(rows, counts.cumsum()[:-1]), strict=True):
-            client.append(part)
-    return [np.concatenate(client) for client in clients]
+    for rows, counts in zip(by_class(pool.labels, pool.num_classes), table, strict=True):
+        parts = np.split(random.permutation(rows), counts.cumsum()[:-1])
+        for k in np.flatnonzero(counts):
+            clients[k].append(parts[k])
+    nothing = np.empty(0, dtype=np.int64)
+    return [np.concatenate([nothing, *client]) for client in clients]
 
 
 def dirichlet_table(

@@ -152,6 +152,7 @@ def _run_group(verb: Verb, task: Task, shared: Tree, images: Images, group: Sequ
     index = torch.zeros(len(group), length, dtype=torch.int64, device=device)
     for row, visit in zip(index, group, strict=True):
         row[: len(visit.index)] = visit.index
+    images, index = images.gather(index)
     n = torch.tensor([len(visit.index) for visit in group], device=device)
     meter = Meter()
     absent = False

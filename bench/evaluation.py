@@ -7,7 +7,7 @@ the heads are products with the features. Counts are all that is kept; every met
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,7 +17,8 @@ from bench import tree
 from bench.algorithm import EACH, Adaptation, Algorithm, Client
 from bench.data import LocalData
 from bench.engine import Engine, Verb, Visit
-from bench.population import Population, Store
+from bench.population import Population
+from bench.states import Store
 from bench.task import Task
 from bench.tree import Tree
 
@@ -28,6 +29,7 @@ UNSEEN_ADAPTATION = Adaptation(epochs=5, parts=("head",), curve=())
 """What clients held out of training do where the algorithm has no adaptation of its own."""
 
 _SLICE = 128  # test images a pass: activations stay small
+_CLIENTS, _MODEL_BYTES = 128, 2**29  # clients whose models are held at once: so many, or so much
 
 
 @dataclass
@@ -40,8 +42,9 @@ class Evaluator:
     num_classes: int
     wrap: Callable[[Verb], Verb] = lambda verb: verb
     """Put around the verbs of personal models: where statistics stay at the client, it puts them in."""
-    _features: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
-    """Features of all test images by the memory of the body that made them; emptied after each evaluation."""
+    _features: dict[tuple[int, ...], tuple[Tree, Tensor]] = field(default_factory=dict)
+    """By the memory of a body: the body, so that its memory is no other's meanwhile, and its features of all test
+    images; emptied after each evaluation."""
 
     def generic(self, task: Task, server: Tree) -> Counts:
         """Test the one model of all clients, and its variants, on the whole official test set."""
@@ -56,19 +59,35 @@ class Evaluator:
                 counts[name] = (correct[None], total[None])
         return counts
 
-    def personal(self, task: Task, shared: Tree, own: Tree | None, store: Store, clients: range, final: bool) -> Counts:
-        """Test each client's own model on its own test images.
+    def personal(
+        self, task: Task, shared: Tree, own: Tree | None, store: Store, clients: Sequence[int], final: bool
+    ) -> Counts:
+        """Test each client's own model on its own test images, some clients at a time.
 
         Args:
             task: Of the round.
             shared: The newest broadcast.
             own: Its part that differs by client, (N, ...).
             store: Private states.
-            clients: Which; beyond `population.training` they are held out of training and counted as
-            `unseen`.
+            clients: Which, ascending; beyond `population.training` they are held out of training and counted as
+                `unseen`.
             final: Adaptation is costly, so adapted models are tested after the last round only.
         """
-        unseen = clients.start >= self.population.training
+        size = max(tree.nbytes(shared) + tree.nbytes(store.initial), 1)
+        at_once = max(1, min(_CLIENTS, _MODEL_BYTES // size))
+        parts = [
+            self._some(task, shared, own, store, clients[start : start + at_once], final)
+            for start in range(0, len(clients), at_once)
+        ]
+        return {
+            name: (torch.cat([part[name][0] for part in parts]), torch.cat([part[name][1] for part in parts]))
+            for name in parts[0]
+        }
+
+    def _some(
+        self, task: Task, shared: Tree, own: Tree | None, store: Store, clients: Sequence[int], final: bool
+    ) -> Counts:
+        unseen = clients[0] >= self.population.training
         visits = [
             self.population.visit(k, task.round, store[k], None if own is None or unseen else tree.pick(own, k))
             for k in clients
@@ -96,7 +115,7 @@ class Evaluator:
             named = {name: tested for name, tested in named.items() if name.startswith("unseen")}
         counts: Counts = {}
         for name, tested in named.items():
-            plain, masked = self._test(task, tested, clients)
+            plain, masked = self._test(task, tested, shared, clients)
             counts[name] = plain
             if name in ("personal", "unseen"):
                 counts[f"{name}.masked"] = masked
@@ -137,14 +156,15 @@ class Evaluator:
         return {budget: [curve[str(budget)] for curve in tuned] for budget in adaptation.budgets()}
 
     def _test(
-        self, task: Task, models: list[Tree], clients: range
+        self, task: Task, models: list[Tree], shared: Tree, clients: Sequence[int]
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         plain, masked, totals = [], [], []
         bodies = [self._memory(model) for model in models]
+        common = self._memory(shared)
         for k, client in enumerate(clients):
             rows = self.population.tests[client]
-            scores = self._scores(task, models[k], rows, bodies.count(bodies[k]) > 1)
-            absent = self.population.counts[client] == 0
+            scores = self._scores(task, models[k], rows, bodies[k] == common or bodies.count(bodies[k]) > 1)
+            absent = self.population.class_counts(client) == 0
             correct, total = self._count(scores.argmax(1), rows)
             plain.append(correct)
             totals.append(total)
@@ -159,10 +179,8 @@ class Evaluator:
     def _scores(self, task: Task, model: Tree, rows: Tensor, shared_body: bool) -> Tensor:
         """Score test images: (len(rows), C) float32."""
         test = self.population.test
-        with (
-            torch.no_grad(),
-            torch.autocast(test.x.device.type, task.precision, task.precision != torch.float32),
-        ):
+        mixed = task.precision != torch.float32
+        with torch.no_grad(), torch.autocast(test.device.type, task.precision, mixed):
             if type(self.algorithm).predict is not Client.predict:
                 return torch.cat(
                     [self.algorithm.predict(task, model, test.plain(r)) for r in rows.split(_SLICE)]
@@ -172,8 +190,8 @@ class Evaluator:
             if shared_body or memory in self._features:
                 if memory not in self._features:
                     everything = torch.arange(len(test), device=rows.device)
-                    self._features[memory] = self._embed(task, body, everything)
-                features = self._features[memory][rows]
+                    self._features[memory] = body, self._embed(task, body, everything)
+                features = self._features[memory][1][rows]
             else:
                 features = self._embed(task, body, rows)
             return task.model.logits(head, features).float()

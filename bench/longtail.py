@@ -55,10 +55,21 @@ def class_sizes(profile: str, largest: int, imbalance: float, num_classes: int) 
     return [max(1, math.floor(round(largest * share, 6))) for share in shares]
 
 
-def subsample(labels: Tensor, num_classes: int, profile: str, imbalance: float) -> Rows:
+def by_class(labels: Rows, num_classes: int) -> list[Rows]:
+    """Give for each class its ascending rows, in one pass whatever the number of classes.
+
+    Args:
+        labels: (N,) classes 0..C-1.
+        num_classes: C.
+    """
+    counts = np.bincount(labels, minlength=num_classes)
+    return np.split(np.argsort(labels, kind="stable"), counts.cumsum()[:-1])
+
+
+def subsample(labels: Tensor, num_classes: int, profile: str, imbalance: float | None) -> Rows:
     """Choose the rows of the official training set that make the long-tailed one.
 
-    Class 0 is the largest. An imbalance of 1 keeps every image; above, the smallest class of the official set
+    Class 0 is the largest. An imbalance of None or 1 keeps every image; above, the smallest class of the official set
     says how many images class 0 has, so that the ratio is kept where classes differ a little in size.
 
     Args:
@@ -76,12 +87,11 @@ def subsample(labels: Tensor, num_classes: int, profile: str, imbalance: float) 
     truth = labels.numpy()
     available = np.bincount(truth, minlength=num_classes)
     sizes = available
-    if imbalance > 1 and available.any():
+    if imbalance is not None and imbalance > 1 and available.any():
         sizes = np.array(class_sizes(profile, int(available[available > 0].min()), imbalance, num_classes))
     random = np.random.RandomState(0)
     kept = []
-    for c in range(num_classes):
-        rows = np.flatnonzero(truth == c)
+    for c, rows in enumerate(by_class(truth, num_classes)):
         random.shuffle(rows)
         kept.append(rows[: sizes[c]])
     return np.concatenate(kept).astype(np.int64)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from bench.dealing import PartitionFailed, Pool, cut, deal, dirichlet_table, generator, require
-from bench.longtail import Rows
+from bench.longtail import Rows, by_class
 
 LEAST_DIRICHLET, LEAST_LDA = 2, 10
 """Smallest client of `dirichlet` (our choice) and of `lda` (FedML's)."""
@@ -74,12 +74,13 @@ def fedloge(pool: Pool, clients: int, alpha: float, seed: int) -> list[Rows]:
     random = np.random.RandomState(seed)
     random.binomial(1, 1, (clients, pool.num_classes))
     owner = np.empty(len(pool.labels), dtype=np.int64)
+    rows = by_class(pool.labels, pool.num_classes)
     for c, count in enumerate(np.bincount(pool.labels, minlength=pool.num_classes)):
         proportions = random.dirichlet(np.full(clients, alpha))
         if not np.isfinite(proportions).all():
             raise PartitionFailed(f"fedloge: alpha = {alpha:g} is too small to draw from; use a larger one")
-        owner[pool.labels == c] = random.choice(clients, size=count, p=proportions)
-    return [np.flatnonzero(owner == k) for k in range(clients)]
+        owner[rows[c]] = random.choice(clients, size=count, p=proportions)
+    return by_class(owner, clients)
 
 
 def feddf_recut(pool: Pool, clients: int, alpha: float, seed: int) -> list[Rows]:
@@ -156,7 +157,7 @@ def shards(pool: Pool, clients: int, alpha: float, seed: int) -> list[Rows]:
     each = int(alpha)
     require("shards", pool, clients, each)
     random = generator(seed, "shards")
-    rows = [random.permutation(np.flatnonzero(pool.labels == c)) for c in range(pool.num_classes)]
+    rows = [random.permutation(of_class) for of_class in by_class(pool.labels, pool.num_classes)]
     pieces = cut(np.concatenate(rows), clients * each)
     hands = random.permutation(clients * each).reshape(clients, each)
     return [np.concatenate([pieces[piece] for piece in hand]) for hand in hands]
@@ -177,7 +178,7 @@ def users(pool: Pool, clients: int, alpha: float, seed: int) -> list[Rows]:
     if len(names) < clients:
         raise PartitionFailed(f"users: {clients:,} clients, and {len(names):,} users have images; use fewer clients")
     client = generator(seed, "users").permutation(len(names)) % clients
-    return [np.flatnonzero(client[user] == k) for k in range(clients)]
+    return by_class(client[user], clients)
 
 
 PARTITIONS: dict[str, Partition] = {

@@ -1,4 +1,4 @@
-"""Where runs execute: one after the other in this process, or side by side as Ray tasks.
+"""Where work is done: runs and pieces of other work, one after the other in this process, or side by side on Ray.
 
 Only this module imports ray.
 """
@@ -12,8 +12,9 @@ import pickle
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from bench.registry import load_plugin
 from bench.rounds import Report
@@ -23,12 +24,19 @@ from bench.watch import Tail, Watcher, progress_file
 if TYPE_CHECKING:
     from bench.config import Run
 
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
 Execute = Callable[["Run", Path, Callable[[Report], None] | None], str | None]
 """What is done with a run: (run, output directory, report) -> why it failed. It writes the run's folder."""
 
 POLL_SECONDS = 0.2
 RUN_MEMORY_BYTES = 2 * 2**30
 """What one run may need on a CPU: bounds the default number of runs at once."""
+
+
+class WorkersDied(RuntimeError):
+    """Processes that did a piece of work were killed, again and again."""
 
 
 class Pool(Protocol):
@@ -126,6 +134,75 @@ class OnRay:
             for reference in running:
                 ray.cancel(reference, force=True)
             raise
+
+
+def spread(
+    work: Callable[[Item], Answer], items: Sequence[Item], jobs: int | None, done: Callable[[Item, Answer], None]
+) -> None:
+    """Apply a function to items: in this process, or side by side as Ray tasks of one core on this machine.
+
+    Args:
+        work: Can be pickled; called again for an item whose worker died.
+        items: Can be pickled.
+        jobs: At once; None for what this machine holds. 1, or no Ray: in this process, in order.
+        done: Told each item with its answer as they come, in this process.
+
+    Raises:
+        WorkersDied: The workers of one item died several times. Besides, whatever `work` raises; the others are stopped
+        then, as they are at an interruption.
+    """
+    at_once = min(jobs or _cores("cpu"), len(items))
+    if at_once <= 1 or not has_ray():
+        for item in items:
+            done(item, work(item))
+        return
+    ray = _quiet_ray()
+    mine = not ray.is_initialized()
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+        try:
+            if mine:
+                OnRay(jobs=at_once)._start(ray, at_once)
+            _spread_on(ray, work, items, at_once, done)
+        finally:
+            if mine:
+                ray.shutdown()
+
+
+def _spread_on(
+    ray: Any,
+    work: Callable[[Item], Answer],
+    items: Sequence[Item],
+    at_once: int,
+    done: Callable[[Item, Answer], None],
+) -> None:
+    task = ray.remote(num_cpus=1, max_retries=2)(_apply)
+    waiting = iter(items)
+    running = {task.remote(work, item): item for item in islice(waiting, at_once)}
+    try:
+        while running:
+            finished, _ = ray.wait(list(running), timeout=POLL_SECONDS)
+            for reference in finished:
+                item = running.pop(reference)
+                running |= {task.remote(work, following): following for following in islice(waiting, 1)}
+                try:
+                    answer: Answer = ray.get(reference)
+                except ray.exceptions.RayTaskError as error:
+                    raise error.cause from None
+                except ray.exceptions.RayError as error:
+                    raise WorkersDied(
+                        "workers died again and again (killed, or out of memory); the same command goes on, and "
+                        "fewer --jobs need less memory"
+                    ) from error
+                done(item, answer)
+    except BaseException:
+        for reference in running:
+            ray.cancel(reference, force=True)
+        raise
+
+
+def _apply(work: Callable[[Item], Answer], item: Item) -> Answer:
+    """Be what Ray takes for a function: it does not take callables of other kinds."""
+    return work(item)
 
 
 def _quiet_ray() -> Any:

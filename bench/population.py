@@ -1,4 +1,4 @@
-"""The clients of a run: whose data is whose, who takes part in a round, and what each keeps."""
+"""The clients of a run: whose data is whose, who takes part in a round, and who is tested."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bench import keys, tree
+from bench import keys
 from bench.data import Images
 from bench.dataset import Dataset, Splits
 from bench.engine import Visit
@@ -18,7 +18,7 @@ from bench.tree import Tree
 
 
 class Population:
-    """Clients with resident data.
+    """Clients and their images.
 
     Args:
         dataset: Gives normalisation and the number of classes.
@@ -26,7 +26,7 @@ class Population:
         split: Which images are whose.
         setting: Augmentation, participation, held-out clients.
         seed: Of the run. Cohorts and data order are functions of it, never of the algorithm.
-        device: Where images live.
+        device: Where batches are made, and where images live that are in memory.
     """
 
     def __init__(
@@ -35,25 +35,20 @@ class Population:
         self.key = keys.key(seed)
         self._keys = -1, self.key
         self.device = device
-        self.size, self.training = setting.clients, setting.training_clients
-        self.cohort_size = setting.cohort_size
+        self.num_classes = dataset.num_classes
+        self.size = len(split.clients)
+        self.training = setting.training_clients(self.size)
+        self.cohort_size = setting.cohort_size(self.size)
+        self.eval_clients = setting.eval_clients
         used = torch.cat(split.clients).unique()  # only the long-tailed subset is kept in memory
         place = torch.full((len(splits.train_y),), -1, dtype=torch.int64)
         place[used] = torch.arange(len(used))
-        look = dataset.mean, dataset.std
-        self.images = Images(
-            splits.train_x[used].to(device),
-            splits.train_y[used].to(device),
-            *look,
-            setting.augment,
-            dataset.scale,
-        )
-        self.test = Images(splits.test_x.to(device), splits.test_y.to(device), *look, "none", dataset.scale)
+        rows = used if splits.held is None else torch.searchsorted(splits.held, used)
+        y, look = splits.train_y[used].to(device), (dataset.mean, dataset.std)
+        self.images = Images(splits.train_x, y, *look, setting.augment, dataset.scale, rows)
+        self.test = Images(splits.test_x, splits.test_y.to(device), *look, "none", dataset.scale)
         self.index = [place[rows].to(device) for rows in split.clients]
         self.tests = [rows.to(device) for rows in split.tests]
-        self.counts = torch.stack(
-            [torch.bincount(self.images.y[rows], minlength=dataset.num_classes) for rows in self.index]
-        )
 
     def cohort(self, round: int) -> tuple[int, ...]:
         """Draw the training clients of a round, uniformly without replacement, ascending."""
@@ -61,12 +56,28 @@ class Population:
             return tuple(range(self.training))
         return tuple(keys.choice(keys.fold(self.key, "cohort", round), self.training, self.cohort_size).tolist())
 
+    def prefetch(self, *rounds: int) -> None:
+        """Have the images of rounds' cohorts read ahead, where they are in a file."""
+        clients = [client for round in rounds for client in self.cohort(round)]
+        self.images.prefetch(torch.cat([self.index[client] for client in clients]))
+
+    def evaluated(self, clients: range) -> tuple[int, ...]:
+        """Choose whose personal models are tested: all of these, or a sample that the seed alone decides."""
+        if self.eval_clients is None or self.eval_clients >= len(clients):
+            return tuple(clients)
+        chosen = keys.choice(keys.fold(self.key, "evaluated"), len(clients), self.eval_clients)
+        return tuple(clients[k] for k in chosen.tolist())
+
+    def class_counts(self, client: int) -> Tensor:
+        """Count a client's training images of each class: (C,) int64."""
+        return torch.bincount(self.images.y[self.index[client]], minlength=self.num_classes)
+
     def visit(self, client: int, round: int, private: Tree, own: Tree | None = None) -> Visit:
         """Make what a client brings to a verb in a round."""
         if self._keys[0] != round:  # those of a round are drawn together
             clients = torch.arange(self.size, device=self.device)
             self._keys = round, keys.fold(self.key.to(self.device), f"round {round}", clients)
-        return Visit(private, self.index[client], self._keys[1][client], self.counts[client], own)
+        return Visit(private, self.index[client], self._keys[1][client], self.class_counts(client), own)
 
     def pooled_visit(self, round: int, private: Tree) -> Visit:
         """Make the visit of one pseudo-client that holds the union of all training data.
@@ -77,7 +88,7 @@ class Population:
         union = torch.cat(self.index[: self.training])
         sizes = [sum(len(self.index[k]) for k in self.cohort(r)) for r in range(round + 1)]
         start, stop = sum(sizes[:-1]), sum(sizes)
-        counts = self.counts[: self.training].sum(0)
+        counts = torch.bincount(self.images.y[union], minlength=self.num_classes)
         if stop - start == len(union):  # all take part: one client that holds everything, to the bit
             return replace(self.visit(0, round, private), index=union, class_counts=counts)
         passes = range(start // len(union), -(-stop // len(union)))
@@ -91,37 +102,3 @@ class Population:
     def sizes(self, clients: Iterable[int]) -> Tensor:
         """Give the training examples of clients: (K,) float64."""
         return torch.tensor([len(self.index[k]) for k in clients], dtype=torch.float64, device=self.device)
-
-
-class Store:
-    """Private states by client, in host memory, made when a client first takes part.
-
-    Args:
-        initial: The state of a client that never took part; shared by all of them.
-        device: Where states are used.
-    """
-
-    def __init__(self, initial: Tree, device: str) -> None:
-        self.initial, self.device = initial, device
-        self.states: dict[int, Tree] = {}
-
-    def __getitem__(self, client: int) -> Tree:
-        return tree.to(self.states.get(client, self.initial), self.device)
-
-    def __setitem__(self, client: int, state: Tree) -> None:
-        self.states[client] = tree.map(_keep, state)
-
-    def all(self) -> list[Tree]:
-        """Give the states of the clients that took part, by client."""
-        return [self.states[client] for client in sorted(self.states)]
-
-    def nbytes(self) -> int:
-        """Count the bytes kept for all clients together."""
-        return sum(tree.nbytes(state) for state in self.states.values())
-
-
-def _keep(leaf: Tensor) -> Tensor:
-    """Bring a leaf to host memory of its own; a slice of a stack would keep the whole stack alive."""
-    leaf = leaf.detach()
-    alone = leaf.untyped_storage().nbytes() == leaf.numel() * leaf.element_size()
-    return leaf.to("cpu", copy=not alone)

@@ -13,9 +13,10 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, Field, fields
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T", bound=type)
 P = TypeVar("P")
@@ -160,6 +161,34 @@ def source_digest(plugin: type) -> str | None:
     version.
     """
     return getattr(sys.modules[plugin.__module__], "__plugin_digest__", None)
+
+
+def name(plugin: object) -> str:
+    """Give the name that an instance's class is registered under."""
+    for registry in (ALGORITHMS, DATASETS):
+        for known in registry.registered_by(type(plugin).__module__):
+            if registry[known] is type(plugin):
+                return known
+    raise LookupError(f"{type(plugin).__qualname__} is not registered")
+
+
+def label(plugin: object, *, without: tuple[str, ...] = ()) -> str:
+    """Spell an instance as on the command line, without fields at their defaults: `fedrep(head_epochs=5)`.
+
+    Args:
+        plugin: An algorithm or a dataset.
+        without: Fields that are left out as well.
+    """
+    changed = [
+        f"{field.name}={value!r}"
+        for field in fields(plugin)  # type: ignore[arg-type]
+        if field.name not in without and (value := getattr(plugin, field.name)) != _default(field)
+    ]
+    return name(plugin) + (f"({', '.join(changed)})" if changed else "")
+
+
+def _default(field: Field[Any]) -> object:
+    return field.default_factory() if field.default_factory is not MISSING else field.default
 
 
 ALGORITHMS: Registry[Algorithm] = Registry("algorithms")  # type: ignore[name-defined]  # noqa: F821

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench import engine as engines
 from bench import keys, metrics, models, tree
@@ -21,9 +22,10 @@ from bench.data import LocalData, Uploads
 from bench.dataset import Dataset, Splits
 from bench.engine import Verb
 from bench.evaluation import Counts, Evaluator, part_each
-from bench.population import Population, Store
+from bench.population import Population
 from bench.settings import Setting
 from bench.split import Split, group_classes
+from bench.states import store
 from bench.task import Task
 from bench.tree import Tree
 
@@ -50,6 +52,17 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Tally:
+    """What one model, or one kind of personal models, got right in one evaluation; a row for a client and class."""
+
+    round: int
+    """Rounds completed."""
+    model: str
+    rows: Tensor
+    """(4, n) int32: client (-1: generic), class, correct, total; no row without test images."""
+
+
+@dataclass(frozen=True)
 class Outcome:
     """All that a finished run leaves."""
 
@@ -59,8 +72,7 @@ class Outcome:
     """
     rounds: list[Row]
     """One row an evaluated round: "round" and the metrics."""
-    counts: list[dict[str, int | str]]
-    """Rows of round, model, client (-1: generic), class, correct, total."""
+    counts: list[Tally]
     cost: dict[str, float | None]
     digest: str
     """SHA-256 over the server's and all clients' final states."""
@@ -72,9 +84,8 @@ class Progress:
 
     round: int
     server: Tree
-    states: dict[int, Tree]
     rows: list[Row] = field(default_factory=list)
-    counts: list[dict[str, int | str]] = field(default_factory=list)
+    counts: list[Tally] = field(default_factory=list)
     cost: dict[str, float] = field(default_factory=dict)
 
 
@@ -89,6 +100,7 @@ def train(
     engine: str,
     precision: str = "fp32",
     device: str = "cpu",
+    weights: Tree | None = None,
     checkpoint: Path | None = None,
     report: Callable[[Report], None] | None = None,
 ) -> Outcome:
@@ -104,13 +116,14 @@ def train(
         engine: "serial" or "stacked".
         precision: "fp32", or "bf16" for automatic mixed precision.
         device: "cpu" or "cuda".
+        weights: Body that models start from; None: drawn by the seed.
         checkpoint: File to save to after rounds, and to continue from if it is there.
         report: Called after each round.
 
     Raises:
         Diverged: A state is no longer finite.
     """
-    run = Run(algorithm, dataset, splits, split, setting, seed, engine, precision, device, checkpoint)
+    run = Run(algorithm, dataset, splits, split, setting, seed, engine, precision, device, checkpoint, weights)
     while run.progress.round < setting.rounds:
         measured = run.step()
         if report is not None:
@@ -133,6 +146,7 @@ class Run:
         precision: str = "fp32",
         device: str = "cpu",
         checkpoint: Path | None = None,
+        weights: Tree | None = None,
     ) -> None:
         self.started = time.perf_counter()
         self.algorithm, self.setting, self.checkpoint, self.device = algorithm, setting, checkpoint, device
@@ -143,7 +157,7 @@ class Run:
         self.task = Task(
             model=models.build(setting.model, dataset.num_classes, dataset.image_shape, setting.norm),
             num_classes=dataset.num_classes,
-            num_clients=setting.training_clients,
+            num_clients=self.population.training,
             rounds=setting.rounds,
             epochs=setting.epochs,
             batch_size=setting.batch_size,
@@ -154,6 +168,7 @@ class Run:
             clip=setting.clip,
             prior=None if prior is None else prior.float().to(device),
             frozen_statistics=setting.statistics == "frozen",
+            weights=None if weights is None else tree.to(weights, device),
             precision=PRECISIONS[precision],
         )
         self.own_statistics = setting.norm == "batch" and setting.statistics == "personal"
@@ -168,10 +183,10 @@ class Run:
                 "own": initial,
                 "statistics": tree.split(part_each(self._broadcast(0, server))[0], tree.is_statistic)[0],
             }
-        self.store = Store(tree.to(initial, "cpu"), device)
+        file = None if checkpoint is None else checkpoint.with_suffix(".states")
+        self.store = store(initial, self.population.size, device, file)
         _reset_peak_memory(device)
-        self.progress = self._load() or Progress(0, server, {}, cost={})
-        self.store.states = self.progress.states
+        self.progress = self._load() or Progress(0, server, cost={})
         self.saved = time.perf_counter()
         self.saving = 0.0
 
@@ -180,11 +195,11 @@ class Run:
         r = self.progress.round
         started = time.perf_counter()
         task = self.task_at(r)
-        for exchange in self.algorithm.exchanges(task):
-            self.exchange(task, exchange)
+        self.population.prefetch(r, min(r + 1, self.setting.rounds - 1))
+        finite = all([self.exchange(task, exchange) for exchange in self.algorithm.exchanges(task)])
         self._synchronise()
         self._spend("device_seconds", time.perf_counter() - started)
-        if not (tree.is_finite(self.progress.server) and all(map(tree.is_finite, self.store.all()))):
+        if not (finite and tree.is_finite(self.progress.server)):
             raise Diverged(f"diverged: after round {r + 1} a state is no longer finite; a smaller lr may help")
         measured = None
         last = r + 1 == self.setting.rounds
@@ -208,7 +223,7 @@ class Run:
         flops, samples = cost.pop("probe_flops", None), cost.pop("probe_samples", None)
         total = cost["samples"]
         cost["train_flops"] = flops * total / samples if flops and samples and total else None
-        cost["peak_memory_bytes"] = _peak_memory(self.device)
+        cost["peak_memory_bytes"] = peak_memory(self.device)
         cost["client_state_bytes"] = float(self.store.nbytes())
         digest = tree.digest([self.progress.server, *self.store.all()])
         return Outcome(final, rows, self.progress.counts, cost, digest)
@@ -222,8 +237,8 @@ class Run:
     def _broadcast(self, r: int, server: Tree) -> Tree:
         return self.algorithm.broadcast(self.task_at(r), server)
 
-    def exchange(self, task: Task, exchange: Exchange) -> None:
-        """Make one trip from the server to clients and back."""
+    def exchange(self, task: Task, exchange: Exchange) -> bool:
+        """Make one trip from the server to clients and back; tell whether the clients' states are finite."""
         server, store, population = self.progress.server, self.store, self.population
         verb: Verb = getattr(self.algorithm, exchange.client)
         shared, own = part_each(self.algorithm.broadcast(task, server))
@@ -245,12 +260,15 @@ class Run:
             self._spend("probe_flops", probe.flops)
             self._spend("probe_samples", probe.samples)
         uploads = []
+        finite = True
         for k, (upload, private) in zip(clients, results, strict=True):
+            finite = finite and tree.is_finite(private)
             store[k] = private
             uploads.append(upload)
         self._spend("bytes_up", sum(tree.nbytes(upload) for upload in uploads))
         verb_of_server = getattr(self.algorithm, exchange.server)
         self.progress.server = verb_of_server(task, server, Uploads(uploads, sizes))
+        return finite
 
     def _with_own_statistics(self, verb: Verb) -> Verb:
         """Keep running statistics of norm layers at the client: put its own in before, take them out after."""
@@ -272,29 +290,24 @@ class Run:
         shared, own = part_each(self.algorithm.broadcast(task, server))
         evaluator = self.evaluator
         counts: Counts = {}
+        tested: dict[str, Sequence[int]] = {"generic": (-1,)}
         if not self.own_statistics:  # a generic model would need statistics that nobody has
             counts |= evaluator.generic(task, server)
-        counts |= evaluator.personal(task, shared, own, self.store, range(population.training), last)
-        if population.training < population.size:
-            held_out = range(population.training, population.size)
-            counts |= evaluator.personal(task, shared, own, self.store, held_out, last)
+        for kind, clients in (
+            ("personal", range(population.training)),
+            ("unseen", range(population.training, population.size)),
+        ):
+            tested[kind] = population.evaluated(clients)
+            if tested[kind]:
+                counts |= evaluator.personal(task, shared, own, self.store, tested[kind], last)
         evaluator.forget()
         measured = metrics.summarise(counts, self.groups)
         self.progress.rows.append({"round": completed, **measured})
         for name, (correct, total) in counts.items():
-            generic = name.startswith("generic")
-            offset = population.training if name.startswith("unseen") else 0
-            for k, c in torch.nonzero(total).tolist():
-                self.progress.counts.append(
-                    {
-                        "round": completed,
-                        "model": name,
-                        "client": -1 if generic else offset + k,
-                        "class": c,
-                        "correct": int(correct[k, c]),
-                        "total": int(total[k, c]),
-                    }
-                )
+            k, c = torch.nonzero(total, as_tuple=True)
+            client = torch.tensor(tested[name.split(":")[0].split(".")[0]])[k]
+            rows = torch.stack([client, c, correct[k, c], total[k, c]]).to(torch.int32)
+            self.progress.counts.append(Tally(completed, name, rows))
         return measured
 
     def _spend(self, what: str, amount: float) -> None:
@@ -310,15 +323,21 @@ class Run:
         """Save what a later process needs, unless the last save is so recent that saving would cost over 5 %
         of the time.
         """
-        if self.checkpoint is None or (not last and time.perf_counter() - self.saved < 1.0 + 20 * self.saving):
+        if self.checkpoint is None or not (last or self._is_due()):
             return
         started = time.perf_counter()
         partial = self.checkpoint.with_suffix(".partial")
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"fingerprint": self.fingerprint, **vars(self.progress)}, partial)
+        counts = [vars(tally) for tally in self.progress.counts]
+        saved = {"fingerprint": self.fingerprint, **vars(self.progress), "counts": counts}
+        torch.save({**saved, "store": self.store.snapshot()}, partial)
         os.replace(partial, self.checkpoint)
+        self.store.release()
         self.saved = time.perf_counter()
         self.saving = self.saved - started
+
+    def _is_due(self) -> bool:
+        return time.perf_counter() - self.saved >= 1.0 + 20 * self.saving
 
     def _load(self) -> Progress | None:
         """Give what a checkpoint holds; None where there is none, it is another run's, or it cannot be read."""
@@ -328,10 +347,10 @@ class Run:
             saved = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, KeyError, ValueError):
             return None  # half a file is no file: the run starts anew
-        if saved.pop("fingerprint") != self.fingerprint:
+        if saved.pop("fingerprint") != self.fingerprint or not self.store.restore(saved.pop("store")):
             return None
-        saved["states"] = {client: tree.to(state, "cpu") for client, state in saved["states"].items()}
-        return Progress(**saved)
+        counts = [Tally(**{**tally, "rows": tally["rows"].cpu()}) for tally in saved.pop("counts")]
+        return Progress(**saved, counts=counts)
 
 
 def _reset_peak_memory(device: str) -> None:
@@ -345,7 +364,7 @@ def _reset_peak_memory(device: str) -> None:
         return
 
 
-def _peak_memory(device: str) -> float | None:
+def peak_memory(device: str) -> float | None:
     """Give the largest resident memory of this process (CPU) or of its tensors on the GPU, in bytes."""
     if device == "cuda":
         return float(torch.cuda.max_memory_allocated())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from bench.data import AUGMENTATIONS
 from bench.dataset import Dataset
@@ -16,8 +16,10 @@ class BadConfig(ValueError):
 
 
 PROFILES = ("exponential", "step", "pareto")
-CLIENT_TESTS = ("matched", "fedloge")
+CLIENT_TESTS = ("matched", "fedloge", "own")
 GROUP_RULES = ("count", "cumulative")
+WITHOUT_ALPHA = ("iid", "users")
+"""Partitions that no concentration shapes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +33,8 @@ class Setting:
     """"group" or "batch"."""
     statistics: str = "shared"
     """What happens to batch norm's running statistics: "shared", "personal" or "frozen"."""
-    clients: int
-    """All clients, held-out ones included."""
+    clients: int | None
+    """All clients, held-out ones included; None: as many as the dataset has natural users."""
     unseen: int = 0
     """Clients (the last ones) held out of training, tested after adaptation."""
     participation: float = 1.0
@@ -52,36 +54,38 @@ class Setting:
     """One of `bench.data.AUGMENTATIONS`."""
     profile: str = "exponential"
     """Shape of the long tail: "exponential", "step" or "pareto"."""
-    imbalance: float = 1.0
-    """Largest class over smallest class, ≥ 1."""
+    imbalance: float | None = 1.0
+    """Largest class over smallest class, ≥ 1; None: every image is kept, the tail is the natural one."""
     partition: str = "dirichlet"
     """Name in `bench.split.PARTITIONS`."""
-    alpha: float = 0.5
-    """Dirichlet concentration, or classes per client for "shards"."""
+    alpha: float | None = 0.5
+    """Dirichlet concentration, or classes per client for "shards"; None for partitions that have none."""
     client_test: str = "matched"
-    """How client test sets are drawn: "matched" or "fedloge"."""
+    """How client test sets are drawn: "matched", "fedloge", or "own", the users' own test images."""
     groups: str = "count"
     """Rule of many / medium / few: "count" (> 100, 20-100, < 20) or "cumulative" (75 %, 95 %)."""
     eval_every: int = 1
     """Rounds between evaluations; the last round is always evaluated."""
+    eval_clients: int | None = None
+    """Clients whose personal models are tested, drawn once by the seed; None: all."""
 
     def __post_init__(self) -> None:
-        for name in ("clients", "rounds", "epochs", "batch_size", "eval_every"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        _require(
-            0 <= self.unseen < self.clients,
-            "unseen",
-            self.unseen,
-            f"must be in 0..{self.clients - 1} (clients - 1)",
-        )
+        for name in ("clients", "rounds", "epochs", "batch_size", "eval_every", "eval_clients"):
+            value = getattr(self, name)
+            optional = name in ("clients", "eval_clients")
+            _require((value is None and optional) or value >= 1, name, value, "must be at least 1")
+        most = "clients - 1" if self.clients is None else f"{self.clients - 1} (clients - 1)"
+        fits = self.unseen >= 0 and (self.clients is None or self.unseen < self.clients)
+        _require(fits, "unseen", self.unseen, f"must be in 0..{most}")
         _require(0 < self.participation <= 1, "participation", self.participation, "must be in (0, 1]")
         for name in ("lr", "lr_decay", "alpha"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "must be above 0")
+            value = getattr(self, name)
+            _require((value is None and name == "alpha") or value > 0, name, value, "must be above 0")
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "must be in [0, 1)")
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must be at least 0")
         _require(self.clip is None or self.clip > 0, "clip", self.clip, "must be above 0")
         _require(
-            self.imbalance >= 1,
+            self.imbalance is None or self.imbalance >= 1,
             "imbalance",
             self.imbalance,
             "must be at least 1 (largest class over smallest)",
@@ -102,15 +106,18 @@ class Setting:
                 f"must be one of {', '.join(allowed)}",
             )
 
-    @property
-    def training_clients(self) -> int:
-        """Clients that may take part in training."""
-        return self.clients - self.unseen
+    def training_clients(self, clients: int) -> int:
+        """Give how many of all clients may take part in training.
 
-    @property
-    def cohort_size(self) -> int:
-        """Clients of a round: at least one."""
-        return max(int(self.participation * self.training_clients), 1)
+        Raises:
+            BadConfig: More are held out than there are.
+        """
+        _require(self.unseen < clients, "unseen", self.unseen, f"must be in 0..{clients - 1} (clients - 1)")
+        return clients - self.unseen
+
+    def cohort_size(self, clients: int) -> int:
+        """Give how many of all clients take part in a round: at least one."""
+        return max(int(self.participation * self.training_clients(clients)), 1)
 
 
 def _require(holds: bool, name: str, value: object, rule: str) -> None:
@@ -123,7 +130,9 @@ def quick(dataset: Dataset) -> Setting:
 
     20 clients, 40 % a round, SGD 0.05 with momentum 0.5, imbalance 10, Dirichlet 0.5. Images of 8 pixels:
     MLP, 30 rounds of 2 epochs (seconds a run; about 85-90 % generic on digits). 28 pixels: small CNN, 30
-    rounds. 32 pixels and more: ResNet-8, 50 rounds of 1 epoch (about an hour a run on one core).
+    rounds. 32 pixels: ResNet-8, 50 rounds of 1 epoch (about an hour a run on one core). Photographs of 48 pixels
+    and more: ResNet-18 with a stride in its stem, of 128 and more: ResNet-50; these want a GPU. A dataset may
+    replace fields (`bench show DATASET` has them).
     """
     side = dataset.image_shape[1]
     if side <= 8:
@@ -131,8 +140,8 @@ def quick(dataset: Dataset) -> Setting:
     elif side <= 28:
         model, rounds, epochs, batch_size, lr = "small_cnn", 30, 1, 32, 0.05
     else:
-        model, rounds, epochs, batch_size, lr = "resnet8", 50, 1, 32, 0.05
-    return Setting(
+        model, rounds, epochs, batch_size, lr = _for_photographs("resnet8", dataset), 50, 1, 32, 0.05
+    setting = Setting(
         name="quick",
         model=model,
         clients=20,
@@ -148,21 +157,28 @@ def quick(dataset: Dataset) -> Setting:
         alpha=0.5,
         eval_every=1 if side <= 8 else 5,
     )
+    return replace(setting, **dataset.quick)  # type: ignore[arg-type]
+
+
+def _for_photographs(model: str, dataset: Dataset) -> str:
+    """Give the network for larger images in place of one for 32 pixels."""
+    side = dataset.image_shape[1]
+    return model if side < 48 else "resnet18_64" if side < 128 else "resnet50"
 
 
 def fedloge(dataset: Dataset) -> Setting:
     """The protocol of FedLoGe's main table: 500 rounds of 5 epochs, batch 8, SGD 0.03 with momentum 0.5,
     batch norm averaged.
 
-    Up to 10 classes ResNet-18 and 40 clients, above ResNet-34 and 20; full participation; Dirichlet 0.5,
-    imbalance 50. The authors' logs: 15-31 hours a run on their GPU; about 79 % (CIFAR-10) and 47 %
-    (CIFAR-100) generic with the SSE-C head.
+    Up to 10 classes ResNet-18 and 40 clients, above ResNet-34 and 20, ResNet-50 for photographs (of 128 pixels and
+    more; below, ResNet-18); full participation; Dirichlet 0.5, imbalance 50. The authors' logs: 15-31 hours a run on
+    their GPU; about 79 % (CIFAR-10) and 47 % (CIFAR-100) generic with the SSE-C head.
     Source: the released code and its logs, github.com/ZackZikaiXiao/FedLoGe.
     """
     few = dataset.num_classes <= 10
     return Setting(
         name="fedloge",
-        model="resnet18" if few else "resnet34",
+        model=_for_photographs("resnet18" if few else "resnet34", dataset),
         norm="batch",
         clients=40 if few else 20,
         rounds=500,
@@ -190,7 +206,7 @@ def creff(dataset: Dataset) -> Setting:
     """
     return Setting(
         name="creff",
-        model="resnet8",
+        model=_for_photographs("resnet8", dataset),
         norm="batch",
         clients=20,
         participation=0.4,
@@ -267,6 +283,24 @@ SETTINGS: dict[str, Callable[[Dataset], Setting]] = {
     "gbme": gbme,
     "redgrape": redgrape,
 }
-"""Name to the bundle for a dataset."""
+"""Name to the bundle for a balanced dataset; `named` adapts it to others."""
+
+
+def named(name: str, dataset: Dataset) -> Setting:
+    """Give a setting as it is for a dataset: natural tails are left as they are, natural users are the clients.
+
+    Args:
+        name: In `SETTINGS`.
+        dataset: Its facts are read, not its files.
+    """
+    setting = SETTINGS[name](dataset)
+    if dataset.tail != "made":
+        setting = replace(setting, imbalance=None)
+    if dataset.own_clients:
+        setting = replace(setting, partition="users", clients=None)
+        if dataset.own_tests:
+            setting = replace(setting, client_test="own")
+    return setting if setting.partition not in WITHOUT_ALPHA else replace(setting, alpha=None)
+
 
 FIELDS = tuple(field.name for field in fields(Setting))

@@ -38,14 +38,24 @@ class _Average(Algorithm):
         return task.sgd(task.loss, shared, data.batches(task.epochs)), private
 
 
+@dataclass(frozen=True)
 class _Noise(Dataset):
     """Random images of any shape."""
 
     num_classes: ClassVar[int] = 10
+    shape: tuple[int, int, int]
 
-    def __init__(self, shape: tuple[int, int, int]) -> None:
-        self.image_shape = shape  # type: ignore[misc]
-        self.mean = self.std = (0.5,) * shape[0]  # type: ignore[misc]
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """As asked for."""
+        return self.shape
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Half way."""
+        return (0.5,) * self.shape[0]
+
+    std = mean
 
     def load(self, root: object = None) -> Splits:
         """Not used."""
@@ -81,6 +91,7 @@ def _round(run: Run) -> Callable[[], float]:
     def once() -> float:
         started = time.perf_counter()
         task = run.task_at(run.progress.round)
+        run.population.prefetch(task.round, task.round + 1)
         for exchange in run.algorithm.exchanges(task):
             run.exchange(task, exchange)
         run.progress.round += 1

@@ -11,7 +11,7 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import Any, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -19,6 +19,8 @@ from pydantic import TypeAdapter, ValidationError
 from bench.algorithm import Algorithm
 from bench.dataset import Dataset
 from bench.registry import ALGORITHMS, DATASETS, Registry
+from bench.registry import label as label
+from bench.registry import name as name
 from bench.settings import BadConfig
 
 P = TypeVar("P")
@@ -78,29 +80,6 @@ def parse_dataset(text: str) -> Dataset:
     if len(datasets) != 1:
         raise BadConfig(f"{text!r}: one dataset is wanted here")
     return datasets[0]
-
-
-def name(plugin: Algorithm | Dataset) -> str:
-    """Give the name that an instance's class is registered under."""
-    registry: Registry[Any] = ALGORITHMS if isinstance(plugin, Algorithm) else DATASETS
-    for known in registry.registered_by(type(plugin).__module__):
-        if registry[known] is type(plugin):
-            return known
-    raise LookupError(f"{type(plugin).__qualname__} is not registered")
-
-
-def label(plugin: Algorithm | Dataset) -> str:
-    """Spell an instance as on the command line, without fields at their defaults: `fedrep(head_epochs=5)`."""
-    changed = [
-        f"{field.name}={value!r}"
-        for field in fields(plugin)  # type: ignore[arg-type]
-        if (value := getattr(plugin, field.name)) != _default(field)
-    ]
-    return name(plugin) + (f"({', '.join(changed)})" if changed else "")
-
-
-def _default(field: Any) -> object:
-    return field.default_factory() if field.default_factory is not MISSING else field.default
 
 
 def _parse(text: str, registry: Registry[P], option: str) -> list[P]:
@@ -188,12 +167,17 @@ def parse_numbers(text: str, option: str) -> list[float]:
     return numbers
 
 
-def parse_imbalance(text: str) -> float:
+def parse_imbalance(text: str) -> float | None:
     """Read an imbalance factor; a value in (0, 1) is understood as its inverse, and standard error says so.
+
+    Returns:
+        The factor; None for "natural".
 
     Raises:
         BadConfig: Not a number above 0.
     """
+    if text.strip() == "natural":
+        return None
     (factor, *others) = parse_numbers(text, "--imbalance")
     if factor <= 0 or others:
         raise BadConfig(
@@ -204,6 +188,11 @@ def parse_imbalance(text: str) -> float:
         print(f"imbalance {text} is understood as its inverse, {inverse:g}", file=sys.stderr)
         return inverse
     return factor
+
+
+def spell_imbalance(factor: float | None) -> str:
+    """Write an imbalance factor as on the command line."""
+    return "natural" if factor is None else f"{factor:g}"
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from scipy.sparse import coo_array, csr_array
 from torch import Tensor
 
 from bench.dataset import DataDamaged, Labels
 from bench.dealing import PartitionFailed as PartitionFailed
-from bench.dealing import Pool, generator
+from bench.dealing import Pool, reseed
 from bench.heterogeneity import measure
-from bench.longtail import Rows, subsample
+from bench.longtail import Rows, by_class, subsample
 from bench.longtail import group_classes as group_classes
 from bench.partition import PARTITIONS as PARTITIONS
 
@@ -67,15 +68,28 @@ def make_split(labels: Labels, num_classes: int, setting: Setting, seed: int) ->
     kept = subsample(labels.train, num_classes, setting.profile, setting.imbalance)
     truth = labels.train.numpy()
     pool = Pool(truth[kept], num_classes, None if labels.users is None else labels.users.numpy()[kept])
-    parts = PARTITIONS[setting.partition](pool, setting.clients, setting.alpha, seed)
+    # A partition without alpha is given 0, which it does not read.
+    parts = PARTITIONS[setting.partition](pool, _clients(pool, setting), setting.alpha or 0.0, seed)
     clients = [np.sort(kept[part]) for part in parts]
-    tests = client_tests(truth, labels.test.numpy(), clients, num_classes, setting.client_test, seed)
+    if setting.client_test == "own":
+        tests = own_tests(labels, clients)
+    else:
+        tests = client_tests(truth, labels.test.numpy(), clients, num_classes, setting.client_test, seed)
     return Split(
         class_counts=torch.from_numpy(np.bincount(truth[kept], minlength=num_classes)),
         clients=tuple(map(torch.from_numpy, clients)),
         tests=tuple(map(torch.from_numpy, tests)),
         fingerprint=_fingerprint(labels, clients, tests),
     )
+
+
+def _clients(pool: Pool, setting: Setting) -> int:
+    """Give the number of clients: as many as there are natural users where the setting does not say."""
+    if setting.clients is not None:
+        return setting.clients
+    if pool.users is None:
+        raise PartitionFailed("this dataset does not say whose images it has; say how many clients with --clients")
+    return len(np.unique(pool.users))
 
 
 def client_tests(train: Rows, test: Rows, clients: list[Rows], num_classes: int, rule: str, seed: int) -> list[Rows]:
@@ -94,25 +108,51 @@ def client_tests(train: Rows, test: Rows, clients: list[Rows], num_classes: int,
     Returns:
         For each client ascending rows of the official test set.
     """
-    rows = [np.flatnonzero(test == c) for c in range(num_classes)]
-    available = np.array([len(of_class) for of_class in rows])
-    total = sum(len(client) for client in clients)
+    rows = by_class(test, num_classes)
+    available = np.bincount(test, minlength=num_classes)
+    everything, total = len(test), sum(len(client) for client in clients)
+    random = np.random.RandomState(0)
     tests = []
     for k, client in enumerate(clients):
-        sizes = client_test_sizes(np.bincount(train[client], minlength=num_classes), total, available, rule)
-        random = generator(seed, "test", k)
-        drawn = [random.permutation(rows[c])[: sizes[c]] for c in np.flatnonzero(sizes)]
+        present, counts = np.unique(train[client], return_counts=True)
+        sizes = client_test_sizes(counts, total, available[present], everything, rule)
+        reseed(random, seed, "test", k)
+        drawn = [random.permutation(rows[c])[:size] for c, size in zip(present, sizes, strict=True) if size]
         tests.append(np.sort(np.concatenate([np.empty(0, dtype=np.int64), *drawn])))
     return tests
 
 
-def client_test_sizes(class_counts: Rows, total: int, available: Rows, rule: str) -> Rows:
-    """Give the number of test images of each class for one client. M is the size of the official test set.
+def own_tests(labels: Labels, clients: list[Rows]) -> list[Rows]:
+    """Give each client the test images of the users whose training images it has.
 
     Args:
-        class_counts: (C,) A_c, training images of the client.
+        labels: With users of both parts.
+        clients: Training rows of each client.
+
+    Returns:
+        For each client ascending rows of the official test set; none where its users have no test image.
+
+    Raises:
+        PartitionFailed: The dataset does not say whose test images it has.
+    """
+    if labels.users is None or labels.test_users is None:
+        raise PartitionFailed("client_test = own: this dataset does not say whose test images it has; use matched")
+    users, test_users = labels.users.numpy(), labels.test_users.numpy()
+    everyone = 1 + max(int(part.max()) if len(part) else -1 for part in (users, test_users))
+    rows = by_class(test_users, everyone)
+    nothing = np.empty(0, dtype=np.int64)
+    own = [[rows[user] for user in np.unique(users[client])] for client in clients]
+    return [np.sort(np.concatenate([nothing, *parts])) for parts in own]
+
+
+def client_test_sizes(class_counts: Rows, total: int, available: Rows, everything: int, rule: str) -> Rows:
+    """Give the number of test images of each class for one client.
+
+    Args:
+        class_counts: (C,) A_c, training images of the client; classes it lacks may be left out.
         total: N, training images of all clients.
-        available: (C,) official test images.
+        available: (C,) official test images of the same classes.
+        everything: M, official test images of all classes.
         rule: "matched": ⌈r · A_c⌉ with one ratio r = min(M / N, smallest available_c / A_c) for all classes
             of the client: no class is dropped, and none falls short. "fedloge": ⌊A_c · M / N⌋: a class with
             few images may be dropped.
@@ -125,13 +165,12 @@ def client_test_sizes(class_counts: Rows, total: int, available: Rows, rule: str
 
     Source: "fedloge" the released code; "matched" is ours.
     """
-    everything = int(available.sum())
     if rule == "fedloge":
         # In floating point and in this order, as the reference: the floor may depend on it.
         sizes = np.floor(class_counts / max(total, 1) * everything).astype(np.int64)
     elif rule == "matched":
         # Whole numbers, for an exact ceiling: r = part / whole.
-        pairs = [(int(a), int(n)) for a, n in zip(available, class_counts, strict=True) if n > 0 and a > 0]
+        pairs = [(a, n) for a, n in zip(available.tolist(), class_counts.tolist(), strict=True) if n > 0 and a > 0]
         part, whole = min([(everything, max(total, 1)), *pairs], key=lambda ratio: ratio[0] / ratio[1])
         sizes = -(-class_counts * part // whole)
     else:
@@ -150,26 +189,36 @@ def describe(labels: Labels, split: Split, num_classes: int, rule: str) -> dict[
 
     Returns:
         "class_counts" (C numbers), "clients" (for each "train" and "test" images and training "classes"),
-        "groups" (classes that are "many", "medium", "few"), "heterogeneity" (of
+        "groups" (classes that are "many", "medium", "few"), "users" (natural ones of "train" and "test", None
+        where the dataset does not say), "heterogeneity" (of
         `bench.heterogeneity.measure`), "fingerprint".
     """
-    table = histograms(labels, split, num_classes).numpy()
+    table = class_table(labels, split, num_classes)
     groups = group_classes(split.class_counts, rule)
     return {
         "class_counts": split.class_counts.tolist(),
         "clients": [
-            {"train": len(train), "test": len(test), "classes": int((counts > 0).sum())}
-            for train, test, counts in zip(split.clients, split.tests, table, strict=True)
+            {"train": len(train), "test": len(test), "classes": classes}
+            for train, test, classes in zip(split.clients, split.tests, np.diff(table.indptr).tolist(), strict=True)
         ],
         "groups": {name: classes.tolist() for name, classes in groups.items()},
+        "users": {
+            part: None if users is None else len(users.unique())
+            for part, users in (("train", labels.users), ("test", labels.test_users))
+        },
         "heterogeneity": measure(table),
         "fingerprint": split.fingerprint,
     }
 
 
-def histograms(labels: Labels, split: Split, num_classes: int) -> Tensor:
-    """Count the training images of each class at each client: (K, C) int64."""
-    return torch.stack([torch.bincount(labels.train[rows], minlength=num_classes) for rows in split.clients])
+def class_table(labels: Labels, split: Split, num_classes: int) -> csr_array:
+    """Count the training images of each class at each client: (K, C), sparse, as most cells of many clients are
+    empty.
+    """
+    sizes = np.array([len(rows) for rows in split.clients])
+    client = np.arange(len(sizes)).repeat(sizes)
+    label = labels.train[torch.cat(split.clients)].numpy()
+    return csr_array(coo_array((np.ones_like(label), (client, label)), shape=(len(sizes), num_classes)))
 
 
 def _fingerprint(labels: Labels, clients: list[Rows], tests: list[Rows]) -> str:

@@ -13,21 +13,28 @@ from typing import Any, Literal
 
 import torch
 
-from bench import provenance
+from bench import provenance, weights
 from bench.config import Run
 from bench.dataset import Dataset, Labels, Splits
 from bench.engine import CannotStack
+from bench.files import source
+from bench.models import build
 from bench.pool import Pool
 from bench.results import records
-from bench.rounds import Diverged, Report, train
+from bench.rounds import Diverged, Report, Tally, train
+from bench.settings import BadConfig
 from bench.spelling import label, name
 from bench.split import Split, describe, group_classes, make_split
+from bench.states import StatesUnwritable
+from bench.tree import Tree
 from bench.watch import Watcher, append, progress_file
 
 Status = Literal["done", "cached", "failed"]
 
-_EXPECTED = (Diverged, CannotStack, records.OutputUnwritable)
+_EXPECTED = (Diverged, CannotStack, StatesUnwritable, BadConfig, records.OutputUnwritable)
 """Errors whose message is a whole sentence."""
+_GOES_ON = (MemoryError, torch.OutOfMemoryError, StatesUnwritable)
+"""Errors after which a run goes on from its checkpoint, with more memory or space."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +60,10 @@ def check_data(runs: Sequence[Run]) -> None:
     """Make every split that runs will need, from labels alone: what is wrong shows before any work is done.
 
     Raises:
-        DataMissing: A dataset's files are not there.
+        DataMissing: A dataset's files are not there, or a pack lacks images of a split.
         DataDamaged: They are not what they should be.
         PartitionFailed: The data cannot be split so.
+        BadWeights: A file of weights is not for a run's model.
     """
     labels: dict[tuple[Dataset, Path], Labels] = {}
     seen: set[tuple[str, int]] = set()
@@ -65,8 +73,11 @@ def check_data(runs: Sequence[Run]) -> None:
         seen.add((run.protocol, run.seed))
         key = (run.dataset, run.data_root)
         if key not in labels:
-            labels[key] = run.dataset.labels(run.data_root)
-        make_split(labels[key], run.dataset.num_classes, run.setting, run.seed)
+            labels[key] = source.labels(run.dataset, run.data_root)
+            source.require(run.dataset, run.data_root, [])
+        split = make_split(labels[key], run.dataset.num_classes, run.setting, run.seed)
+        source.require(run.dataset, run.data_root, split.clients)
+        _weights(run)
 
 
 def run(
@@ -174,9 +185,9 @@ def execute(run: Run, out: Path, report: Callable[[Report], None] | None = None,
     described = document(run, started)
     try:
         splits = _load(run.dataset, run.data_root)
-        labels = Labels(splits.train_y, splits.test_y, splits.users)
-        split = make_split(labels, run.dataset.num_classes, run.setting, run.seed)
-        described |= _describe_split(run, labels, split)
+        split = make_split(splits.labels, run.dataset.num_classes, run.setting, run.seed)
+        source.require(run.dataset, run.data_root, split.clients)
+        described |= _describe_split(run, splits.labels, split)
         outcome = train(
             algorithm=run.algorithm,
             dataset=run.dataset,
@@ -187,18 +198,19 @@ def execute(run: Run, out: Path, report: Callable[[Report], None] | None = None,
             engine=run.engine,
             precision=run.precision,
             device=run.device,
+            weights=_weights(run),
             checkpoint=folder / "checkpoint.pt",
             report=tell,
         )
         described |= {"metrics": outcome.metrics, "cost": outcome.cost, "digest": outcome.digest}
-        _write(out, run, described, outcome.rounds, outcome.counts, force)
+        _write(out, run, described, outcome.rounds, _columns(outcome.counts), force)
     except records.OutputUnwritable:
         raise
     except Exception as error:  # a plug-in may raise anything; the other runs of the sweep go on
         reason = _reason(error)
         trace = None if isinstance(error, _EXPECTED) else traceback.format_exc()
         records.fail(out, run.id, {**described, "finished": _now(), "traceback": trace}, reason)
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)):  # with more memory it goes on there
+        if not isinstance(error, _GOES_ON):
             _forget_checkpoint(out, run)
         return reason
     _forget_checkpoint(out, run)
@@ -235,16 +247,37 @@ def _describe_split(run: Run, labels: Labels, split: Split) -> dict[str, Any]:
     described = describe(labels, split, run.dataset.num_classes, run.setting.groups)
     return {
         "fingerprint": split.fingerprint,
+        "clients": len(split.clients),
         "class_counts": split.class_counts.tolist(),
         "groups": {group: classes.tolist() for group, classes in groups.items()},
         "heterogeneity": described["heterogeneity"],
     }
 
 
+def _weights(run: Run) -> Tree | None:
+    """Read the body that a run's models start from, if there is one."""
+    if run.weights is None:
+        return None
+    dataset, setting = run.dataset, run.setting
+    return weights.read(run.weights, build(setting.model, dataset.num_classes, dataset.image_shape, setting.norm))
+
+
 @lru_cache(maxsize=1)
 def _load(dataset: Dataset, root: Path) -> Splits:
     """Load a dataset, once for consecutive runs on it."""
-    return dataset.load(root)
+    return source.load(dataset, root)
+
+
+def _columns(tallies: Sequence[Tally]) -> dict[str, list[Any]]:
+    """Lay tallies out as columns, a row for each model, client and class."""
+    columns: dict[str, list[Any]] = {"round": [], "model": [], "client": [], "class": [], "correct": [], "total": []}
+    for tally in tallies:
+        n = tally.rows.shape[1]
+        columns["round"] += [tally.round] * n
+        columns["model"] += [tally.model] * n
+        for column, cells in zip(("client", "class", "correct", "total"), tally.rows.tolist(), strict=True):
+            columns[column] += cells
+    return columns
 
 
 def _write(out: Path, run: Run, described: dict[str, Any], rounds: Any, counts: Any, force: bool) -> None:

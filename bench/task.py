@@ -45,13 +45,16 @@ class Task:
     prior: Tensor | None = None
     """(C,) float32 global class frequencies, only for algorithms that declare the need "prior"."""
     frozen_statistics: bool = False
+    weights: Tree | None = None
+    """Body that every model starts from, trained elsewhere; None: drawn."""
     precision: torch.dtype = torch.float32
     stacked: bool = False
     """Set by the stacked engine: gradients by `torch.func`, batches may be padded."""
 
     def init(self) -> Tree:
         """Give the initial model, the same for every algorithm of a run."""
-        return self.model.init(keys.fold(self.key, "model"))
+        drawn = self.model.init(keys.fold(self.key, "model"))
+        return drawn if self.weights is None else {**drawn, "body": tree.clone(self.weights)}
 
     def server_key(self, purpose: str) -> Tensor:
         """Give randomness for the server's work of this round."""
@@ -72,7 +75,7 @@ class Task:
             The () loss, its gradient (running statistics left out), and `params` with the next running
             statistics.
         """
-        moving, statistics = tree.split(params, lambda path: not tree.is_statistic(path))
+        statistics, moving = tree.split(params, tree.is_statistic)
 
         def recorded(moving: Tree) -> tuple[Tensor, Tree]:
             recorder = Recorder(batch.weight, self.stacked, self.frozen_statistics)
@@ -83,9 +86,10 @@ class Task:
         if self.stacked:
             gradient, (value, following) = torch.func.grad_and_value(recorded, has_aux=True)(moving)
             return value, gradient, tree.merge(params, following)
-        leaves = {path: leaf.detach().requires_grad_() for path, leaf in tree.flatten(moving).items()}
-        value, following = recorded(tree.unflatten(leaves))
-        return value.detach(), _differentiate(value, leaves), tree.merge(params, following)
+        moving = tree.map(lambda leaf: leaf.detach().requires_grad_(), moving)
+        value, following = recorded(moving)
+        gradient = iter(tree.flatten(_differentiate(value, tree.flatten(moving))).values())
+        return value.detach(), tree.map(lambda _: next(gradient), moving), tree.merge(params, following)
 
     def sgd(self, loss: Loss, params: Tree, batches: Iterable[Batch], lr: float | None = None) -> Tree:
         """Train by mini-batch SGD with the task's momentum, weight decay and clipping; momentum starts at
@@ -137,6 +141,8 @@ class Task:
             with training(recorder), torch.autocast(batch.x.device.type, self.precision, self._mixed):
                 value = loss(current, batch)
             gradient = list(tree.flatten(_differentiate(value, leaves)).values())
+            if not values:  # frozen features have a body without weights
+                continue
             with torch.no_grad():
                 if self.clip is not None:
                     total = torch.stack(torch._foreach_norm(gradient)).norm()

@@ -114,7 +114,7 @@ def finish(run: Run) -> Run:
 
 def states(run: Run) -> Tree:
     """Give all that a run keeps, as one tree."""
-    return {"server": run.progress.server, **{f"client {k}": state for k, state in run.store.states.items()}}
+    return {"server": run.progress.server, **{f"client {k}": run.store[k] for k in run.store.clients()}}
 
 
 def upload_once(run: Run, client: int = 0) -> tuple[Tree, Tree]:

@@ -66,13 +66,20 @@ def merge(tree: Tree, update: Tree) -> Tree:
     return merged
 
 
-def split(tree: Tree, chosen: Callable[[str], bool]) -> tuple[Tree, Tree]:
-    """Part a tree into the leaves whose path is chosen and the others."""
-    leaves = flatten(tree)
-    return (
-        unflatten({path: leaf for path, leaf in leaves.items() if chosen(path)}),
-        unflatten({path: leaf for path, leaf in leaves.items() if not chosen(path)}),
-    )
+def split(tree: Tree, chosen: Callable[[str], bool], prefix: str = "") -> tuple[Tree, Tree]:
+    """Part a tree into the leaves whose path is chosen and the others; sub-trees without leaves are with the others."""
+    mine: Tree = {}
+    others: Tree = {}
+    for key, leaf in tree.items():
+        if isinstance(leaf, dict):
+            inner, outer = split(leaf, chosen, f"{prefix}{key}/")
+            if inner:
+                mine[key] = inner
+            if outer or not inner:
+                others[key] = outer
+        else:
+            (mine if chosen(prefix + key) else others)[key] = leaf
+    return mine, others
 
 
 def is_statistic(path: str) -> bool:
@@ -129,7 +136,7 @@ def clone(a: Tree) -> Tree:
 def dot(a: Tree, b: Tree) -> Tensor:
     """Give the () inner product over all leaves."""
     left, right = flatten(a), flatten(b)
-    return torch.stack([(left[path] * right[path]).sum() for path in left]).sum()
+    return torch.stack([(left[path] * right[path]).sum() for path in left] or [torch.zeros(())]).sum()
 
 
 def to(a: Tree, device: torch.device | str) -> Tree:

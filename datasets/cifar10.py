@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from bench import Dataset, Labels, Splits, register
-from bench.files import Official, images_of, labels_of, unpickle
+from bench.files.download import Remote
+from bench.files.official import Official, images_of, labels_of, unpickle
 
 FILES = Official(
     name="cifar10",
@@ -24,6 +25,15 @@ FILES = Official(
         "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
         "test_batch": "40351d587109b95175f43aff81a1287e",
     },
+    remotes=(
+        Remote(
+            "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+            "cifar-10-python.tar.gz",
+            md5="c58f30108f718f92721af3b95e74349a",
+            bytes=170_498_071,
+            unpack=True,
+        ),
+    ),
     size="170 MB",
     by_hand="unpack https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz in {root}",
 )
@@ -60,10 +70,8 @@ class Cifar10(Dataset):
         return Labels(labels_of(train, "labels"), labels_of([test], "labels"))
 
     def fetch(self, root: Path) -> None:
-        """Download and unpack the official archive by torchvision, which checks it."""
-        from torchvision.datasets import CIFAR10
-
-        FILES.fetch(root, lambda folder: CIFAR10(folder, download=True))
+        """Download and unpack the official archive."""
+        FILES.fetch(root)
 
 
 def _batches(root: Path) -> list[dict[str, Any]]:

@@ -11,12 +11,22 @@ from pathlib import Path
 from typing import ClassVar
 
 from bench import Dataset, Labels, Splits, register
-from bench.files import Official, images_of, labels_of, unpickle
+from bench.files.download import Remote
+from bench.files.official import Official, images_of, labels_of, unpickle
 
 FILES = Official(
     name="cifar100",
     folder="cifar-100-python",
     checksums={"train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae62326f3e7ffdfab6717acfc"},
+    remotes=(
+        Remote(
+            "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+            "cifar-100-python.tar.gz",
+            md5="eb9058c3a382ffc7106e4002c42a8d85",
+            bytes=169_001_437,
+            unpack=True,
+        ),
+    ),
     size="169 MB",
     by_hand="unpack https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz in {root}",
 )
@@ -53,7 +63,5 @@ class Cifar100(Dataset):
         return Labels(labels_of(train, "fine_labels"), labels_of(test, "fine_labels"))
 
     def fetch(self, root: Path) -> None:
-        """Download and unpack the official archive by torchvision, which checks it."""
-        from torchvision.datasets import CIFAR100
-
-        FILES.fetch(root, lambda folder: CIFAR100(folder, download=True))
+        """Download and unpack the official archive."""
+        FILES.fetch(root)

@@ -13,7 +13,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from bench import Dataset, Labels, Splits, register
-from bench.files import Official, read_idx
+from bench.files.download import Remote
+from bench.files.official import Official, read_idx
+
+SERVER = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
 
 FILES = Official(
     name="fashion_mnist",
@@ -24,6 +27,15 @@ FILES = Official(
         "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
         "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
     },
+    remotes=tuple(
+        Remote(f"{SERVER}/{name}.gz", f"FashionMNIST/raw/{name}.gz", md5, size)
+        for name, md5, size in (
+            ("train-images-idx3-ubyte", "8d4fb7e6c68d591d4c3dfef9ec88bf0d", 26_421_880),
+            ("train-labels-idx1-ubyte", "25c81989df183df01b3e8a0aad5dffbe", 29_515),
+            ("t10k-images-idx3-ubyte", "bef4ecab320f06d8554ea6380940ec79", 4_422_102),
+            ("t10k-labels-idx1-ubyte", "bb300cfdad3c16e7a12a480ee83cd310", 5_148),
+        )
+    ),
     size="31 MB",
     by_hand="put the four .gz files of https://github.com/zalandoresearch/fashion-mnist (data/fashion) in "
     "{root}/FashionMNIST/raw",
@@ -65,10 +77,8 @@ class FashionMnist(Dataset):
         return Labels(_read(root, "train-labels-idx1").long(), _read(root, "t10k-labels-idx1").long())
 
     def fetch(self, root: Path) -> None:
-        """Download the official files by torchvision, which checks them."""
-        from torchvision.datasets import FashionMNIST
-
-        FILES.fetch(root, lambda folder: FashionMNIST(folder, download=True))
+        """Download the four official files, which stay packed."""
+        FILES.fetch(root)
 
 
 def _read(root: Path, name: str) -> Tensor:

@@ -267,3 +267,68 @@ def test_types_are_checked_strictly() -> None:
     for wrong in ({"share": "1"}, {"widths": (1, "2")}, {"share": True}):
         with pytest.raises(BadConfig, match="should be"):
             spelling.check_fields(Ranged, wrong, "x")
+
+
+# Natural tails and natural clients --------------------------------------------------------------------------
+
+
+def only(**more: object) -> Run:
+    (run,) = sweep(**more).expand()  # type: ignore[arg-type]
+    return run
+
+
+def test_a_natural_tail_and_natural_users_are_what_a_dataset_is_run_with() -> None:
+    inat = only(dataset="inat").setting
+    assert (inat.imbalance, inat.partition, inat.alpha, inat.clients) == (None, "dirichlet", 0.5, 20)
+    writers = only(dataset="femnist").setting
+    assert (writers.imbalance, writers.partition, writers.alpha, writers.clients) == (None, "users", None, None)
+    assert writers.client_test == "own"
+    assert only(dataset="inat", imbalance=(None,)).id == only(dataset="inat").id
+    assert "imbalance natural" in str(only(dataset="inat")) and "alpha" not in str(only(dataset="femnist"))
+
+
+@pytest.mark.parametrize("setting", ["quick", "fedloge", "creff", "gbme", "redgrape"])
+def test_every_setting_leaves_natural_tails_and_users_as_they_are(setting: str) -> None:
+    assert only(dataset="inat", setting=setting).setting.imbalance is None
+    writers = only(dataset="femnist", setting=setting)
+    assert (writers.setting.partition, writers.setting.clients, writers.setting.alpha) == ("users", None, None)
+    assert writers.overrides() == {}
+
+
+def test_writers_can_be_forgotten_for_a_dirichlet_partition() -> None:
+    dealt = only(dataset="femnist", overrides={"partition": "dirichlet", "clients": 10}).setting
+    assert (dealt.alpha, dealt.clients, dealt.client_test) == (0.5, 10, "matched")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"dataset": "inat", "imbalance": (50.0,)}, "--imbalance 50: inat is long-tailed by nature"),
+        ({"dataset": "digits", "imbalance": (None,)}, "--imbalance natural: digits is balanced"),
+        ({"dataset": "femnist", "alpha": (0.5,)}, "--alpha 0.5: clients are its natural users"),
+        ({"dataset": "inat", "alpha": (0.5,), "overrides": {"partition": "users"}}, "which no alpha shapes"),
+        ({"alpha": (0.5,), "overrides": {"partition": "iid"}}, "--alpha 0.5: images are dealt evenly"),
+        ({"dataset": "femnist", "overrides": {"partition": "lda"}}, "say among how many clients with --clients"),
+        ({"overrides": {"client_test": "own"}}, "needs natural users as clients, not --partition dirichlet"),
+        ({"overrides": {"eval_clients": 0}}, "eval_clients = 0: must be at least 1"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(options: dict[str, object], said: str) -> None:
+    with pytest.raises(BadConfig) as caught:
+        sweep(**options).expand()  # type: ignore[arg-type]
+    assert said in str(caught.value)
+
+
+def test_the_clients_that_are_tested_are_part_of_the_identity_only_where_they_are_chosen() -> None:
+    assert "eval_clients" not in canonical(only().identity())
+    assert only(overrides={"eval_clients": 5}).id != only().id
+
+
+def test_weights_are_told_by_their_contents(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("a.pth", "b.pth", "c.pth")]
+    for file, content in zip(files, (b"one", b"one", b"other"), strict=True):
+        file.write_bytes(content)
+    ids = [only(weights=file).id for file in files]
+    assert ids[0] == ids[1] != ids[2] and only().id not in ids
+    assert only(weights=files[0]).protocol != only().protocol
+    assert only(weights=files[0]).overrides() == {"weights": "a.pth"}

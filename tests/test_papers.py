@@ -39,7 +39,7 @@ def trained(name: str, setting: Setting = TWO_ROUNDS, engine: str = "serial", **
 
 
 def private(run: Run) -> Tree:
-    return {str(k): state for k, state in run.store.states.items()}
+    return {str(k): run.store[k] for k in run.store.clients()}
 
 
 def same(a: Tree, b: Tree) -> bool:
@@ -186,14 +186,14 @@ def test_fedrep_without_epochs_moves_nothing() -> None:
     start = tree.clone(run.progress.server)
     finish(run)
     assert same(start, run.progress.server)
-    assert all(same(state, run.store.initial) for state in run.store.states.values())
+    assert all(same(state, run.store.initial) for state in run.store.all())
 
 
 def test_fedrep_without_body_epochs_leaves_the_body() -> None:
     run = toy_run(make("fedrep", body_epochs=0), setting=HOSTILE)
     start = tree.clone(run.progress.server)
     assert same(start, finish(run).progress.server)
-    assert not same(run.store.states[0], run.store.initial)
+    assert not same(run.store[0], run.store.initial)
 
 
 @pytest.mark.parametrize("statistics", ["shared", "frozen"])
@@ -215,7 +215,7 @@ def test_fedbabus_head_never_moves() -> None:
 
 def test_fedper_and_fedrep_clients_of_equal_data_keep_equal_heads_apart_from_their_order() -> None:
     run = trained("fedper", replace(toy.SETTING, rounds=1, participation=0.5))
-    idle = set(range(len(toy.SIZES))) - set(run.store.states)
+    idle = set(range(len(toy.SIZES))) - set(run.store.clients())
     assert idle
     assert all(same(run.store[k], {"head": run.task.init()["head"]}) for k in idle)
 
@@ -536,8 +536,8 @@ def test_masked_predictions_never_name_an_absent_class() -> None:
         toy.SIZES
     )  # everybody is tested on everything
     finish(run)
-    held = run.population.counts > 0
-    right = {(row["model"], row["client"], row["class"]): int(row["correct"]) for row in run.progress.counts}
+    held = torch.stack([run.population.class_counts(k) for k in range(len(toy.SIZES))]) > 0
+    right = {(tally.model, k, c): n for tally in run.progress.counts for k, c, n, _ in tally.rows.T.tolist()}
     absent = [(k, c) for k in range(len(toy.SIZES)) for c in range(6) if not held[k, c] and held[k].any()]
     assert absent
     assert all(right["personal.masked", k, c] == 0 for k, c in absent)

@@ -34,7 +34,7 @@ def test_forty_full_personal_resnets_on_cifar10_stay_under_two_gibibytes() -> No
         dataset = DATASETS["cifar10"]()
         splits = dataset.load(Path(sys.argv[1]))
         setting = replace(SETTINGS["quick"](dataset), imbalance=50.0, clients=40, participation=1.0, rounds=1)
-        split = make_split(Labels(splits.train_y, splits.test_y), 10, setting, 0)
+        split = make_split(splits.labels, 10, setting, 0)
         run = Run(ALGORITHMS["ditto"](), dataset, splits, split, setting, 0, "serial")
         run.population.index = [rows[:32] for rows in run.population.index]
         run.population.tests = [rows[:130] for rows in run.population.tests]
@@ -42,7 +42,7 @@ def test_forty_full_personal_resnets_on_cifar10_stay_under_two_gibibytes() -> No
         test.x, test.y = test.x[:1000], test.y[:1000]
         run.population.tests = [rows[rows < 1000] for rows in run.population.tests]
         run.step()
-        assert len(run.store.states) == 40
+        assert len(run.store.clients()) == 40
         print(run.outcome().cost["peak_memory_bytes"])
     """
     done = subprocess.run(

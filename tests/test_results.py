@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -215,9 +215,14 @@ def document(
     }
 
 
+def columns_of(rows: Sequence[Mapping[str, int | str]]) -> dict[str, list[int | str]]:
+    """The same as columns."""
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
 def store(out: Path, content: dict[str, Any], *, replace: bool = False) -> Path:
     run_id = identify(content["identity"])
-    return records.write(out, run_id, content, ROUNDS, rows_of(COUNTS), replace=replace)
+    return records.write(out, run_id, content, ROUNDS, columns_of(rows_of(COUNTS)), replace=replace)
 
 
 def record(*positional: Any, **named: Any) -> Record:
@@ -248,7 +253,7 @@ def test_the_metrics_can_be_computed_again_from_the_stored_counts(tmp_path: Path
     wrong = [{**row, "correct": 0} for row in rows_of(COUNTS, completed=1)]
     content = document()
     run_id = identify(content["identity"])
-    folder = records.write(tmp_path, run_id, content, ROUNDS, [*wrong, *rows_of(COUNTS, completed=2)])
+    folder = records.write(tmp_path, run_id, content, ROUNDS, columns_of([*wrong, *rows_of(COUNTS, completed=2)]))
     found = records.read(folder)
     assert found.recompute() == found.metrics == metrics.summarise(COUNTS, GROUPS)
 
@@ -294,7 +299,7 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path: Path, change: dict
     content = document()
     run_id = identify(content["identity"])
     with pytest.raises(ValueError, match=reason):
-        records.write(tmp_path, run_id, {**content, **change}, ROUNDS, rows_of(COUNTS))
+        records.write(tmp_path, run_id, {**content, **change}, ROUNDS, columns_of(rows_of(COUNTS)))
     assert records.status(tmp_path, run_id) == "absent"
 
 
@@ -440,7 +445,7 @@ print(last)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a process that can be copied")
 def test_a_process_killed_at_any_system_call_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
     run_id = identify(document()["identity"])
-    given = json.dumps([document(), ROUNDS[:1], rows_of(COUNTS)])
+    given = json.dumps([document(), ROUNDS[:1], columns_of(rows_of(COUNTS))])
     command = [sys.executable, "-c", _KILLED, str(tmp_path), run_id, given]
     printed = subprocess.run(command, capture_output=True, text=True, check=True)
     deaths = int(printed.stdout)

@@ -24,10 +24,10 @@ from bench.partition import PARTITIONS
 from bench.settings import Setting
 from bench.split import (
     PartitionFailed,
+    class_table,
     client_test_sizes,
     describe,
     group_classes,
-    histograms,
     make_split,
 )
 
@@ -160,7 +160,7 @@ def test_the_fedloge_partition_is_that_of_the_authors_logs(row: str) -> None:
     labels = CIFAR10 if num_classes == 10 else CIFAR100
     chosen = setting(clients=int(clients), alpha=alpha, imbalance=imbalance, partition="fedloge", client_test="fedloge")
     split = make_split(labels, int(num_classes), chosen, 3407)
-    train = histograms(labels, split, int(num_classes))
+    train = torch.from_numpy(class_table(labels, split, int(num_classes)).toarray())
     test = torch.stack([counts(labels.test, rows, int(num_classes)) for rows in split.tests])
     sizes, tested = train.sum(1), test.sum(1)
     groups = group_classes(test.sum(0), "cumulative")  # of the local test sets, as in the authors' code
@@ -228,7 +228,7 @@ def test_any_split_is_disjoint_covers_the_long_tail_and_repeats(
         reject()
     kept = subsample(labels.train, num_classes, chosen.profile, chosen.imbalance)
     assert torch.cat(split.clients).sort().values.tolist() == sorted(kept.tolist())
-    assert histograms(labels, split, num_classes).sum(0).tolist() == split.class_counts.tolist()
+    assert class_table(labels, split, num_classes).sum(0).tolist() == split.class_counts.tolist()
     assert all((rows.diff() > 0).all() for rows in (*split.clients, *split.tests))
     assert len(split.clients) == len(split.tests) == chosen.clients
     again = make_split(labels, num_classes, chosen, seed)
@@ -388,19 +388,19 @@ def test_wrong_names_labels_and_seeds_are_refused_in_a_sentence() -> None:
     with pytest.raises(ValueError, match="count, cumulative"):
         group_classes(torch.tensor([3, 2]), "counts")
     with pytest.raises(ValueError, match="matched, fedloge"):
-        client_test_sizes(np.array([1]), 1, np.array([1]), "match")
+        client_test_sizes(np.array([1]), 1, np.array([1]), 1, "match")
 
 
 def test_a_client_without_images_has_no_test_images() -> None:
     for rule in ("matched", "fedloge"):
-        assert client_test_sizes(np.zeros(2, np.int64), 10, np.array([5, 5]), rule).tolist() == [0, 0]
+        assert client_test_sizes(np.zeros(2, np.int64), 10, np.array([5, 5]), 10, rule).tolist() == [0, 0]
 
 
 def test_client_test_sizes_are_those_computed_by_hand() -> None:
     own, available = np.array([300, 7, 0, 1]), np.array([100, 100, 100, 100])
     # N = 1000, M = 400: 0.4 would ask for 120 of class 0, of which there are 100; hence a third.
-    assert client_test_sizes(own, 1000, available, "matched").tolist() == [100, 3, 0, 1]
-    assert client_test_sizes(own, 1000, available, "fedloge").tolist() == [100, 2, 0, 0]
+    assert client_test_sizes(own, 1000, available, int(available.sum()), "matched").tolist() == [100, 3, 0, 1]
+    assert client_test_sizes(own, 1000, available, int(available.sum()), "fedloge").tolist() == [100, 2, 0, 0]
 
 
 # Groups and measures -------------------------------------------------------------------------------
@@ -486,7 +486,7 @@ def test_a_description_is_json_and_agrees_with_the_split() -> None:
     chosen = setting(clients=5, imbalance=6, alpha=1.0)
     split = make_split(labels, 4, chosen, 0)
     document = cast("dict[str, Any]", json.loads(json.dumps(describe(labels, split, 4, "count"))))
-    assert list(document) == ["class_counts", "clients", "groups", "heterogeneity", "fingerprint"]
+    assert list(document) == ["class_counts", "clients", "groups", "users", "heterogeneity", "fingerprint"]
     assert document["class_counts"] == [60, 33, 18, 10]
     assert document["groups"] == {"many": [], "medium": [0, 1], "few": [2, 3]}
     for client, train, test in zip(document["clients"], split.clients, split.tests, strict=True):

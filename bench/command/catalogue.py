@@ -62,7 +62,7 @@ def describe(kind: str, name: str, dataset: str) -> dict[str, Any]:
     if kind == "algorithms":
         return _describe_plugin(kind, name, ALGORITHMS[name], ("tier", "needs", "stackable", "version"))
     if kind == "datasets":
-        facts = ("num_classes", "image_shape", "size", "licence", "citation", "source", "version")
+        facts = ("num_classes", "image_shape", "size", "licence", "citation", "source", "revision")
         return _describe_plugin(kind, name, DATASETS[name], facts)
     described = {"name": name, "kind": kind, "documentation": _builtins(kind)[name]}
     if kind == "settings":
@@ -74,7 +74,7 @@ def _describe_plugin(kind: str, name: str, plugin: type, facts: tuple[str, ...])
     name = name.replace("-", "_")
     texts = (inspect.getmodule(plugin).__doc__, plugin.__doc__)
     documentation = "\n\n".join(inspect.cleandoc(text) for text in texts if text)
-    values = {fact: getattr(plugin, fact) for fact in facts}
+    values = {fact: getattr(plugin(), fact) for fact in facts}  # of its defaults: some depend on options
     plain = {fact: sorted(value) if isinstance(value, frozenset) else value for fact, value in values.items()}
     described = {"name": name, "kind": kind, "documentation": documentation, **plain}
     return {**described, "fields": field_descriptions(plugin)}
@@ -135,9 +135,9 @@ def _builtins(kind: str) -> Mapping[str, str]:
 
 
 def _setting_fields(name: str, dataset: str) -> dict[str, dict[str, Any]]:
-    from bench.settings import SETTINGS, Setting
+    from bench.settings import Setting, named
 
-    values = asdict(SETTINGS[name](DATASETS[dataset]()))
+    values = asdict(named(name, DATASETS[dataset]()))
     documented = _field_docstrings(Setting)
     return {field: {"value": value, "doc": documented.get(field, "")} for field, value in values.items()}
 

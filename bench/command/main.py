@@ -31,6 +31,8 @@ _STATUS = {
     "UnknownPlugin": 2,
     "BadPlugin": 2,
     "BadModel": 2,
+    "BadWeights": 2,
+    "StoreUnwritable": 2,
     "PartitionFailed": 2,
     "OutputUnwritable": 2,
     "DamagedResult": 2,

@@ -34,6 +34,8 @@ class Options:
     batch_size: int | None
     lr: float | None
     model: str | None
+    eval_clients: int | None
+    weights: Path | None
     set: tuple[str, ...]
     engine: str
     precision: str
@@ -116,6 +118,8 @@ _OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("--batch-size", "Examples of an optimiser step.", {"type": int}),
     ("--lr", "Learning rate.", {"type": float}),
     ("--model", "Network; see 'bench list models'.", {}),
+    ("--eval-clients", "Personal models tested: those of so many clients, drawn once; by default all.", {"type": int}),
+    ("--weights", "File of weights, trained elsewhere, that the model's body starts from.", {"type": _PATH}),
     (
         "--set",
         "Any other field of the setting, e.g. norm=batch; repeatable.",

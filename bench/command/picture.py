@@ -12,10 +12,13 @@ from bench.longtail import Rows
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from scipy.sparse import csr_array
 
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
 _SHADES = " ░▒▓█"
 _HEIGHT = 6
+_DRAWN = 2000
+"""Clients in a picture."""
 _COLOURS = {"many": "#3b6fb6", "medium": "#e0a030", "few": "#c0504d"}
 
 
@@ -55,7 +58,7 @@ def _fit(table: Rows, width: int, most: int) -> npt.NDArray[np.float64]:
     return np.add.reduceat(table, starts, axis=1) / np.diff(starts, append=classes)
 
 
-def client_table(document: dict[str, Any], table: Rows, width: int, most: int = 60) -> Table:
+def client_table(document: dict[str, Any], table: csr_array, width: int, most: int = 60) -> Table:
     """Lay out the clients of a split: sizes, and a strip of their classes.
 
     Args:
@@ -72,25 +75,27 @@ def client_table(document: dict[str, Any], table: Rows, width: int, most: int = 
         layout.add_column(heading, justify="right", no_wrap=True)
     layout.add_column(f"class 0 to {table.shape[1] - 1}", no_wrap=True)
     clients = document["clients"][:most]
-    for k, (client, strip) in enumerate(zip(clients, strips(table[:most], max(width - 44, 10)), strict=True)):
+    cells = table[:most].toarray()
+    for k, (client, strip) in enumerate(zip(clients, strips(cells, max(width - 44, 10)), strict=True)):
         layout.add_row(str(k), *(f"{client[key]:,}" for key in ("train", "test", "classes")), strip)
     if len(document["clients"]) > most:
         layout.caption = f"and {len(document['clients']) - most:,} more; --json has all"
     return layout
 
 
-def spans(classes: list[int]) -> str:
-    """Spell ascending class numbers: "0-3, 7"; a dash if there are none."""
+def spans(classes: list[int], most: int = 12) -> str:
+    """Spell ascending class numbers: "0-3, 7"; a dash if there are none, and dots after so many pieces."""
     runs: list[list[int]] = []
     for c in classes:
         if runs and c == runs[-1][-1] + 1:
             runs[-1].append(c)
         else:
             runs.append([c])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) or "–"
+    pieces = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return ", ".join(pieces[:most] + ["..."] * (len(pieces) > most)) or "–"
 
 
-def save(path: Path, title: str, document: dict[str, Any], table: Rows) -> None:
+def save(path: Path, title: str, document: dict[str, Any], table: csr_array) -> None:
     """Draw the long tail and the clients' classes to a file whose ending says its format (PNG, PDF, SVG).
 
     Args:
@@ -114,9 +119,10 @@ def save(path: Path, title: str, document: dict[str, Any], table: Rows) -> None:
         above.bar(classes, [counts[c] for c in classes], color=_COLOURS[name], label=label, width=0.9)
     above.set(title=title, ylabel="training images", xlim=(-0.5, len(counts) - 0.5))
     above.legend(frameon=False)
-    cells = np.ma.masked_equal(table, 0)
+    step = -(-table.shape[0] // _DRAWN)  # every so many of very many clients
+    cells = np.ma.masked_equal(table[::step].toarray(), 0)
     image = below.imshow(cells, aspect="auto", interpolation="nearest", norm=LogNorm(1, max(2, table.max())))
-    below.set(xlabel="class", ylabel="client")
+    below.set(xlabel="class", ylabel="client" if step == 1 else f"client, every {step}th")
     figure.colorbar(image, ax=below, label="training images; white is none")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

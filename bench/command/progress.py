@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from bench.rounds import Report
-from bench.spelling import label
+from bench.spelling import label, spell_imbalance
 
 if TYPE_CHECKING:
     from bench.config import Run
@@ -117,7 +117,8 @@ class Display:
 
 def _cell(run: Run) -> tuple[str, ...]:
     setting = run.setting
-    numbers = (f"imbalance {setting.imbalance:g}", f"alpha {setting.alpha:g}", f"seed {run.seed}")
+    alpha = [] if setting.alpha is None else [f"alpha {setting.alpha:g}"]
+    numbers = (f"imbalance {spell_imbalance(setting.imbalance)}", *alpha, f"seed {run.seed}")
     return (label(run.dataset), *numbers)
 
 

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from bench.tracking import Mirror
     from bench.watch import Watcher
 
-_OF_THE_SETTING = ("partition", "clients", "participation", "rounds", "epochs", "batch_size", "lr", "model")
+_OF_THE_SETTING = (
+    "partition", "clients", "participation", "rounds", "epochs", "batch_size", "lr", "model", "eval_clients"
+)  # fmt: skip
 """Options that replace a field of the setting of the same name."""
 
 
@@ -117,6 +119,7 @@ def _sweep(options: Options) -> Sweep:
         engine=options.engine,
         precision=options.precision,
         device=config.resolve_device(options.device),
+        weights=None if options.weights is None else options.weights.resolve(),
         data_root=data_root(options.data_root).resolve(),
         plugins=tuple(file.resolve() for file in options.plugin),
     )

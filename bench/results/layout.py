@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from bench.results.leaderboard import Leaderboard, Row, suffix
 from bench.results.statistics import Estimate
+from bench.spelling import spell_imbalance
 
 ABSENT = "–"
 NO_RUNS = "There are no finished runs."
@@ -120,7 +121,7 @@ def grid(board: Leaderboard, label: Callable[[str], str] = str) -> tuple[list[st
 def title(board: Leaderboard) -> str:
     """Name what a leaderboard compares on."""
     parts = [board.dataset]
-    parts += [] if board.imbalance is None else [f"imbalance {board.imbalance:g}"]
+    parts += [f"imbalance {spell_imbalance(board.imbalance)}"]
     parts += [] if board.alpha is None else [f"alpha {board.alpha:g}"]
     return ", ".join((*parts, f"setting {' or '.join(board.names)}"))
 
@@ -131,12 +132,14 @@ def details(board: Leaderboard) -> str:
     epochs = "1 epoch" if field("epochs") == 1 else f"{field('epochs')} epochs"
     parts = [
         f"model {field('model')} ({field('norm')} norm)",
-        f"{field('clients')} clients, {_percent(field('participation'))} a round",
+        f"{board.clients or 'natural users as'} clients, {_percent(field('participation'))} a round",
         f"{field('rounds')} rounds of {epochs}, batch {field('batch_size')}, learning rate {field('lr')}",
         f"partition {field('partition')}",
         _seeds(board.seeds),
         f"{board.engine} engine, {board.precision}, {board.device}",
     ]
+    if field("eval_clients"):
+        parts.append(f"personal models of {field('eval_clients')} clients tested, drawn by the seed")
     if board.overrides:
         changed = ", ".join(f"{key} = {value}" for key, value in sorted(board.overrides.items()))
         parts.append(f"departs from {board.names[0]}: {changed}")

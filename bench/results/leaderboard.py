@@ -45,13 +45,15 @@ class Leaderboard:
     """Algorithms that were run under one protocol, engine, precision and kind of device."""
 
     dataset: str
-    """Its name, with its options if it has any: `inat(version=2018)`."""
+    """As on the command line, without options at their defaults: `inat(version=2019)`."""
     imbalance: float | None
     alpha: float | None
     names: tuple[str, ...]
     """Settings that the protocol was asked for by."""
     setting: Mapping[str, object]
     """The protocol's fields, without the name."""
+    clients: int | None
+    """All clients; None if no run came far enough to know."""
     overrides: Mapping[str, object]
     """Fields that differ from those of the setting of the first name, apart from imbalance and alpha."""
     protocol: str
@@ -93,7 +95,7 @@ def leaderboards(records: Iterable[Record], metric: str = "last") -> list[Leader
         raise ValueError(f"metric {metric!r}: must be one of {', '.join(METRICS)}")
     tables: dict[tuple[object, ...], list[Record]] = defaultdict(list)
     for record in sorted(records, key=lambda record: record.id):
-        place = (record.dataset, record.imbalance, record.alpha, record.protocol)
+        place = (record.imbalance, record.alpha, record.protocol)  # the protocol says which dataset, wherever it lay
         tables[(*place, record.engine, record.precision, record.device)].append(record)
     boards = [_leaderboard(members, metric) for members in tables.values()]
     return sorted(boards, key=_place)
@@ -119,11 +121,12 @@ def _leaderboard(records: Sequence[Record], metric: str) -> Leaderboard:
         if record.fingerprint is not None:
             fingerprints[record.seed].add(record.fingerprint)
     return Leaderboard(
-        dataset=_dataset(first),
+        dataset=first.dataset,
         imbalance=first.imbalance,
         alpha=first.alpha,
         names=tuple(names),
         setting={key: value for key, value in first.setting.items() if key != "name"},
+        clients=next((each.clients for each in records if each.clients is not None), _asked_clients(first)),
         overrides=_overrides(records, names[0]),
         protocol=first.protocol,
         engine=first.engine,
@@ -139,12 +142,9 @@ def _leaderboard(records: Sequence[Record], metric: str) -> Leaderboard:
     )
 
 
-def _dataset(record: Record) -> str:
-    described = record.identity.get("dataset")
-    options = described.get("fields") if isinstance(described, dict) else None
-    if not isinstance(options, dict) or not options:
-        return record.dataset
-    return f"{record.dataset}({', '.join(f'{name}={value!r}' for name, value in sorted(options.items()))})"
+def _asked_clients(record: Record) -> int | None:
+    asked = record.setting.get("clients")
+    return asked if isinstance(asked, int) else None
 
 
 def _hardware(record: Record) -> str:

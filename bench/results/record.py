@@ -69,6 +69,8 @@ class Record:
     """The classes that are many, medium and few."""
     class_counts: list[int] = field(default_factory=list, repr=False)
     """Training images of each class."""
+    clients: int | None = None
+    """All clients; None in results of versions that did not say, where the setting does."""
     files: dict[str, str] = field(default_factory=dict, repr=False)
     """SHA-256 of the Parquet files."""
     reason: str | None = None

@@ -53,7 +53,7 @@ def write(
     run_id: str,
     document: Mapping[str, object],
     rounds: Sequence[Mapping[str, float | int | None]],
-    counts: Sequence[Mapping[str, int | str]],
+    counts: Mapping[str, Sequence[int | str]],
     *,
     replace: bool = False,
 ) -> Path:
@@ -64,7 +64,7 @@ def write(
         run_id: First 12 hexadecimal digits of the SHA-256 of `document["identity"]`.
         document: What run.json is to hold; "format", "id", "status" and "files" are put in here.
         rounds: A row an evaluated round, with a "round"; not all need the same keys. None and NaN are absent.
-        counts: Rows of round, model, client (-1: generic), class, correct, total.
+        counts: Columns round, model, client (-1: generic), class, correct and total, all of one length.
         replace: Whether a finished or damaged result may be overwritten.
 
     Returns:
@@ -80,7 +80,7 @@ def write(
     if not replace and status(out, run_id) == "done":
         raise AlreadyDone(f"{folder} holds a finished run; --force runs it again and replaces it")
     tallies: storage.Columns = {
-        name: ("string" if name == "model" else "int32", [row[name] for row in counts]) for name in _COUNT_COLUMNS
+        name: ("string" if name == "model" else "int32", counts[name]) for name in _COUNT_COLUMNS
     }
     companions = {
         ROUNDS: storage.parquet(storage.columns(rounds, first="round")),

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 Value = float | int | str | None
-Columns = dict[str, tuple[str, list[Value]]]
+Columns = dict[str, tuple[str, Sequence[Value]]]
 """Name to Arrow type and values."""
 
 

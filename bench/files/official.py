@@ -1,14 +1,13 @@
-"""Where data files live, and how official files are read: checked, and with errors that say what to do."""
+"""How the official files of small datasets are read: checked, and with errors that say what to do."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
-import os
 import pickle
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,7 @@ import torch
 from torch import Tensor
 
 from bench.dataset import DataDamaged, DataMissing
-
-
-def data_root(option: Path | None = None) -> Path:
-    """Choose the folder of all datasets: the option, else $BENCH_DATA, else `bench` in the user's cache."""
-    if option is not None:
-        return option.expanduser()
-    if os.environ.get("BENCH_DATA"):
-        return Path(os.environ["BENCH_DATA"]).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "bench"
+from bench.files.download import Remote, fetch_all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +30,8 @@ class Official:
     """Below the data root, as torchvision lays it out."""
     checksums: Mapping[str, str]
     """File name to the MD5 of its contents (if it may lie there packed by gzip: of the unpacked ones)."""
+    remotes: tuple[Remote, ...] = ()
+    """What `bench data fetch` downloads; names are below the data root."""
     size: str
     """Of the download, in words."""
     by_hand: str
@@ -73,20 +65,14 @@ class Official:
             raise DataDamaged(f"{path} is not the official file, its checksum is wrong; {advice}")
         return contents
 
-    def fetch(self, root: Path, download: Callable[[Path], object]) -> None:
-        """Create `root` and let torchvision download to it.
+    def fetch(self, root: Path) -> None:
+        """Download what is not there yet, and go on where an earlier call was interrupted.
 
         Raises:
-            DataMissing: The download failed.
+            DataMissing: That failed; the message says what to do by hand.
+            DataDamaged: What the server sent, or a file that was there, is not the official one.
         """
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            download(root)
-        except (OSError, RuntimeError) as error:  # no network or space; torchvision's own checksum
-            raise DataMissing(
-                f"{self.name}: the download to {root} failed ({error}); try again, or do it by hand: "
-                f"{self.by_hand.format(root=root)}"
-            ) from error
+        fetch_all(self.remotes, root)
 
     def _path(self, root: Path, name: str) -> Path:
         path = root / self.folder / name

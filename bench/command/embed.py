@@ -1,0 +1,83 @@
+"""`bench data embed`: the features of all images by a body that is not trained, once."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+import click
+
+_MODEL = "Network whose body makes them; see 'bench list models'."
+_WEIGHTS = "File of its weights: torchvision's state_dict of a ResNet, or our own names; .pth or .safetensors."
+_NORM = "Default: batch, as pre-trained networks have it; group with --random-weights."
+_ROOT = "Folder of all datasets; else $BENCH_DATA, else the user's cache."
+
+
+@click.command("embed")
+@click.argument("name")
+@click.option("--model", required=True, help=_MODEL)
+@click.option("--weights", type=click.Path(path_type=Path), metavar="FILE", help=_WEIGHTS)
+@click.option("--random-weights", is_flag=True, help="Take the weights that a run would start from: for tests.")
+@click.option("--norm", type=click.Choice(["group", "batch"]), help=_NORM)
+@click.option("--batch-size", type=click.IntRange(1, 256), default=64, show_default=True, help="Images at once.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--data-root", type=click.Path(path_type=Path), help=_ROOT)
+def embed_command(
+    name: str,
+    model: str,
+    weights: Path | None,
+    random_weights: bool,
+    norm: str | None,
+    batch_size: int,
+    device: str,
+    data_root: Path | None,
+) -> None:
+    """Make the features of all images of the dataset NAME, once, for runs that train heads only.
+
+    Interrupted or killed, it goes on with the same command.
+
+    \b
+    bench data embed inat --model resnet50 --weights resnet50.pth
+    """
+    if weights is None and not random_weights:
+        raise click.UsageError(
+            "name a file with --weights; features of random weights are for tests only: --random-weights"
+        )
+    if weights is not None and random_weights:
+        raise click.UsageError("--weights and --random-weights exclude each other; leave one out")
+    norm = norm or ("group" if weights is None else "batch")
+    sys.exit(_embed(name, model, weights, norm, batch_size, device, data_root))
+
+
+def _embed(
+    name: str, model: str, weights: Path | None, norm: str, batch_size: int, device: str, data_root: Path | None
+) -> int:
+    from bench.command.prepare import Display
+    from bench.config import parse_dataset, resolve_device
+    from bench.embedding import Embedding
+    from bench.files import data_root as choose
+
+    dataset = parse_dataset(name)
+    embedding = Embedding(dataset=dataset, model=model, norm=norm, weights=weights, device=resolve_device(device))
+    with Display() as display:
+        try:
+            store = embedding.make(choose(data_root), display, batch_size)
+        except KeyboardInterrupt:
+            kept = f"the features of {display.done:,} of {display.total:,} images are kept"
+            display.say(f"bench: interrupted: {kept}; the same command goes on")
+            return 130
+    plan = store.plan
+    count = f"{plan.train:,} training and {plan.test:,} test images, {plan.shape[0]:,} each"
+    click.echo(f"features of {count}, in {store.folder}")
+    call = f"features(path={str(store.folder.absolute())!r})"
+    protocol = (" --imbalance 50" if dataset.tail == "made" else "") + (
+        " --partition users" if dataset.own_clients else ""
+    )
+    click.echo(f"use them with: bench run --algos fedloge,creff --dataset {_quote(call)}{protocol}")
+    return 0
+
+
+def _quote(call: str) -> str:
+    """Quote for a shell; the call has single quotes, which double ones hold as they are."""
+    return shlex.quote(call) if set(call) & set('"$`\\!') else f'"{call}"'

@@ -1,0 +1,207 @@
+"""A user's own images in one npz file: train_x, train_y, test_x, test_y, and maybe train_users and test_users."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from bench import DataDamaged, DataMissing, Dataset, Splits, register
+
+Array = npt.NDArray[Any]
+
+IMAGES, LABELS, USERS = ("train_x", "test_x"), ("train_y", "test_y"), ("train_users", "test_users")
+
+
+@register("arrays")
+@dataclass(frozen=True, kw_only=True)
+class Arrays(Dataset):
+    """Images and labels as NumPy writes them: `np.savez("arrays.npz", train_x=..., train_y=..., test_x=..., ...)`.
+
+    Images are uint8: grey (N, height, width), or with 1 or 3 channels, first or last. Labels are whole numbers from 0,
+    and every class up to the largest is needed in both parts. `train_users`, and `test_users` if there are any, are
+    whole numbers that say whose each image is; with `--partition users` they are the clients. Normalised by the mean
+    and standard deviation of the training pixels. Results belong to the contents of the file, wherever it lies. Take
+    the file itself to other machines: a run from a pack needs it too.
+    """
+
+    tail: ClassVar[Literal["made", "natural", "either"]] = "either"
+    size: ClassVar[str] = "nothing to download"
+    licence: ClassVar[str] = "your own"
+    citation: ClassVar[str] = "your own"
+    source: ClassVar[str] = "your own file"
+
+    path: str = "arrays.npz"
+    """The file, absolute or below the working directory; not below the data root."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", str(Path(self.path).expanduser().absolute()))
+
+    @property
+    def num_classes(self) -> int:
+        """As many as the largest label says."""
+        return int(self._contents.splits.train_y.max()) + 1
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+        channels, height, width = self._contents.splits.train_x.shape[1:]
+        return channels, height, width
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Per channel, of the training pixels."""
+        return self._contents.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Per channel, of the training pixels."""
+        return self._contents.std
+
+    def load(self, root: Path) -> Splits:
+        """Read the file; `root` is not used."""
+        return self._contents.splits
+
+    def identity(self) -> dict[str, Any]:
+        """Give the SHA-256 of the file."""
+        return {"sha256": _sum(*_stamp(self.path))}
+
+    @property
+    def _contents(self) -> Contents:
+        return _read(*_stamp(self.path))
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is in a file."""
+
+    splits: Splits
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def _stamp(path: str) -> tuple[str, int, int]:
+    """Tell this state of the file from others."""
+    try:
+        state = Path(path).stat()
+    except OSError as error:
+        raise DataMissing(
+            f"arrays: {path} is not there; write it with np.savez, or say where it is with arrays(path='...')"
+        ) from error
+    return path, state.st_size, state.st_mtime_ns
+
+
+@lru_cache(maxsize=4)
+def _sum(path: str, size: int, modified: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _read(path: str, size: int, modified: int) -> Contents:
+    """Read a file once for its facts, labels and images.
+
+    Raises:
+        DataDamaged: It is not as `Arrays` wants it; a sentence for each way.
+    """
+    given = _load(path)
+    x = {key: _images(path, key, given[key]) for key in IMAGES}
+    y = {key: _whole_numbers(path, key, given[key], len(x[image])) for key, image in zip(LABELS, IMAGES, strict=True)}
+    shapes = [tuple(images.shape[1:]) for images in x.values()]
+    if shapes[0] != shapes[1]:
+        raise _damaged(path, f"train_x has images of {shapes[0]} and test_x of {shapes[1]}; they must be alike")
+    classes = int(y["train_y"].max()) + 1
+    for key, labels in y.items():
+        low, high, present = int(labels.min()), int(labels.max()), set(labels.tolist())
+        if low < 0 or high >= classes:
+            raise _damaged(path, f"{key} has labels from {low} to {high}; it must be 0..{classes - 1}, as in train_y")
+        if len(present) < classes:
+            lacking = min(set(range(classes)) - present)
+            raise _damaged(path, f"{key} has no image of class {lacking}; both parts need every class to {classes - 1}")
+    if "test_users" in given and "train_users" not in given:
+        raise _damaged(path, "it has test_users and no train_users; leave them out, or say both")
+    users = {
+        key: _whole_numbers(path, key, given[key], len(x[image]))
+        for key, image in zip(USERS, IMAGES, strict=True)
+        if key in given
+    }
+    mean, std = _moments(x["train_x"])
+    if min(std) == 0:
+        raise _damaged(path, "train_x has a channel in which all pixels are equal; leave that channel out")
+    return Contents(Splits(x["train_x"], y["train_y"], x["test_x"], y["test_y"], *_numbered(users)), mean, std)
+
+
+def _load(path: str) -> dict[str, Array]:
+    try:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
+            names = list(file)
+            given = {key: file[key] for key in (*IMAGES, *LABELS, *USERS) if key in names}
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged archive may raise anything
+        raise _damaged(path, f"it is no whole npz file of plain arrays ({error}); write it with np.savez") from error
+    absent = [key for key in (*IMAGES, *LABELS) if key not in given]
+    if absent:
+        raise _damaged(path, f"it has no {', '.join(absent)}; {', '.join((*IMAGES, *LABELS))} are needed")
+    strange = [key for key in names if key not in given]
+    if strange:
+        raise _damaged(
+            path, f"it has {', '.join(strange)}; besides what is needed, only {', '.join(USERS)} may be there"
+        )
+    return given
+
+
+def _images(path: str, key: str, array: Array) -> Tensor:
+    """Bring images to (N, channels, height, width)."""
+    if array.dtype != np.uint8:
+        raise _damaged(path, f"{key} is of type {array.dtype}; pixels must be uint8, 0 to 255")
+    if array.ndim not in (3, 4) or 0 in array.shape:
+        raise _damaged(path, f"{key} is of shape {array.shape}; (N, height, width) is wanted, or with 1 or 3 channels")
+    if array.ndim == 3:
+        return torch.from_numpy(np.ascontiguousarray(array))[:, None]
+    first, last = (array.shape[axis] in (1, 3) for axis in (1, 3))
+    if first == last:
+        why = "the first and the last could be" if first else "neither the first nor the last is 1 or 3"
+        found = f"{key} has images of {array.shape[1:]}, where {why} channels"
+        raise _damaged(path, f"{found}; grey ones can be (N, height, width)")
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, 3, 1) if last else array))
+
+
+def _whole_numbers(path: str, key: str, array: Array, images: int) -> Tensor:
+    """Bring labels or users to (N,) int64."""
+    if array.dtype.kind not in "iu" or array.shape != (images,):
+        found = f"{key} is of type {array.dtype} and shape {array.shape}"
+        raise _damaged(path, f"{found}; {images:,} whole numbers are wanted, one for each image")
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _numbered(users: dict[str, Tensor]) -> list[Tensor]:
+    """Number users from 0, in the order of their numbers in the file, alike in both parts."""
+    if not users:
+        return []
+    names = torch.cat(list(users.values())).unique()
+    return [torch.searchsorted(names, part) for part in users.values()]
+
+
+def _moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Compute mean and standard deviation per channel, of pixels in [0, 1], from whole numbers: exactly rounded."""
+    values = torch.arange(256)
+    mean, std = [], []
+    for channel in images.unbind(1):
+        counts = torch.bincount(channel.flatten(), minlength=256)
+        n, first, second = (int((counts * power).sum()) for power in (torch.ones(256).long(), values, values**2))
+        mean.append(first / n / 255)
+        std.append(math.sqrt((second * n - first**2) / n**2) / 255)
+    return tuple(mean), tuple(std)
+
+
+def _damaged(path: str, what: str) -> DataDamaged:
+    return DataDamaged(f"{path}: {what}")

@@ -1,0 +1,109 @@
+"""Features of any dataset, made once by `bench data embed`: classifier-level methods in minutes on a CPU.
+
+bench data embed inat --model resnet50 --weights resnet50.pth
+bench run --algos fedloge,creff --dataset "features(path='.../prepared/inat-resnet50-0f3a9c21')"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from bench import DataDamaged, DataMissing, Dataset, Labels, Splits, register, tree
+from bench.files import prepared
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a store's index says, apart from the labels: it travels with the dataset."""
+
+    classes: int
+    features: int
+    """d."""
+    listing: str
+    """Digest of what they were made of: images, body, weights."""
+    contents: str
+    """Checksum of features and labels."""
+
+
+@register("features")
+@dataclass(frozen=True, kw_only=True)
+class Features(Dataset):
+    """The features of all images, under the labels and the natural users of the dataset they were made of.
+
+    They are passed on as they were stored, float16, and the model is `frozen`: a head alone. No image is shifted or
+    mirrored. A run is told from others by what the features are, not by where they lie.
+    """
+
+    scale: ClassVar[float] = 1.0
+    flip: ClassVar[bool] = False
+    tail: ClassVar[Literal["made", "natural", "either"]] = "either"
+    quick: ClassVar[Mapping[str, object]] = {"model": "frozen", "augment": "none"}
+    size: ClassVar[str] = "nothing to download"
+    licence: ClassVar[str] = "that of the images and of the weights they were made with"
+    citation: ClassVar[str] = "that of the images, and of the weights they were made with"
+    source: ClassVar[str] = "'bench data embed', which prints the path"
+
+    path: str = "features"
+    """Folder that `bench data embed` made."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", str(Path(self.path).expanduser().absolute()))
+
+    @property
+    def num_classes(self) -> int:
+        """Of the dataset they were made of."""
+        return self._facts.classes
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Features, 1, 1."""
+        return (self._facts.features, 1, 1)
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Zero: nothing is taken away."""
+        return (0.0,) * self._facts.features
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """One: nothing is scaled."""
+        return (1.0,) * self._facts.features
+
+    def load(self, root: Path) -> Splits:
+        """Open the store; `root` is not used."""
+        return self._store().splits()
+
+    def labels(self, root: Path) -> Labels:
+        """Read the labels, which lie beside the features."""
+        return self._store().labels
+
+    def identity(self) -> dict[str, Any]:
+        """Give what they were made of, and a checksum of all features and labels."""
+        return {"listing": self._facts.listing, "contents": self._facts.contents}
+
+    @cached_property
+    def _facts(self) -> Facts:
+        store = self._store()
+        columns = {key: column for key, column in vars(store.labels).items() if column is not None}
+        images = {part: list(sums) for part, sums in store.chunks.items()}
+        return Facts(
+            classes=int(store.plan.made_by["classes"]),
+            features=store.plan.shape[0],
+            listing=store.listing,
+            contents=prepared.checksum({"images": images, "labels": tree.digest([columns])})[:16],
+        )
+
+    def _store(self) -> prepared.Store:
+        store = prepared.find(Path(self.path))
+        if store is None:
+            raise DataMissing(
+                f"features: {self.path} holds none, or not all; 'bench data embed NAME --model resnet50 --weights FILE'"
+                " makes them and says which path to give"
+            )
+        if store.plan.dtype != "float16" or "classes" not in store.plan.made_by:
+            raise DataDamaged(f"features: {self.path} holds images, not features; name a folder of 'bench data embed'")
+        return store
