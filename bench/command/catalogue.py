@@ -82,7 +82,7 @@ def _describe_plugin(kind: str, name: str, plugin: type, facts: tuple[str, ...])
 
 def field_descriptions(plugin: type) -> dict[str, dict[str, Any]]:
     """Give type, default and documentation (the string after it) of each field of a dataclass."""
-    documented = _field_docstrings(plugin)
+    documented = {name: text for kind in reversed(plugin.__mro__) for name, text in _field_docstrings(kind).items()}
     described = {}
     for field in fields(plugin):
         described[field.name] = {
