@@ -206,6 +206,8 @@ def _reconcile(setting: Setting, dataset: Dataset, given: Mapping[str, Any], usu
     if given.get("imbalance") is not None and dataset.tail == "natural":
         said = f"--imbalance {given['imbalance']:g}: {of} long-tailed by nature and is not cut"
         raise BadConfig(f"{said}; leave the option out, or say --imbalance natural")
+    if setting.augment != "none" and dataset.image_shape[1:] == (1, 1):
+        raise BadConfig(f"augment = {setting.augment}: features are no pictures to shift or mirror; leave it out")
     if setting.partition in WITHOUT_ALPHA:
         if given.get("alpha") is not None:
             what = "clients are its natural users" if setting.partition == "users" else "images are dealt evenly"

@@ -300,6 +300,8 @@ def named(name: str, dataset: Dataset) -> Setting:
         setting = replace(setting, partition="users", clients=None)
         if dataset.own_tests:
             setting = replace(setting, client_test="own")
+    if dataset.image_shape[1:] == (1, 1):  # features: there is nothing to shift or mirror
+        setting = replace(setting, model="frozen", augment="none")
     return setting if setting.partition not in WITHOUT_ALPHA else replace(setting, alpha=None)
 
 

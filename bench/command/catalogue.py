@@ -74,10 +74,20 @@ def _describe_plugin(kind: str, name: str, plugin: type, facts: tuple[str, ...])
     name = name.replace("-", "_")
     texts = (inspect.getmodule(plugin).__doc__, plugin.__doc__)
     documentation = "\n\n".join(inspect.cleandoc(text) for text in texts if text)
-    values = {fact: getattr(plugin(), fact) for fact in facts}  # of its defaults: some depend on options
+    values = {fact: _fact(plugin(), fact) for fact in facts}  # of its defaults: some depend on options
     plain = {fact: sorted(value) if isinstance(value, frozenset) else value for fact, value in values.items()}
     described = {"name": name, "kind": kind, "documentation": documentation, **plain}
     return {**described, "fields": field_descriptions(plugin)}
+
+
+def _fact(plugin: object, fact: str) -> object:
+    """Give a fact, None where a user's own files would say it and are not there."""
+    from bench.dataset import DataMissing
+
+    try:
+        return getattr(plugin, fact)
+    except DataMissing:
+        return None
 
 
 def field_descriptions(plugin: type) -> dict[str, dict[str, Any]]:
