@@ -336,7 +336,10 @@ def test_show_gives_ledger_fields_and_their_documentation(bench: Bench) -> None:
 
 
 def test_show_knows_datasets_models_settings_and_partitions(bench: Bench) -> None:
-    assert json.loads(bench("show", "cifar10", "--json").out)["licence"]
+    described = json.loads(bench("show", "cifar10", "--json").out)
+    assert described["licence"] and described["setting"]["imbalance"] == 10
+    shown = bench("show", "inat").out
+    assert "model resnet18_64" in shown and "imbalance –" in shown and "120 GB" in shown
     assert json.loads(bench("show", "resnet8", "--json").out)["parameters"]["total"] == 1_227_594
     setting = json.loads(bench("show", "quick", "--json").out)["fields"]
     assert setting["model"]["value"] == "mlp" and "rate" in setting["lr_decay"]["doc"]

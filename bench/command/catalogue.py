@@ -12,9 +12,13 @@ import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from bench.command.options import DEFAULT_SETTING
 from bench.registry import ALGORITHMS, DATASETS, Registry, UnknownPlugin
+
+if TYPE_CHECKING:
+    from bench.dataset import Dataset
 
 KINDS = ("algorithms", "datasets", "models", "settings", "partitions")
 
@@ -57,13 +61,14 @@ def describe(kind: str, name: str, dataset: str) -> dict[str, Any]:
 
     Returns:
         "name", "kind", "documentation", and what the kind has: "fields" (name to value or type and default,
-        and doc), "tier", "needs", "version", "size", "parameters" and so on.
+        and doc), "tier", "needs", "version", "size", "parameters", a dataset's default "setting" and so on.
     """
     if kind == "algorithms":
         return _describe_plugin(kind, name, ALGORITHMS[name], ("tier", "needs", "stackable", "version"))
     if kind == "datasets":
         facts = ("num_classes", "image_shape", "size", "licence", "citation", "source", "revision")
-        return _describe_plugin(kind, name, DATASETS[name], facts)
+        described = _describe_plugin(kind, name, DATASETS[name], facts)
+        return {**described, "setting": _default_setting(DATASETS[name]())}
     described = {"name": name, "kind": kind, "documentation": _builtins(kind)[name]}
     if kind == "settings":
         return {**described, "dataset": dataset, "fields": _setting_fields(name, dataset)}
@@ -150,6 +155,17 @@ def _setting_fields(name: str, dataset: str) -> dict[str, dict[str, Any]]:
     values = asdict(named(name, DATASETS[dataset]()))
     documented = _field_docstrings(Setting)
     return {field: {"value": value, "doc": documented.get(field, "")} for field, value in values.items()}
+
+
+def _default_setting(dataset: Dataset) -> dict[str, Any] | None:
+    """Give the values that a run has by default; None where a user's own files would say and are not there."""
+    from bench.dataset import DataMissing
+    from bench.settings import named
+
+    try:
+        return asdict(named(DEFAULT_SETTING, dataset))
+    except DataMissing:
+        return None
 
 
 def _count_parameters(name: str) -> dict[str, int]:

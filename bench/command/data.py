@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bench.command.embed import embed_command
+from bench.command.options import DEFAULT_SETTING
 from bench.command.prepare import check_command, prepare_command
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ def pack_command(name: str, imbalance: str | None, profile: str | None, data_roo
         given["imbalance"] = parse_imbalance(imbalance)
     elif dataset.tail == "made":
         raise click.UsageError(f"{name} is balanced: say with --imbalance which long-tailed part to pack, or 1 for all")
-    setting = resolve_setting("quick", dataset, given)
+    setting = resolve_setting(DEFAULT_SETTING, dataset, given)
     if profile is not None and setting.imbalance is None:
         raise click.UsageError(f"--profile {profile}: {name} is packed as it is, and not cut")
     if out.suffix != ".npz" or out.exists():
@@ -199,7 +200,7 @@ def pack_command(name: str, imbalance: str | None, profile: str | None, data_roo
 @click.option("--partition", help="How images are dealt to clients; see 'bench list partitions'.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of the run.")
 @click.option("--profile", help="Shape of the long tail: exponential, step or pareto.")
-@click.option("--setting", default="quick", show_default=True, help="Named protocol that says the rest.")
+@click.option("--setting", default=DEFAULT_SETTING, show_default=True, help="Named protocol that says the rest.")
 @_ROOT
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="PICTURE.png", help="Draw the split to a file as well.")

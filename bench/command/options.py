@@ -13,6 +13,7 @@ import click
 
 DEFAULT_ALGORITHMS = "fedavg,fedrep,fedbabu,creff,fedloge"
 DEFAULT_DATASET = "digits"
+DEFAULT_SETTING = "quick"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,7 @@ _OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("--alpha", "Concentration of the partition, e.g. 0.1,0.5; small is more skewed.", {}),
     ("--seeds", "A count (3 is 0,1,2), or seeds with a comma (0,4,7 or 3407,).", _shown("1")),
     ("--plugin", "File with an algorithm or a dataset; repeatable.", {"type": _PATH, "multiple": True}),
-    ("--setting", "Named protocol; the next options replace parts of it.", _shown("quick")),
+    ("--setting", "Named protocol; the next options replace parts of it.", _shown(DEFAULT_SETTING)),
     ("--partition", "How images are dealt to clients; see 'bench list partitions'.", {}),
     ("--clients", "Number of clients.", {"type": int}),
     ("--participation", "Share of the clients that train in a round, in (0, 1].", {"type": float}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import click
 
 from bench.command.options import DEFAULT_DATASET
 
+_WIDTH = 120  # of the documentation beside it
 _KINDS = ("algorithms", "datasets", "models", "settings", "partitions")
 
 
@@ -72,19 +74,25 @@ def show_command(name: str, plugin: Path | None, kind: str | None, dataset: str,
 
 def _prose(described: Mapping[str, Any]) -> str:
     """Write a description for a person."""
-    known = ("name", "kind", "documentation", "fields")
+    known = ("name", "kind", "documentation", "fields", "setting")
     lines = [f"{described['name']} ({described['kind'].removesuffix('s')})", "", described["documentation"]]
     if described.get("fields"):
         lines += ["", "Fields"]
     for name, field in described.get("fields", {}).items():
         lines.append(f"  {name} = {field.get('value', field.get('default'))!r}")
         if field["doc"]:
-            lines.append(f"      {field['doc']}")
+            lines.append(textwrap.fill(field["doc"], _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    if described.get("setting"):
+        values = ", ".join(f"{key} {_value(value)}" for key, value in described["setting"].items() if key != "name")
+        title = f"Setting {described['setting']['name']}, the default (others: bench list settings)"
+        lines += ["", title, textwrap.fill(values, _WIDTH, initial_indent="  ", subsequent_indent="  ")]
     rest = {key: value for key, value in described.items() if key not in known}
     return "\n".join((*lines, "", *(f"{key:<14} {_value(value)}" for key, value in rest.items())))
 
 
 def _value(value: Any) -> str:
+    if value is None:
+        return "–"
     if isinstance(value, Mapping):
         return ", ".join(f"{each:,} {key}" for key, each in value.items())
     if isinstance(value, list | tuple):
