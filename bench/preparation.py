@@ -11,13 +11,14 @@ from typing import Protocol
 import numpy as np
 
 from bench.dataset import DataDamaged, DataMissing, Dataset, Labels, Splits
+from bench.durable import put
 from bench.files import source
 from bench.files.decode import BadPhotograph, decode, versions
 from bench.files.download import free
 from bench.files.listing import Listing, Part
 from bench.files.photographs import Photographs
 from bench.files.prepared import PARTS, Chunk, Plan, Store, find
-from bench.files.unfinished import Unfinished, explained, in_words, put, tidy, writing
+from bench.files.unfinished import Unfinished, explained, in_words, tidy, writing
 from bench.pool import spread
 from bench.registry import label
 

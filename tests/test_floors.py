@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = {
     # what needs nothing of ours
-    0: "tree keys identity dataset",
+    0: "tree keys identity durable dataset",
     # one batch, one client, one model: what an algorithm's author reads
     1: "data layers networks resnets models losses task algorithm settings registry",
     # from files to labels, from labels to clients

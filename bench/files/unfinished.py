@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from glob import escape
@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bench.dataset import Labels
+from bench.durable import flush, put
 from bench.files.prepared import FORMAT, INDEX, LABELS, PARTS, Chunk, Plan, Store, checksum, find, sha256_of
 
 try:
@@ -145,10 +146,10 @@ class Unfinished:
         with explained(self.target):
             put(self.folder / LABELS, packed.getvalue())
             put(self.folder / INDEX, json.dumps(document, indent=1).encode())
-            _flush(self.folder)
+            flush(self.folder)
             _move_aside(self.target)
             self.folder.rename(self.target)
-            _flush(self.target.parent)
+            flush(self.target.parent)
             tidy(self.target)
         store = find(self.target)
         assert store is not None
@@ -277,32 +278,6 @@ def _allocate(file: Path, size: int) -> None:
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                     raise
         stream.truncate(size)
-
-
-def put(file: Path, content: bytes) -> None:
-    """Write a file that is there whole or not at all."""
-    part = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with part.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, file)
-    except BaseException:
-        with suppress(OSError):
-            part.unlink()
-        raise
-
-
-def _flush(folder: Path) -> None:
-    """Have the names in a folder survive a loss of power; nothing on systems that cannot open folders."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _aside(target: Path) -> Path:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from bench import durable
+
 Value = float | int | str | None
 Columns = dict[str, tuple[str, Sequence[Value]]]
 """Name to Arrow type and values."""
@@ -29,7 +31,7 @@ def prepare(out: Path) -> Path:
     probe = out / f".probe.{os.getpid()}"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _write(probe, b"")
+        durable.write(probe, b"")
         probe.unlink()
     except (OSError, ValueError) as error:  # ValueError: a path with a null character
         raise _unwritable(out, error) from error
@@ -54,16 +56,16 @@ def place(folder: Path, contents: Mapping[str, bytes]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
-            _write(parts[name], content)
+            durable.write(parts[name], content)
         if others:
             (folder / last).unlink(missing_ok=True)
-            _flush(folder)
+            durable.flush(folder)
         for name in others:
             os.replace(parts[name], folder / name)
-        _flush(folder)  # the others' names are on disk before the file that vouches for them
+        durable.flush(folder)  # the others' names are on disk before the file that vouches for them
         os.replace(parts[last], folder / last)
-        _flush(folder)
-        _flush(folder.parent)
+        durable.flush(folder)
+        durable.flush(folder.parent)
         for leftover in folder.glob(".*.part"):  # of a process that was killed
             leftover.unlink(missing_ok=True)
     except OSError as error:
@@ -113,24 +115,6 @@ def parquet(columns: Columns) -> bytes:
     parquet.write_table(pyarrow.table(arrays), sink, compression="zstd")
     content: bytes = sink.getvalue().to_pybytes()
     return content
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush(folder: Path) -> None:
-    """Have the names in a folder survive a loss of power; nothing on systems that cannot open folders."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _unwritable(path: Path, error: Exception) -> OutputUnwritable:
