@@ -270,7 +270,7 @@ def _check_photographs(dataset: Photographs, root: Path, jobs: int | None, progr
         problems += store.verify(progress.advance)
         if listing is not None and store.listing != listing.digest():
             command = dataset.prepare_command(root)
-            problems.append(f"{store.folder} was made from other lists than those in {root}; run '{command}' again")
+            problems.append(f"{store.folder} was made from other lists than those in {root}; run again: {command}")
     labels = listing.labels if listing is not None else store.labels if store is not None else None
     contents = "nothing of it" if labels is None else _contents(dataset, labels, root)
     return Checked(contents if store is None else f"{contents}; prepared in {store.folder}", problems)

@@ -49,7 +49,7 @@ def test_photographs_that_are_not_prepared_are_said_to_be(tmp_path: Path) -> Non
     trees.inat(tmp_path, classes=6, largest=6, smallest=3, tested=1)
     done = bench("run", "--dataset", NAME, "--algos", "fedavg", "--data-root", tmp_path, "--out", tmp_path / "out")
     assert done.returncode == 3
-    assert f"run 'bench data prepare 'inat(classes=6)' --size 16 --data-root {tmp_path}'" in done.stderr
+    assert f"run once: bench data prepare 'inat(classes=6)' --size 16 --data-root {tmp_path}" in done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,7 @@ def test_broken_photographs_are_named_and_only_they_are_decoded_again(
     assert [path for path, _ in done.broken] == [paths[row] for row in rows]
     assert all(why in said for why, (_, said) in zip(rows.values(), done.broken, strict=True))
     assert done.broken_file.read_text().splitlines() == [f"{path}: {why}" for path, why in done.broken]
-    with pytest.raises(DataMissing, match=r"is not prepared in .*; run 'bench data prepare shots --size 16"):
+    with pytest.raises(DataMissing, match=r"is not prepared in .*; run once: bench data prepare shots --size 16"):
         Shots().load(root)
 
     asked: list[str] = []

@@ -96,7 +96,7 @@ def fetch_command(name: str, data_root: Path | None, yes: bool) -> int:
         click.echo(f"bench: interrupted: what was downloaded is kept. The same command goes on: {again}", err=True)
         return 130
     if isinstance(dataset, Photographs):
-        click.echo(f"{name}: the files are there; next '{dataset.prepare_command(root)}', once")
+        click.echo(f"{name}: the files are there; run next, once: {dataset.prepare_command(root)}")
     else:
         click.echo(_summary(dataset, name, dataset.load(root), root))
     return 0

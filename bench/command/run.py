@@ -160,10 +160,12 @@ def _command() -> str:
 
 def _say_overrides(asked: Sweep, runs: Sequence[Run]) -> None:
     """Say which setting holds, and which of its fields were replaced."""
+    from bench.registry import label
+
     for dataset in dict.fromkeys(run.dataset for run in runs):
         changed = {key: value for run in runs if run.dataset == dataset for key, value in run.overrides().items()}
         replaced = f", with other {', '.join(changed)}" if changed else ""
-        click.echo(f"setting {asked.setting} on {type(dataset).__name__.lower()}{replaced}", err=True)
+        click.echo(f"setting {asked.setting} on {label(dataset)}{replaced}", err=True)
 
 
 def _print_plan(runs: Sequence[Run], options: Options) -> int:

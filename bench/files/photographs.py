@@ -71,7 +71,7 @@ class Photographs(Dataset):
         if store is None:
             self.listing(root)  # says what to fetch where there is nothing at all
             call = label(self, without=("pixels",))
-            raise DataMissing(f"{call} is not prepared in {root}; run '{self.prepare_command(root)}', once")
+            raise DataMissing(f"{call} is not prepared in {root}; run once: {self.prepare_command(root)}")
         return store.splits()
 
     def require(self, root: Path) -> None:
@@ -91,6 +91,6 @@ class Photographs(Dataset):
         if store.listing != listing.digest():
             raise DataDamaged(
                 f"{label(self)}: photographs were added, removed or replaced since it was prepared; run "
-                f"'{self.prepare_command(root)}' again"
+                f"again: {self.prepare_command(root)}"
             )
         return store
