@@ -166,8 +166,7 @@ class InFile(Store):
             self.leaves.append(_Leaf(path, leaf.shape, leaf.dtype, self.row, size))
             self.row += -(-size // 8) * 8  # aligned for any dtype
         self.slots: dict[int, int] = {}
-        self.pinned: set[int] = set()
-        self.saved: set[int] = set()
+        self.pinned: set[int] = set()  # of the newest snapshot; those of the one before are not free until `release`
         self.free: list[int] = []
         self.end = 0
         try:
@@ -216,13 +215,11 @@ class InFile(Store):
             os.fsync(self.file)
         except OSError as error:
             raise _unwritable(self.name, error) from error
-        self.saved = set(self.slots.values())
-        self.pinned = self.pinned | self.saved
+        self.pinned = set(self.slots.values())
         return {"slots": dict(self.slots), "row": self.row}
 
     def release(self) -> None:
         """Free the slots that only an older snapshot refers to."""
-        self.pinned = self.saved
         self.free = sorted(set(range(self.end)) - self.pinned - set(self.slots.values()), reverse=True)
 
     def restore(self, snapshot: dict[str, Any]) -> bool:
@@ -233,7 +230,7 @@ class InFile(Store):
         end = 1 + max(slots.values(), default=-1)
         if os.fstat(self.file).st_size < end * self.row:
             return False
-        self.slots, self.end, self.saved = dict(slots), end, set(slots.values())
+        self.slots, self.end, self.pinned = dict(slots), end, set(slots.values())
         self.release()
         return True
 

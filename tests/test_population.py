@@ -170,6 +170,17 @@ def test_a_checkpoint_that_was_not_finished_leaves_the_one_before_valid() -> Non
     assert same(store[0], state(1))
 
 
+def test_what_is_written_while_a_checkpoint_is_saved_is_kept() -> None:
+    store = InFile(INITIAL, "cpu", None)
+    store[0] = state(1)
+    snapshot = store.snapshot()
+    store[0] = state(2)
+    store.release()
+    store[1] = state(3)
+    assert same(store[0], state(2)) and same(store[1], state(3))
+    assert store.restore(snapshot) and same(store[0], state(1))
+
+
 def test_a_state_that_was_never_kept_takes_no_space(tmp_path: Path) -> None:
     store = InFile({"head": torch.zeros(1_000_000)}, "cpu", tmp_path / "states")
     store[9_000] = {"head": torch.ones(1_000_000)}

@@ -270,7 +270,8 @@ class Packed:
                 raise DataDamaged(f"{self.path} was replaced while it was in use; start again")
             for place, row in enumerate(rows.tolist()):
                 file.seek(self.offset + row * size)
-                file.readinto(view[place * size : (place + 1) * size])
+                if file.readinto(view[place * size : (place + 1) * size]) != size:
+                    raise DataDamaged(f"{self.path} was cut short while it was in use; copy it again")
         return content.view(self.dtype).view(len(rows), *self.shape[1:])
 
     def prefetch(self, rows: Tensor) -> None:
