@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bench import DataDamaged, DataMissing, Dataset, LocalData, Splits, Uploads, keys, tree
+from bench import DataDamaged, DataMissing, Dataset, LocalData, Splits, Uploads, durable, keys, tree
 from bench.command.data import data_command
 from bench.data import Images
 from bench.files import data_root
@@ -36,6 +36,18 @@ from bench.settings import SETTINGS, BadConfig
 
 def md5(contents: bytes) -> str:
     return hashlib.md5(contents, usedforsecurity=False).hexdigest()
+
+
+def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    durable.put(tmp_path / "file", b"before")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        durable.put(tmp_path / "file", b"after")
+    assert (tmp_path / "file").read_bytes() == b"before" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_the_data_root_is_the_option_then_the_variable_then_the_cache(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -316,6 +317,23 @@ def test_what_is_no_pack_is_refused_in_a_sentence(tmp_path: Path) -> None:
             source.require(Shapes(), tmp_path / name, [torch.tensor([0])])
     with pytest.raises(DataMissing, match=r"gone\.npz is not there; 'bench data pack' makes"):
         source.load(DATASETS["digits"](), tmp_path / "gone.npz")
+
+
+def test_a_header_that_was_edited_is_noticed(digits: Path, tmp_path: Path) -> None:
+    other = tmp_path / "pack.npz"
+    with ZipFile(digits) as before, ZipFile(other, "w") as after:
+        for member in before.namelist():
+            content = before.read(member)
+            after.writestr(member, content.replace(b'"imbalance": 20.0', b'"imbalance": 50.0'))
+    with pytest.raises(DataDamaged, match="its header is not what was written"):
+        pack.labels(other, DATASETS["digits"]())
+
+
+def test_a_pack_of_a_plugin_that_was_changed_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed(tmp_path / "pack.npz", Shapes())
+    monkeypatch.setattr(pack, "source_digest", lambda plugin: "another")
+    with pytest.raises(DataMissing, match="made by another revision of shapes; pack it again"):
+        pack.labels(tmp_path / "pack.npz", Shapes())
 
 
 def test_a_pack_of_a_later_version_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,38 @@ def test_what_is_written_while_a_checkpoint_is_saved_is_kept() -> None:
     store[1] = state(3)
     assert same(store[0], state(2)) and same(store[1], state(3))
     assert store.restore(snapshot) and same(store[0], state(1))
+
+
+def test_a_store_that_returned_to_its_checkpoint_uses_slots_again() -> None:
+    store = InFile(INITIAL, "cpu", None)
+    store[0] = state(0)
+    store.snapshot()
+    store.release()
+    store[0] = state(1)
+    snapshot = store.snapshot()
+    store.release()
+    end = store.end
+    for _ in range(3):  # killed again and again
+        assert store.restore(snapshot)
+        store[0] = state(2)
+    assert store.end == end
+
+
+def test_states_are_written_whole_by_a_system_that_writes_little_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.pwrite
+    monkeypatch.setattr("os.pwrite", lambda file, content, where: write(file, content[:5], where))
+    store = InFile(INITIAL, "cpu", None)
+    for client in (0, 1):
+        store[client] = {**INITIAL, "head": {"weight": torch.randn(3, 2), "n": torch.tensor(client)}}
+        kept = store[client]
+        store[client] = kept
+        assert same(store[client], kept) and int(store[client]["head"]["n"]) == client
+
+
+def test_states_in_memory_do_not_keep_a_whole_stack_alive() -> None:
+    store = InMemory({"head": torch.zeros(10)}, "cpu")
+    store[0] = {"head": torch.zeros(1000, 10)[3]}
+    assert store.states[0]["head"].untyped_storage().nbytes() == 40
 
 
 def test_a_state_that_was_never_kept_takes_no_space(tmp_path: Path) -> None:

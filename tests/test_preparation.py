@@ -154,6 +154,16 @@ def test_other_lists_begin_anew_and_the_old_store_stays_until_the_new_one_is_com
     assert sorted(path.name for path in (root / "prepared").iterdir()) == [".shots-16px.lock", "shots-16px"]
 
 
+def test_a_store_that_was_set_aside_by_a_killed_preparation_comes_back(root: Path) -> None:
+    old = prepare(root)
+    assert old.store is not None
+    old.folder.rename(old.folder.with_name(f"{old.folder.name}.old"))  # and killed before the new one took its place
+    (root / "shots" / "a" / "2.jpg").unlink()
+    assert prepare(root).store is None
+    still = find(old.folder)
+    assert still is not None and list(still.verify()) == []
+
+
 def test_what_another_version_of_the_decoder_began_is_not_continued(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
