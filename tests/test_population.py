@@ -261,6 +261,14 @@ def test_states_in_a_file_change_no_bit_and_survive_a_stop(
     assert (tmp_path / "checkpoint.states").stat().st_size > 0
 
 
+def test_a_file_of_states_does_not_grow_with_the_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(states, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr("bench.rounds.Run._is_due", lambda run: True)
+    run = toy.finish(toy.run(ALGORITHMS["fedper"](), checkpoint=tmp_path / "checkpoint.pt"))
+    assert isinstance(run.store, InFile) and run.setting.rounds > 2
+    assert run.store.end <= 2 * run.population.size, "a slot for the checkpoint, and one for what came after it"
+
+
 def test_the_store_goes_to_a_file_when_all_states_together_are_large() -> None:
     head = {"head": torch.zeros(2**20)}  # 4 MiB
     assert isinstance(states.store(head, 64, "cpu", None), InMemory)
