@@ -14,6 +14,7 @@ Departs        the ETF is optimised at norm 0.8 and scaled exactly to `etf_norm`
                realigned head comes from the reference code (paper: 1)
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, Literal
@@ -32,6 +33,12 @@ class FedLoGe(Algorithm):
     """Three heads on one body: `etf` teaches it, `head` and the client's own read detached features."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"body"})
+    paper: ClassVar[Mapping[str, object]] = {"scale": 1.0}
+    space: ClassVar[Mapping[str, tuple[float, float] | list[object]]] = {
+        "sparsity": (0.1, 0.9),
+        "etf_norm": (0.01, 1.0),
+        "scale": (0.17, 17.0),
+    }
 
     sparsity: float = 0.6
     """Share of the ETF's entries set to zero, in [0, 1) (paper: beta)."""

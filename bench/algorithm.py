@@ -8,6 +8,7 @@ cohort, one by one or stacked.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -152,6 +153,10 @@ class Algorithm(Client, Server):
     """What the server learns or needs: S nothing beyond models, L label statistics, A its own data, V
     pre-trained models.
     """
+    paper: ClassVar[Mapping[str, object]] = {}
+    """Fields whose default is not the paper's value, with that value: the preset `paper`."""
+    space: ClassVar[Mapping[str, tuple[float, float] | list[object]] | None] = None
+    """What `bench tune` chooses among, by field: (lowest, highest) or a list of values; None: around the defaults."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """Capabilities: "body" (a model with a body and a head), "prior" (`task.prior`, the global class
     frequencies), "pooled" (one pseudo-client holds the union of all training data: the centralised

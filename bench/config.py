@@ -16,6 +16,7 @@ from bench.algorithm import Algorithm
 from bench.dataset import Dataset
 from bench.identity import identify
 from bench.models import MODELS, build, has_body
+from bench.presets import DEFAULT, Preset
 from bench.registry import source_digest
 from bench.settings import SETTINGS, WITHOUT_ALPHA, BadConfig, Setting, named
 from bench.spelling import check_fields, label, near, spell_imbalance
@@ -53,11 +54,29 @@ class Run:
     data_root: Path
     plugins: tuple[Path, ...] = ()
     """Files that a worker must load before it can unpickle the rest."""
+    lr: float | None = None
+    """Learning rate of this algorithm alone, where a preset has one; None: the setting's."""
+    preset: str = "default"
+    """What the algorithm's fields and its learning rate were chosen by; changes no number."""
+    workers: int = 1
+    """Processes that share the clients of a round; changes no number."""
+
+    @property
+    def label(self) -> str:
+        """The algorithm as on the command line, and what it was chosen by: `fedrep(head_epochs=5) [tuned, lr 0.02]`."""
+        notes = [] if self.preset == "default" else [self.preset]
+        notes += [] if self.lr is None else [f"lr {self.lr:g}"]
+        return label(self.algorithm) + (f" [{', '.join(notes)}]" if notes else "")
+
+    def trained_by(self) -> Setting:
+        """Give the setting that this run trains by: the protocol, with the learning rate of its own if it has one."""
+        return self.setting if self.lr is None else replace(self.setting, lr=self.lr)
 
     def identity(self) -> dict[str, Any]:
         """Give everything that can change the numbers, and nothing else, as JSON's types."""
+        algorithm = describe_plugin(self.algorithm)
         return {
-            "algorithm": describe_plugin(self.algorithm),
+            "algorithm": algorithm if self.lr is None else {**algorithm, "lr": self.lr},
             **self._protocol(),
             "seed": self.seed,
             "engine": self.engine,
@@ -84,7 +103,7 @@ class Run:
     def __str__(self) -> str:
         """Say in words which cell this is: for progress and errors."""
         setting = self.setting
-        cell = f"{label(self.algorithm)} on {label(self.dataset)}"
+        cell = f"{self.label} on {label(self.dataset)}"
         alpha = "" if setting.alpha is None else f", alpha {setting.alpha:g}"
         return f"{cell}, imbalance {spell_imbalance(setting.imbalance)}{alpha}, seed {self.seed}"
 
@@ -133,12 +152,17 @@ class Sweep:
     """File of a body that models start from."""
     data_root: Path
     plugins: tuple[Path, ...] = ()
+    presets: tuple[Preset, ...] = (DEFAULT,)
+    """Every algorithm is run as each of them says."""
+    workers: int = 1
+    """Processes of each run."""
 
     def expand(self) -> list[Run]:
         """List the runs, each once, algorithms innermost: a sweep cut short has whole comparisons.
 
         Raises:
-            BadConfig: A setting or field is unknown or out of range, or an algorithm does not fit the model.
+            BadConfig: A setting or field is unknown or out of range, an algorithm does not fit the model, or a preset
+                does not have it.
             BadModel: The model does not fit the images.
             BadWeights: The file of weights cannot be read.
         """
@@ -149,12 +173,14 @@ class Sweep:
             for values in itertools.product(*given.values()):
                 cell = {**self.overrides, **dict(zip(given, values, strict=True))}
                 setting = resolve_setting(self.setting, dataset, cell)
-                for seed, algorithm in itertools.product(self.seeds, self.algorithms):
-                    run = self._run(algorithm, dataset, setting, seed)
+                for seed, preset, algorithm in itertools.product(self.seeds, self.presets, self.algorithms):
+                    run = self._run(algorithm, preset, dataset, setting, seed)
                     runs.setdefault(run.id, run)
         return list(runs.values())
 
-    def _run(self, algorithm: Algorithm, dataset: Dataset, setting: Setting, seed: int) -> Run:
+    def _run(self, asked: Algorithm, preset: Preset, dataset: Dataset, setting: Setting, seed: int) -> Run:
+        algorithm, lr = preset.choose(asked)
+        lr = None if lr in (None, setting.lr) else replace(setting, lr=lr).lr  # checked
         model = build(setting.model, dataset.num_classes, dataset.image_shape, setting.norm)
         if "body" in algorithm.needs and not has_body(model):
             others = ", ".join(known for known in MODELS if known != setting.model)
@@ -171,6 +197,10 @@ class Sweep:
             weights=self.weights,
             data_root=self.data_root,
             plugins=self.plugins,
+            lr=lr,
+            # What changes nothing is the default: the same run, under the same name.
+            preset="default" if algorithm == asked and lr is None else preset.name,
+            workers=self.workers,
         )
 
 

@@ -4,14 +4,18 @@ rounding.
 `serial` hands each client its own examples and differentiates with plain autograd. `stacked` pads a group of
 clients to a common length and maps the same verb over them with `torch.func.vmap`: for small models, where a
 step costs less than calling it, many clients go for the price of one.
+
+In `serial` what a client gets does not depend on who else is visited, to the bit. In `stacked` it does, in the last
+bits: kernels sum in another order when a stack is wider or longer. So an engine says who is computed together, and a
+crew of several processes (`bench.crew`) shares such groups out whole: the bits are those of one process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +26,9 @@ from bench.data import Images, LocalData, Meter
 from bench.models import Model, is_convolutional
 from bench.task import Task
 from bench.tree import Tree
+
+if TYPE_CHECKING:
+    from bench.crew import Crew, Surroundings
 
 Verb = Callable[[Task, Tree, Tree, LocalData], Any]
 """A method of an algorithm's client half: (task, shared, private, data) -> nested dicts and tuples of
@@ -64,8 +71,16 @@ class Probe:
         self.counter = FlopCounterMode(display=False)
 
 
-class Engine(Protocol):
-    """Run `verb` for every visit; one result per visit, in order, and the samples processed."""
+@dataclass(frozen=True)
+class Engine:
+    """Runs a verb for every visit."""
+
+    name: str
+    """Key in `BY_NAME`."""
+    groups: Callable[[Tree, Sequence[Visit]], list[list[int]]]
+    """(shared, visits) -> which visits are computed together; what a group gives does not depend on the others."""
+    work: Callable[[Verb, Task, Tree, Images, Sequence[Visit]], list[tuple[Any, float]]]
+    """Runs a verb for a group: for each visit the result, and the samples processed."""
 
     def __call__(
         self,
@@ -75,60 +90,93 @@ class Engine(Protocol):
         images: Images,
         visits: Sequence[Visit],
         probe: Probe | None = None,
+        crew: Crew | None = None,
     ) -> tuple[list[Any], float]:
-        """Run the verb, and where there is a probe count its operations."""
+        """Run the verb, and where there is a probe count the operations of one visit, the one with most examples.
+
+        Args:
+            verb: What to do. With a crew it can be pickled.
+            task: Of the round.
+            shared: What every client is sent.
+            images: That visits refer to.
+            visits: One for each client.
+            probe: Told how many operations the largest visit takes.
+            crew: Who does it; None: this process. Its surroundings are the run's that `task` and `images` belong to.
+
+        Returns:
+            One result per visit, in order, and the samples processed.
+        """
+        groups = self.groups(shared, visits)
+        done: list[Any] = [None] * len(visits)
+        rest = groups
+        if probe is not None and visits:
+            largest = max(range(len(visits)), key=lambda k: len(visits[k].index))
+            with probe.counter:  # padding is no work of the method: one client's own is counted
+                ((result, samples),) = serial.work(verb, task, shared, images, [visits[largest]])
+            probe.flops, probe.samples = float(probe.counter.get_total_flops()), samples
+            if self is serial:
+                done[largest], rest = (result, samples), [group for group in groups if group != [largest]]
+        parts = [[visits[k] for k in group] for group in rest]
+        if crew is None:
+            answers = [self.work(verb, task, shared, images, part) for part in parts]
+        else:
+            sizes = [sum(len(visit.index) for visit in part) for part in parts]
+            answers = crew.map(partial(_visit, verb, task.round, task.lr), shared, parts, sizes)
+        for group, answer in zip(rest, answers, strict=True):
+            for k, each in zip(group, answer, strict=True):
+                done[k] = each
+        total = 0.0
+        for group in groups:
+            for k in group:
+                total += done[k][1]
+        return [result for result, _ in done], total
 
 
-def serial(
-    verb: Verb,
-    task: Task,
-    shared: Tree,
-    images: Images,
-    visits: Sequence[Visit],
-    probe: Probe | None = None,
-) -> tuple[list[Any], float]:
-    """Run clients one after the other."""
-    results, samples = [], 0.0
-    largest = max(range(len(visits)), key=lambda k: len(visits[k].index), default=0)
-    for k, visit in enumerate(visits):
+def _visit(
+    verb: Verb, round: int, lr: float, here: Surroundings, shared: Tree, visits: Sequence[Visit]
+) -> list[tuple[Any, float]]:
+    """Run a verb for a group in one process of a crew."""
+    return here.engine.work(verb, here.task.at(round, lr), shared, here.population.images, visits)
+
+
+def _alone(shared: Tree, visits: Sequence[Visit]) -> list[list[int]]:
+    return [[k] for k in range(len(visits))]
+
+
+def _one_by_one(
+    verb: Verb, task: Task, shared: Tree, images: Images, visits: Sequence[Visit]
+) -> list[tuple[Any, float]]:
+    answers = []
+    for visit in visits:
         n = torch.tensor(len(visit.index), device=visit.index.device)
         data = LocalData(images, visit.index, n, visit.key, visit.class_counts, task.batch_size, Meter())
         mine = shared if visit.own is None else {**shared, "each": visit.own}
-        probed = probe is not None and k == largest
-        with probe.counter if probe is not None and probed else nullcontext():
-            results.append(verb(task, mine, visit.private, data))
-        samples += len(visit.index) * data.meter.epochs
-        if probe is not None and probed:
-            probe.flops, probe.samples = (
-                float(probe.counter.get_total_flops()),
-                len(visit.index) * data.meter.epochs,
-            )
-    return results, samples
+        result = verb(task, mine, visit.private, data)
+        answers.append((result, len(visit.index) * data.meter.epochs))
+    return answers
 
 
-def stacked(
-    verb: Verb,
-    task: Task,
-    shared: Tree,
-    images: Images,
-    visits: Sequence[Visit],
-    probe: Probe | None = None,
-) -> tuple[list[Any], float]:
-    """Run clients in groups of similar size, mapped over a leading axis."""
-    if probe is not None and visits:  # padding is no work of the method: count one client's own
-        serial(verb, task, shared, images, [max(visits, key=lambda visit: len(visit.index))], probe)
-    task = replace(task, stacked=True)
+def _stacks(shared: Tree, visits: Sequence[Visit]) -> list[list[int]]:
+    """Part visits into groups of similar size."""
     order = sorted(range(len(visits)), key=lambda k: (len(visits[k].index), k))
-    results: list[Any] = [None] * len(visits)
-    samples = 0.0
     width = _width(shared, visits)
-    for start in range(0, len(order), width):
-        group = order[start : start + width]
-        stack, epochs = _run_group(verb, task, shared, images, [visits[k] for k in group])
-        for position, k in enumerate(group):
-            results[k] = None if stack is None else _row(stack, position)
-            samples += len(visits[k].index) * epochs
-    return results, samples
+    return [order[start : start + width] for start in range(0, len(order), width)]
+
+
+def _all_at_once(
+    verb: Verb, task: Task, shared: Tree, images: Images, visits: Sequence[Visit]
+) -> list[tuple[Any, float]]:
+    stack, epochs = _run_group(verb, replace(task, stacked=True), shared, images, visits)
+    return [
+        (None if stack is None else _row(stack, position), len(visit.index) * epochs)
+        for position, visit in enumerate(visits)
+    ]
+
+
+serial = Engine("serial", _alone, _one_by_one)
+"""Clients one after the other."""
+stacked = Engine("stacked", _stacks, _all_at_once)
+"""Clients in groups of similar size, mapped over a leading axis."""
 
 
 def _row(stack: Any, position: int) -> Any:
@@ -175,7 +223,8 @@ def _run_group(verb: Verb, task: Task, shared: Tree, images: Images, group: Sequ
             torch.stack([visit.class_counts for visit in group]),
         )
     except RuntimeError as error:
-        name = getattr(verb, "__qualname__", repr(verb))
+        inner = verb.args[-1] if isinstance(verb, partial) else verb  # what stands around it is not the author's
+        name = getattr(inner, "__qualname__", repr(inner))
         if "data-dependent control flow" in str(error) or ".item()" in str(error):
             raise CannotStack(
                 f"{name} branches on a tensor's value, so clients cannot be stacked; "
@@ -201,4 +250,4 @@ def choose(engine: str, model: Model, device: str) -> str:
     return "serial" if is_convolutional(model) else "stacked"
 
 
-BY_NAME: dict[str, Engine] = {"serial": serial, "stacked": stacked}
+BY_NAME = {engine.name: engine for engine in (serial, stacked)}

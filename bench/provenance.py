@@ -36,6 +36,7 @@ def hardware(device: str) -> dict[str, str | int | None]:
         "machine": platform.machine(),
         "cpu": _processor(),
         "cores": os.cpu_count(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
     }
 

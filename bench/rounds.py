@@ -8,7 +8,9 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import Tensor
 from bench import engine as engines
 from bench import keys, metrics, models, tree
 from bench.algorithm import Algorithm, Exchange
+from bench.crew import Alone, Crew, Surroundings
 from bench.data import LocalData, Uploads
 from bench.dataset import Dataset, Splits
 from bench.engine import Verb
@@ -25,7 +28,7 @@ from bench.evaluation import Counts, Evaluator, part_each
 from bench.population import Population
 from bench.settings import Setting
 from bench.split import Split, group_classes
-from bench.states import store
+from bench.states import StatesUnwritable, store
 from bench.task import Task
 from bench.tree import Tree
 
@@ -103,6 +106,7 @@ def train(
     weights: Tree | None = None,
     checkpoint: Path | None = None,
     report: Callable[[Report], None] | None = None,
+    crew: Crew | None = None,
 ) -> Outcome:
     """Train and test one algorithm on one split.
 
@@ -119,16 +123,53 @@ def train(
         weights: Body that models start from; None: drawn by the seed.
         checkpoint: File to save to after rounds, and to continue from if it is there.
         report: Called after each round.
+        crew: Processes that share the clients of a round and the tests; None: this one does it all, with the same bits.
 
     Raises:
         Diverged: A state is no longer finite.
     """
-    run = Run(algorithm, dataset, splits, split, setting, seed, engine, precision, device, checkpoint, weights)
+    run = Run(algorithm, dataset, splits, split, setting, seed, engine, precision, device, checkpoint, weights, crew)
     while run.progress.round < setting.rounds:
         measured = run.step()
         if report is not None:
             report(Report(run.progress.round, setting.rounds, run.progress.cost["wall_seconds"], measured))
     return run.outcome()
+
+
+def surroundings(
+    algorithm: Algorithm,
+    dataset: Dataset,
+    splits: Splits,
+    split: Split,
+    setting: Setting,
+    seed: int,
+    engine: str,
+    precision: str = "fp32",
+    device: str = "cpu",
+    weights: Tree | None = None,
+) -> Surroundings:
+    """Set up what every process of a run has; the arguments are those of `train`."""
+    population = Population(dataset, splits, split, setting, seed, device)
+    prior = split.class_counts / split.class_counts.sum() if "prior" in algorithm.needs else None
+    task = Task(
+        model=models.build(setting.model, dataset.num_classes, dataset.image_shape, setting.norm),
+        num_classes=dataset.num_classes,
+        num_clients=population.training,
+        rounds=setting.rounds,
+        epochs=setting.epochs,
+        batch_size=setting.batch_size,
+        lr=setting.lr,
+        key=keys.fold(keys.key(seed), "run").to(device),
+        momentum=setting.momentum,
+        weight_decay=setting.weight_decay,
+        clip=setting.clip,
+        prior=None if prior is None else prior.float().to(device),
+        frozen_statistics=setting.statistics == "frozen",
+        weights=None if weights is None else tree.to(weights, device),
+        precision=PRECISIONS[precision],
+    )
+    chosen = engines.BY_NAME["serial" if not algorithm.stackable else engine]
+    return Surroundings(algorithm, population, task, chosen, split.fingerprint)
 
 
 class Run:
@@ -147,34 +188,19 @@ class Run:
         device: str = "cpu",
         checkpoint: Path | None = None,
         weights: Tree | None = None,
+        crew: Crew | None = None,
     ) -> None:
         self.started = time.perf_counter()
         self.algorithm, self.setting, self.checkpoint, self.device = algorithm, setting, checkpoint, device
-        self.engine = engines.BY_NAME["serial" if not algorithm.stackable else engine]
-        self.population = Population(dataset, splits, split, setting, seed, device)
+        here = surroundings(algorithm, dataset, splits, split, setting, seed, engine, precision, device, weights)
+        self.population, self.task, self.engine = here.population, here.task, here.engine
+        self.crew = Alone() if crew is None else crew
+        self.crew.join(here)
         self.groups = group_classes(split.class_counts, setting.groups)
-        prior = split.class_counts / split.class_counts.sum() if "prior" in algorithm.needs else None
-        self.task = Task(
-            model=models.build(setting.model, dataset.num_classes, dataset.image_shape, setting.norm),
-            num_classes=dataset.num_classes,
-            num_clients=self.population.training,
-            rounds=setting.rounds,
-            epochs=setting.epochs,
-            batch_size=setting.batch_size,
-            lr=setting.lr,
-            key=keys.fold(keys.key(seed), "run").to(device),
-            momentum=setting.momentum,
-            weight_decay=setting.weight_decay,
-            clip=setting.clip,
-            prior=None if prior is None else prior.float().to(device),
-            frozen_statistics=setting.statistics == "frozen",
-            weights=None if weights is None else tree.to(weights, device),
-            precision=PRECISIONS[precision],
-        )
         self.own_statistics = setting.norm == "batch" and setting.statistics == "personal"
-        self.evaluator = Evaluator(algorithm, self.population, self.engine, dataset.num_classes)
+        self.evaluator = Evaluator(here, self.crew)
         if self.own_statistics:
-            self.evaluator.wrap = self._with_own_statistics
+            self.evaluator.wrap = _with_own_statistics
         self.fingerprint = f"{algorithm!r} {algorithm.version} {setting!r} {seed} {split.fingerprint}"
         server = algorithm.init_server(self.task)
         initial = algorithm.init_client(self.task)
@@ -198,7 +224,7 @@ class Run:
         self.population.prefetch(r, min(r + 1, self.setting.rounds - 1))
         finite = all([self.exchange(task, exchange) for exchange in self.algorithm.exchanges(task)])
         self._synchronise()
-        self._spend("device_seconds", time.perf_counter() - started)
+        self._spend("device_seconds", (time.perf_counter() - started) * self.crew.size)
         if not (finite and tree.is_finite(self.progress.server)):
             raise Diverged(f"diverged: after round {r + 1} a state is no longer finite; a smaller lr may help")
         measured = None
@@ -223,7 +249,8 @@ class Run:
         flops, samples = cost.pop("probe_flops", None), cost.pop("probe_samples", None)
         total = cost["samples"]
         cost["train_flops"] = flops * total / samples if flops and samples and total else None
-        cost["peak_memory_bytes"] = peak_memory(self.device)
+        peak = peak_memory(self.device)
+        cost["peak_memory_bytes"] = None if peak is None else peak + self.crew.peak_memory()
         cost["client_state_bytes"] = float(self.store.nbytes())
         digest = tree.digest([self.progress.server, *self.store.all()])
         return Outcome(final, rows, self.progress.counts, cost, digest)
@@ -253,8 +280,8 @@ class Run:
             sizes = population.sizes(clients)
             self._spend("bytes_down", sum(tree.nbytes(shared) + (tree.nbytes(row) if row else 0) for row in rows))
         probe = engines.Probe() if "probe_samples" not in self.progress.cost else None
-        wrapped = self._with_own_statistics(verb) if self.own_statistics else verb
-        results, samples = self.engine(wrapped, task, shared, population.images, visits, probe)
+        wrapped = _with_own_statistics(verb) if self.own_statistics else verb
+        results, samples = self.engine(wrapped, task, shared, population.images, visits, probe, self.crew)
         self._spend("samples", samples)
         if probe is not None and probe.samples:
             self._spend("probe_flops", probe.flops)
@@ -269,20 +296,6 @@ class Run:
         verb_of_server = getattr(self.algorithm, exchange.server)
         self.progress.server = verb_of_server(task, server, Uploads(uploads, sizes))
         return finite
-
-    def _with_own_statistics(self, verb: Verb) -> Verb:
-        """Keep running statistics of norm layers at the client: put its own in before, take them out after."""
-
-        def wrapped(task: Task, shared: Tree, private: Tree, data: LocalData) -> Any:
-            statistics = private["statistics"]
-            result = verb(task, tree.merge(shared, statistics), private["own"], data)
-            if not isinstance(result, tuple):
-                return result
-            upload, own = result
-            moved, rest = tree.split(upload, tree.flatten(statistics).__contains__)
-            return rest, {"own": own, "statistics": tree.merge(statistics, moved)}
-
-        return wrapped
 
     def evaluate(self, task: Task, completed: int, last: bool) -> dict[str, float | None]:
         """Test all models, note counts and metrics, and give the metrics."""
@@ -327,11 +340,17 @@ class Run:
             return
         started = time.perf_counter()
         partial = self.checkpoint.with_suffix(".partial")
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         counts = [vars(tally) for tally in self.progress.counts]
         saved = {"fingerprint": self.fingerprint, **vars(self.progress), "counts": counts}
-        torch.save({**saved, "store": self.store.snapshot()}, partial)
-        os.replace(partial, self.checkpoint)
+        saved["store"] = self.store.snapshot()
+        try:
+            self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(saved, partial)
+            os.replace(partial, self.checkpoint)
+        except (OSError, RuntimeError) as error:  # the latter is what torch says of a full disk
+            with suppress(OSError):
+                partial.unlink()
+            raise StatesUnwritable(f"{self.checkpoint} cannot be written ({error}); free some space there") from error
         self.store.release()
         self.saved = time.perf_counter()
         self.saving = self.saved - started
@@ -351,6 +370,21 @@ class Run:
             return None
         counts = [Tally(**{**tally, "rows": tally["rows"].cpu()}) for tally in saved.pop("counts")]
         return Progress(**saved, counts=counts)
+
+
+def _with_own_statistics(verb: Verb) -> Verb:
+    """Keep running statistics of norm layers at the client: put its own in before, take them out after."""
+    return partial(_put_in_and_take_out, verb)
+
+
+def _put_in_and_take_out(verb: Verb, task: Task, shared: Tree, private: Tree, data: LocalData) -> Any:
+    statistics = private["statistics"]
+    result = verb(task, tree.merge(shared, statistics), private["own"], data)
+    if not isinstance(result, tuple):
+        return result
+    upload, own = result
+    moved, rest = tree.split(upload, tree.flatten(statistics).__contains__)
+    return rest, {"own": own, "statistics": tree.merge(statistics, moved)}
 
 
 def _reset_peak_memory(device: str) -> None:

@@ -14,14 +14,18 @@ from typing import Any, Literal
 import torch
 
 from bench import provenance, weights
+from bench.actors import hire
+from bench.claims import Claimed, claim, is_claimed
 from bench.config import Run
+from bench.crew import Surroundings
 from bench.dataset import Dataset, Labels, Splits
 from bench.engine import CannotStack
 from bench.files import source
 from bench.models import build
-from bench.pool import Pool
+from bench.pool import Failure, Pool, WorkersDied
 from bench.results import records
-from bench.rounds import Diverged, Report, Tally, train
+from bench.rounds import Diverged, Report, Tally, surroundings, train
+from bench.schedule import Schedule
 from bench.settings import BadConfig
 from bench.spelling import label, name
 from bench.split import Split, describe, group_classes, make_split
@@ -29,12 +33,14 @@ from bench.states import StatesUnwritable
 from bench.tree import Tree
 from bench.watch import Watcher, append, progress_file
 
-Status = Literal["done", "cached", "failed"]
+Status = Literal["done", "cached", "failed", "waiting"]
 
-_EXPECTED = (Diverged, CannotStack, StatesUnwritable, BadConfig, records.OutputUnwritable)
+_EXPECTED = (Diverged, CannotStack, StatesUnwritable, WorkersDied, BadConfig, records.OutputUnwritable)
 """Errors whose message is a whole sentence."""
-_GOES_ON = (MemoryError, torch.OutOfMemoryError, StatesUnwritable)
+_GOES_ON = (MemoryError, torch.OutOfMemoryError, StatesUnwritable, WorkersDied)
 """Errors after which a run goes on from its checkpoint, with more memory or space."""
+_MEMORY = (MemoryError, torch.OutOfMemoryError)
+"""Errors that a run may not have when it has all memory for itself."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,7 @@ class Result:
 
     run: Run
     status: Status
+    """"waiting": it has not begun, or not ended, in the time that there was."""
     reason: str | None = None
     """Why it failed."""
 
@@ -81,16 +88,23 @@ def check_data(runs: Sequence[Run]) -> None:
 
 
 def run(
-    runs: Sequence[Run], out: Path, *, pool: Pool, watchers: Sequence[Watcher] = (), force: bool = False
+    runs: Sequence[Run],
+    out: Path,
+    *,
+    pool: Pool,
+    watchers: Sequence[Watcher] = (),
+    force: bool = False,
+    schedule: Callable[[Sequence[Run]], Schedule] = Schedule,
 ) -> list[Result]:
     """Do what is not done.
 
     Args:
-        runs: In the order in which they begin.
+        runs: Those that are done already are left as they are.
         out: The folder of all results.
         pool: Where they execute.
         watchers: Who is told.
         force: Whether finished runs are done again, from their first round.
+        schedule: Makes of the runs that are to be done the order in which they begin, and the end.
 
     Returns:
         One result per run, in order.
@@ -104,22 +118,22 @@ def run(
     cached = [result.run for result in results.values()]
     rest = [run for run in runs if run.id not in results]
     for each in runs:
-        _remove(progress_file(out, each))  # of a process that was killed
-        if force:
+        if force and not is_claimed(out / each.id):
             _forget_checkpoint(out, each)
-    collector = _Collector(out, watchers, results)
+    waiting = schedule(rest)
+    collector = _Collector(out, watchers, results, waiting)
     for watcher in watchers:
         watcher.begin(rest, cached)
     if rest:
-        pool(rest, out, partial(execute, force=force), collector)
-    return [results[each.id] for each in runs]
+        pool(waiting, out, partial(execute, force=force), collector)
+    return [results.get(each.id, Result(each, "waiting")) for each in runs]
 
 
 class _Collector:
     """Notes how runs end, and passes all news on."""
 
-    def __init__(self, out: Path, watchers: Sequence[Watcher], results: dict[str, Result]) -> None:
-        self.out, self.watchers, self.results = out, watchers, results
+    def __init__(self, out: Path, watchers: Sequence[Watcher], results: dict[str, Result], schedule: Schedule) -> None:
+        self.out, self.watchers, self.results, self.schedule = out, watchers, results, schedule
 
     def begin(self, runs: Sequence[Run], cached: Sequence[Run]) -> None:
         for watcher in self.watchers:
@@ -133,13 +147,26 @@ class _Collector:
         for watcher in self.watchers:
             watcher.progressed(run, report)
 
+    def retried(self, run: Run, reason: str) -> None:
+        for watcher in self.watchers:
+            watcher.retried(run, reason)
+
     def ended(self, run: Run, reason: str | None) -> None:
-        if reason is not None and not self._is_recorded(run, reason):
+        if reason is None:
+            self._learn(run)
+        elif not self._is_recorded(run, reason):
             self._record_death(run, reason)
         _remove(progress_file(self.out, run))  # the pool has read it to its end
         self.results[run.id] = Result(run, "done" if reason is None else "failed", reason)
         for watcher in self.watchers:
             watcher.ended(run, reason)
+
+    def _learn(self, run: Run) -> None:
+        """Let the other seeds of a cell be expected to take what this one took."""
+        with suppress(records.DamagedResult):
+            cost = records.read(self.out / run.id).cost
+            if (seconds := cost.get("wall_seconds")) is not None:
+                self.schedule.learn(run, seconds, cost.get("peak_memory_bytes"))
 
     def _is_recorded(self, run: Run, reason: str) -> bool:
         """Tell whether the run's worker could write why it failed."""
@@ -156,7 +183,7 @@ class _Collector:
             return
 
 
-def execute(run: Run, out: Path, report: Callable[[Report], None] | None = None, force: bool = False) -> str | None:
+def execute(run: Run, out: Path, report: Callable[[Report], None] | None = None, force: bool = False) -> Failure | None:
     """Do one run from start to end, or from its checkpoint on, and write its folder.
 
     Args:
@@ -166,42 +193,39 @@ def execute(run: Run, out: Path, report: Callable[[Report], None] | None = None,
         force: Whether a finished result may be replaced.
 
     Returns:
-        None, or in a sentence why the run failed; that is recorded too.
+        None, or why the run failed; that is recorded too. Nothing is done if another process does it, or has done it.
 
     Raises:
         OutputUnwritable: The run's folder cannot be written.
     """
+    folder = records.prepare(out / run.id)
+    try:
+        with claim(folder):
+            if not force and finished(run, out):
+                return None  # by another process, since it was looked up
+            return _execute(run, out, report, force)
+    except Claimed as error:
+        return Failure(str(error), "later")
+
+
+def _execute(run: Run, out: Path, report: Callable[[Report], None] | None, force: bool) -> Failure | None:
     torch.set_num_threads(1)
     started = _now()
-    folder = out / run.id
-    records.prepare(folder)
     progress = progress_file(out, run)
+    _remove(progress)  # of a process that was killed
 
     def tell(news: Report) -> None:
-        append(progress, news)
+        with suppress(OSError):  # of the run nothing is lost; on a full disk it will say so itself
+            append(progress, news)
         if report is not None:
             report(news)
 
     described = document(run, started)
     try:
-        splits = _load(run.dataset, run.data_root)
-        split = make_split(splits.labels, run.dataset.num_classes, run.setting, run.seed)
-        source.require(run.dataset, run.data_root, split.clients)
-        described |= _describe_split(run, splits.labels, split)
-        outcome = train(
-            algorithm=run.algorithm,
-            dataset=run.dataset,
-            splits=splits,
-            split=split,
-            setting=run.setting,
-            seed=run.seed,
-            engine=run.engine,
-            precision=run.precision,
-            device=run.device,
-            weights=_weights(run),
-            checkpoint=folder / "checkpoint.pt",
-            report=tell,
-        )
+        with hire(run.workers, run.device, run.plugins, partial(_surroundings, run)) as crew:
+            needed = _needed(run)
+            described |= _describe_split(run, needed["splits"].labels, needed["split"])
+            outcome = train(**needed, checkpoint=out / run.id / "checkpoint.pt", report=tell, crew=crew)
         described |= {"metrics": outcome.metrics, "cost": outcome.cost, "digest": outcome.digest}
         _write(out, run, described, outcome.rounds, _columns(outcome.counts), force)
     except records.OutputUnwritable:
@@ -212,9 +236,33 @@ def execute(run: Run, out: Path, report: Callable[[Report], None] | None = None,
         records.fail(out, run.id, {**described, "finished": _now(), "traceback": trace}, reason)
         if not isinstance(error, _GOES_ON):
             _forget_checkpoint(out, run)
-        return reason
+        return Failure(reason, "alone" if isinstance(error, _MEMORY) else "never")
     _forget_checkpoint(out, run)
     return None
+
+
+def _needed(run: Run) -> dict[str, Any]:
+    """Read what training takes, as `train` calls it."""
+    splits = _load(run.dataset, run.data_root)
+    split = make_split(splits.labels, run.dataset.num_classes, run.setting, run.seed)
+    source.require(run.dataset, run.data_root, split.clients)
+    return {
+        "algorithm": run.algorithm,
+        "dataset": run.dataset,
+        "splits": splits,
+        "split": split,
+        "setting": run.trained_by(),
+        "seed": run.seed,
+        "engine": run.engine,
+        "precision": run.precision,
+        "device": run.device,
+        "weights": _weights(run),
+    }
+
+
+def _surroundings(run: Run) -> Surroundings:
+    """Set up another process of a run's crew."""
+    return surroundings(**_needed(run))
 
 
 def document(run: Run, started: str | None) -> dict[str, Any]:
@@ -224,7 +272,8 @@ def document(run: Run, started: str | None) -> dict[str, Any]:
         "identity": run.identity(),
         "algorithm": name(run.algorithm),
         "call": repr(run.algorithm),
-        "label": label(run.algorithm),
+        "label": run.label,
+        "preset": run.preset,
         "tier": run.algorithm.tier,
         "dataset": label(run.dataset),
         "imbalance": run.setting.imbalance,
@@ -235,6 +284,7 @@ def document(run: Run, started: str | None) -> dict[str, Any]:
         "engine": run.engine,
         "precision": run.precision,
         "device": run.device,
+        "workers": run.workers,
         "versions": provenance.versions(),
         "hardware": provenance.hardware(run.device),
         "commit": provenance.commit(),

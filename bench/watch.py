@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +26,9 @@ class Watcher(Protocol):
 
     def progressed(self, run: Run, report: Report) -> None:
         """Learn of a round."""
+
+    def retried(self, run: Run, reason: str) -> None:
+        """Learn that a run waits (again), and in a sentence why; it may not have been started."""
 
     def ended(self, run: Run, reason: str | None) -> None:
         """Learn that a run's folder is complete, or in a sentence why it failed."""
@@ -51,11 +55,14 @@ class Tail:
     def __init__(self, file: Path) -> None:
         self.file = file
         self.position = 0
+        self.inode = -1
 
     def read(self) -> list[Report]:
         """Give the new reports; a line that is still being written waits for the next look."""
         try:
             with self.file.open("rb") as stream:
+                if (inode := os.fstat(stream.fileno()).st_ino) != self.inode:  # begun anew by another worker
+                    self.position, self.inode = 0, inode
                 stream.seek(self.position)
                 content = stream.read()
         except FileNotFoundError:

@@ -15,6 +15,7 @@ from bench import config, spelling
 from bench.config import Run, Sweep
 from bench.identity import canonical
 from bench.models import BadModel
+from bench.presets import DEFAULT, PAPER, Choice, Preset
 from bench.registry import UnknownPlugin
 from bench.settings import BadConfig
 
@@ -179,6 +180,52 @@ def test_the_identity_holds_what_changes_numbers_and_nothing_else() -> None:
     assert {each.protocol for each in changes} == {run.protocol}
     longer = replace(run, setting=replace(run.setting, rounds=41))
     assert longer.id != run.id and longer.protocol != run.protocol
+
+
+def test_runs_without_a_preset_are_told_as_before_there_were_presets() -> None:
+    run = one(overrides={"rounds": 3})
+    assert set(run.identity()) == {"algorithm", "dataset", "setting", "seed", "engine", "precision", "device"}
+    assert set(run.identity()["algorithm"]) == {"name", "version", "fields"}
+    assert (run.lr, run.preset, run.label, run.trained_by()) == (None, "default", "fedavg", run.setting)
+
+
+def preset(call: str, lr: float | None = None) -> Preset:
+    return Preset(name="mine", algorithms={"fedrep": Choice(call=call, lr=lr)})
+
+
+def test_a_learning_rate_of_its_own_is_another_run_under_the_same_protocol() -> None:
+    plain, own = sweep("fedrep", presets=(DEFAULT, preset("fedrep", 0.2))).expand()
+    assert own.id != plain.id and own.protocol == plain.protocol
+    assert own.setting == plain.setting and own.setting.lr == 0.05
+    assert own.trained_by() == replace(plain.setting, lr=0.2)
+    assert own.identity()["algorithm"] == {**plain.identity()["algorithm"], "lr": 0.2}
+    assert own.label == "fedrep [mine, lr 0.2]" and str(own).startswith("fedrep [mine, lr 0.2] on digits")
+    assert one(algorithms="fedrep", presets=(preset("fedrep", 0.3),)).id not in (own.id, plain.id)
+
+
+def test_fields_that_a_preset_chose_are_the_run_that_asks_for_them() -> None:
+    chosen = one(algorithms="fedrep", presets=(preset("fedrep(head_epochs=5)"),))
+    assert chosen.id == one(algorithms="fedrep(head_epochs=5)").id
+    assert chosen.label == "fedrep(head_epochs=5) [mine]"
+
+
+def test_a_preset_that_chose_the_default_is_the_default() -> None:
+    plain = one(algorithms="fedrep")
+    same = sweep("fedrep", presets=(preset("fedrep", 0.05), DEFAULT, preset("fedrep"), PAPER)).expand()
+    assert same == [plain]
+    assert plain.label == "fedrep"
+
+
+def test_a_learning_rate_out_of_range_is_refused() -> None:
+    with pytest.raises(BadConfig, match=r"lr = -0\.1: must be above 0"):
+        sweep("fedrep", presets=(preset("fedrep", -0.1),)).expand()
+
+
+def test_presets_stand_beside_each_other_within_a_seed() -> None:
+    runs = sweep("fedrep,fedloge", presets=(DEFAULT, PAPER), seeds=(0, 1)).expand()
+    assert [(run.seed, run.label) for run in runs] == [
+        (seed, label) for seed in (0, 1) for label in ("fedrep", "fedloge", "fedloge(scale=1.0) [paper]")
+    ]
 
 
 def test_a_version_bump_is_another_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,28 +14,34 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = {
     # what needs nothing of ours
-    0: "tree keys identity durable dataset",
+    0: "tree keys identity durable claims dataset",
     # one batch, one client, one model: what an algorithm's author reads
     1: "data layers networks resnets models losses task algorithm settings registry",
     # from files to labels, from labels to clients
     2: "files weights longtail heterogeneity dealing partition split",
     # one run
-    3: "engine states population evaluation metrics rounds toy speed scale",
+    3: "engine states population crew selection evaluation metrics rounds toy speed scale",
     # many runs, and what they leave
-    4: "spelling config watch results provenance tracking pool preparation embedding sweep",
+    4: "spelling presets config watch schedule journal results provenance forecast tracking pool actors preparation "
+    "embedding sweep tuning rerun",
     # what people type and see
-    5: "checks command",
+    5: "checks site command",
 }
 """A module imports from floors below; on its own floor only what stands before it in the line."""
 
 ORDER = [module for line in FLOORS.values() for module in line.split()]
 HOMES = {
-    "ray": "pool",
+    "ray": "pool actors tuning",
     "mlflow": "tracking",
+    "optuna": "tuning",
     "click": "command",
     "rich": "command results",
     "matplotlib": "command",
+    "scikit_posthocs": "command results",
     "PIL": "files",
+    "jinja2": "site",
+    "markdown_it": "site",
+    "vl_convert": "site",
 }
 """Third parties with one home each."""
 

@@ -46,7 +46,7 @@ def test_hugging_faces_datasets_and_ours_import_inside_a_ray_task() -> None:
     python(
         f"""
         import ray
-        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 
         @ray.remote
         def both():
@@ -72,6 +72,7 @@ def test_a_wheel_holds_one_top_level_package_with_the_plugins_inside(tmp_path: P
         names = archive.namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"bench"}
     assert {"bench/algorithms/fedloge.py", "bench/datasets/cifar10.py", "bench/py.typed"} <= set(names)
+    assert {"bench/site/templates/index.html", "bench/site/static/site.js"} <= set(names)
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     code = """

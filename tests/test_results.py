@@ -38,6 +38,17 @@ GROUPS = {"many": torch.tensor([0]), "medium": torch.tensor([1, 2]), "few": torc
 # Metrics ----------------------------------------------------------------------------------------------------
 
 
+def test_the_front_page_shows_the_published_results() -> None:
+    root = Path(__file__).parents[1]
+    shown = (root / "README.md").read_text(encoding="utf-8")
+    boards = table.leaderboards(records.read_all(root / "results")[0])
+    assert table.front_page(shown, boards) == shown, "bench table --out results --write --into README.md"
+    assert "| `fedloge`" in shown
+    for lines in (table.FRONT[:1], table.FRONT[::-1], table.FRONT * 2):
+        with pytest.raises(ValueError, match="once, in this order"):
+            table.front_page("\n".join((*lines, "")), boards)
+
+
 def test_generic_is_the_mean_over_classes_and_over_the_classes_of_a_group() -> None:
     correct = torch.tensor([[9, 5, 1, 0]])
     total = torch.tensor([[10, 10, 10, 2]])
@@ -497,7 +508,7 @@ def test_the_interval_of_three_values_is_that_of_the_textbook() -> None:
 def test_an_interval_needs_two_values() -> None:
     assert estimate([]) == estimate([None, math.nan]) == Estimate(None, None, 0)
     assert estimate([0.5, None]) == Estimate(0.5, None, 1)
-    assert estimate([0.5, 0.5]) == Estimate(0.5, 0.0, 2)
+    assert estimate([0.5, 0.5]) == Estimate(0.5, 0.0, 2, 0.5, 0.5)
     # 12.706205: t at 97.5 % with 1 degree of freedom; the standard deviation of 0 and 1 is sqrt(1 / 2)
     assert estimate([0.0, 1.0]).half_width == pytest.approx(12.706205 / 2, rel=1e-6)
 
@@ -654,8 +665,9 @@ def test_csv_holds_every_metric_and_cost_as_exact_fractions() -> None:
         assert len(of_row) == len(row.metrics) + len(row.cost)
         for key, expected in row.metrics.items():
             line = of_row[key]
-            mean, half_width = (float(line[name]) if line[name] else None for name in ("mean", "half_width"))
-            assert Estimate(mean, half_width, int(line["n"])) == expected
+            ends = (float(line[name]) if line[name] else None for name in ("mean", "half_width", "low", "high"))
+            mean, half_width, low, high = ends
+            assert Estimate(mean, half_width, int(line["n"]), low, high) == expected
         assert float(of_row["cost.bytes"]["mean"]) == 5e6
     assert {line["call"] for line in lines} == {"Fedavg()", "Local()", "Fed_Rep(head_epochs=5)"}
 

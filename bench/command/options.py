@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ class Options:
 
     algos: str
     dataset: str
+    preset: str
     imbalance: str | None
     alpha: str | None
     seeds: str
@@ -42,11 +43,14 @@ class Options:
     precision: str
     device: str
     jobs: int | None
+    workers_per_run: int
     ray: str | None
     out: Path
     data_root: Path | None
     tracking_uri: str | None
+    time_budget: str | None
     dry_run: bool
+    no_probe: bool
     force: bool
     json: bool
 
@@ -55,6 +59,22 @@ def run_options(command: click.Command) -> click.Command:
     """Give a command the options of `bench run`."""
     command.params += [click.Option([name], help=text, **more) for name, text, more in _OPTIONS]
     return command
+
+
+def some_run_options(names: Collection[str]) -> Callable[[click.Command], click.Command]:
+    """Give a command those options of `bench run` that mean something to it."""
+
+    def add(command: click.Command) -> click.Command:
+        command.params += [click.Option([name], help=text, **more) for name, text, more in _OPTIONS if name in names]
+        return command
+
+    return add
+
+
+def defaults() -> dict[str, Any]:
+    """Give what the options of `bench run` are when none is given."""
+    params: list[click.Parameter] = [click.Option([name], **more) for name, _, more in _OPTIONS]
+    return click.Command("run", params=params).make_context("run", []).params
 
 
 def _read_file(context: click.Context, parameter: click.Parameter, file: Path | None) -> None:
@@ -105,6 +125,11 @@ def _one_of(*values: str) -> dict[str, Any]:
 
 _OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("--algos", "Algorithms, with parameters as in fedrep(head_epochs=5).", _shown(DEFAULT_ALGORITHMS)),
+    (
+        "--preset",
+        "Fields and learning rates of the algorithms: default, paper, or what 'bench tune' wrote; several at once.",
+        {"default": "default", "show_default": True, "metavar": "default|paper|FILE"},
+    ),
     ("--dataset", "Dataset, or several separated by commas.", _shown(DEFAULT_DATASET)),
     ("--imbalance", "Largest class over smallest, e.g. 10,50; the setting's by default.", {}),
     ("--alpha", "Concentration of the partition, e.g. 0.1,0.5; small is more skewed.", {}),
@@ -131,6 +156,11 @@ _OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("--device", "auto is a GPU where there is one.", _one_of("auto", "cpu", "cuda")),
     ("--jobs", "Runs at once; by default what the machine holds.", {"type": click.IntRange(min=1)}),
     (
+        "--workers-per-run",
+        "Processes that share the clients of each run; the numbers stay the same.",
+        {"type": click.IntRange(min=1), **_shown("1")},
+    ),
+    (
         "--ray",
         "Where runs go: Ray on this machine (default for several), this process, or a cluster.",
         {"metavar": "local|off|ADDRESS"},
@@ -143,7 +173,9 @@ _OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("--data-root", "Folder of datasets; else $BENCH_DATA, else the user's cache.", {"type": _PATH}),
     ("--tracking-uri", "MLflow; by default SQLite beside the results.", {"metavar": "URI|off"}),
     ("--from", "TOML file with these options as keys; those given here win.", {"type": _PATH, **_ON_FILE}),
-    ("--dry-run", "Say what would run, and stop.", {"is_flag": True}),
+    ("--time-budget", "Begin no run that would not end in time, e.g. 45s, 90m, 1h30m.", {"metavar": "DURATION"}),
+    ("--dry-run", "Say what would run, and what it will take, and stop.", {"is_flag": True}),
+    ("--no-probe", "With --dry-run: try nothing out, forecast from finished runs only.", {"is_flag": True}),
     ("--force", "Run again what is finished, and replace it.", {"is_flag": True}),
     ("--json", "Print one JSON document on standard output.", {"is_flag": True}),
 )

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.text import Text
 
+from bench.command.plan import accuracy, duration
 from bench.rounds import Report
+from bench.schedule import Forecast, Outlook, cell
 from bench.spelling import label, spell_imbalance
 
 if TYPE_CHECKING:
     from bench.config import Run
 
 _LINE_SECONDS = 10.0
-"""Least time between two lines about one run, where there are no bars."""
+"""Least time between two lines about one run, and about the sweep, where there are no bars."""
 
 
 class Display:
@@ -27,28 +30,40 @@ class Display:
     Args:
         quiet: Say nothing but failures and warnings where there is no terminal.
         stream: Standard error, if not told otherwise.
+        forecasts: By a run's id, as far as they are known: when the sweep ends is said before the first run has.
+        clock: Gives seconds; tests have their own.
     """
 
-    def __init__(self, quiet: bool = False, stream: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        quiet: bool = False,
+        stream: TextIO | None = None,
+        forecasts: Mapping[str, Forecast] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
         self.live = self.console.is_terminal
         self.quiet = quiet and not self.live
+        self.forecasts = forecasts if forecasts is not None else {}
+        self.clock = clock
         self.bars = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
             TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[accuracy]}", markup=False),
+            _Left(clock),
+            TextColumn("{task.fields[note]}", markup=False),
             console=self.console,
             transient=True,
         )
         self.sweep: TaskID | None = None
         self.tasks: dict[str, TaskID] = {}
         self.latest: dict[str, Mapping[str, float | None]] = {}
+        self.took: dict[str, float] = {}
         self.said: dict[str, float] = {}
         self.varying: list[int] = []
         """Which parts of a run's cell tell it from others: a bar has little room."""
+        self.outlook = Outlook({})
+        self.total = self.over = self.failed = 0
 
     def __enter__(self) -> Display:
         if self.live:
@@ -63,56 +78,122 @@ class Display:
 
     def begin(self, runs: Sequence[Run], cached: Sequence[Run]) -> None:
         """Show how much there is to do."""
-        total = len(runs) + len(cached)
+        self.total, self.over, self.failed = len(runs) + len(cached), len(cached), 0
         if cached:
-            self._say(f"{len(cached)} of {total} runs are done already")
+            self._say(f"{len(cached)} of {self.total} runs are done already")
         cells = [_cell(run) for run in runs]
         self.varying = [i for i, values in enumerate(zip(*cells, strict=True)) if len(set(values)) > 1]
-        self.sweep = self.bars.add_task("sweep", total=total, completed=len(cached), unit="runs", accuracy="")
+        known = {run.id: self.forecasts[run.id].seconds for run in runs if run.id in self.forecasts}
+        self.outlook = Outlook({run.id: cell(run) for run in runs}, known)
+        self.said[""] = self.clock()
+        self.sweep = self.bars.add_task("sweep", total=self.total, completed=self.over, unit="runs", note="", end=None)
 
     def started(self, run: Run) -> None:
         """Show a bar for the run."""
-        rounds = run.setting.rounds
-        name = " ".join((label(run.algorithm), *(_cell(run)[i] for i in self.varying)))
-        self.tasks[run.id] = self.bars.add_task(name, total=rounds, unit="rounds", accuracy="")
-        self.said[run.id] = time.monotonic()
+        now = self.clock()
+        self.outlook.started(run.id, now)
+        self.said[run.id] = now
+        name = " ".join((run.label, *(_cell(run)[i] for i in self.varying)))
+        if run.id in self.tasks:  # begun anew
+            self.bars.remove_task(self.tasks.pop(run.id))
+        self.tasks[run.id] = self.bars.add_task(name, total=run.setting.rounds, unit="rounds", note="", end=None)
+        self._look_ahead(run)
         if not self.live:
             self._say(f"started: {run}")
 
     def progressed(self, run: Run, report: Report) -> None:
         """Move the run's bar."""
+        now = self.clock()
+        self.outlook.progressed(run.id, report.round, report.rounds, report.seconds, now)
         if report.metrics is not None:
             self.latest[run.id] = report.metrics
+        if report.round == report.rounds:
+            self.took[run.id] = report.seconds
         accuracy = self._accuracy(run)
-        self.bars.update(self.tasks[run.id], completed=report.round, accuracy=accuracy)
-        now = time.monotonic()
-        if not self.live and now - self.said[run.id] > _LINE_SECONDS:
+        self.bars.update(self.tasks[run.id], completed=report.round, note=accuracy)
+        self._look_ahead(run)
+        if not self.live and now - self.said[run.id] > _LINE_SECONDS * len(self.tasks):
             self.said[run.id] = now
-            left = _duration(report.seconds / report.round * (report.rounds - report.round))
-            guess = f", {left} left" if report.round > 1 else ""  # the first round also warms up
+            left = self.outlook.left_of(run.id, now)
+            guess = f", {duration(left)} left" if report.round > 1 and left is not None else ""
             self._say(f"{run}: round {report.round} of {report.rounds}, {accuracy}{guess}")
+            self._say_sweep()
+
+    def retried(self, run: Run, reason: str) -> None:
+        """Say why a run waits, which may have begun already."""
+        self.outlook.waits(run.id)
+        self._forget(run)
+        self.warn(f"waits: {run}: {reason}")
 
     def ended(self, run: Run, reason: str | None) -> None:
         """Say how the run ended."""
-        self.bars.remove_task(self.tasks.pop(run.id))
-        if self.sweep is not None:
-            self.bars.advance(self.sweep)
+        self.outlook.ended(run.id, self.took.get(run.id) if reason is None else None)
+        self._forget(run)
+        self.over += 1
+        self.failed += reason is not None
         if reason is None:
             self._say(f"done: {run}: {self._accuracy(run)}")
         else:
             self.warn(f"failed: {run}: {reason}")
+        if self.sweep is not None:
+            note = f"{self.failed} failed" if self.failed else ""
+            self.bars.update(self.sweep, completed=self.over, note=note)
+            self._look_ahead()
+            self._say_sweep()
 
     def warn(self, sentence: str) -> None:
         """Say something that must be heard."""
         self.console.print(f"bench: {sentence}", markup=False)
+
+    def _forget(self, run: Run) -> None:
+        """Take a run's bar away."""
+        if run.id in self.tasks:
+            self.bars.remove_task(self.tasks.pop(run.id))
+
+    def _look_ahead(self, run: Run | None = None) -> None:
+        """Note in the bars when they will be full: another thread draws them, and only counts down."""
+        if not self.live:
+            return
+        now = self.clock()
+        ends = [(self.sweep, self.outlook.left(now))]
+        if run is not None:
+            ends.append((self.tasks[run.id], self.outlook.left_of(run.id, now)))
+        for task, left in ends:
+            if task is not None:
+                self.bars.update(task, end=None if left is None else now + left)
+
+    def _say_sweep(self) -> None:
+        """Say now and then how far the sweep is, where there is no bar."""
+        now = self.clock()
+        if self.live or self.over == self.total or now - self.said[""] <= _LINE_SECONDS:
+            return
+        self.said[""] = now
+        left = self.outlook.left(now)
+        failed = f", {self.failed} of them failed" if self.failed else ""
+        guess = "" if left is None else f"; about {duration(left)} left"
+        self._say(f"sweep: {self.over} of {self.total} runs have ended{failed}{guess}")
 
     def _say(self, line: str) -> None:
         if not self.quiet:
             self.console.print(line, markup=False)
 
     def _accuracy(self, run: Run) -> str:
-        metrics = self.latest.get(run.id, {})
-        return ", ".join(f"{key} {_percent(metrics.get(key))}" for key in ("generic", "personal"))
+        return accuracy(self.latest.get(run.id, {}))
+
+
+class _Left(ProgressColumn):
+    """Counts down to the time that a bar's `end` says."""
+
+    max_refresh = 0.5
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        super().__init__()
+        self.clock = clock
+
+    def render(self, task: Task) -> Text:
+        """Write the time left."""
+        end = task.fields["end"]
+        return Text("" if end is None else f"{duration(max(end - self.clock(), 0.0))} left", style="cyan")
 
 
 def _cell(run: Run) -> tuple[str, ...]:
@@ -120,13 +201,3 @@ def _cell(run: Run) -> tuple[str, ...]:
     alpha = [] if setting.alpha is None else [f"alpha {setting.alpha:g}"]
     numbers = (f"imbalance {spell_imbalance(setting.imbalance)}", *alpha, f"seed {run.seed}")
     return (label(run.dataset), *numbers)
-
-
-def _percent(fraction: float | None) -> str:
-    return "–" if fraction is None else f"{100 * fraction:.1f} %"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes >= 2 else f"{60 * minutes + rest} s"

@@ -7,12 +7,14 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from bench.command.options import Options, run_options
+from bench.command.plan import describe, left_out, print_plan
 from bench.command.table import print_boards
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from bench.config import Run, Sweep
     from bench.pool import Pool
     from bench.results.leaderboard import Leaderboard
+    from bench.schedule import Budget
     from bench.sweep import Result
     from bench.tracking import Mirror
     from bench.watch import Watcher
@@ -53,24 +56,30 @@ def _run(options: Options) -> int:
 
     from bench import sweep
     from bench.command.progress import Display
+    from bench.forecast import forecast
+    from bench.journal import Journal
     from bench.results.storage import prepare
+    from bench.schedule import Schedule
 
     torch.set_num_threads(1)  # more would wait for each other: what is done here is small, and runs take a core
-    asked = _sweep(options)
+    asked, budget = _sweep(options), _budget(options)
     runs = asked.expand()
     if options.dry_run:
-        return _print_plan(runs, options)
+        return print_plan(runs, options, asked.device)
     prepare(options.out)
     rest = [run for run in runs if options.force or not sweep.finished(run, options.out)]
     sweep.check_data(rest)
     _say_overrides(asked, runs)
+    forecasts = forecast(rest, options.out, probe=False)
+    journal = Journal(options.out, _command(), forecasts)
     # Standard output is for results, whatever Ray and MLflow think.
-    with redirect_stdout(sys.stderr), Display(quiet=options.json) as display:
+    with redirect_stdout(sys.stderr), Display(quiet=options.json, forecasts=forecasts) as display, journal:
         pool = _pool(options, asked.device, len(rest), display)
         mirror = _mirror(options, asked, len(rest), display)
-        watchers: list[Watcher] = [display, *([mirror] if mirror else [])]
+        watchers: list[Watcher] = [journal, display, *([mirror] if mirror else [])]
+        schedule = partial(Schedule, forecasts=forecasts, budget=budget)
         try:
-            results = sweep.run(runs, options.out, pool=pool, watchers=watchers, force=options.force)
+            results = sweep.run(runs, options.out, pool=pool, watchers=watchers, force=options.force, schedule=schedule)
         except KeyboardInterrupt:
             return _interrupted(runs, options, mirror, display)
         boards = _boards(results, options.out)
@@ -80,6 +89,8 @@ def _run(options: Options) -> int:
         click.echo(json.dumps({"runs": [_as_json(result, options.out) for result in results]}, indent=2))
     else:
         _print_boards(boards, options, mirror)
+    if budget is not None and (late := [result.run for result in results if result.status == "waiting"]):
+        click.echo(f"bench: {left_out(late, budget, _command())}", err=True)
     failed = sum(result.status == "failed" for result in results)
     if failed:
         told = f"{failed} of {len(results)} runs failed; each says why in the run.json of its folder"
@@ -93,6 +104,7 @@ def _run(options: Options) -> int:
 def _sweep(options: Options) -> Sweep:
     from bench import config
     from bench.files import data_root
+    from bench.presets import parse_presets
     from bench.registry import load_plugin
     from bench.settings import BadConfig
     from bench.spelling import parse_assignments, parse_numbers, split_list
@@ -122,7 +134,16 @@ def _sweep(options: Options) -> Sweep:
         weights=None if options.weights is None else options.weights.resolve(),
         data_root=data_root(options.data_root).resolve(),
         plugins=tuple(file.resolve() for file in options.plugin),
+        presets=parse_presets(options.preset, options.out),
+        workers=options.workers_per_run,
     )
+
+
+def _budget(options: Options) -> Budget | None:
+    from bench.schedule import Budget, parse_duration
+
+    given = options.time_budget
+    return None if given is None else Budget(parse_duration(given, "--time-budget"))
 
 
 def _pool(options: Options, device: str, todo: int, display: Display) -> Pool:
@@ -133,7 +154,7 @@ def _pool(options: Options, device: str, todo: int, display: Display) -> Pool:
     if options.ray is None and not has_ray():
         display.warn("ray is not installed, so the runs follow each other here; pip install ray for several at once")
         return InProcess()
-    return OnRay(options.ray or "local", options.jobs, device)
+    return OnRay(options.ray or "local", options.jobs, device, options.workers_per_run)
 
 
 def _mirror(options: Options, asked: Sweep, todo: int, display: Display) -> Mirror | None:
@@ -160,25 +181,15 @@ def _command() -> str:
 
 def _say_overrides(asked: Sweep, runs: Sequence[Run]) -> None:
     """Say which setting holds, and which of its fields were replaced."""
+    from bench.presets import remarks
     from bench.registry import label
 
     for dataset in dict.fromkeys(run.dataset for run in runs):
         changed = {key: value for run in runs if run.dataset == dataset for key, value in run.overrides().items()}
         replaced = f", with other {', '.join(changed)}" if changed else ""
         click.echo(f"setting {asked.setting} on {label(dataset)}{replaced}", err=True)
-
-
-def _print_plan(runs: Sequence[Run], options: Options) -> int:
-    from bench import sweep
-
-    plan = [(run, sweep.finished(run, options.out) and not options.force) for run in runs]
-    if options.json:
-        rows = [{**_cell(run), "status": "cached" if done else "to do"} for run, done in plan]
-        click.echo(json.dumps({"runs": rows}, indent=2))
-    else:
-        for run, done in plan:
-            click.echo(f"{run.id}  {'cached' if done else 'to do '}  {run}")
-    return 0
+    for sentence in remarks(asked.presets, {run.protocol for run in runs}):
+        click.echo(sentence, err=True)
 
 
 def _interrupted(runs: Sequence[Run], options: Options, mirror: Mirror | None, display: Display) -> int:
@@ -203,7 +214,7 @@ def _boards(results: Sequence[Result], out: Path) -> list[Leaderboard]:
     from bench.results import records
     from bench.results.table import leaderboards
 
-    finished = [records.read(out / result.run.id) for result in results if result.status != "failed"]
+    finished = [records.read(out / result.run.id) for result in results if result.status in ("done", "cached")]
     return leaderboards(finished)
 
 
@@ -216,25 +227,11 @@ def _print_boards(boards: Sequence[Leaderboard], options: Options, mirror: Mirro
         click.echo(f"curves:  {interface_command(mirror.uri)}")
 
 
-def _cell(run: Run) -> dict[str, Any]:
-    from bench.spelling import label, name
-
-    return {
-        "id": run.id,
-        "algorithm": name(run.algorithm),
-        "call": label(run.algorithm),
-        "dataset": label(run.dataset),
-        "imbalance": run.setting.imbalance,
-        "alpha": run.setting.alpha,
-        "seed": run.seed,
-    }
-
-
 def _as_json(result: Result, out: Path) -> dict[str, Any]:
     from bench.results import records
 
-    cell = {**_cell(result.run), "status": result.status}
-    if result.status == "failed":
+    cell = {**describe(result.run), "status": result.status}
+    if result.status not in ("done", "cached"):
         return {**cell, "metrics": {}, "digest": None, "reason": result.reason}
     record = records.read(out / result.run.id)
     return {**cell, "metrics": record.metrics, "digest": record.document["digest"]}

@@ -10,6 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from bench.results.leaderboard import Leaderboard
+    from bench.results.record import Record
 
 
 @click.command("table")
@@ -35,16 +36,25 @@ if TYPE_CHECKING:
     help="Last round, mean of the last ten evaluations, or the best on test data (optimistic).",
 )
 @click.option("--write", is_flag=True, help="Write the README.md of the folder of results.")
-def table_command(datasets: str | None, out: Path, form: str | None, metric: str, write: bool) -> None:
+@click.option(
+    "--into",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="FILE.md",
+    help="Write the main columns between a page's two comments.",
+)
+def table_command(
+    datasets: str | None, out: Path, form: str | None, metric: str, write: bool, into: Path | None
+) -> None:
     """Print the leaderboard of stored results: mean and 95 % interval over seeds, one table per protocol.
 
     Damaged folders are named on standard error and left out.
 
-    \\b
+    \b
     bench table
     bench table --dataset cifar10 --format latex > table.tex
-    bench table --out results --write
+    bench table --out results --write --into README.md
     """
+    from bench.durable import put
     from bench.results import records, table
 
     if not out.is_dir():
@@ -52,18 +62,36 @@ def table_command(datasets: str | None, out: Path, form: str | None, metric: str
     found, damaged = records.read_all(out)
     for sentence in damaged:
         click.echo(f"bench: {sentence}", err=True)
-    if datasets is not None:
-        wanted = {name.strip().replace("-", "_") for name in datasets.split(",") if name.strip()}
-        found = [record for record in found if record.dataset.partition("(")[0] in wanted]
-    boards = table.leaderboards(found, metric)
+    boards = table.leaderboards(of_datasets(found, datasets), metric)
     if write:
         command = f"bench table --out {out} --write" + (f" --metric {metric}" if metric != "last" else "")
         path = records.publish(out, table.results_readme(boards, records.prose(out), command))
         click.echo(f"wrote {path}", err=True)
-    elif form is not None:
+    if into is not None:
+        try:
+            put(into, table.front_page(into.read_text(encoding="utf-8"), boards).encode())
+        except (OSError, ValueError) as error:
+            raise click.BadParameter(f"{into}: {error}", param_hint="--into") from error
+        click.echo(f"wrote {into}", err=True)
+    if write or into is not None:
+        return
+    if form is not None:
         click.echo(table.render(boards, form), nl=False)
     else:
         print_boards(boards)
+
+
+def of_datasets(records: list[Record], names: str | None) -> list[Record]:
+    """Keep the runs on some datasets.
+
+    Args:
+        records: Runs.
+        names: Of the datasets, separated by commas; None: all.
+    """
+    if names is None:
+        return records
+    wanted = {name.strip().replace("-", "_") for name in names.split(",") if name.strip()}
+    return [record for record in records if record.dataset.partition("(")[0] in wanted]
 
 
 def print_boards(boards: Sequence[Leaderboard]) -> None:
@@ -75,4 +103,5 @@ def print_boards(boards: Sequence[Leaderboard]) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 160  # a file has no width, and 80 columns would cut
-    console.print(*terminal(boards))
+    for part in terminal(boards):
+        console.print(part)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bench.results.leaderboard import Leaderboard, Row, suffix
-from bench.results.statistics import Estimate
+from bench.results.leaderboard import Leaderboard, Row, measured, suffix
+from bench.results.statistics import FEWEST_RESAMPLED, LEVEL, NOTHING, Estimate, corrected_floor, fewest, leader
 from bench.spelling import spell_imbalance
 
 ABSENT = "–"
 NO_RUNS = "There are no finished runs."
-INTERVAL = "± is half the 95 % interval over seeds (Student t), which one seed does not have"
+_STUDENT = "± is half the 95 % interval over seeds (Student t), which one seed does not have"
+INTERVAL = f"{_STUDENT}; [low, high] is one of {FEWEST_RESAMPLED} seeds or more (bootstrap, BCa)"
+BRIEF = f"{_STUDENT}; with {FEWEST_RESAMPLED} seeds or more, half a bootstrap's (BCa)"
+"""The same where there is no room for both ends."""
 LEGEND = (
     f"Accuracies are percentages, a mean over seeds; {INTERVAL}. {ABSENT} stands for what an algorithm does not have.",
     "generic: the one global model on the balanced official test set, mean over classes; many, medium, few: "
@@ -19,7 +22,10 @@ LEGEND = (
     "personal: each client's own model on its own test images, an unweighted mean over clients; masked: the "
     "same with the classes that a client never trained on left out of the arg-max; worst decile: the mean "
     "over the worst tenth of the clients; unseen: clients held out of training.",
-    "Rows are ordered by personal, then generic; those without come last.",
+    "Rows are ordered by personal, then generic; those without come last. The order is no finding.",
+    "bold: better than each other row of the column by the signed-rank test (Wilcoxon) of runs on the same split and "
+    f"seed, corrected (Holm) for all pairs of rows, at the {100 * LEVEL:g} % level. Where nothing is bold, it does not "
+    "say which is best; `bench compare` has all pairs.",
     "Cost is a mean over seeds, of a whole run: MB sent down and up (counted from the tensors), FLOP and "
     "samples of training, wall seconds, peak memory of the process, state kept at all clients.",
     "Tier, what the server learns or needs: S nothing beyond models, L label statistics, A its own data, V "
@@ -30,7 +36,6 @@ _MEANING = {
     "last10": "the mean of the last ten evaluations",
     "best": "the best round on the test set, which is optimistic and not what rows are ordered by",
 }
-_NOTHING = Estimate(None, None, 0)
 
 
 @dataclass(frozen=True)
@@ -45,18 +50,28 @@ class Column:
 
     def estimate(self, row: Row) -> Estimate:
         """Look the number up; nothing where the row has none."""
-        return (row.metrics if self.unit is None else row.cost).get(self.key, _NOTHING)
+        return (row.metrics if self.unit is None else row.cost).get(self.key, NOTHING)
 
-    def show(self, row: Row, interval: bool = True) -> str:
-        """Write the number for people."""
+    def show(self, row: Row, interval: bool = True, brief: bool = False) -> str:
+        """Write the number for people; briefly, with half the length of any interval."""
         estimate = self.estimate(row)
         if estimate.mean is None:
             return ABSENT
         if self.unit is not None:
             return _amount(estimate.mean / self.unit)
-        if not interval or estimate.half_width is None:
-            return f"{100 * estimate.mean:.1f}"
-        return f"{100 * estimate.mean:.1f} ± {100 * estimate.half_width:.1f}"
+        return spell(estimate, brief) if interval else f"{100 * estimate.mean:.1f}"
+
+
+def spell(estimate: Estimate, brief: bool = False) -> str:
+    """Write a mean in percent with its interval, if it has one; briefly, with half the interval's length."""
+    if estimate.mean is None:
+        return ABSENT
+    mean = f"{100 * estimate.mean:.1f}"
+    if estimate.half_width is None or estimate.low is None or estimate.high is None:
+        return mean
+    if estimate.resampled and not brief:
+        return f"{mean} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
+    return f"{mean} ± {100 * estimate.half_width:.1f}"
 
 
 MAIN = ("generic", "personal", "masked")
@@ -88,31 +103,48 @@ def columns(board: Leaderboard) -> tuple[Column, ...]:
     if board.metric != "last":
         main = [column for column in _ACCURACY if column.title in MAIN]
         return (*(Column(column.title, column.key + suffix(board.metric)) for column in main), *cost)
-    unseen = any(row.metrics.get("unseen", _NOTHING).n for row in board.rows)
+    unseen = any(row.metrics.get("unseen", NOTHING).n for row in board.rows)
     return (*(column for column in _ACCURACY if unseen or column.key != "unseen"), *cost)
 
 
 def _scaled(board: Leaderboard, title: str, key: str) -> Column:
     """Count in thousands, millions and so on, as far as the largest number of the leaderboard has one."""
-    largest = max((row.cost.get(key, _NOTHING).mean or 0.0 for row in board.rows), default=0.0)
+    largest = max((row.cost.get(key, NOTHING).mean or 0.0 for row in board.rows), default=0.0)
     prefix, unit = next(((prefix, unit) for prefix, unit in _PREFIXES if largest >= unit), ("", 1.0))
     return Column((prefix + title).strip(), key, unit)
 
 
-def grid(board: Leaderboard, label: Callable[[str], str] = str) -> tuple[list[str], list[list[str]]]:
+def best(board: Leaderboard) -> dict[str, str]:
+    """Find the rows that tests set apart: title of a column to the label of the row better than each other one."""
+    if board.metric == "best":  # chosen on test data: no test of it means anything
+        return {}
+    accuracies = [column for column in columns(board) if column.unit is None]
+    found = {column.title: leader(measured(board, column.key)) for column in accuracies}
+    return {name: label for name, label in found.items() if label is not None}
+
+
+def grid(
+    board: Leaderboard, label: Callable[[str], str] = str, bold: Callable[[str], str] = str
+) -> tuple[list[str], list[list[str]]]:
     """Lay a leaderboard out.
 
     Args:
         board: The leaderboard.
         label: How an algorithm's name is written.
+        bold: How a cell is that tests set apart from all others of its column.
 
     Returns:
         The heading, and as many cells per row.
     """
     marks, _ = footnotes(board)
-    shown = columns(board)
+    shown, first = columns(board), best(board)
     cells = [
-        [label(row.label) + marks[row.label], row.tier, str(len(row.seeds)), *(c.show(row) for c in shown)]
+        [
+            label(row.label) + marks[row.label],
+            row.tier,
+            str(len(row.seeds)),
+            *((bold if first.get(column.title) == row.label else str)(column.show(row)) for column in shown),
+        ]
         for row in board.rows
     ]
     return ["algorithm", "tier", "seeds", *(column.title for column in shown)], cells
@@ -150,7 +182,31 @@ def remarks(board: Leaderboard) -> list[str]:
     """List what stands below a leaderboard: warnings, where the numbers come from, numbered footnotes."""
     _, notes = footnotes(board)
     numbered = [f"[{number}] {note}" for number, note in enumerate(notes, start=1)]
-    return [*warnings(board), provenance(board), *numbered]
+    return [*warnings(board), provenance(board), *_power(board), *numbered]
+
+
+def _power(board: Leaderboard) -> list[str]:
+    """Say what the seeds of a leaderboard can separate."""
+    counts = sorted((len(row.seeds) for row in board.rows if row.seeds), reverse=True)
+    return [resolution(counts[1], len(counts))] if len(counts) > 1 and board.metric != "best" else []
+
+
+def resolution(blocks: int, algorithms: int, unit: str = "seed") -> str:
+    """Say what so many seeds, or other blocks, can separate among so many algorithms.
+
+    The signed-rank test gives no p below 2 / 2^n, where one algorithm is better n times of n.
+    """
+    pairs = algorithms * (algorithms - 1) // 2
+    counted = f"{blocks} {unit}{'s' * (blocks != 1)}"
+    family = f", to be corrected (Holm) for {pairs} pairs" if pairs > 1 else ""
+    smallest = f"{min(1.0, 2.0 ** (1 - blocks)):.2g}"
+    least = f"its p is {smallest} or more{family}."
+    if corrected_floor(blocks, pairs) > LEVEL:
+        whom = "two algorithms" if algorithms == 2 else f"any two of {algorithms} algorithms"
+        told = f"{counted} cannot separate {whom} by the signed-rank test, however far apart: {least}"
+        return f"{told} {fewest(pairs)} {unit}s could."
+    whom = "two algorithms" if algorithms == 2 else f"two of {algorithms} algorithms"
+    return f"{counted} can separate {whom} by the signed-rank test where one is nearly always better: {least}"
 
 
 def footnotes(board: Leaderboard) -> tuple[dict[str, str], list[str]]:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bench.identity import canonical, identify
 from bench.results.record import Record
-from bench.results.statistics import Estimate, estimate
+from bench.results.statistics import NOTHING, Estimate, estimates
 
 METRICS = ("last", "last10", "best")
 """Which evaluation counts: the last round, the mean of the last ten, or the best one, which is optimistic."""
-
-_NOTHING = Estimate(None, None, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +28,12 @@ class Row:
     tier: str
     seeds: tuple[int, ...]
     """Finished ones, ascending."""
+    splits: tuple[str, ...]
+    """Fingerprints of the splits of these seeds."""
+    values: Mapping[str, tuple[float | None, ...]]
+    """What was measured with each of these seeds: fractions 0-1, by key; not all rows have the same keys."""
     metrics: Mapping[str, Estimate]
-    """Fractions 0-1, by key; not all rows have the same keys."""
+    """The means of these."""
     cost: Mapping[str, Estimate]
     """Of a whole run: the recorded costs, and "bytes" sent in both directions."""
     failures: tuple[tuple[int, str], ...]
@@ -99,6 +101,28 @@ def leaderboards(records: Iterable[Record], metric: str = "last") -> list[Leader
         tables[(*place, record.engine, record.precision, record.device)].append(record)
     boards = [_leaderboard(members, metric) for members in tables.values()]
     return sorted(boards, key=_place)
+
+
+def measured(board: Leaderboard, key: str) -> dict[str, dict[Hashable, float]]:
+    """Give what the rows of a leaderboard were measured at, for `bench.results.statistics`.
+
+    Args:
+        board: The leaderboard.
+        key: Of a metric: "personal", "generic.few", "personal@last10".
+
+    Returns:
+        By label, of the rows that have the metric: its value by (seed, fingerprint of the split), so that what stands
+        beside each other was measured on the same images.
+    """
+    found: dict[str, dict[Hashable, float]] = {}
+    for row in board.rows:
+        blocks = zip(
+            zip(row.seeds, row.splits, strict=True), row.values.get(key, (None,) * len(row.seeds)), strict=True
+        )
+        known: dict[Hashable, float] = {block: value for block, value in blocks if value is not None}
+        if known:
+            found[row.label] = known
+    return found
 
 
 def suffix(metric: str) -> str:
@@ -174,7 +198,7 @@ def _rows(records: Sequence[Record], metric: str) -> tuple[Row, ...]:
     ranking = "@last10" if metric == "last10" else ""
 
     def rank(row: Row) -> tuple[object, ...]:
-        means = [row.metrics.get(f"{key}{ranking}", _NOTHING).mean for key in ("personal", "generic")]
+        means = [row.metrics.get(f"{key}{ranking}", NOTHING).mean for key in ("personal", "generic")]
         return (*((mean is None, -(mean or 0.0)) for mean in means), row.label)
 
     return tuple(sorted(rows, key=rank))
@@ -184,6 +208,7 @@ def _row(label: str, records: Sequence[Record]) -> Row:
     done = sorted((record for record in records if record.status == "done"), key=lambda record: record.seed)
     failed = sorted((record.seed, record.reason or "") for record in records if record.status == "failed")
     identity = records[0].identity.get("algorithm")
+    values = _by_key([record.metrics for record in done])
     return Row(
         label=label,
         algorithm=records[0].algorithm,
@@ -191,15 +216,17 @@ def _row(label: str, records: Sequence[Record]) -> Row:
         version=str(identity.get("version", "")) if isinstance(identity, dict) else "",
         tier=records[0].tier,
         seeds=tuple(record.seed for record in done),
-        metrics=_estimates([record.metrics for record in done]),
-        cost=_estimates([_with_bytes(record.cost) for record in done]),
+        splits=tuple(record.fingerprint or "" for record in done),
+        values=values,
+        metrics=estimates(values),
+        cost=estimates(_by_key([_with_bytes(record.cost) for record in done])),
         failures=tuple(failed),
         ids=tuple(sorted(record.id for record in records)),
     )
 
 
-def _estimates(runs: Sequence[Mapping[str, float | None]]) -> dict[str, Estimate]:
-    return {key: estimate(run.get(key) for run in runs) for key in sorted({key for run in runs for key in run})}
+def _by_key(runs: Sequence[Mapping[str, float | None]]) -> dict[str, tuple[float | None, ...]]:
+    return {key: tuple(run.get(key) for run in runs) for key in sorted({key for run in runs for key in run})}
 
 
 def _with_bytes(cost: Mapping[str, float | None]) -> dict[str, float | None]:

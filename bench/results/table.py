@@ -10,15 +10,17 @@ import html
 import io
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from bench.results.comparison import part_over_settings
 from bench.results.layout import (
     ABSENT,
-    INTERVAL,
+    BRIEF,
     LEGEND,
     MAIN,
     NO_RUNS,
+    best,
     columns,
     details,
     footnotes,
@@ -30,6 +32,7 @@ from bench.results.layout import (
 from bench.results.leaderboard import METRICS as METRICS
 from bench.results.leaderboard import Leaderboard as Leaderboard
 from bench.results.leaderboard import leaderboards as leaderboards
+from bench.results.leaderboard import suffix
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -66,6 +69,36 @@ def results_readme(boards: Sequence[Leaderboard], prose: str | None, command: st
     return "\n\n".join(parts)
 
 
+FRONT = "<!-- leaderboard -->", "<!-- end of leaderboard -->"
+"""Between these lines of a front page stands the table."""
+
+
+def front_page(text: str, boards: Sequence[Leaderboard]) -> str:
+    """Put the main columns of leaderboards between the two lines of a front page.
+
+    Raises:
+        ValueError: The text does not have the two lines of `FRONT`, each once, in this order.
+    """
+    head, begin, rest = text.partition(FRONT[0] + "\n")
+    _, end, tail = rest.partition(FRONT[1] + "\n")
+    if not begin or not end or FRONT[0] in tail or FRONT[1] in tail:
+        raise ValueError(f"it must have the lines {FRONT[0]} and {FRONT[1]}, once, in this order")
+    parts = []
+    for board in boards:
+        shown = [column for column in columns(board) if column.title in _FRONT]
+        rows = [[_code(row.label), *(column.show(row) for column in shown)] for row in board.rows]
+        heading, sides = ["algorithm", *(column.title for column in shown)], ["left", *["right"] * len(shown)]
+        parts += [f"**{_plain(title(board))}**, {len(board.seeds)} seeds", _pipe(heading, rows, sides)]
+    return "".join((head, begin, "\n", "\n\n".join(parts), "\n\n", end, tail))
+
+
+def _pipe(heading: Sequence[str], rows: Sequence[Sequence[str]], sides: Sequence[str]) -> str:
+    from tabulate import tabulate
+
+    return tabulate(rows, heading, tablefmt="pipe", disable_numparse=True, colalign=sides)
+
+
+_FRONT = ("generic", "few", "personal", "worst decile", "MB")
 _BRIEF = (*MAIN, "many", "medium", "few", "worst decile", "MB", "seconds")
 
 
@@ -80,24 +113,78 @@ def terminal(boards: Sequence[Leaderboard]) -> list[RenderableType]:
     parts: list[RenderableType] = []
     for board in boards:
         marks, _ = footnotes(board)
-        shown = [column for column in columns(board) if column.title in _BRIEF]
+        shown, first = [column for column in columns(board) if column.title in _BRIEF], best(board)
         table = Table(title=Text(title(board)), box=SIMPLE_HEAD, title_justify="left", padding=0)
         table.add_column("algorithm", overflow="fold")  # the one column that gives way in a narrow terminal
         for column in shown:
             table.add_column(column.title.replace(" ", "\n"), justify="right", no_wrap=True)
         for row in board.rows:
-            cells = [column.show(row, interval=column.title in MAIN).replace(" ± ", "±") for column in shown]
+            cells = [
+                Text(
+                    column.show(row, interval=column.title in MAIN, brief=True).replace(" ± ", "±"),
+                    style="bold" if first.get(column.title) == row.label else "",
+                )
+                for column in shown
+            ]
             table.add_row(Text(row.label + marks[row.label]), *cells)
         parts += [table, *(Text(line, style="dim") for line in remarks(board))]
-    parts.append(Text(f"Percent; {INTERVAL}. {ABSENT}: the algorithm has no such model.", style="dim"))
+    summary = averages(boards)
+    if summary is not None:
+        table = Table(title=Text(summary.title), box=SIMPLE_HEAD, title_justify="left", padding=0)
+        table.add_column(summary.heading[0], overflow="fold")
+        for heading in summary.heading[1:]:
+            table.add_column(heading, justify="right", no_wrap=True)
+        for row_cells in summary.cells:
+            table.add_row(*map(Text, row_cells))
+        parts += [table, *(Text(line, style="dim") for line in summary.says)]
+    legend = f"Percent; {BRIEF}. Bold: the best by a corrected test. {ABSENT}: the algorithm has no such model."
+    parts.append(Text(legend, style="dim"))
     return parts
 
 
-def _tabulate(board: Leaderboard, style: str, label: Callable[[str], str] = str) -> str:
+# Average ranks ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Averages:
+    """The average ranks of algorithms over several settings, as a table."""
+
+    title: str
+    heading: tuple[str, ...]
+    cells: tuple[tuple[str, ...], ...]
+    """A row an algorithm, best first by the first metric that any has."""
+    says: tuple[str, ...]
+
+
+def averages(boards: Sequence[Leaderboard]) -> Averages | None:
+    """Rank the algorithms that settings have in common, by `personal` and `generic`; None if there are none."""
+    if not boards or boards[0].metric == "best":
+        return None
+    found = {key: part_over_settings(boards, key + suffix(boards[0].metric)) for key in ("personal", "generic")}
+    ranks = {key: part.ranking for key, part in found.items() if part is not None and part.ranking is not None}
+    if not ranks:
+        return None
+    counts = sorted({ranking.blocks for ranking in ranks.values()})
+    labels = dict.fromkeys(label for ranking in ranks.values() for label in ranking.labels)
+    shown = {key: dict(zip(ranking.labels, ranking.ranks, strict=True)) for key, ranking in ranks.items()}
+    return Averages(
+        title=f"Average ranks over {' or '.join(map(str, counts))} settings",
+        heading=("algorithm", *ranks),
+        cells=tuple(
+            (label, *(f"{shown[key][label]:.2f}" if label in shown[key] else ABSENT for key in ranks))
+            for label in labels
+        ),
+        says=tuple(f"{key}: {line}" for key in ranks if (part := found[key]) for line in part.says),
+    )
+
+
+# Formats ----------------------------------------------------------------------------------------------------
+
+
+def _tabulate(heading: Sequence[str], cells: Sequence[Sequence[str]], style: str, left: int = 2) -> str:
     from tabulate import tabulate
 
-    heading, cells = grid(board, label)
-    alignment = ["left", "left", *["right"] * (len(heading) - 2)]
+    alignment = [*["left"] * left, *["right"] * (len(heading) - left)]
     return tabulate(cells, heading, tablefmt=style, disable_numparse=True, colalign=alignment)
 
 
@@ -106,9 +193,23 @@ def _markdown(boards: Sequence[Leaderboard]) -> str:
         return NO_RUNS + "\n"
     parts = []
     for board in boards:
-        parts += [f"## {_plain(title(board))}", _plain(details(board)), _tabulate(board, "pipe", _code)]
+        table = _tabulate(*grid(board, _code, "**{}**".format), "pipe")
+        parts += [f"## {_plain(title(board))}", _plain(details(board)), table]
         parts.append(_bullets(_plain(line) for line in remarks(board)))
+    summary = averages(boards)
+    if summary is not None:
+        cells = [(_code(label), *numbers) for label, *numbers in summary.cells]
+        parts += [f"## {summary.title}", _tabulate(summary.heading, cells, "pipe", 1)]
+        parts.append(_bullets(_plain(line) for line in summary.says))
     return "\n\n".join((*parts, "## How to read the tables", _bullets(LEGEND))) + "\n"
+
+
+_BOLD, _THIN = "\ue000", "\ue001"
+"""Stand around what is bold until a table is laid out and its text escaped; they are of no alphabet."""
+
+
+def _marked(text: str) -> str:
+    return f"{_BOLD}{text}{_THIN}"
 
 
 def _bullets(lines: Iterable[str]) -> str:
@@ -126,7 +227,7 @@ def _plain(text: str) -> str:
 
 
 _CSV_BOARD = ("dataset", "imbalance", "alpha", "protocol", "engine", "precision", "device")
-_CSV_ROW = ("setting", "algorithm", "call", "version", "metric", "mean", "half_width", "n")
+_CSV_ROW = ("setting", "algorithm", "call", "version", "metric", "mean", "half_width", "n", "low", "high")
 
 
 def _csv(boards: Sequence[Leaderboard]) -> str:
@@ -140,13 +241,16 @@ def _csv(boards: Sequence[Leaderboard]) -> str:
             costs = {f"cost.{key}": value for key, value in row.cost.items()}
             for key, number in {**row.metrics, **costs}.items():
                 cells = [row.label, row.call, row.version, key, number.mean, number.half_width, number.n]
-                writer.writerow([*start, *cells])
+                writer.writerow([*start, *cells, number.low, number.high])
     return sink.getvalue()
 
 
 def _json(boards: Sequence[Leaderboard]) -> str:
-    content = [{**asdict(board), "title": title(board), "warnings": warnings(board)} for board in boards]
-    document = {"format": 1, "leaderboards": content}
+    content = [
+        {**asdict(board), "title": title(board), "warnings": warnings(board), "best": best(board)} for board in boards
+    ]
+    summary = averages(boards)
+    document = {"format": 1, "leaderboards": content, "averages": summary and asdict(summary)}
     return json.dumps(document, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
@@ -164,10 +268,17 @@ _LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
 def _latex(boards: Sequence[Leaderboard]) -> str:
     parts = ["% needs \\usepackage{booktabs}" if boards else f"% {NO_RUNS}"]
     for board in boards:
-        tabular = _tabulate(board, "latex_booktabs").replace("±", _LATEX["±"]).replace("–", _LATEX["–"])
+        tabular = _tabulate(*grid(board, bold=_marked), "latex_booktabs")
+        for character, written in {"±": _LATEX["±"], "–": _LATEX["–"], _BOLD: r"\textbf{", _THIN: "}"}.items():
+            tabular = tabular.replace(character, written)
         caption = rf"\caption{{{_escaped(f'{title(board)}: {details(board)}')}}}"
         below = [rf"\par {_escaped(line)}" for line in remarks(board)]
         parts.append("\n".join((r"\begin{table}", caption, tabular, *below, r"\end{table}")))
+    summary = averages(boards)
+    if summary is not None:
+        tabular = _tabulate(summary.heading, summary.cells, "latex_booktabs", 1).replace("–", _LATEX["–"])
+        below = [rf"\par {_escaped(line)}" for line in summary.says]
+        parts.append("\n".join((r"\begin{table}", rf"\caption{{{summary.title}}}", tabular, *below, r"\end{table}")))
     return "\n\n".join(parts) + "\n"
 
 
@@ -179,7 +290,12 @@ def _html(boards: Sequence[Leaderboard]) -> str:
     body = [] if boards else [_paragraph(NO_RUNS)]
     for board in boards:
         body += [f"<h2>{html.escape(title(board))}</h2>", _paragraph(details(board))]
-        body += [_tabulate(board, "html"), *map(_paragraph, remarks(board))]
+        table = _tabulate(*grid(board, bold=_marked), "html").replace(_BOLD, "<strong>").replace(_THIN, "</strong>")
+        body += [table, *map(_paragraph, remarks(board))]
+    summary = averages(boards)
+    if summary is not None:
+        body += [f"<h2>{html.escape(summary.title)}</h2>", _tabulate(summary.heading, summary.cells, "html", 1)]
+        body += map(_paragraph, summary.says)
     body += map(_paragraph, LEGEND if boards else ())
     head = '<head><meta charset="utf-8"><title>Results</title></head>'
     return "\n".join(("<!doctype html>", '<html lang="en">', head, "<body>", *body, "</body>", "</html>\n"))

@@ -1,0 +1,39 @@
+"""`bench site`: stored results as a folder of pages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+_FOLDER = click.Path(path_type=Path)
+
+
+@click.command("site")
+@click.option("--out", type=_FOLDER, default=Path("runs"), show_default=True, help="Folder of results.")
+@click.option("--to", type=_FOLDER, default=Path("site"), show_default=True, help="Folder of the site.")
+def site_command(out: Path, to: Path) -> None:
+    """Build a static site of stored results: a table to sort and filter, and a page for every run.
+
+    The pages open in a browser without a server and without a network. Damaged folders are named on standard error and
+    left out. What an earlier build left is replaced; a folder that holds anything else is refused.
+
+    \b
+    bench site
+    bench site --out results --to site
+    """
+    from bench.results import records
+    from bench.results.verification import verified
+    from bench.site.build import build
+
+    if not out.is_dir():
+        raise click.BadParameter(f"{out}: there is no such folder, 'bench run' makes one", param_hint="--out")
+    found, damaged = records.read_all(out)
+    for sentence in damaged:
+        click.echo(f"bench: {sentence}", err=True)
+    try:
+        again = verified(out)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    written = build(found, to, verified=again, notes=records.prose(out))
+    click.echo(f"wrote {len(written)} files: {to / 'index.html'}", err=True)

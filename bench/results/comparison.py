@@ -1,0 +1,341 @@
+"""From leaderboards to what can be said about two or more algorithms: pairs, ranks, and sentences.
+
+On one leaderboard the blocks are its seeds, and the findings hold for that dataset and setting. Over several the blocks
+are the settings (a dataset with its imbalance, partition and budget), each averaged over the seeds that all compared
+algorithms were measured with: seeds of one setting say nothing about the next, and are not counted as if they did.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from bench.results.layout import resolution, title
+from bench.results.leaderboard import Leaderboard, Row, measured
+from bench.results.statistics import LEVEL, Pair, Ranking, Scores, pairwise, rank
+from bench.settings import BadConfig
+from bench.spelling import near
+
+_NAMED = 6
+"""Findings that a sentence names one by one."""
+
+_ByLabel = dict[str, dict[Hashable, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Algorithms compared on one kind of block."""
+
+    title: str
+    """The leaderboard's, or how many settings there are."""
+    unit: str
+    """What a block is: "seed" or "setting"."""
+    pairs: tuple[Pair, ...]
+    """All pairs of the algorithms that have the metric, in the order of the labels."""
+    ranking: Ranking | None
+    """None if no block is common to all."""
+    says: tuple[str, ...]
+    """What may be concluded, in sentences."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Algorithms compared by one metric."""
+
+    metric: str
+    labels: tuple[str, ...]
+    """Those compared, as asked for, else in the order of the leaderboards."""
+    parts: tuple[Part, ...]
+    """One for each leaderboard that has two of them; over its seeds."""
+    overall: Part | None
+    """Over settings; None with fewer than two, or two algorithms common to them."""
+    left_out: tuple[str, ...]
+    """Sentences: what was not compared, and why."""
+
+
+def compare(boards: Sequence[Leaderboard], metric: str, labels: Sequence[str] | None = None) -> Comparison:
+    """Compare algorithms wherever two of them were measured on the same splits.
+
+    Args:
+        boards: Leaderboards.
+        metric: Key of a metric, one of `metrics(boards)`.
+        labels: Two or more of `entrants(boards)`; None: all.
+    """
+    tables = _tables(boards, metric, labels)
+    known = tuple(labels or dict.fromkeys(label for _, scores in tables for label in scores))
+    left_out = [
+        f"{title(board)}: no {metric} of {_listed(lacking)}."
+        for board, scores in tables
+        if (lacking := [label for label in labels or () if label not in scores])
+    ]
+    parts = [_part(title(board), "seed", scores) for board, scores in tables if len(scores) > 1]
+    overall = part_over_settings(boards, metric, labels)
+    return Comparison(metric=metric, labels=known, parts=tuple(parts), overall=overall, left_out=tuple(left_out))
+
+
+def part_over_settings(boards: Sequence[Leaderboard], metric: str, labels: Sequence[str] | None = None) -> Part | None:
+    """Compare algorithms over settings; None with fewer than two settings, or two algorithms common to them."""
+    tables = _tables(boards, metric, labels)
+    scores = _over_settings(tables, labels)
+    if not scores:
+        return None
+    settings = len(next(iter(scores.values())))
+    part = _part(f"{settings} settings", "setting", scores)
+    absent = [label for label in dict.fromkeys(label for _, found in tables for label in found) if label not in scores]
+    missed = len({board.protocol for board, found in tables if found}) - settings
+    lacking = (
+        [f"{missed} more setting{'s lack' if missed > 1 else ' lacks'} some of these algorithms."] if missed else []
+    )
+    lacking += [f"Not in each of the {settings} settings, hence left out: {_listed(absent)}."] if absent else []
+    return replace(part, says=(*part.says, *lacking))
+
+
+def ranking(boards: Sequence[Leaderboard], metric: str, labels: Sequence[str] | None = None) -> Ranking | None:
+    """Rank algorithms: what a critical-difference diagram shows.
+
+    Over settings if there are two or more with common algorithms, else over the seeds of the only leaderboard.
+
+    Args:
+        boards: Leaderboards.
+        metric: Key of a metric: "personal", "generic.few".
+        labels: Two or more of `entrants(boards)`; None: those that most settings have in common.
+
+    Returns:
+        Average ranks, Nemenyi's critical difference and the groups of algorithms that are not told apart; None if no
+        block is common to two algorithms.
+    """
+    tables = _tables(boards, metric, labels)
+    scores = _over_settings(tables, labels)
+    if scores:
+        return rank(scores, "setting")
+    alone = [scores for _, scores in tables if len(scores) > 1]
+    return rank(alone[0]) if len(alone) == 1 else None
+
+
+def metrics(boards: Iterable[Leaderboard]) -> list[str]:
+    """Name what algorithms can be compared by: accuracies, of the last round or the last ten, sorted."""
+    keys = {key for board in boards for row in board.rows for key, found in row.metrics.items() if found.n}
+    return sorted(key for key in keys if not key.endswith("@best") and ".std" not in key)
+
+
+def document(comparison: Comparison) -> dict[str, Any]:
+    """Give a comparison as JSON's types."""
+    parts = [*comparison.parts, *([comparison.overall] if comparison.overall else [])]
+    found = [
+        {**asdict(part), "pairs": [{**asdict(pair), "separated": pair.separated} for pair in part.pairs]}
+        for part in parts
+    ]
+    overall = found.pop() if comparison.overall else None
+    return {"format": 1, "level": LEVEL, **asdict(comparison), "parts": found, "overall": overall}
+
+
+# Who is who -------------------------------------------------------------------------------------------------
+
+
+def entrants(boards: Sequence[Leaderboard]) -> dict[str, list[Row]]:
+    """Find the rows of each algorithm: same name, hyper-parameters and version, on whichever leaderboard.
+
+    Returns:
+        Rows by label, in the order of the leaderboards; versions of one algorithm have labels of their own.
+    """
+    rows: dict[tuple[str, ...], list[Row]] = {}
+    for board in boards:
+        for row in board.rows:
+            again = any(_key(other) == _key(row) and other is not row for other in board.rows)
+            rows.setdefault((*_key(row), row.label.partition(" #")[2] if again else ""), []).append(row)
+    plain = {key: members[0].label.partition(" #")[0] for key, members in rows.items()}
+    found: dict[str, list[Row]] = {}
+    for key, members in rows.items():
+        shared = [other for other, label in plain.items() if label == plain[key]]
+        label = plain[key]
+        if len({other[2] for other in shared}) > 1:
+            label += f" version {key[2]}"
+        if key[3]:
+            label += f" #{key[3]}"
+        found[label] = members
+    return found
+
+
+def _key(row: Row) -> tuple[str, str, str]:
+    return row.algorithm, row.call, row.version
+
+
+def choose(boards: Sequence[Leaderboard], words: Iterable[str]) -> list[str]:
+    """Find the algorithms that a person means.
+
+    Args:
+        boards: Leaderboards.
+        words: Labels, names, or calls with some of the fields: `fedrep` or `fedrep(head_epochs=2)` mean the one row
+            that fits.
+
+    Returns:
+        Labels of `entrants`, in the order of the words, without repetition.
+
+    Raises:
+        BadConfig: No algorithm fits, or several do.
+    """
+    known = entrants(boards)
+    return list(dict.fromkeys(_choose(known, word) for word in words))
+
+
+def _choose(known: Mapping[str, Sequence[Row]], word: str) -> str:
+    if word in known:
+        return word
+    name, wanted = _call(word)
+    name = name.replace("-", "_")
+    fitting = [
+        label for label, (row, *_) in known.items() if row.algorithm == name and wanted.items() <= _fields(row).items()
+    ]
+    if not fitting:
+        raise BadConfig(f"there are no results of {word}; {near(word, known)}")
+    if name in fitting and not wanted:
+        return name
+    if len(fitting) > 1:
+        raise BadConfig(f"{word} may be {' or '.join(sorted(fitting))}: write which")
+    return fitting[0]
+
+
+def _fields(row: Row) -> dict[str, str]:
+    try:
+        return _call(row.call)[1]
+    except BadConfig:
+        return {}
+
+
+def _call(text: str) -> tuple[str, dict[str, str]]:
+    """Take `name(field=1)` apart: the name, and each field's value as Python writes it."""
+    try:
+        tree = ast.parse(text.strip().replace("-", "_", text.partition("(")[0].count("-")), mode="eval").body
+    except (SyntaxError, ValueError) as error:
+        raise BadConfig(f"{text!r} is not a name or a call such as name(parameter=1)") from error
+    if isinstance(tree, ast.Name):
+        return tree.id, {}
+    if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name) or tree.args:
+        raise BadConfig(f"{text!r} is not a name or a call such as name(parameter=1)")
+    return tree.func.id, {str(keyword.arg): ast.unparse(keyword.value) for keyword in tree.keywords}
+
+
+def _tables(
+    boards: Sequence[Leaderboard], metric: str, labels: Sequence[str] | None
+) -> list[tuple[Leaderboard, _ByLabel]]:
+    """Give what the wanted algorithms were measured at on each leaderboard, in the order of the labels."""
+    names = {id(row): label for label, rows in entrants(boards).items() for row in rows}
+    tables = []
+    for board in boards:
+        known = measured(board, metric)
+        found = {names[id(row)]: known[row.label] for row in board.rows if row.label in known}
+        tables.append((board, {label: found[label] for label in labels or found if label in found}))
+    return tables
+
+
+# Settings as blocks -----------------------------------------------------------------------------------------
+
+
+def _over_settings(tables: Sequence[tuple[Leaderboard, Scores]], labels: Sequence[str] | None) -> _ByLabel:
+    """Average over common seeds, a block a protocol.
+
+    Where one protocol was run on several engines or devices, the leaderboard with the most common seeds stands for it:
+    its twins are no further evidence.
+
+    Returns:
+        Scores on the settings that all have; empty with fewer than two algorithms or settings.
+    """
+    wanted = list(labels or _common(tables))
+    blocks: dict[str, tuple[int, dict[str, float]]] = {}
+    for board, scores in tables:
+        if not wanted or any(label not in scores for label in wanted):
+            continue
+        seeds = sorted(set.intersection(*(set(scores[label]) for label in wanted)), key=repr)
+        if len(seeds) > blocks.get(board.protocol, (0, {}))[0]:
+            means = {label: math.fsum(scores[label][seed] for seed in seeds) / len(seeds) for label in wanted}
+            blocks[board.protocol] = len(seeds), means
+    if len(wanted) < 2 or len(blocks) < 2:
+        return {}
+    return {label: {block: means[label] for block, (_, means) in blocks.items()} for label in wanted}
+
+
+def _common(tables: Sequence[tuple[Leaderboard, Scores]]) -> list[str]:
+    """Choose the algorithms to compare over settings: of those that the best-filled settings have in common, the most.
+
+    Settings are taken in by the number of their algorithms, as long as (settings - 1) x (algorithms - 1) grows. Whether
+    an algorithm was run decides, and never what it reached.
+    """
+    held: dict[str, Sequence[str]] = {}
+    for board, scores in tables:
+        held[board.protocol] = max(held.get(board.protocol, ()), list(scores), key=len)
+    shared, chosen, most = list(dict.fromkeys(label for _, scores in tables for label in scores)), [], 0
+    for further, present in enumerate(sorted(held.values(), key=len, reverse=True)):
+        shared = [label for label in shared if label in present]
+        if further * (len(shared) - 1) > most:
+            chosen, most = shared, further * (len(shared) - 1)
+    return chosen
+
+
+# Sentences --------------------------------------------------------------------------------------------------
+
+
+def _part(name: str, unit: str, scores: Scores) -> Part:
+    pairs, ranks = pairwise(scores), rank(scores, unit)
+    return Part(title=name, unit=unit, pairs=pairs, ranking=ranks, says=_says(unit, len(scores), pairs, ranks))
+
+
+def _says(unit: str, algorithms: int, pairs: Sequence[Pair], ranks: Ranking | None) -> tuple[str, ...]:
+    says = [resolution(max(pair.n for pair in pairs), algorithms, unit)]
+    alone = [pair for pair in pairs if pair.n == 0]
+    if alone:
+        says.append(f"No common {unit}, hence not compared: {_some([f'{p.first} and {p.second}' for p in alone])}.")
+    tied = [f"{pair.first} and {pair.second}" for pair in pairs if pair.tied]
+    if tied:
+        says.append(f"Tied on every common {unit}: {_some(tied)}.")
+    separated = [_better(pair) for pair in sorted(pairs, key=lambda pair: pair.corrected or 0.0) if pair.separated]
+    says.append(
+        f"Separated by the corrected signed-rank test: {_some(separated)}."
+        if separated
+        else "The corrected signed-rank test separates no pair."
+    )
+    if ranks is None:
+        says.append(f"No {unit} is common to all, hence no ranks.")
+    elif algorithms > 2:
+        says += _of_ranks(ranks)
+    return tuple(says)
+
+
+def _better(pair: Pair) -> str:
+    mean = pair.difference.mean or 0.0
+    first, second = (pair.first, pair.second) if mean >= 0 else (pair.second, pair.first)
+    return f"{first} above {second} by {100 * abs(mean):.1f} points (p {spell_p(pair.corrected)})"
+
+
+def _of_ranks(ranks: Ranking) -> list[str]:
+    differ = "the ranks differ by more than chance" if ranks.p <= LEVEL else "the ranks may differ by chance"
+    tested = f"Over {ranks.blocks} {ranks.unit}{'s' * (ranks.blocks != 1)} {differ} (Friedman, p {spell_p(ranks.p)})"
+    if not ranks.separates:
+        largest = len(ranks.labels) - 1
+        why = (
+            f": that takes {ranks.critical_difference:.2f} between average ranks (Nemenyi), and {largest} is the most"
+            if ranks.critical_difference > largest
+            else ""
+        )
+        return [f"{tested}; no two algorithms are told apart by them{why}."]
+    groups = "; ".join(_listed(group) for group in ranks.groups) or "none"
+    return [
+        f"{tested}. Average ranks more than {ranks.critical_difference:.2f} apart differ (Nemenyi); not told apart: "
+        f"{groups}."
+    ]
+
+
+def spell_p(p: float | None) -> str:
+    """Write a p for people; a dash if there is none."""
+    return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def _some(items: Sequence[str]) -> str:
+    more = f", and {len(items) - _NAMED} more" if len(items) > _NAMED else ""
+    return "; ".join(items[:_NAMED]) + more
+
+
+def _listed(items: Sequence[str]) -> str:
+    return ", ".join(items)

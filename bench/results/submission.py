@@ -1,0 +1,144 @@
+"""Finished runs packed for others: what a result is, and nothing of the machine it was made on."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import socket
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from bench import durable
+from bench.results import storage
+from bench.results.record import COUNTS, DOCUMENT, ROUNDS, DamagedResult, read
+
+_IN_QUOTES = re.compile(r"(?<=['\"])(?:/|~|[A-Za-z]:[\\/])[^'\"]*(?=['\"])")
+_PATH = re.compile(r"(?<![\w.:/])(?:~?/[\w.@+-]+/[\w.@+/-]+|[A-Za-z]:\\[\w.\\-]+)")
+_LONG_AGO = (1980, 1, 1, 0, 0, 0)
+"""The oldest time that a zip file can hold: the same runs give the same bytes."""
+_RECIPE = ("identity", "setting", "algorithm", "call", "label")
+"""Keys of run.json that hold words of plug-ins and settings, one of which may be some machine's name."""
+
+
+class NotSubmittable(ValueError):
+    """Runs cannot be packed as they are. The message says why and what to do."""
+
+
+def finished(out: Path) -> tuple[list[Path], list[str]]:
+    """Choose what can be submitted.
+
+    Returns:
+        The folders of finished runs, and in a sentence each what else there is, which stays.
+    """
+    chosen, others = [], []
+    for folder in sorted(path for path in out.iterdir() if path.is_dir() and re.fullmatch("[0-9a-f]{12}", path.name)):
+        if not (folder / DOCUMENT).exists():
+            others.append(f"{folder.name} is unfinished.")
+            continue
+        try:
+            record = read(folder)
+        except DamagedResult as error:
+            raise NotSubmittable(str(error)) from error
+        if record.status == "done":
+            chosen.append(folder)
+        else:
+            others.append(f"{folder.name} failed ({record.reason}).")
+    return chosen, others
+
+
+def gather(folders: Sequence[Path]) -> dict[str, dict[str, bytes]]:
+    """Read the files of finished runs as they are submitted.
+
+    Where run.json spells a dataset of somebody's own files with the path to them, only the path's last part stays: the
+    identity tells the files by their contents.
+
+    Returns:
+        By run the contents of its files, run.json last.
+
+    Raises:
+        NotSubmittable: A run.json tells something else of the machine: a path, or its name.
+    """
+    runs = {}
+    for folder in folders:
+        content = (folder / DOCUMENT).read_bytes()
+        document = json.loads(content)
+        shortened = _IN_QUOTES.sub(_last_part, str(document["dataset"]))
+        if shortened != document["dataset"]:
+            content = (json.dumps({**document, "dataset": shortened}, indent=2, allow_nan=False) + "\n").encode()
+            document = json.loads(content)
+        for key, what in told(document):
+            raise NotSubmittable(f"{folder / DOCUMENT}: {key} tells {what} of this machine; take it out and try again")
+        runs[folder.name] = {name: (folder / name).read_bytes() for name in (ROUNDS, COUNTS)} | {DOCUMENT: content}
+    return runs
+
+
+def _last_part(path: re.Match[str]) -> str:
+    kind = PureWindowsPath if "\\" in path[0] or ":" in path[0] else PurePosixPath
+    return kind(path[0]).name
+
+
+def told(document: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """Find what a run.json tells of the machine besides its processor: keys, and in words what they tell."""
+    host = socket.gethostname().split(".")[0]
+    named = re.compile(rf"\b{re.escape(host)}\b", re.IGNORECASE) if len(host) > 2 and host != "localhost" else None
+    for key, text in _texts(document, ""):
+        if (path := _PATH.search(text)) is not None:
+            yield key, f"a path ({path[0]})"
+        elif named is not None and key.split(".")[0] not in _RECIPE and named.search(text):
+            yield key, f"the name ({host})"
+
+
+def _texts(value: object, place: str) -> Iterator[tuple[str, str]]:
+    """List all texts of a document, keys included, by place."""
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, Mapping):
+        for key, content in value.items():
+            where = f"{place}.{key}" if place else str(key)
+            yield where, str(key)
+            yield from _texts(content, where)
+    elif isinstance(value, list | tuple):
+        for number, content in enumerate(value):
+            yield from _texts(content, f"{place}.{number}")
+
+
+def write(runs: Mapping[str, Mapping[str, bytes]], to: Path) -> None:
+    """Write what `gather` gave, as a zip file if `to` ends so, or as folders in it. The same runs give the same bytes.
+
+    Raises:
+        NotSubmittable: Something else stands there.
+        OutputUnwritable: It cannot be written.
+    """
+    if to.suffix == ".zip":
+        content = packed(runs)
+        if to.exists() and (not to.is_file() or to.read_bytes() != content):
+            raise NotSubmittable(f"{to} is there, with other content; remove it, or name another file with --to")
+        try:
+            to.parent.mkdir(parents=True, exist_ok=True)
+            durable.put(to, content)
+        except OSError as error:
+            raise storage.OutputUnwritable(
+                f"{to} cannot be written: {error.strerror}; name another with --to"
+            ) from error
+        return
+    for run, files in runs.items():
+        for name, content in files.items():
+            there = to / run / name
+            if there.exists() and there.read_bytes() != content:
+                raise NotSubmittable(f"{there} is there, with other content; name another folder with --to")
+    for run, files in runs.items():
+        storage.place(to / run, files)
+
+
+def packed(runs: Mapping[str, Mapping[str, bytes]]) -> bytes:
+    """Pack runs into the content of a zip file; not compressed, as Parquet is, and compressors differ."""
+    sink = io.BytesIO()
+    with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED) as archive:
+        for run, files in sorted(runs.items()):
+            for name, content in sorted(files.items()):
+                entry = zipfile.ZipInfo(f"{run}/{name}", _LONG_AGO)
+                entry.create_system, entry.external_attr = 3, 0o644 << 16  # as on Unix, wherever it is packed
+                archive.writestr(entry, content)
+    return sink.getvalue()

@@ -1,0 +1,281 @@
+"""Whether published results hold together: each run by itself, runs beside each other, and the table made of them.
+
+What a run's files say is computed anew as far as it can be without training. What cannot - that the counts are those of
+the algorithm, how long it took - is self-reported until somebody runs it again (`bench.rerun`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench import presets
+from bench.identity import canonical
+from bench.results import records, verification
+from bench.results.inspection import Inspected, Problem, apart_at, inspect
+from bench.results.leaderboard import leaderboards
+from bench.results.record import COUNTS, DOCUMENT, Record
+from bench.results.table import results_readme
+from bench.results.verification import Verification as Verification
+from bench.results.verification import verified as verified
+
+TABLE, PROSE = "README.md", "NOTES.md"
+_BESIDE = (TABLE, PROSE, verification.FILE, ".gitignore", ".gitattributes")
+_ID = re.compile("[0-9a-f]{12}")
+_FOLDERS = (presets.FOLDER, "tuning")
+"""Of `bench tune`: what it chose, and all it tried."""
+_COMMAND = re.compile(r"`(bench table --out [^`]+? --write(?: --metric (last10|best))?)`")
+"""What the table says it was written by."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What became of a validation."""
+
+    inspected: tuple[Inspected, ...]
+    """Sorted by folder."""
+    problems: tuple[Problem, ...]
+    """All of them, by file."""
+    notes: tuple[str, ...]
+    """What is no problem and yet to be known."""
+
+    @property
+    def runs(self) -> list[Record]:
+        """The runs that could be read."""
+        return [one.record for one in self.inspected if one.record is not None]
+
+    @property
+    def splits(self) -> int:
+        """How many runs' splits were made anew and compared."""
+        return sum(one.dealt is not None for one in self.inspected)
+
+
+def validate(out: Path, root: Path, folders: Sequence[Path] | None = None) -> Report:
+    """Look at a folder of results and list everything that cannot be so.
+
+    Args:
+        out: The folder.
+        root: Of all datasets; where it has a run's, the split is made anew and compared.
+        folders: Of runs; None: all of `out`, and what stands beside them too.
+
+    Returns:
+        Problems and notes; no problem, and the results hold together.
+    """
+    everything = folders is None
+    here = sorted(_run_folders(out) if folders is None else folders)
+    inspected = [inspect(folder, root) for folder in here]
+    problems = [problem for one in inspected for problem in one.problems]
+    said: dict[str, list[str]] = defaultdict(list)
+    for one in inspected:
+        for note in one.notes:
+            said[note].append(one.folder.name)
+    notes = [f"{note}: {_names(runs)}." for note, runs in sorted(said.items())]
+    done = [one for one in inspected if one.record is not None and one.record.status == "done"]
+    problems += [*_splits_agree(done), *_work_agrees(done), *_copies(done)]
+    notes += _oddities(done)
+    if everything:
+        problems += [*_strangers(out), *_table(out), *_verifications(out)]
+    return Report(inspected=tuple(inspected), problems=tuple(sorted(set(problems))), notes=tuple(notes))
+
+
+# Runs beside each other -------------------------------------------------------------------------------------
+
+
+def _splits_agree(done: Sequence[Inspected]) -> Iterator[Problem]:
+    """Compare the splits of the runs of one protocol, where the data are not at hand to compare with."""
+    unknown = [one for one in done if one.dealt is None]
+    for group, of, keys in (
+        (_protocol_and_seed, "protocol and seed", ("fingerprint", "clients", "groups")),
+        (_protocol, "protocol", ("class_counts",)),
+    ):
+        for members in _grouped(unknown, group):
+            for key in keys:
+                given = {one.folder.name: one.record.document.get(key) for one in members if one.record}
+                odd = _odd({name: canonical({key: value}) for name, value in given.items() if value is not None})
+                yield from (
+                    Problem(f"{name}/{DOCUMENT}", key, f"differs from that of other runs of its {of}") for name in odd
+                )
+    for members in _grouped(unknown, _protocol_and_seed):
+        for kind in ("generic", "personal", "unseen"):
+            cells = {one.folder.name: one.tested[kind] for one in members if kind in one.tested}
+            spelled = {name: str(table.tolist()) for name, table in cells.items()}
+            odd = _odd(spelled)
+            usual = next((table for name, table in cells.items() if name not in odd), None)
+            for name in odd:
+                where = "" if usual is None else f": {apart_at(cells[name], usual)}"
+                what = f"has other test images ({kind}) than other runs of its protocol and seed"
+                yield Problem(f"{name}/{COUNTS}", "total", what + where)
+
+
+def _work_agrees(done: Sequence[Inspected]) -> Iterator[Problem]:
+    """Compare what was sent and computed by runs that differ by their seed only: as many clients take part in each."""
+    for members in _grouped(done, _all_but_seed):
+        for key, measure in _WORK.items():
+            values = {one.folder.name: _digits(measure(one)) for one in members}
+            for name in _odd({name: value for name, value in values.items() if value is not None}):
+                yield Problem(f"{name}/{DOCUMENT}", f"cost.{key}", "does not go with that of the run's other seeds")
+
+
+def _digits(value: float | None) -> str | None:
+    return None if value is None else f"{value:.9g}"
+
+
+def _a_sample(one: Inspected) -> float | None:
+    assert one.record is not None
+    flops, samples = one.record.cost.get("train_flops"), one.record.cost.get("samples")
+    return flops / samples if flops is not None and samples else None
+
+
+_WORK: Mapping[str, Callable[[Inspected], float | None]] = {
+    "bytes_down": lambda one: one.record.cost.get("bytes_down") if one.record else None,
+    "bytes_up": lambda one: one.record.cost.get("bytes_up") if one.record else None,
+    "train_flops": _a_sample,
+}
+
+
+def _copies(done: Sequence[Inspected]) -> Iterator[Problem]:
+    """Find two folders that hold one run: states of two seeds are never equal, nor are two times to the nanosecond."""
+    for members in _grouped(done, lambda one: str(one.record and one.record.document.get("digest"))):
+        seeds = {one.record.seed for one in members if one.record}
+        if len(seeds) > 1:
+            for one in members:
+                others = ", ".join(other.folder.name for other in members if other is not one)
+                yield Problem(f"{one.folder.name}/{DOCUMENT}", "digest", f"is that of {others}, which has another seed")
+    for members in _grouped(done, _duration):
+        for one in members:
+            others = ", ".join(other.folder.name for other in members if other is not one)
+            what = f"and device_seconds are those of {others} to the last digit: one of them is a copy"
+            yield Problem(f"{one.folder.name}/{DOCUMENT}", "cost.wall_seconds", what)
+
+
+def _oddities(done: Sequence[Inspected]) -> Iterator[str]:
+    """Name what can be, and is what a forged run looks like."""
+    for members in _grouped(done, lambda one: one.record and one.record.files.get(COUNTS)):
+        if len({one.record.document.get("digest") for one in members if one.record}) > 1:
+            names = ", ".join(one.folder.name for one in members)
+            yield f"{names} have the same right answers and other final states; --rerun tells whether that is so."
+    for members in _grouped([one for one in done if one.dealt is not None], _all_but_seed):
+        passes = {one.folder.name: _digits(_passes(one)) for one in members}
+        for name in _odd({name: value for name, value in passes.items() if value is not None}):
+            yield f"{name}: cost.samples does not go with that of the other seeds; --rerun tells whether that is so."
+
+
+def _passes(one: Inspected) -> float | None:
+    """Give how often a run processed an image of those that its cohorts hold."""
+    assert one.record is not None and one.dealt is not None
+    samples = one.record.cost.get("samples")
+    return samples / one.dealt.visited if samples is not None and one.dealt.visited else None
+
+
+def _names(runs: Sequence[str]) -> str:
+    """Name runs, or some of many."""
+    return ", ".join(runs[:6]) + (f" and {len(runs) - 6} more" if len(runs) > 6 else "")
+
+
+def _grouped(members: Iterable[Inspected], key: Callable[[Inspected], object]) -> list[list[Inspected]]:
+    """Group runs by a key; groups of one are left out."""
+    groups: dict[object, list[Inspected]] = defaultdict(list)
+    for one in members:
+        groups[key(one)].append(one)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _protocol(one: Inspected) -> object:
+    assert one.record is not None
+    return canonical({key: one.record.identity.get(key) for key in ("dataset", "setting", "weights")})
+
+
+def _protocol_and_seed(one: Inspected) -> object:
+    assert one.record is not None
+    return _protocol(one), one.record.seed
+
+
+def _all_but_seed(one: Inspected) -> object:
+    assert one.record is not None
+    return canonical({key: value for key, value in one.record.identity.items() if key != "seed"})
+
+
+def _duration(one: Inspected) -> object:
+    assert one.record is not None
+    return one.record.cost.get("wall_seconds"), one.record.cost.get("device_seconds")
+
+
+def _odd(values: Mapping[str, str]) -> list[str]:
+    """Give the names whose value is not the usual one; all names where none is usual."""
+    counted = Counter(values.values()).most_common()
+    if len(counted) < 2:
+        return []
+    usual = None if counted[0][1] == counted[1][1] else counted[0][0]
+    return [name for name, value in values.items() if value != usual]
+
+
+# What stands beside the runs --------------------------------------------------------------------------------
+
+
+def _run_folders(out: Path) -> list[Path]:
+    return [path for path in out.iterdir() if path.is_dir() and _ID.fullmatch(path.name)]
+
+
+def _strangers(out: Path) -> Iterator[Problem]:
+    for path in sorted(out.iterdir()):
+        if path.name not in (*_BESIDE, *_FOLDERS) and not (path.is_dir() and _ID.fullmatch(path.name)):
+            what = "does not belong into a folder of published results, where run folders have 12 hexadecimal digits"
+            yield Problem(path.name, "", f"{what}; remove it")
+
+
+def _table(out: Path) -> Iterator[Problem]:
+    """Compare the table with the one that would be written now."""
+    path = out / TABLE
+    fix = f"'bench table --out {out} --write' writes it"
+    try:
+        written = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        yield Problem(TABLE, "", f"is not there; {fix}")
+        return
+    except (OSError, ValueError) as error:
+        yield Problem(TABLE, "", f"cannot be read ({error}); {fix}")
+        return
+    command = _COMMAND.search(written)
+    if command is None:
+        yield Problem(TABLE, "", f"does not say by which command it was written; {fix}")
+        return
+    try:
+        boards = leaderboards(records.read_all(out)[0], command[2] or "last")
+        wanted = results_readme(boards, records.prose(out), command[1])
+    except Exception as error:  # whatever made-up runs make of it
+        yield Problem(TABLE, "", f"cannot be made of these folders ({type(error).__name__}: {error})")
+        return
+    if written != wanted:
+        lines = zip([*written.splitlines(), ""], [*wanted.splitlines(), ""], strict=False)
+        number = next((n for n, (one, other) in enumerate(lines, start=1) if one != other), 0)
+        yield Problem(TABLE, f"line {number}", f"is not what the folders give: it is stale, or was edited; {fix}")
+
+
+def _verifications(out: Path) -> Iterator[Problem]:
+    try:
+        entries = verification.read(out)
+    except ValueError as error:
+        yield Problem(verification.FILE, "", f"cannot be read: {error}")
+        return
+    for run, entry in entries.items():
+        digest = verification.digest(out / run) if _ID.fullmatch(run) else None
+        if digest is None:
+            yield Problem(verification.FILE, run, "is no run of this folder; remove the entry")
+        elif digest != entry.document:
+            what = "was verified with another run.json than the one that is here; run it again, or remove the entry"
+            yield Problem(verification.FILE, run, what)
+
+
+def summary(report: Report, out: Path) -> str:
+    """Say in a sentence or two what was looked at and found."""
+    done = [record for record in report.runs if record.status == "done"]
+    failed = len(report.runs) - len(done)
+    protocols = len({record.protocol for record in report.runs})
+    parts = f"{len(done)} finished run{'s' * (len(done) != 1)} of {protocols} protocol{'s' * (protocols != 1)}"
+    parts += f" and {failed} failed" if failed else ""
+    splits = f"the split of {report.splits} was made anew from the data"
+    found = len(report.problems)
+    return f"{out}: {parts}; {splits}; {found or 'no'} problem{'s' * (found != 1)}."

@@ -1,0 +1,114 @@
+"""Building a site into a folder, and taking away what an earlier build left there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+
+from bench import durable
+from bench.results import records
+from bench.results.storage import OutputUnwritable
+from bench.results.verification import Verification
+from bench.site import assets, pages
+
+MARKER = "bench-site.json"
+"""Lists the files of a site, and so tells a site from any other folder."""
+FORMAT = 1
+
+
+def build(
+    found: Iterable[records.Record],
+    to: Path,
+    *,
+    verified: Mapping[str, Verification] | None = None,
+    notes: str | None = None,
+) -> list[str]:
+    """Write a site; the same records give the same bytes.
+
+    Files that an earlier build left and that are no longer wanted go; files that no build wrote stay.
+
+    Args:
+        found: Finished and failed runs.
+        to: Where to: a folder that is new, empty, or holds a site.
+        verified: The runs that were run again, by id.
+        notes: What a person says about the results, in Markdown.
+
+    Returns:
+        The paths of all files within the site, sorted.
+
+    Raises:
+        OutputUnwritable: The folder holds something else, or cannot be written.
+        DamagedResult: A run's files are not what was written.
+    """
+    results = pages.Results(records={record.id: record for record in found}, verified=verified or {}, notes=notes)
+    try:
+        old = _earlier(to)
+        contents: dict[str, bytes | Path] = {**assets.static()}
+        contents |= {path: text.encode() for path, text in pages.write(results)}
+        for record in results.records.values():
+            contents |= {path: record.folder / name for name, path in pages.files(record)}
+        _mark(to, {*old, *contents})  # before anything is written: a build that was killed can be repeated
+        for path, content in contents.items():
+            _put(to / path, content if isinstance(content, bytes) else content.read_bytes())
+        for path in old - {*contents}:
+            _remove(to, path)
+        _mark(to, set(contents))
+    except OutputUnwritable:
+        raise
+    except OSError as error:
+        raise OutputUnwritable(f"the site cannot be written to {to}: {error.strerror}; name another --to") from error
+    return sorted([*contents, MARKER])
+
+
+def _earlier(to: Path) -> set[str]:
+    """List the files of the site that a folder holds; none if it is new or empty.
+
+    Raises:
+        OutputUnwritable: The folder holds something else.
+    """
+    marker = to / MARKER
+    if not marker.is_file():
+        if (to.is_dir() and not any(to.iterdir())) or not to.exists():
+            return set()
+        raise OutputUnwritable(
+            f"{to} is no site of ours (it has no {MARKER}) and not empty; name another folder with --to"
+        )
+    try:
+        content = json.loads(marker.read_bytes())
+        known = content["files"]
+        if content["format"] != FORMAT or not all(isinstance(path, str) and _inside(path) for path in known):
+            raise ValueError("its paths are not ours")
+    except (ValueError, TypeError, KeyError) as error:
+        raise OutputUnwritable(
+            f"{marker} is not the list of a site's files; delete {to} or name another --to"
+        ) from error
+    return set(known)
+
+
+def _inside(path: str) -> bool:
+    """Whether a path stays within the folder that it is relative to."""
+    parts = PurePosixPath(path)
+    return not parts.is_absolute() and bool(parts.parts) and ".." not in parts.parts
+
+
+def _mark(to: Path, paths: set[str]) -> None:
+    to.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"format": FORMAT, "files": sorted(paths)}, indent=1)
+    durable.put(to / MARKER, f"{text}\n".encode())
+
+
+def _put(file: Path, content: bytes) -> None:
+    """Write a file unless it is there already: a folder that is synchronised elsewhere changes little."""
+    if not file.is_file() or file.read_bytes() != content:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+
+
+def _remove(to: Path, path: str) -> None:
+    """Remove a file, and the folders that it leaves empty."""
+    file = to / path
+    file.unlink(missing_ok=True)
+    for folder in file.relative_to(to).parents:
+        if folder != Path() and (to / folder).is_dir() and not any((to / folder).iterdir()):
+            (to / folder).rmdir()

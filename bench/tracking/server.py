@@ -1,0 +1,189 @@
+"""MLflow itself: a database or server, and the few things that are asked of it."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import logging
+import os
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from bench.tracking.described import Point
+
+EXPERIMENT = "bench"
+_MOST_POINTS = 800
+"""In a request; MLflow takes 1000 of points, params and tags together."""
+_LONGEST_TAG, _LONGEST_PARAM = 5000, 6000
+
+_ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+"""Set before mlflow is imported, unless the user has set them: give up soon, and be quiet."""
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+class TrackingFailed(RuntimeError):
+    """MLflow cannot be written. The message says where, why and what to do."""
+
+
+def has_mlflow() -> bool:
+    """Tell whether mlflow is installed, without importing it."""
+    return importlib.util.find_spec("mlflow") is not None
+
+
+def default_uri(out: Path) -> str:
+    """Give the address of the SQLite database beside the results."""
+    return f"sqlite:///{out / 'mlflow.db'}"
+
+
+def is_remote(uri: str) -> bool:
+    """Tell a server from a database or folder that this process writes by itself."""
+    return uri.startswith(("http://", "https://"))
+
+
+def interface_command(uri: str) -> str:
+    """Give the command that opens MLflow's interface on a database, or the address of a server."""
+    if is_remote(uri):
+        return uri
+    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+
+
+def import_command(uri: str, out: Path) -> str:
+    """Give the command that imports what MLflow lacks."""
+    where = [] if uri == default_uri(out) else ["--tracking-uri", uri]
+    return shlex.join(["bench", "track", "--out", str(out), *where])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """A run that MLflow has."""
+
+    mlflow_run: str
+    status: str
+    started: int
+    """In milliseconds since 1970."""
+    tags: Mapping[str, str]
+
+
+class Server:
+    """A connection to MLflow.
+
+    Args:
+        uri: A tracking URI.
+        out: The folder of results. With the default URI artifacts lie there too.
+
+    Everything raises what MLflow raises, which may be anything.
+    """
+
+    def __init__(self, uri: str, out: Path) -> None:
+        self.is_remote = is_remote(uri)
+        self.client = import_mlflow()(tracking_uri=uri)
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+        experiment = self.client.get_experiment_by_name(name)
+        if experiment is None:
+            beside = (out / "mlflow-artifacts").resolve().as_uri() if uri == default_uri(out) else None
+            self.experiment: str = self.client.create_experiment(name, artifact_location=beside)
+        else:
+            self.experiment = experiment.experiment_id
+
+    def create(self, title: str, tags: Mapping[str, str], started: int) -> str:
+        """Begin an MLflow run, and give its id."""
+        cut = {key: value[:_LONGEST_TAG] for key, value in tags.items()}
+        created = self.client.create_run(self.experiment, start_time=started, tags=cut, run_name=title[:250])
+        return str(created.info.run_id)
+
+    def log(
+        self,
+        mlflow_run: str,
+        points: Sequence[Point] = (),
+        params: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write to an MLflow run in as few requests as it takes, the tags with the last of them.
+
+        What is there already is not written twice.
+        """
+        from mlflow.entities import Metric, Param, RunTag
+
+        with nullcontext() if self.is_remote else _no_collector():
+            metrics = [Metric(point.metric, point.value, point.milliseconds, point.step) for point in points]
+            parameters = [Param(key, value[:_LONGEST_PARAM]) for key, value in (params or {}).items()]
+            while len(metrics) > _MOST_POINTS:
+                self.client.log_batch(mlflow_run, metrics=metrics[:_MOST_POINTS], params=parameters)
+                metrics, parameters = metrics[_MOST_POINTS:], []
+            last = [RunTag(key, value[:_LONGEST_TAG]) for key, value in (tags or {}).items()]
+            self.client.log_batch(mlflow_run, metrics=metrics, params=parameters, tags=last)
+
+    def end(self, mlflow_run: str, status: Status, ended: int) -> None:
+        """End an MLflow run, at a time in milliseconds since 1970."""
+        self.client.set_terminated(mlflow_run, status, end_time=ended)
+
+    def keep(self, mlflow_run: str, files: Mapping[str, str]) -> None:
+        """Store texts as artifacts, by file name."""
+        for file_name, content in files.items():
+            self.client.log_text(mlflow_run, content, file_name)
+
+    def logged(self, mlflow_run: str) -> set[tuple[str, int]]:
+        """Look up which points an MLflow run has, as metric and step."""
+        metrics = self.client.get_run(mlflow_run).data.metrics
+        return {(key, point.step) for key in metrics for point in self.client.get_metric_history(mlflow_run, key)}
+
+    def search(self, query: str) -> Iterator[Shown]:
+        """Find MLflow runs of the experiment, the newest first."""
+        token = None
+        while True:
+            page = self.client.search_runs([self.experiment], query, max_results=1000, page_token=token)
+            for found in page:
+                info = found.info
+                yield Shown(mlflow_run=info.run_id, status=info.status, started=info.start_time, tags=found.data.tags)
+            token = page.token
+            if not token:
+                return
+
+    def open_in(self, folder: str) -> list[Shown]:
+        """Find what sweeps of a folder of results have begun and not ended, the newest first."""
+        running = self.search("attributes.status = 'RUNNING'")
+        return [shown for shown in running if shown.tags.get("bench.folder") == folder]
+
+
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    """Keep the garbage collector from looking at the thousands of objects, all short-lived, that points are to a
+    database, for as long as it takes to write them: a quarter of the time would be its.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def why(error: Exception) -> str:
+    """Shorten what a library says to its first line, at most 200 characters."""
+    if "Max retries exceeded" in str(error):
+        return "nobody answers there"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200].rstrip(". ")
+
+
+def import_mlflow() -> Any:
+    """Import mlflow, quietly, which takes seconds; give the class of its client."""
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    for library in ("alembic", "mlflow"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    from mlflow import MlflowClient
+
+    return MlflowClient

@@ -1,0 +1,1172 @@
+"""Published results: what is tampered with is found, what is honest passes, and a rerun has the last word."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas
+import pytest
+import torch
+
+from bench import metrics, sweep
+from bench.algorithm import Exchange
+from bench.config import Sweep, parse_algorithms, parse_datasets
+from bench.dataset import DataMissing
+from bench.identity import identify
+from bench.pool import InProcess
+from bench.population import Population
+from bench.registry import ALGORITHMS, DATASETS
+from bench.rerun import candidates, draw, rerun
+from bench.results import expected, inspection, records, storage, submission, verification
+from bench.results.inspection import tables
+from bench.results.leaderboard import leaderboards
+from bench.results.table import results_readme
+from bench.results.validation import validate, verified
+from tests.test_command import Bench
+from tests.test_command import bench as bench
+
+ROOT = Path("no data here")
+"""Digits need none."""
+PUBLISHED = Path(__file__).parents[1] / "results"
+COMMAND = "bench table --out results --write"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six real runs on digits and their table: adapted, private and plain models, held-out clients, two seeds."""
+    out = tmp_path_factory.mktemp("published")
+    asked = Sweep(
+        algorithms=tuple(parse_algorithms("fedavg_ft(finetune_epochs=1),fedrep(head_epochs=1),ditto")),
+        datasets=tuple(parse_datasets("digits")),
+        overrides={"rounds": 3, "eval_every": 2, "unseen": 2, "epochs": 1},
+        seeds=(0, 1),
+        data_root=ROOT,
+    )
+    results = sweep.run(asked.expand(), out, pool=InProcess())
+    assert {result.status for result in results} == {"done"}
+    write_table(out)
+    return out
+
+
+@pytest.fixture
+def out(published: Path, tmp_path: Path) -> Path:
+    """A copy to tamper with."""
+    return Path(shutil.copytree(published, tmp_path / "results"))
+
+
+def write_table(out: Path) -> None:
+    """What `bench table --write` does; a forger does not forget it."""
+    found, _ = records.read_all(out)
+    (out / "README.md").write_text(results_readme(leaderboards(found), records.prose(out), COMMAND))
+
+
+def complaints(out: Path) -> str:
+    return "\n".join(map(str, validate(out, ROOT).problems))
+
+
+def folder(out: Path, label: str = "fedavg_ft", seed: int = 0) -> Path:
+    found = [each for each in records.read_all(out)[0] if each.algorithm == label and each.seed == seed]
+    return found[0].folder
+
+
+def document(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "run.json").read_text())
+    return content
+
+
+class Forger:
+    """Somebody who knows the formats and recomputes all that can be recomputed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.document = document(folder)
+        self.counts: Any = pandas.read_parquet(folder / "clients.parquet")
+        self.rounds: Any = pandas.read_parquet(folder / "rounds.parquet")
+
+    def recompute(self) -> Forger:
+        """Make curves and metrics of the counts."""
+        groups = {name: torch.tensor(those, dtype=torch.int64) for name, those in self.document["groups"].items()}
+        classes = len(self.document["class_counts"])
+        rows: list[dict[str, Any]] = [
+            {"round": round, **metrics.summarise(tables(frame, classes), groups)}
+            for round, frame in self.counts.groupby("round")
+        ]
+        final = {key: value for key, value in rows[-1].items() if key != "round"}
+        for key in ("generic", "personal", "personal.masked"):
+            final |= {f"{key}@last10": metrics.last_mean(rows, key), f"{key}@best": metrics.best(rows, key)}
+        self.document["metrics"] = final
+        self.rounds = pandas.DataFrame(rows)
+        return self
+
+    def save(self) -> Path:
+        """Write the files, with checksums, the identity's hash, the protocol and the folder's name as they must be."""
+        curves = [{str(k): v for k, v in row.items()} for row in self.rounds.to_dict("records")]
+        counts: Any = {
+            str(name): ("string" if name == "model" else "int32", self.counts[name].tolist()) for name in self.counts
+        }
+        contents = {
+            "rounds.parquet": storage.parquet(storage.columns(curves, first="round")),
+            "clients.parquet": storage.parquet(counts),
+        }
+        for name, content in contents.items():
+            (self.folder / name).write_bytes(content)
+            self.document["files"][name] = hashlib.sha256(content).hexdigest()
+        identity = self.document["identity"]
+        self.document["protocol"] = identify({key: identity[key] for key in ("dataset", "setting")})
+        self.document["id"] = identify(identity)
+        (self.folder / "run.json").write_text(json.dumps(self.document, indent=2) + "\n")
+        return self.folder.rename(self.folder.with_name(self.document["id"]))
+
+    def set(self, field: str, value: object) -> Forger:
+        """Replace a field of the setting wherever it is said."""
+        self.document["identity"]["setting"][field] = value
+        self.document["setting"][field] = value
+        self.document["overrides"][field] = value
+        return self
+
+
+# What is honest ---------------------------------------------------------------------------------------------
+
+
+def test_honest_results_pass(published: Path) -> None:
+    report = validate(published, ROOT)
+    assert report.problems == () and report.splits == len(report.runs) == 6
+    assert not [note for note in report.notes if "no commit" not in note]
+
+
+def test_the_published_results_pass() -> None:
+    report = validate(PUBLISHED, ROOT)
+    assert report.problems == () and len(report.runs) >= 44
+
+
+@pytest.mark.real
+def test_the_published_results_are_of_the_splits_that_the_data_give() -> None:
+    from bench.files import data_root
+
+    root = data_root()
+    for dataset in ("cifar-10-batches-py", "femnist/test"):
+        if not (root / dataset).is_dir():
+            pytest.skip(f"{root / dataset} is not there")
+    report = validate(PUBLISHED, root)
+    assert report.problems == () and report.splits == len([run for run in report.runs if run.status == "done"])
+
+
+def test_without_the_data_honest_results_pass_and_it_is_said(published: Path, no_data: None) -> None:
+    report = validate(published, ROOT)
+    assert report.problems == () and report.splits == 0
+    assert any("digits is not at hand" in note and note.count(",") == 6 for note in report.notes)
+
+
+@pytest.fixture
+def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(asked: object, root: Path) -> None:
+        raise DataMissing("not here")
+
+    monkeypatch.setattr(inspection, "dealt", missing)
+
+
+def test_a_failed_run_may_be_published_with_its_reason(out: Path) -> None:
+    here = folder(out)
+    said = {key: value for key, value in document(here).items() if key not in ("metrics", "cost", "files", "digest")}
+    shutil.rmtree(here)
+    records.fail(out, here.name, said, "diverged: after round 2 a state is no longer finite")
+    write_table(out)
+    assert complaints(out) == ""
+    (here / "run.json").write_text(
+        (here / "run.json").read_text().replace('"reason": "diverged', '"reason": "", "x": "')
+    )
+    assert "reason" in complaints(out)
+
+
+def test_results_of_an_earlier_version_stay_valid_and_are_not_run_again(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forger = Forger(folder(out, "ditto"))
+    forger.document["identity"]["algorithm"]["fields"]["gone"] = 1
+    here = forger.save()
+    shutil.rmtree(folder(out, "ditto", 1))
+    write_table(out)
+    assert "identity.algorithm.fields.gone is no field" in complaints(out)
+    monkeypatch.setattr(ALGORITHMS["ditto"], "version", 2)
+    report = validate(out, ROOT)
+    assert report.problems == () and here.name not in candidates(report.inspected, ROOT)
+    assert any("made by version 1 of ditto, which is at version 2 here" in note for note in report.notes)
+    monkeypatch.setattr(DATASETS["digits"], "revision", 2)
+    report = validate(out, ROOT)
+    assert report.problems == () and candidates(report.inspected, ROOT) == {} and report.splits == 0
+
+
+def test_what_follows_from_a_setting_is_what_the_run_does(published: Path) -> None:
+    record = records.read(folder(published, "ditto", 1))
+    asked = expected.rebuild(record)
+    run = asked.run(ROOT)
+    splits = run.dataset.load(ROOT)
+    from bench.split import make_split
+
+    setting = replace(run.setting, participation=0.3, rounds=5, eval_clients=4)
+    split = make_split(splits.labels, run.dataset.num_classes, setting, run.seed)
+    population = Population(run.dataset, splits, split, setting, run.seed, "cpu")
+    drawn = list(expected.cohorts(setting, population.size, run.seed))
+    assert drawn == [population.cohort(round) for round in range(5)]
+    trained = range(population.training)
+    assert tuple(expected.evaluated(setting, trained, run.seed)) == population.evaluated(trained)
+    repeated = sweep.document(run, None)
+    told = expected.description(asked)
+    assert {key: json.loads(json.dumps(repeated[key])) for key in told} == told
+    left = {"identity", "versions", "hardware", "commit", "started", "preset", "workers"}
+    assert set(repeated) - set(told) <= left  # a new key of run.json that repeats the identity is to be compared too
+
+
+def test_an_exchange_with_everyone_is_counted_with_everyone(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = expected.rebuild(records.read(folder(published, "ditto", 1)))
+    exchanges = (Exchange(everyone=True), Exchange())
+    monkeypatch.setattr(type(asked.algorithm), "exchanges", lambda self, task: exchanges)
+    expected._shapes.cache_clear()
+    run = asked.run(ROOT)
+    assert sweep.execute(run, tmp_path) is None
+    cost, known = records.read(tmp_path / run.id).cost, expected.sent(asked, 20)
+    expected._shapes.cache_clear()
+    assert known is not None
+    assert (cost["bytes_down"], cost["client_state_bytes"]) == (known.bytes_down, known.client_state_bytes)
+
+
+# One thing changed ------------------------------------------------------------------------------------------
+
+
+def leaves(value: object, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """List all numbers, texts and nulls of a JSON document, and empty containers."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    if not inside:
+        yield place
+    for key, content in inside:
+        yield from leaves(content, (*place, key))
+
+
+def altered(value: object) -> object:
+    if isinstance(value, bool) or value is None:
+        return 0.5 if value is None else not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float):
+        return value + 0.25
+    if isinstance(value, str):
+        return value[:-1] + ("0" if value[-1:] != "0" else "1")
+    return [0] if isinstance(value, list) else {"x": 0}
+
+
+SELF_REPORTED = {
+    # Of other hours and machines nobody knows; a rerun says what the same code gives here and now.
+    *(("versions", package) for package in ("bench", "python", "torch", "torchvision", "numpy", "scipy", "pandas")),
+    ("versions", "scikit-learn"),
+    *(("hardware", key) for key in ("machine", "cpu", "cores", "instructions")),
+    *(("cost", key) for key in ("wall_seconds", "device_seconds", "peak_memory_bytes")),
+    ("commit",),
+    ("started",),
+    ("finished",),
+    ("preset",),
+    ("workers",),
+}
+BY_A_RERUN = {("digest",), ("cost", "samples"), ("cost", "train_flops")}
+
+
+def test_every_leaf_of_run_json_that_is_changed_is_found(out: Path) -> None:
+    here = folder(out)
+    file = here / "run.json"
+    original = file.read_text()
+    everything = list(leaves(json.loads(original)))
+    missed = set()
+    for place in everything:
+        content = json.loads(original)
+        inside = content
+        for key in place[:-1]:
+            inside = inside[key]
+        inside[place[-1]] = altered(inside[place[-1]])
+        file.write_text(json.dumps(content, indent=2))
+        report = validate(out, ROOT, [here])  # this run alone: no other gives it away, and the table neither
+        if not report.problems:
+            missed.add(place)
+        for problem in report.problems:
+            assert "\n" not in str(problem) and problem.file.startswith(here.name)
+    assert len(everything) > 120
+    assert missed <= SELF_REPORTED | BY_A_RERUN, missed - SELF_REPORTED - BY_A_RERUN
+    print(f"{len(everything) - len(missed)} of {len(everything)} changed leaves found; not: {sorted(missed)}")
+
+
+def test_every_leaf_of_run_json_that_is_removed_is_found(out: Path) -> None:
+    here = folder(out)
+    file = here / "run.json"
+    original = file.read_text()
+    may_lack = {"commit", "label", "preset", "workers", "started", "reason", "clients", "traceback"}  # as before
+    for key in json.loads(original):
+        content = json.loads(original)
+        del content[key]
+        file.write_text(json.dumps(content))
+        assert validate(out, ROOT, [here]).problems or key in may_lack, key
+    for part in ("metrics", "cost", "groups", "setting", "files", "identity", "overrides", "heterogeneity"):
+        for key in json.loads(original)[part]:
+            content = json.loads(original)
+            del content[part][key]
+            file.write_text(json.dumps(content))
+            assert validate(out, ROOT, [here]).problems or (part, key) == ("setting", "eval_clients"), (part, key)
+
+
+@pytest.mark.parametrize("value", [None, True, -1, 10**30, 1e308, "", "x", [], [[]], {"x": 1}])
+def test_nothing_that_is_made_up_stops_the_validation(out: Path, value: object) -> None:
+    here = folder(out)
+    original = json.loads((here / "run.json").read_text())
+    for key in ("class_counts", "groups", "setting", "identity", "heterogeneity", "versions", "files"):
+        for inside in (False, True):
+            content = json.loads(json.dumps(original))
+            if inside:
+                part = content[key]
+                part[next(iter(part)) if isinstance(part, dict) else 0] = value
+            else:
+                content[key] = value
+            (here / "run.json").write_text(json.dumps(content))
+            found = validate(out, ROOT, [here]).problems
+            assert found and not any("\n" in str(problem) for problem in found), (key, inside)
+
+
+Tampering = Callable[[Path], object]
+TAMPERINGS: dict[str, tuple[Tampering, str]] = {}
+"""What is done to a folder of results, and what is to be said of it."""
+
+
+def tampering(says: str) -> Callable[[Tampering], Tampering]:
+    def note(change: Tampering) -> Tampering:
+        TAMPERINGS[change.__name__] = (change, says)
+        return change
+
+    return note
+
+
+@tampering("metrics.personal is")
+def a_metric_changed_by_a_billionth(out: Path) -> None:
+    forger = Forger(folder(out))
+    forger.document["metrics"]["personal"] += 1e-9
+    forger.save()
+
+
+@tampering("clients.parquet: is not the file that run.json was written with")
+def a_count_changed(out: Path) -> None:
+    forger = Forger(folder(out))
+    files = dict(forger.document["files"])
+    forger.counts.loc[3, "correct"] -= 1
+    here = forger.save()
+    content = document(here) | {"files": files}
+    (here / "run.json").write_text(json.dumps(content))
+
+
+@tampering("metrics.")
+def a_count_changed_and_its_checksum(out: Path) -> None:
+    forger = Forger(folder(out))
+    last = forger.counts.index[forger.counts["correct"] > 0][-1]
+    forger.counts.loc[last, "correct"] -= 1
+    forger.save()
+
+
+@tampering("correct is not between 0 and total")
+def more_right_than_tested(out: Path) -> None:
+    forger = Forger(folder(out))
+    forger.counts.loc[5, "correct"] = forger.counts.loc[5, "total"] + 1
+    forger.recompute().save()
+
+
+@tampering("total has other test images")
+def a_harder_class_tested_less(out: Path) -> None:
+    forger = Forger(folder(out))
+    rows = (forger.counts["class"] == 8) & (forger.counts["model"] == "generic")
+    forger.counts.loc[rows, "total"] -= 1
+    forger.counts["correct"] = forger.counts[["correct", "total"]].min(axis=1)
+    forger.recompute().save()
+
+
+@tampering("total has other test images")
+def the_worst_client_left_out(out: Path) -> None:
+    forger = Forger(folder(out))
+    mine = forger.counts[forger.counts["model"] == "personal"].groupby("client")[["correct", "total"]].sum()
+    worst = (mine["correct"] / mine["total"]).idxmin()
+    forger.counts = forger.counts[forger.counts["client"] != worst]
+    forger.recompute().save()
+
+
+@tampering("total has other test images")
+def one_row_left_out(out: Path) -> None:
+    forger = Forger(folder(out))
+    forger.counts = forger.counts.drop(index=forger.counts.index[-1])
+    forger.recompute().save()
+
+
+@tampering("stands there twice")
+def a_row_twice(out: Path) -> None:
+    forger = Forger(folder(out))
+    forger.counts = pandas.concat([forger.counts, forger.counts.iloc[[4]]])
+    forger.save()
+
+
+@tampering("client is no client of the model")
+def a_client_too_many(out: Path) -> None:
+    forger = Forger(folder(out))
+    extra = forger.counts[(forger.counts["client"] == 0) & (forger.counts["model"] == "personal")]
+    forger.counts = pandas.concat([forger.counts, extra.assign(client=77)])
+    forger.recompute().save()
+
+
+@tampering("class is none of the 10 classes")
+def a_class_too_many(out: Path) -> None:
+    forger = Forger(folder(out))
+    forger.counts.loc[2, "class"] = 10
+    forger.save()
+
+
+@tampering("correct of personal.masked is below that of personal")
+def masked_answers_made_fewer(out: Path) -> None:
+    forger = Forger(folder(out))
+    rows = (forger.counts["model"] == "personal.masked") & (forger.counts["correct"] > 1)
+    forger.counts.loc[forger.counts.index[rows][0], "correct"] -= 1
+    forger.recompute().save()
+
+
+@tampering("model has not the models of fedrep after round")
+def a_model_made_up(out: Path) -> None:
+    forger = Forger(folder(out, "fedrep"))
+    other = Forger(folder(out)).counts
+    forger.counts = pandas.concat([forger.counts, other[other["model"] == "generic"]]).sort_values(
+        "round", kind="stable"
+    )
+    forger.recompute().save()
+
+
+@tampering("model has not the models of ditto after round")
+def a_model_hidden(out: Path) -> None:
+    forger = Forger(folder(out, "ditto"))
+    forger.counts = forger.counts[forger.counts["model"] != "generic"]
+    forger.recompute().save()
+
+
+@tampering("round has [3], and by the setting models are tested after [2, 3]")
+def a_round_hidden(out: Path) -> None:
+    forger = Forger(folder(out))
+    forger.counts = forger.counts[forger.counts["round"] == 3]
+    forger.recompute().save()
+
+
+@tampering("rounds.parquet: generic is")
+def a_curve_changed(out: Path) -> None:
+    forger = Forger(folder(out))
+    forger.rounds.loc[0, "generic"] += 0.01
+    forger.save()
+
+
+@tampering("rounds.parquet: has not the columns")
+def a_curve_hidden(out: Path) -> None:
+    forger = Forger(folder(out))
+    forger.rounds = forger.rounds.drop(columns="personal.worst_decile")
+    forger.save()
+
+
+@tampering("rounds.parquet: round is [2, 4]")
+def a_round_renamed(out: Path) -> None:
+    forger = Forger(folder(out))
+    forger.rounds["round"] = [2, 4]
+    forger.save()
+
+
+@tampering("the stored counts give")
+def counts_swapped_between_seeds(out: Path) -> None:
+    one, other = Forger(folder(out, seed=0)), Forger(folder(out, seed=1))
+    one.counts, other.counts = other.counts, one.counts
+    one.save(), other.save()
+
+
+@tampering("total has other test images")
+def counts_and_metrics_swapped_between_seeds(out: Path) -> None:
+    one, other = Forger(folder(out, seed=0)), Forger(folder(out, seed=1))
+    one.counts, other.counts = other.counts, one.counts
+    one.recompute().save(), other.recompute().save()
+
+
+@tampering("model has not the models of fedrep")
+def counts_and_metrics_of_another_algorithm(out: Path) -> None:
+    one, other = Forger(folder(out, "fedrep")), Forger(folder(out, "ditto"))
+    one.counts = other.counts
+    one.recompute().save()
+
+
+@tampering("fingerprint is '0123456789abcdef', and the data give")
+def another_fingerprint(out: Path) -> None:
+    forger = Forger(folder(out))
+    forger.document["fingerprint"] = "0123456789abcdef"
+    forger.save()
+
+
+@tampering("class_counts is [")
+def other_class_counts(out: Path) -> None:
+    forger = Forger(folder(out))
+    forger.document["class_counts"][0] -= 1
+    forger.save()
+
+
+@tampering("groups.few is")
+def easier_groups(out: Path) -> None:
+    forger = Forger(folder(out))
+    groups = forger.document["groups"]
+    groups["few"], groups["medium"] = [], sorted(groups["few"] + groups["medium"] + groups["many"][-1:])
+    groups["many"] = groups["many"][:-1]
+    forger.recompute().save()
+
+
+@tampering("cost.bytes_down is")
+def less_sent_down(out: Path) -> None:
+    for seed in (0, 1):
+        forger = Forger(folder(out, seed=seed))
+        forger.document["cost"]["bytes_down"] /= 2
+        forger.save()
+
+
+@tampering("cost.bytes_up does not go with that of the run's other seeds")
+def less_sent_up(out: Path) -> None:
+    forger = Forger(folder(out))
+    forger.document["cost"]["bytes_up"] /= 2
+    forger.save()
+
+
+@tampering("cost.train_flops does not go with")
+def less_computed(out: Path) -> None:
+    forger = Forger(folder(out))
+    forger.document["cost"]["train_flops"] /= 2
+    forger.save()
+
+
+@tampering("cost.client_state_bytes is")
+def less_kept(out: Path) -> None:
+    forger = Forger(folder(out, "ditto"))
+    forger.document["cost"]["client_state_bytes"] = 0.0
+    forger.save()
+
+
+@tampering("cost.wall_seconds is -1.0")
+def a_negative_cost(out: Path) -> None:
+    forger = Forger(folder(out))
+    forger.document["cost"]["wall_seconds"] = -1.0
+    forger.save()
+
+
+@tampering("metrics is there, and the run failed")
+def a_bad_seed_called_failed(out: Path) -> None:
+    forger = Forger(folder(out))
+    forger.document |= {"status": "failed", "reason": "power cut"}
+    forger.save()
+
+
+@tampering("algorithm is 'fedavg', and by the identity it is 'ditto'")
+def another_name(out: Path) -> None:
+    forger = Forger(folder(out, "ditto"))
+    forger.document |= {"algorithm": "fedavg"}
+    forger.save()
+
+
+@tampering("label is 'mine', and by the identity it is 'ditto'")
+def another_label(out: Path) -> None:
+    forger = Forger(folder(out, "ditto"))
+    forger.document |= {"label": "mine"}
+    forger.save()
+
+
+@tampering("setting.epochs is 5, and by the identity it is 1")
+def a_setting_that_is_not_the_identitys(out: Path) -> None:
+    forger = Forger(folder(out))
+    forger.document["setting"]["epochs"] = 5
+    forger.save()
+
+
+@tampering("overrides.unseen is not there, and by the identity it is 2")
+def a_departure_hidden(out: Path) -> None:
+    forger = Forger(folder(out))
+    del forger.document["overrides"]["unseen"]
+    forger.save()
+
+
+@tampering("tier is 'A', and by the identity it is 'S'")
+def another_tier(out: Path) -> None:
+    forger = Forger(folder(out))
+    forger.document["tier"] = "A"
+    forger.save()
+
+
+@tampering("identity.algorithm.version is 99, and this code knows ditto up to")
+def a_version_of_tomorrow(out: Path) -> None:
+    forger = Forger(folder(out, "ditto"))
+    forger.document["identity"]["algorithm"]["version"] = 99
+    forger.save()
+
+
+@tampering("identity.algorithm.version is 0")
+def no_version(out: Path) -> None:
+    forger = Forger(folder(out, "ditto"))
+    forger.document["identity"]["algorithm"]["version"] = 0
+    forger.save()
+
+
+@tampering("identity.dataset.version is 2, and this code knows digits up to 1")
+def a_dataset_of_tomorrow(out: Path) -> None:
+    forger = Forger(folder(out))
+    forger.document["identity"]["dataset"]["version"] = 2
+    forger.save()
+
+
+@tampering("versions.bench is 99.0.0, and this is")
+def a_bench_of_tomorrow(out: Path) -> None:
+    forger = Forger(folder(out))
+    forger.document["versions"]["bench"] = "99.0.0"
+    forger.save()
+
+
+@tampering("has format 2, and this version reads format 1")
+def another_format(out: Path) -> None:
+    forger = Forger(folder(out))
+    forger.document["format"] = 2
+    forger.save()
+
+
+@tampering("finished lies in the future")
+def finished_tomorrow(out: Path) -> None:
+    forger = Forger(folder(out))
+    forger.document["finished"] = "2199-01-01T00:00:00+00:00"
+    forger.save()
+
+
+@tampering("identity.seed is")
+def a_seed_as_a_text(out: Path) -> None:
+    forger = Forger(folder(out))
+    forger.document["identity"]["seed"] = "0"
+    forger.save()
+
+
+@tampering("identity.setting is not as this code writes it")
+def the_same_run_spelled_otherwise(out: Path) -> None:
+    shutil.copytree(here := folder(out), out / "copy")
+    forger = Forger(out / "copy")
+    forger.document["identity"]["setting"]["imbalance"] = int(forger.document["identity"]["setting"]["imbalance"])
+    assert forger.save().name != here.name
+
+
+@tampering("identity.again is no part of an identity")
+def the_same_run_with_one_key_more(out: Path) -> None:
+    shutil.copytree(folder(out), out / "copy")
+    forger = Forger(out / "copy")
+    forger.document["identity"]["again"] = 1
+    forger.save()
+
+
+@tampering("and device_seconds are those of")
+def a_copy_as_another_engine(out: Path) -> None:
+    shutil.copytree(folder(out), out / "copy")
+    forger = Forger(out / "copy")
+    forger.document["identity"]["engine"] = forger.document["engine"] = "serial"
+    forger.save()
+
+
+@tampering("digest is that of")
+def a_copy_as_another_seed(out: Path) -> None:
+    shutil.copytree(folder(out), out / "copy")
+    forger = Forger(out / "copy")
+    forger.document["identity"]["seed"] = forger.document["seed"] = 7
+    forger.document["cost"]["wall_seconds"] += 0.1
+    forger.save()
+
+
+@tampering("and the folder is called 0123456789ab")
+def a_copy_under_another_id(out: Path) -> None:
+    shutil.copytree(folder(out), out / "0123456789ab")
+
+
+@tampering("fingerprint is")
+def a_better_seed_under_a_worse_ones_name(out: Path) -> None:
+    better = folder(out, seed=1)
+    shutil.rmtree(folder(out, seed=0))
+    forger = Forger(better)
+    forger.document["identity"]["seed"] = forger.document["seed"] = 0
+    forger.save()
+
+
+@tampering("round has [2, 3], and by the setting models are tested after")
+def fewer_rounds_said(out: Path) -> None:
+    Forger(folder(out)).set("rounds", 2).save()
+
+
+@tampering("cost.bytes_down is")
+def less_participation_said(out: Path) -> None:
+    Forger(folder(out)).set("participation", 0.2).save()
+
+
+@tampering("cost.bytes_down is")
+def a_smaller_model_said(out: Path) -> None:
+    Forger(folder(out)).set("model", "small_cnn").save()
+
+
+@tampering("fingerprint is")
+def another_partition_said(out: Path) -> None:
+    Forger(folder(out)).set("alpha", 0.1).save()
+
+
+@tampering("fingerprint is")
+def another_imbalance_said(out: Path) -> None:
+    forger = Forger(folder(out)).set("imbalance", 20.0)
+    forger.document["imbalance"] = 20.0
+    forger.save()
+
+
+@tampering("client")
+def other_clients_said(out: Path) -> None:
+    Forger(folder(out)).set("clients", 21).save()
+
+
+@tampering("identity.setting.lr cannot be taken")
+def a_learning_rate_as_a_text(out: Path) -> None:
+    Forger(folder(out)).set("lr", "0.05").save()
+
+
+@tampering("identity.algorithm.name is unknown here")
+def an_algorithm_nobody_knows(out: Path) -> None:
+    forger = Forger(folder(out))
+    forger.document["identity"]["algorithm"]["name"] = forger.document["algorithm"] = "best_of_all"
+    forger.save()
+
+
+@tampering("NaN is not a number of JSON")
+def a_metric_that_is_no_number(out: Path) -> None:
+    forger = Forger(folder(out))
+    forger.document["metrics"]["personal"] = float("nan")
+    forger.save()
+
+
+@tampering("Infinity is not a number of JSON")
+def an_infinite_cost(out: Path) -> None:
+    forger = Forger(folder(out))
+    forger.document["cost"]["bytes_up"] = float("inf")
+    forger.save()
+
+
+@tampering("key 'personal' stands there twice")
+def two_metrics_of_one_name(out: Path) -> None:
+    file = folder(out) / "run.json"
+    file.write_text(file.read_text().replace('"personal": ', '"personal": 0.99, "personal": ', 1))
+
+
+@tampering("clients.parquet: is no Parquet file")
+def a_file_cut_off_and_its_checksum(out: Path) -> None:
+    here = folder(out)
+    content = (here / "clients.parquet").read_bytes()[:-40]
+    (here / "clients.parquet").write_bytes(content)
+    said = document(here)
+    said["files"]["clients.parquet"] = hashlib.sha256(content).hexdigest()
+    (here / "run.json").write_text(json.dumps(said))
+
+
+@tampering("rounds.parquet: cannot be read")
+def a_file_removed(out: Path) -> None:
+    (folder(out) / "rounds.parquet").unlink()
+
+
+@tampering("has the columns")
+def a_column_more(out: Path) -> None:
+    forger = Forger(folder(out))
+    forger.counts["note"] = 1
+    forger.save()
+
+
+@tampering("README.md: line")
+def a_folder_removed(out: Path) -> None:
+    table = (out / "README.md").read_text()
+    shutil.rmtree(folder(out))
+    write_table(out)
+    (out / "README.md").write_text(table)
+
+
+@tampering("README.md: line")
+def the_table_edited(out: Path) -> None:
+    table = (out / "README.md").read_text()
+    (out / "README.md").write_text(table.replace("| `ditto`", "| `ditto (ours)`"))
+
+
+@tampering("README.md: is not there")
+def the_table_removed(out: Path) -> None:
+    (out / "README.md").unlink()
+
+
+@tampering("has no run.json: the run is unfinished")
+def an_unfinished_run(out: Path) -> None:
+    (folder(out) / "run.json").unlink()
+
+
+@tampering("checkpoint.pt: does not belong into a run's folder")
+def something_else_in_a_run(out: Path) -> None:
+    (folder(out) / "checkpoint.pt").write_bytes(b"")
+
+
+@tampering("better: does not belong into a folder of published results")
+def something_else_beside_the_runs(out: Path) -> None:
+    (out / "better").mkdir()
+
+
+@tampering("verified.json: 0123456789ab is no run of this folder")
+def a_verification_of_nothing(out: Path) -> None:
+    (out / "verified.json").write_text(json.dumps({"format": 1, "runs": {"0123456789ab": ENTRY}}))
+
+
+@tampering("was verified with another run.json than the one that is here")
+def a_run_changed_after_it_was_verified(out: Path) -> None:
+    (out / "verified.json").write_text(json.dumps({"format": 1, "runs": {folder(out).name: ENTRY}}))
+
+
+@tampering("verified.json: cannot be read")
+def a_verification_that_is_none(out: Path) -> None:
+    (out / "verified.json").write_text("[]")
+
+
+ENTRY = {
+    "date": "2026-01-02",
+    "commit": None,
+    "versions": {"torch": "2"},
+    "hardware": {"cpu": "x"},
+    "exact": True,
+    "document": "0" * 64,
+}
+_LEAVE_THE_TABLE = {"an_algorithm_nobody_knows", "a_folder_removed", "the_table_edited", "the_table_removed"}
+
+
+@pytest.mark.parametrize("name", TAMPERINGS)
+def test_tampering_is_found_although_the_table_was_written_anew(out: Path, name: str) -> None:
+    change, says = TAMPERINGS[name]
+    change(out)
+    if name not in _LEAVE_THE_TABLE:
+        write_table(out)
+    found = complaints(out)
+    assert says in found, found
+    if name not in _LEAVE_THE_TABLE:
+        assert "README.md" not in found
+
+
+WITHOUT_DATA = {
+    "a_harder_class_tested_less": "total has other test images",
+    "the_worst_client_left_out": "total has other test images",
+    "counts_and_metrics_swapped_between_seeds": "total has other test images",
+    "another_fingerprint": "fingerprint differs from that of other runs of its protocol and seed",
+    "other_class_counts": "class_counts differs from that of other runs of its protocol",
+    "a_better_seed_under_a_worse_ones_name": "fingerprint differs from that of other runs of its protocol and seed",
+    "a_copy_as_another_seed": "digest is that of",
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_DATA)
+def test_where_the_data_are_not_at_hand_runs_are_compared_with_each_other(out: Path, no_data: None, name: str) -> None:
+    TAMPERINGS[name][0](out)
+    write_table(out)
+    found = complaints(out)
+    assert WITHOUT_DATA[name] in found, found
+
+
+# What only a rerun can tell ---------------------------------------------------------------------------------
+
+
+def all_right(forger: Forger) -> None:
+    forger.counts["correct"] = forger.counts["total"]
+    forger.recompute()
+
+
+def a_little_better(forger: Forger) -> None:
+    rows = forger.counts["correct"] < forger.counts["total"]
+    forger.counts.loc[rows, "correct"] += 1
+    forger.recompute()
+
+
+def another_digest(forger: Forger) -> None:
+    forger.document["digest"] = hashlib.sha256(b"made up").hexdigest()
+
+
+def another_learning_rate(forger: Forger) -> None:
+    forger.set("lr", 0.04)
+
+
+def another_momentum(forger: Forger) -> None:
+    forger.set("momentum", 0.4)
+
+
+def other_epochs(forger: Forger) -> None:
+    forger.set("epochs", 3)
+
+
+def another_batch_size(forger: Forger) -> None:
+    forger.set("batch_size", 8)
+
+
+def another_field(forger: Forger) -> None:
+    forger.document["identity"]["algorithm"]["fields"]["pull"] = 0.5
+    forger.document |= {"call": "Ditto(pull=0.5)", "label": "ditto(pull=0.5)"}
+
+
+def another_engine(forger: Forger) -> None:
+    forger.document["identity"]["engine"] = forger.document["engine"] = "serial"
+
+
+def another_precision(forger: Forger) -> None:
+    forger.document["identity"]["precision"] = forger.document["precision"] = "bf16"
+
+
+def work_left_out(forger: Forger) -> None:
+    forger.document["cost"]["samples"] /= 2
+    forger.document["cost"]["train_flops"] /= 2
+
+
+def nothing_sent_up(forger: Forger) -> None:
+    forger.document["cost"]["bytes_up"] /= 4
+
+
+ADVERSARIES = (
+    all_right, a_little_better, another_digest, another_learning_rate, another_momentum, other_epochs,
+    another_batch_size, another_field, another_engine, another_precision, work_left_out, nothing_sent_up,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("forge", ADVERSARIES)
+def test_what_a_forger_makes_to_fit_is_found_by_a_rerun(out: Path, forge: Callable[[Forger], None]) -> None:
+    for other in ("fedavg_ft", "fedrep"):
+        for seed in (0, 1):
+            shutil.rmtree(folder(out, other, seed))
+    shutil.rmtree(folder(out, "ditto", 1))  # nothing is left to compare with
+    forger = Forger(folder(out, "ditto"))
+    forge(forger)
+    here = forger.save()
+    write_table(out)
+    report = validate(out, ROOT)
+    assert report.problems == (), "this is found without a rerun by now: move it to the tamperings"
+    again = rerun(records.read(here), candidates(report.inspected, ROOT)[here.name])
+    assert not again.agrees and "run again, it differs" in str(again)
+
+
+def test_an_honest_run_comes_out_to_the_bit(published: Path) -> None:
+    report = validate(published, ROOT)
+    possible = candidates(report.inspected, ROOT)
+    assert len(possible) == 6 and draw(list(possible), 2, 5) == draw(list(reversed(possible)), 2, 5)
+    assert len({tuple(draw(list(possible), 2, seed)) for seed in range(20)}) > 5
+    again = rerun(records.read(folder(published)), possible[folder(published).name])
+    assert again.agrees and again.because is None and "to the bit" in str(again)
+
+
+def test_on_another_machine_accuracies_are_compared_within_a_tolerance_that_is_said(out: Path) -> None:
+    forger = Forger(folder(out))
+    forger.document["versions"]["torch"] = "1.0"
+    forger.document["digest"] = "0" * 64
+    here = forger.save()
+    run = candidates(validate(out, ROOT).inspected, ROOT)[here.name]
+    again = rerun(records.read(here), run)
+    assert again.agrees and again.because is not None and "torch was 1.0 there" in again.because
+    assert "lie within" in str(again)
+    forger = Forger(here)
+    a_little_better(forger)
+    again = rerun(records.read(forger.save()), run)
+    assert not again.agrees and "points apart" in str(again)
+
+
+# The command ------------------------------------------------------------------------------------------------
+
+
+def test_the_command_says_what_it_found(out: Path, bench: Bench) -> None:
+    answer = bench("validate", out)
+    assert answer.status == 0 and "6 finished runs of 1 protocol; the split of 6 was made anew" in answer.out
+    assert answer.out.rstrip().endswith("0 problems." if "0 problems" in answer.out else "no problems.")
+    a_metric_changed_by_a_billionth(out)
+    answer = bench("validate", out)
+    assert answer.status == 1 and f"{folder(out).name}/run.json: metrics.personal is" in answer.out
+    assert answer.err.rstrip().endswith("put back the files that the runs wrote, or run them again")
+    answer = bench("validate", out, "--json")
+    said = json.loads(answer.out)
+    assert answer.status == 1 and said["runs"] == 6 and said["problems"][0]["key"] == "metrics.personal"
+
+
+def test_runs_that_come_out_the_same_are_noted_and_stay_so_until_they_are_touched(out: Path, bench: Bench) -> None:
+    assert verified(out) == {}
+    answer = bench("validate", out, "--rerun", 1, "--rerun-seed", 3, "--write", "--json")
+    said = json.loads(answer.out)
+    assert answer.status == 0 and "seed 3 (--rerun-seed) draws" in answer.err
+    (run,) = verified(out)
+    assert [each["id"] for each in said["rerun"]] == said["verified"] == [run] and said["rerun"][0]["exact"]
+    entry = verified(out)[run]
+    assert entry.exact and entry.versions["torch"] == torch.__version__.split("+")[0] and entry.tolerance is None
+    assert bench("validate", out, "--rerun", run).status == 0
+    forger = Forger(out / run)
+    a_little_better(forger)
+    forger.save()
+    assert verified(out) == {} and list(verification.read(out)) == [run]
+    answer = bench("validate", out, "--rerun", run, "--write")
+    assert answer.status == 1 and "run again, it differs" in answer.err and verified(out) == {}
+
+
+def test_a_rerun_that_cannot_be_is_refused(out: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "a number of runs is wanted" in bench("validate", out, "--rerun", "0").err
+    assert "say how many" in bench("validate", out, "--write").err
+    assert "there is no such folder" in bench("validate", out / "nowhere").err
+
+    def missing(asked: object, root: Path) -> None:
+        raise DataMissing("not here")
+
+    monkeypatch.setattr(inspection, "dealt", missing)
+    answer = bench("validate", out, "--rerun", "1")
+    assert answer.status == 3 and "no run's data and device are at hand" in answer.err
+
+
+# Submissions ------------------------------------------------------------------------------------------------
+
+
+def test_a_submission_holds_the_results_and_nothing_else(out: Path, bench: Bench, tmp_path: Path) -> None:
+    (out / "sweeps").mkdir()
+    (out / "0123456789ab").mkdir()
+    (folder(out) / "checkpoint.pt").write_bytes(b"much")
+    answer = bench("submit", out, "--to", tmp_path / "one.zip")
+    assert answer.status == 0 and "packed 6 runs" in answer.out and "open a pull request" in answer.out
+    assert "left out: 0123456789ab is unfinished." in answer.err
+    shutil.copytree(out, tmp_path / "later")
+    assert bench("submit", tmp_path / "later", "--to", tmp_path / "two.zip").status == 0
+    assert (tmp_path / "one.zip").read_bytes() == (tmp_path / "two.zip").read_bytes()
+    with zipfile.ZipFile(tmp_path / "one.zip") as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "taken")
+    assert {name.split("/")[1] for name in names} == {"clients.parquet", "rounds.parquet", "run.json"}
+    assert len(names) == 18 and all("/" in name and ".." not in name for name in names)
+    write_table(tmp_path / "taken")
+    assert complaints(tmp_path / "taken") == ""
+    assert bench("submit", out, "--to", tmp_path / "folders").status == 0
+    write_table(tmp_path / "folders")
+    assert complaints(tmp_path / "folders") == ""
+    assert bench("submit", out, "--to", tmp_path / "folders").status == 0  # the same again is no harm
+
+
+def test_what_would_not_be_valid_is_not_packed(out: Path, bench: Bench, tmp_path: Path) -> None:
+    a_metric_changed_by_a_billionth(out)
+    answer = bench("submit", out, "--to", tmp_path / "one.zip")
+    assert answer.status == 1 and "nothing was packed" in answer.err and "metrics.personal is" in answer.out
+    assert not (tmp_path / "one.zip").exists()
+    (tmp_path / "one.zip").write_bytes(b"mine")
+    assert "with other content" in bench("submit", PUBLISHED, "--to", tmp_path / "one.zip").err
+    (tmp_path / "empty").mkdir()
+    assert "holds no finished run" in bench("submit", tmp_path / "empty").err
+
+
+def test_a_submission_tells_nothing_of_the_machine(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "lab-server-3.example")
+    here = folder(out)
+    original = (here / "run.json").read_text()
+    said = json.loads(original)
+    assert list(submission.told(said)) == []
+    (here / "run.json").write_text(json.dumps({**said, "dataset": "folder(path='/home/ada/images', pixels=32)"}))
+    content = submission.gather([here])[here.name]["run.json"]
+    assert json.loads(content)["dataset"] == "folder(path='images', pixels=32)" and b"ada" not in content
+    for change in (
+        {"overrides": {"weights": "/home/ada/body.pth"}},
+        {"note": r"written to C:\Users\ada\runs"},
+        {"worker": {"host": "LAB-SERVER-3"}},
+        {"command": "bench run --out ~/runs/today"},
+    ):
+        (here / "run.json").write_text(json.dumps({**said, **change}))
+        with pytest.raises(submission.NotSubmittable, match=f"{next(iter(change))}.* tells .* of this machine"):
+            submission.gather([here])
+
+
+def test_results_on_somebodys_own_images_are_checked_as_far_as_can_be(tmp_path: Path, bench: Bench) -> None:
+    random = np.random.default_rng(0)
+    parts = {"train_x": (120, 8, 8), "test_x": (40, 8, 8)}
+    images: dict[str, Any] = {name: random.integers(0, 256, shape, dtype=np.uint8) for name, shape in parts.items()}
+    images |= {"train_y": np.arange(120) % 4, "test_y": np.arange(40) % 4}
+    np.savez(tmp_path / "mine.npz", **images)
+    asked = Sweep(
+        algorithms=tuple(parse_algorithms("fedavg")),
+        datasets=tuple(parse_datasets(f"arrays(path='{tmp_path / 'mine.npz'}')")),
+        overrides={"rounds": 2, "clients": 4},
+        seeds=(0, 1),
+        data_root=ROOT,
+    )
+    sweep.run(asked.expand(), tmp_path / "runs", pool=InProcess())
+    assert str(tmp_path) in document(folder(tmp_path / "runs", "fedavg"))["dataset"]
+    assert bench("submit", tmp_path / "runs", "--to", tmp_path / "results").status == 0
+    taken = tmp_path / "results"
+    assert document(folder(taken, "fedavg"))["dataset"] == "arrays(path='mine.npz')"
+    write_table(taken)
+    report = validate(taken, ROOT)
+    assert report.problems == () and report.splits == 0 and candidates(report.inspected, ROOT) == {}
+    assert any("somebody's own" in note for note in report.notes)
+    forger = Forger(folder(taken, "fedavg"))
+    forger.document["seed"] = 5
+    forger.save()
+    assert "seed is 5, and the identity says" in complaints(taken)
+
+
+def test_weights_are_named_without_their_folder() -> None:
+    shown = submission.told({"overrides": {"weights": "body.pth"}, "source": "https://example.org/some/where"})
+    assert list(shown) == []
+
+
+# The workflow -----------------------------------------------------------------------------------------------
+
+
+def workflow() -> dict[Any, Any]:
+    import yaml  # type: ignore[import-untyped]
+
+    file = Path(__file__).parents[1] / ".github" / "workflows" / "checks.yml"
+    content: dict[Any, Any] = yaml.safe_load(file.read_text())
+    return content
+
+
+def test_the_workflow_checks_code_and_results_and_publishes_the_main_branch_only() -> None:
+    jobs = workflow()["jobs"]
+    commands = {name: "\n".join(step.get("run", "") for step in job["steps"]) for name, job in jobs.items()}
+    for command in ("ruff check", "ruff format --check", "mypy", "pytest"):
+        assert command in commands["code"].replace("\n", " ")
+    for command in ("bench validate results", "bench site --out results --to site"):
+        assert command in commands["results"]
+    assert workflow()["permissions"] == {"contents": "read"}
+    publish = jobs["publish"]
+    assert publish["needs"] == ["code", "results"] and set(publish["permissions"]) == {"pages", "id-token"}
+    assert "default_branch" in publish["if"] and "github.event_name != 'pull_request'" in publish["if"]
+
+
+@pytest.mark.parametrize(
+    ("change", "refused"),
+    [
+        ("mkdir results/0123456789ab; echo {} > results/0123456789ab/run.json; echo more >> results/README.md", ""),
+        ("echo more >> results/NOTES.md; echo more > code.py", ""),
+        ("echo more >> results/aaaaaaaaaaaa/run.json", "results/aaaaaaaaaaaa/run.json"),
+        ("git rm -qr results/aaaaaaaaaaaa", "results/aaaaaaaaaaaa/run.json"),
+        ("git mv results/aaaaaaaaaaaa results/bbbbbbbbbbbb", "results/aaaaaaaaaaaa/rounds.parquet"),
+        ("echo {} > results/verified.json", "leave it out"),
+    ],
+)
+def test_the_workflow_lets_nobody_change_what_is_published(tmp_path: Path, change: str, refused: str) -> None:
+    steps = workflow()["jobs"]["results"]["steps"]
+    script = next(step["run"] for step in steps if step.get("name") == "What is published stays as it is")
+    git = "git -c user.name=a -c user.email=a@b"
+
+    def shell(text: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", "-e", "-c", text]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, **environment})
+
+    run = "mkdir -p results/aaaaaaaaaaaa; cd results/aaaaaaaaaaaa; echo {} > run.json; echo 1 > rounds.parquet"
+    shell(
+        f"git init -q .; {run}; cd ../..; echo notes > results/NOTES.md; git add .; {git} commit -qm one"
+    ).check_returncode()
+    base = shell("git rev-parse HEAD").stdout.strip()
+    shell(f"{change}; git add .; {git} commit -qm two").check_returncode()
+    done = shell(script, BASE=base)
+    assert (done.returncode != 0) == bool(refused) and refused in done.stdout, done.stdout + done.stderr
