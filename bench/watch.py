@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -55,14 +54,14 @@ class Tail:
     def __init__(self, file: Path) -> None:
         self.file = file
         self.position = 0
-        self.inode = -1
+        self.first = b""
 
     def read(self) -> list[Report]:
         """Give the new reports; a line that is still being written waits for the next look."""
         try:
             with self.file.open("rb") as stream:
-                if (inode := os.fstat(stream.fileno()).st_ino) != self.inode:  # begun anew by another worker
-                    self.position, self.inode = 0, inode
+                if (first := stream.readline()) != self.first:  # begun anew by another worker: the seconds differ
+                    self.position, self.first = 0, first
                 stream.seek(self.position)
                 content = stream.read()
         except FileNotFoundError:

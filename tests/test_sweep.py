@@ -161,7 +161,7 @@ def test_the_tail_of_a_progress_file_is_read_by_whole_lines(tmp_path: Path) -> N
     file = tmp_path / "progress.jsonl"
     tail = watch.Tail(file)
     assert tail.read() == []
-    first, second = (Report(n, 3, 0.5 * n, {"generic": None}) for n in (1, 2))
+    first, second, third = (Report(n, 3, 0.5 * n, {"generic": None}) for n in (1, 2, 3))
     watch.append(file, first)
     assert tail.read() == [first] and tail.read() == []
     watch.append(file, second)
@@ -170,6 +170,10 @@ def test_the_tail_of_a_progress_file_is_read_by_whole_lines(tmp_path: Path) -> N
     assert tail.read() == []
     file.write_bytes(whole)
     assert tail.read() == [second]
+    file.unlink()
+    for report in (third, second, first):  # by another worker, longer than what was read
+        watch.append(file, report)
+    assert tail.read() == [third, second, first]
 
 
 def test_the_display_says_in_lines_how_runs_go_where_there_is_no_terminal(run: Run) -> None:
