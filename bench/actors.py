@@ -302,7 +302,7 @@ class _Worker:
                     file.write_bytes(source)
                     load_plugin(file)
             self.here = pickle.loads(make)()
-        except Exception as error:
+        except Exception as error:  # a plug-in may raise anything; it is said where it is asked for
             self.error = error
 
     def ready(self) -> str:
@@ -320,7 +320,7 @@ class _Worker:
         tree, common = self.shared[number]
         try:
             answer = pickle.loads(work)(here, tree, value)
-        except Exception:
+        except Exception:  # the run's own process does it again, and shows the author's trace
             return _Answered(None)
         return _Answered(pack(answer, addresses(fixed=here.fixed(), shared=common, item=memory))[0])
 
