@@ -27,7 +27,8 @@ from bench.spelling import parse_datasets as parse_datasets
 from bench.spelling import parse_imbalance as parse_imbalance
 from bench.spelling import parse_seeds as parse_seeds
 from bench.split import PARTITIONS
-from bench.weights import digest
+from bench.tree import Tree
+from bench.weights import digest, read
 
 _LATER: Mapping[str, object] = {"eval_clients": None}
 """Fields of a setting that came after results were published: at these values they change no number, and are no part
@@ -115,6 +116,17 @@ class Run:
                 del setting[key]
         protocol = {"dataset": describe_plugin(self.dataset), "setting": setting}
         return protocol if self.weights is None else {**protocol, "weights": digest(self.weights)}
+
+    def read_weights(self) -> Tree | None:
+        """Read the body that the models start from, if there is one.
+
+        Raises:
+            BadWeights: The file is not for the setting's model.
+        """
+        if self.weights is None:
+            return None
+        dataset, setting = self.dataset, self.setting
+        return read(self.weights, build(setting.model, dataset.num_classes, dataset.image_shape, setting.norm))
 
 
 def describe_plugin(plugin: Algorithm | Dataset) -> dict[str, Any]:

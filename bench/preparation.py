@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from bench.cluster import spread
 from bench.dataset import DataDamaged, DataMissing, Dataset, Labels, Splits
 from bench.durable import put
 from bench.files import source
@@ -19,7 +20,6 @@ from bench.files.listing import Listing, Part
 from bench.files.photographs import Photographs
 from bench.files.prepared import PARTS, Chunk, Plan, Store, find
 from bench.files.unfinished import Unfinished, explained, in_words, tidy, writing
-from bench.pool import spread
 from bench.registry import label
 
 CHUNK = 128

@@ -92,18 +92,34 @@ class Progress:
     cost: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Job:
+    """One algorithm on one split, with all that it reads at hand."""
+
+    algorithm: Algorithm
+    dataset: Dataset
+    """Where images come from, for their normalisation."""
+    splits: Splits
+    """The images."""
+    split: Split
+    """Whose they are."""
+    setting: Setting
+    """The protocol."""
+    seed: int
+    """Of initial weights, cohorts, data order and augmentation."""
+    engine: str
+    """"serial" or "stacked"."""
+    precision: str = "fp32"
+    """Or "bf16", for automatic mixed precision."""
+    device: str = "cpu"
+    """Or "cuda"."""
+    weights: Tree | None = None
+    """Body that models start from; None: drawn by the seed."""
+
+
 def train(
+    job: Job,
     *,
-    algorithm: Algorithm,
-    dataset: Dataset,
-    splits: Splits,
-    split: Split,
-    setting: Setting,
-    seed: int,
-    engine: str,
-    precision: str = "fp32",
-    device: str = "cpu",
-    weights: Tree | None = None,
     checkpoint: Path | None = None,
     report: Callable[[Report], None] | None = None,
     crew: Crew | None = None,
@@ -111,16 +127,7 @@ def train(
     """Train and test one algorithm on one split.
 
     Args:
-        algorithm: What is compared.
-        dataset: Where images come from, for their normalisation.
-        splits: The images.
-        split: Whose they are.
-        setting: The protocol.
-        seed: Of initial weights, cohorts, data order and augmentation.
-        engine: "serial" or "stacked".
-        precision: "fp32", or "bf16" for automatic mixed precision.
-        device: "cpu" or "cuda".
-        weights: Body that models start from; None: drawn by the seed.
+        job: Which, and on what.
         checkpoint: File to save to after rounds, and to continue from if it is there.
         report: Called after each round.
         crew: Processes that share the clients of a round and the tests; None: this one does it all, with the same bits.
@@ -128,28 +135,18 @@ def train(
     Raises:
         Diverged: A state is no longer finite.
     """
-    run = Run(algorithm, dataset, splits, split, setting, seed, engine, precision, device, checkpoint, weights, crew)
-    while run.progress.round < setting.rounds:
+    run = Run(job, checkpoint, crew)
+    while run.progress.round < job.setting.rounds:
         measured = run.step()
         if report is not None:
-            report(Report(run.progress.round, setting.rounds, run.progress.cost["wall_seconds"], measured))
+            report(Report(run.progress.round, job.setting.rounds, run.progress.cost["wall_seconds"], measured))
     return run.outcome()
 
 
-def surroundings(
-    algorithm: Algorithm,
-    dataset: Dataset,
-    splits: Splits,
-    split: Split,
-    setting: Setting,
-    seed: int,
-    engine: str,
-    precision: str = "fp32",
-    device: str = "cpu",
-    weights: Tree | None = None,
-) -> Surroundings:
-    """Set up what every process of a run has; the arguments are those of `train`."""
-    population = Population(dataset, splits, split, setting, seed, device)
+def surroundings(job: Job) -> Surroundings:
+    """Set up what every process of a run has."""
+    algorithm, dataset, split, setting, device = job.algorithm, job.dataset, job.split, job.setting, job.device
+    population = Population(dataset, job.splits, split, setting, job.seed, device)
     prior = split.class_counts / split.class_counts.sum() if "prior" in algorithm.needs else None
     task = Task(
         model=models.build(setting.model, dataset.num_classes, dataset.image_shape, setting.norm),
@@ -159,49 +156,36 @@ def surroundings(
         epochs=setting.epochs,
         batch_size=setting.batch_size,
         lr=setting.lr,
-        key=keys.fold(keys.key(seed), "run").to(device),
+        key=keys.fold(keys.key(job.seed), "run").to(device),
         momentum=setting.momentum,
         weight_decay=setting.weight_decay,
         clip=setting.clip,
         prior=None if prior is None else prior.float().to(device),
         frozen_statistics=setting.statistics == "frozen",
-        weights=None if weights is None else tree.to(weights, device),
-        precision=PRECISIONS[precision],
+        weights=None if job.weights is None else tree.to(job.weights, device),
+        precision=PRECISIONS[job.precision],
     )
-    chosen = engines.BY_NAME["serial" if not algorithm.stackable else engine]
+    chosen = engines.BY_NAME["serial" if not algorithm.stackable else job.engine]
     return Surroundings(algorithm, population, task, chosen, split.fingerprint)
 
 
 class Run:
     """One run between two rounds. `train` drives it; tests may step through it."""
 
-    def __init__(
-        self,
-        algorithm: Algorithm,
-        dataset: Dataset,
-        splits: Splits,
-        split: Split,
-        setting: Setting,
-        seed: int,
-        engine: str,
-        precision: str = "fp32",
-        device: str = "cpu",
-        checkpoint: Path | None = None,
-        weights: Tree | None = None,
-        crew: Crew | None = None,
-    ) -> None:
+    def __init__(self, job: Job, checkpoint: Path | None = None, crew: Crew | None = None) -> None:
         self.started = time.perf_counter()
-        self.algorithm, self.setting, self.checkpoint, self.device = algorithm, setting, checkpoint, device
-        here = surroundings(algorithm, dataset, splits, split, setting, seed, engine, precision, device, weights)
+        algorithm, setting = self.algorithm, self.setting = job.algorithm, job.setting
+        self.checkpoint, self.device = checkpoint, job.device
+        here = surroundings(job)
         self.population, self.task, self.engine = here.population, here.task, here.engine
         self.crew = Alone() if crew is None else crew
         self.crew.join(here)
-        self.groups = group_classes(split.class_counts, setting.groups)
+        self.groups = group_classes(job.split.class_counts, setting.groups)
         self.own_statistics = setting.norm == "batch" and setting.statistics == "personal"
         self.evaluator = Evaluator(here, self.crew)
         if self.own_statistics:
             self.evaluator.wrap = _with_own_statistics
-        self.fingerprint = f"{algorithm!r} {algorithm.version} {setting!r} {seed} {split.fingerprint}"
+        self.fingerprint = f"{algorithm!r} {algorithm.version} {setting!r} {job.seed} {job.split.fingerprint}"
         server = algorithm.init_server(self.task)
         initial = algorithm.init_client(self.task)
         if self.own_statistics:
@@ -210,8 +194,8 @@ class Run:
                 "statistics": tree.split(part_each(self._broadcast(0, server))[0], tree.is_statistic)[0],
             }
         file = None if checkpoint is None else checkpoint.with_suffix(".states")
-        self.store = store(initial, self.population.size, device, file)
-        _reset_peak_memory(device)
+        self.store = store(initial, self.population.size, job.device, file)
+        _reset_peak_memory(job.device)
         self.progress = self._load() or Progress(0, server, cost={})
         self.saved = time.perf_counter()
         self.saving = 0.0

@@ -26,7 +26,7 @@ from bench.algorithm import Algorithm
 from bench.data import LocalData
 from bench.dataset import Dataset, Labels, Splits
 from bench.files import prepared, unfinished
-from bench.rounds import Run, peak_memory
+from bench.rounds import Job, Run, peak_memory
 from bench.settings import Setting
 from bench.split import Split, make_split
 from bench.task import Task
@@ -121,7 +121,7 @@ def many_clients(folder: Path) -> dict[str, float]:
     splits = dataset.load(folder)
     split = make_split(splits.labels, CLASSES, setting, 0)
     dealt = time.perf_counter()
-    run = Run(_Heads(), dataset, splits, split, setting, 0, "serial", checkpoint=folder / "checkpoint.pt")
+    run = Run(Job(_Heads(), dataset, splits, split, setting, 0, "serial"), folder / "checkpoint.pt")
     measured: dict[str, float | None] | None = None
     while run.progress.round < setting.rounds:
         measured = run.step()
@@ -156,7 +156,7 @@ def _stored_run(splits: Splits) -> Run:
         name="scale", model="small_cnn", clients=400, participation=8 / 400, rounds=10**6, epochs=1, batch_size=32,
         lr=0.01, augment="crop_flip",
     )  # fmt: skip
-    return Run(_Heads(), _Generated(side=SIDE), splits, split, setting, 0, "serial")
+    return Run(Job(_Heads(), _Generated(side=SIDE), splits, split, setting, 0, "serial"))
 
 
 def from_store(folder: Path) -> dict[str, float]:

@@ -22,7 +22,7 @@ from bench import keys, models, tree
 from bench.algorithm import Algorithm
 from bench.data import LocalData
 from bench.dataset import Dataset, Splits
-from bench.rounds import Run
+from bench.rounds import Job, Run
 from bench.settings import Setting
 from bench.split import Split
 from bench.task import Task
@@ -81,7 +81,7 @@ def _federated(model: str, shape: tuple[int, int, int], clients: int, examples: 
         lr=0.01,
         momentum=0.5,
     )
-    return Run(_Average(), _Noise(shape), Splits(x, y, x[:1], y[:1]), split, setting, 0, engine)
+    return Run(Job(_Average(), _Noise(shape), Splits(x, y, x[:1], y[:1]), split, setting, 0, engine))
 
 
 def _round(run: Run) -> Callable[[], float]:

@@ -14,7 +14,7 @@ from bench import keys, tree
 from bench.algorithm import Algorithm
 from bench.dataset import Dataset, Splits
 from bench.evaluation import part_each
-from bench.rounds import Run
+from bench.rounds import Job, Run
 from bench.settings import Setting
 from bench.split import Split
 from bench.tree import Tree
@@ -95,7 +95,7 @@ def run(
     dataset = Toy(garbage=garbage)
     splits = dataset.load()
     dealt = split(_true_labels(splits), sizes)
-    return Run(algorithm, dataset, splits, dealt, setting, seed, engine, "fp32", "cpu", checkpoint)
+    return Run(Job(algorithm, dataset, splits, dealt, setting, seed, engine), checkpoint)
 
 
 def _true_labels(splits: Splits) -> Splits:

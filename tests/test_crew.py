@@ -26,15 +26,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import Algorithm, LocalData, Task, Tree, actors, config, crew, engine, pool, toy, tree
-from bench.actors import OnActors
+from bench import Algorithm, LocalData, Task, Tree, cluster, config, crew, engine, toy, tree
+from bench.cluster import WorkersDied
 from bench.crew import Parcel, Surroundings, addresses, pack, unpack
 from bench.dataset import DataMissing
-from bench.pool import WorkersDied
 from bench.registry import ALGORITHMS
-from bench.rounds import Run, surroundings
-from bench.schedule import Schedule
+from bench.rounds import Job, Run, surroundings
 from bench.settings import BadConfig, Setting
+from bench.sweep import actors, on_ray
+from bench.sweep.actors import OnActors
+from bench.sweep.schedule import Schedule
 
 ROOT = Path(__file__).parents[1]
 SETTING = replace(toy.SETTING, rounds=2, participation=0.75, unseen=1)
@@ -162,14 +163,14 @@ def _resolved(value: object) -> object:
 def hired(make: Callable[[], Surroundings], size: int = 3, **how: Any) -> tuple[OnActors, StandIn]:
     ray = StandIn(**how)
     crew = OnActors(ray, size, "cpu")
-    crew.brief([], make)
+    crew.brief(make)
     return crew, ray
 
 
 def toys(plugin: str | type[Algorithm], engine: str, setting: Setting) -> Surroundings:
     """Set up another process of a run of the toy problem."""
     splits = toy.Toy().load()
-    return surroundings(_made(plugin), toy.Toy(), splits, toy.split(splits), setting, 0, engine)
+    return surroundings(Job(_made(plugin), toy.Toy(), splits, toy.split(splits), setting, 0, engine))
 
 
 def _made(plugin: str | type[Algorithm]) -> Algorithm:
@@ -180,7 +181,7 @@ def toy_run(
     plugin: str | type[Algorithm], engine: str = "serial", setting: Setting = SETTING, crew: OnActors | None = None
 ) -> Run:
     splits = toy.Toy().load()
-    return Run(_made(plugin), toy.Toy(), splits, toy.split(splits), setting, 0, engine, crew=crew)
+    return Run(Job(_made(plugin), toy.Toy(), splits, toy.split(splits), setting, 0, engine), crew=crew)
 
 
 def left(run: Run) -> tuple[object, ...]:
@@ -232,12 +233,12 @@ def test_a_crew_may_be_larger_than_the_cohort() -> None:
 def test_a_run_goes_on_with_another_number_of_workers(tmp_path: Path) -> None:
     whole = left(toy_run("scaffold"))
     splits = toy.Toy().load()
-    begin = partial(Run, ALGORITHMS["scaffold"](), toy.Toy(), splits, toy.split(splits), SETTING, 0, "serial")
-    run = begin(checkpoint=tmp_path / "checkpoint.pt")
+    job = Job(ALGORITHMS["scaffold"](), toy.Toy(), splits, toy.split(splits), SETTING, 0, "serial")
+    run = Run(job, tmp_path / "checkpoint.pt")
     run._is_due = lambda: True  # type: ignore[method-assign]
     run.step()
     crew, _ = hired(partial(toys, "scaffold", "serial", SETTING))
-    again = begin(checkpoint=tmp_path / "checkpoint.pt", crew=crew)
+    again = Run(job, tmp_path / "checkpoint.pt", crew)
     assert again.progress.round == 1
     assert left(again) == whole
 
@@ -566,7 +567,7 @@ def test_the_number_of_workers_is_no_part_of_a_runs_identity() -> None:
 
 
 def test_a_crew_of_one_needs_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(actors, "has_ray", lambda: False)
+    monkeypatch.setattr(cluster, "has_ray", lambda: False)
     with actors.hire(1, "cpu", [], _missing) as crew:
         assert crew.size == 1
     with pytest.raises(BadConfig, match="ray is not installed"), actors.hire(2, "cpu", [], _missing):
@@ -576,13 +577,6 @@ def test_a_crew_of_one_needs_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 # Room
 
 
-class Started(StandIn):
-    """A Ray that notes how it is started."""
-
-    def init(self, **options: Any) -> None:
-        self.options = options
-
-
 @pytest.mark.parametrize(
     ("jobs", "workers", "runs", "cores"),
     [(2, 3, 5, 6), (2, 3, 1, 3), (None, 2, 9, 8), (None, 3, 9, 6), (None, 50, 9, 50)],
@@ -590,10 +584,8 @@ class Started(StandIn):
 def test_ray_is_started_with_room_for_the_workers_of_every_run(
     jobs: int | None, workers: int, runs: int, cores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool, "cores", lambda device: 8)
-    ray = Started()
-    pool.OnRay(jobs=jobs, workers=workers)._start(ray, runs)
-    assert ray.options["num_cpus"] == cores
+    monkeypatch.setattr(on_ray, "cores", lambda device: 8)
+    assert on_ray.OnRay(jobs=jobs, workers=workers).cpus(runs) == cores
 
 
 @pytest.mark.parametrize(
@@ -608,7 +600,7 @@ def test_on_a_cluster_no_run_waits_for_workers_that_other_runs_keep_it_from(
         nodes=lambda: [],
     )
     nobody: Any = None
-    drive = pool._Drive(ray, jobs, "cpu", workers, Schedule([]), Path(), nobody, nobody)
+    drive = on_ray._Drive(ray, jobs, "cpu", workers, Schedule([]), Path(), nobody, nobody)
     assert drive.at_once == at_once
 
 
@@ -624,14 +616,15 @@ import torch
 
 torch.set_num_threads(1)
 
-from bench import config, engine, sweep
-from bench.actors import OnActors
-from bench.pool import OnRay, _quiet_ray
+from bench import config, engine
+from bench.sweep import execution
+from bench.sweep.actors import OnActors
+from bench.cluster import MODELS_BYTES, session
 from bench.rounds import train
 
 engine._width = lambda shared, visits: 3
-ray = _quiet_ray()
-OnRay(jobs=1, workers=4)._start(ray, 1)
+opened = session(4, shared_bytes=MODELS_BYTES)
+ray = opened.__enter__()
 crews = {size: OnActors(ray, size, "cpu") for size in (2, 3)}
 printed = []
 for kind, model in (("serial", "small_cnn"), ("stacked", "mlp")):
@@ -645,13 +638,13 @@ for kind, model in (("serial", "small_cnn"), ("stacked", "mlp")):
         for size in (1, 2 if kind == "serial" else 3):
             crew = crews.get(size)
             if crew is not None:
-                crew.brief([], partial(sweep._surroundings, run))
-            outcome = train(**sweep._needed(run), crew=crew)
+                crew.brief(partial(execution._surroundings, run))
+            outcome = train(execution.job(run), crew=crew)
             counts = [(tally.model, tally.rows.tolist()) for tally in outcome.counts]
             printed.append([kind, config.label(run.algorithm), size, outcome.digest, outcome.metrics, counts])
 for crew in crews.values():
     crew.dismiss()
-ray.shutdown()
+opened.__exit__(None, None, None)
 print(json.dumps(printed))
 """
 

@@ -22,8 +22,7 @@ FLOORS = {
     # one run
     3: "engine states population crew selection evaluation metrics rounds toy speed scale",
     # many runs, and what they leave
-    4: "spelling presets config watch schedule journal results provenance forecast tracking pool actors preparation "
-    "embedding sweep tuning rerun",
+    4: "spelling presets config results provenance cluster sweep validation tracking preparation embedding tuning",
     # what people type and see
     5: "checks site command",
 }
@@ -31,7 +30,7 @@ FLOORS = {
 
 ORDER = [module for line in FLOORS.values() for module in line.split()]
 HOMES = {
-    "ray": "pool actors tuning",
+    "ray": "cluster tuning",
     "mlflow": "tracking",
     "optuna": "tuning",
     "click": "command",

@@ -14,12 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import config, forecast, provenance, rounds, sweep
+from bench import config, provenance, rounds
 from bench.command.main import main
 from bench.config import Run
 from bench.registry import load_plugin
-from bench.schedule import Budget, Forecast, Outlook, Schedule, cell, order, parse_duration, wall_seconds
 from bench.settings import BadConfig
+from bench.sweep import execution, forecast
+from bench.sweep.schedule import Budget, Forecast, Outlook, Schedule, cell, order, parse_duration, wall_seconds
 from bench.task import Task
 from tests.processes import start, wait
 
@@ -267,7 +268,7 @@ def test_the_outlook_without_forecasts_learns_from_rounds_then_from_ends() -> No
 def test_finished_runs_of_a_cell_are_the_forecast_of_its_other_seeds(tmp_path: Path) -> None:
     runs = runs_of("fedavg,local", seeds=3, rounds=2)
     for run in runs[:3]:  # two seeds of fedavg, one of local
-        assert sweep.execute(run, tmp_path) is None
+        assert execution.execute(run, tmp_path) is None
         alter(tmp_path / run.id, started=NOON, finished=NOON)  # as if the first had not loaded libraries
     found = forecast.forecast(runs, tmp_path, probe=False)
     costs = [json.loads((tmp_path / run.id / "run.json").read_text())["cost"] for run in runs[:3]]
@@ -295,7 +296,7 @@ def probes_of(folder: Path, forecasts: dict[str, float]) -> None:
 
 def test_another_machines_runs_count_only_where_nothing_else_is_known(tmp_path: Path) -> None:
     runs = runs_of("local", seeds=2, rounds=2)
-    sweep.execute(runs[0], tmp_path)
+    execution.execute(runs[0], tmp_path)
     cost = json.loads((tmp_path / runs[0].id / "run.json").read_text())["cost"]
     alter(tmp_path / runs[0].id, started=NOON, finished=NOON, cost={**cost, "wall_seconds": 1000.0})
     probes_of(tmp_path, {"local": 50.0})
@@ -311,7 +312,7 @@ def test_another_machines_runs_count_only_where_nothing_else_is_known(tmp_path: 
 @pytest.mark.parametrize("change", [{"status": "failed"}, {"cost": {}}, {"started": None}, {"identity": 3}])
 def test_failed_and_damaged_runs_forecast_nothing(tmp_path: Path, change: dict[str, Any]) -> None:
     (run,) = runs_of("local", rounds=1)
-    sweep.execute(run, tmp_path)
+    execution.execute(run, tmp_path)
     assert len(forecast.forecast([run], tmp_path, probe=False)) == 1
     alter(tmp_path / run.id, **change)
     (tmp_path / "cut").mkdir()
@@ -321,7 +322,7 @@ def test_failed_and_damaged_runs_forecast_nothing(tmp_path: Path, change: dict[s
 
 def test_what_came_before_the_rounds_counts_where_nothing_interrupted_the_run(tmp_path: Path) -> None:
     (run,) = runs_of("local", rounds=1)
-    sweep.execute(run, tmp_path)
+    execution.execute(run, tmp_path)
     cost = json.loads((tmp_path / run.id / "run.json").read_text())["cost"]
     times = {"started": NOON, "finished": NOON.replace("12:00:00", "12:02:00")}
     alter(tmp_path / run.id, cost={**cost, "wall_seconds": 90.0}, **times)
@@ -338,7 +339,7 @@ def test_a_probe_foretells_the_time_of_a_run_whose_clients_differ_in_size(tmp_pa
     (run,) = runs_of(call, plugin=sleeper, rounds=40, participation=0.1, eval_every=40)
     foretold = forecast.probe(run).seconds
     began = time.perf_counter()
-    assert sweep.execute(run, tmp_path) is None
+    assert execution.execute(run, tmp_path) is None
     took = time.perf_counter() - began
     assert 0.6 * took < foretold < 1.6 * took  # what is not sleep depends on who else computes
 
@@ -351,7 +352,7 @@ def test_a_probe_does_three_rounds_and_counts_evaluations(
     monkeypatch: pytest.MonkeyPatch, number: int, seconds: float, seen: list[int]
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr("bench.forecast.time.perf_counter", clock)
+    monkeypatch.setattr("bench.sweep.forecast.time.perf_counter", clock)
     (run,) = runs_of("fedavg", rounds=number, eval_every=3, participation=1.0)
     done = []
 

@@ -19,7 +19,7 @@ from bench.algorithm import Algorithm
 from bench.data import AUGMENTATIONS, Images
 from bench.dataset import Labels, Splits
 from bench.registry import ALGORITHMS
-from bench.rounds import Run
+from bench.rounds import Job, Run
 from bench.settings import Setting
 from bench.split import PartitionFailed, make_split
 from bench.states import InFile, InMemory, StatesUnwritable, Store
@@ -58,7 +58,7 @@ def stepped(algorithm: str, engine: str = "serial", *, lent: bool = False, **cha
     if lent:
         splits = replace(splits, train_x=Lent(splits.train_x), test_x=Lent(splits.test_x))  # type: ignore[arg-type]
     plugin: Algorithm = ALGORITHMS[algorithm]()
-    return toy.finish(Run(plugin, dataset, splits, toy.split(dataset.load()), setting, 0, engine))
+    return toy.finish(Run(Job(plugin, dataset, splits, toy.split(dataset.load()), setting, 0, engine)))
 
 
 # Images in a file -------------------------------------------------------------------------------------------
@@ -115,7 +115,9 @@ def test_a_part_of_the_training_images_gives_the_run_of_all_of_them() -> None:
     held = torch.cat(split.clients).sort().values
     part = replace(splits, train_x=splits.train_x[held], held=held)
     setting = replace(toy.SETTING, rounds=1)
-    runs = [toy.finish(Run(ALGORITHMS["fedavg"](), dataset, s, split, setting, 0, "serial")) for s in (splits, part)]
+    runs = [
+        toy.finish(Run(Job(ALGORITHMS["fedavg"](), dataset, s, split, setting, 0, "serial"))) for s in (splits, part)
+    ]
     assert tree.digest([toy.states(runs[0])]) == tree.digest([toy.states(runs[1])])
 
 

@@ -27,7 +27,7 @@ def test_forty_full_personal_resnets_on_cifar10_stay_under_two_gibibytes() -> No
         torch.set_num_threads(1)
         from bench.dataset import Labels
         from bench.registry import ALGORITHMS, DATASETS
-        from bench.rounds import Run
+        from bench.rounds import Job, Run
         from bench.settings import SETTINGS
         from bench.split import make_split
 
@@ -35,7 +35,7 @@ def test_forty_full_personal_resnets_on_cifar10_stay_under_two_gibibytes() -> No
         splits = dataset.load(Path(sys.argv[1]))
         setting = replace(SETTINGS["quick"](dataset), imbalance=50.0, clients=40, participation=1.0, rounds=1)
         split = make_split(splits.labels, 10, setting, 0)
-        run = Run(ALGORITHMS["ditto"](), dataset, splits, split, setting, 0, "serial")
+        run = Run(Job(ALGORITHMS["ditto"](), dataset, splits, split, setting, 0, "serial"))
         run.population.index = [rows[:32] for rows in run.population.index]
         run.population.tests = [rows[:130] for rows in run.population.tests]
         test = run.population.test

@@ -23,12 +23,13 @@ from hypothesis import strategies as st
 
 from bench.command.site import site_command
 from bench.identity import identify
-from bench.results import layout, records, verification
+from bench.results import layout, records
 from bench.results.leaderboard import leaderboards
 from bench.site import build as building
 from bench.site import charts
 from bench.site.build import MARKER, build
 from bench.site.counts import MOST, count
+from bench.validation import verification
 
 ROOT = Path(__file__).parents[1]
 WILD = "<img src=x onerror=\"window.wild=1\"> & 'quoted' </script><script>window.wild=2</script>"

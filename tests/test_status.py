@@ -19,15 +19,15 @@ from typing import Any
 
 import pytest
 
-from bench import journal, sweep
 from bench.command.main import main
 from bench.command.plan import duration
 from bench.command.progress import Display
 from bench.config import Run
-from bench.journal import Journal
 from bench.rounds import Report
-from bench.schedule import Forecast
-from bench.watch import append, progress_file
+from bench.sweep import execution, journal
+from bench.sweep.journal import Journal
+from bench.sweep.schedule import Forecast
+from bench.sweep.watch import append, progress_file
 from tests.processes import finish, start, wait
 from tests.test_forecast import OFF, SLEEPER, runs_of
 
@@ -139,7 +139,7 @@ def test_a_process_is_known_from_a_later_one_of_its_number_and_from_a_corpse() -
 
 def test_status_of_a_folder_without_a_driver_says_what_is_stored(bench: Bench, tmp_path: Path) -> None:
     good, bad = runs_of("local", rounds=1), runs_of("local", rounds=1, lr=1e30)
-    assert sweep.execute(good[0], tmp_path) is None and sweep.execute(bad[0], tmp_path) is not None
+    assert execution.execute(good[0], tmp_path) is None and execution.execute(bad[0], tmp_path) is not None
     lines = bench("status", "--out", tmp_path).splitlines()
     assert lines[:2] == ["driver   none", "2 runs: 1 done, 1 failed, 0 running, 0 waiting"]
     assert lines[2].startswith(f"  failed   {bad[0].id}  local on digits, imbalance 10, alpha 0.5, seed 0: diverged")
@@ -236,7 +236,7 @@ def test_what_another_driver_has_finished_is_done(bench: Bench, tmp_path: Path) 
     second.file = second.file.with_name("second.json")
     first.begin([run, other], [])
     change(first, pid=another_process(), born="1")
-    assert sweep.execute(run, tmp_path) is None
+    assert execution.execute(run, tmp_path) is None
     second.begin([], [run])
     document = json.loads(bench("status", "--out", tmp_path, "--json"))
     assert document["counts"] == {"running": 0, "waiting": 1, "failed": 0, "done": 1}

@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from bench import config, pool, sweep, watch
+from bench import config
 from bench.command.progress import Display
 from bench.config import Run
 from bench.results import records
 from bench.rounds import Report
+from bench.sweep import driver, execution, pool, watch
 from tests.processes import ROOT, alive, digests, finish, start, wait
 from tests.tracked import assert_tracked
 
@@ -197,7 +198,7 @@ def test_a_quiet_display_says_failures_only(run: Run) -> None:
 
 
 def test_a_record_says_what_was_run_on_what_and_with_which_versions(tmp_path: Path, run: Run) -> None:
-    assert sweep.execute(run, tmp_path) is None
+    assert execution.execute(run, tmp_path) is None
     record = records.read(tmp_path / run.id)
     assert record.protocol == run.protocol and record.setting["rounds"] == 2
     document = record.document
@@ -213,13 +214,13 @@ def test_a_record_says_what_was_run_on_what_and_with_which_versions(tmp_path: Pa
 def test_a_run_whose_folder_cannot_be_written_fails_and_the_others_go_on(tmp_path: Path, run: Run) -> None:
     other = replace(run, seed=1)
     (tmp_path / run.id).write_text("a file where a folder should be")
-    results = sweep.run([run, other], tmp_path, pool=pool.InProcess())
+    results = driver.run([run, other], tmp_path, pool=pool.InProcess())
     assert [result.status for result in results] == ["failed", "done"]
     assert "cannot be written" in str(results[0].reason)
 
 
 def test_every_split_is_tried_before_any_run(run: Run) -> None:
     crowded = replace(run, setting=replace(run.setting, clients=5000))
-    sweep.check_data([run])
+    driver.check_data([run])
     with pytest.raises(ValueError, match="use fewer clients"):
-        sweep.check_data([run, crowded])
+        driver.check_data([run, crowded])

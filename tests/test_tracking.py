@@ -24,10 +24,11 @@ from pathlib import Path
 
 import pytest
 
-from bench import config, journal, sweep, tracking
+from bench import config, tracking
 from bench.config import Run
 from bench.results import records
 from bench.rounds import Report
+from bench.sweep import execution, journal
 from bench.tracking import described, importing, mirror
 from bench.tracking.described import Point
 from bench.tracking.server import Server, Shown, Status
@@ -195,7 +196,7 @@ def write(out: Path, run: Run, minute: int = 0) -> None:
     rows = curve(run)
     begun = datetime(2026, 1, 1, 12, minute, tzinfo=UTC)
     document = {
-        **sweep.document(run, begun.isoformat()),
+        **execution.document(run, begun.isoformat()),
         "finished": begun.replace(second=5).isoformat(),
         "fingerprint": "0123456789abcdef",
         "clients": 20,
@@ -218,7 +219,7 @@ def write(out: Path, run: Run, minute: int = 0) -> None:
 
 
 def fail(out: Path, run: Run, reason: str = "it broke") -> None:
-    records.fail(out, run.id, sweep.document(run, None), reason)
+    records.fail(out, run.id, execution.document(run, None), reason)
 
 
 def watched(out: Path, warn: list[str], uri: str = URI) -> mirror.Mirror:
@@ -656,6 +657,7 @@ def test_a_real_server_is_written_live_and_may_die_and_an_import_completes_the_s
     with mlflow_server(tmp_path, port) as (uri, server):
         process = start(*words, "--tracking-uri", uri, cwd=tmp_path)
         wait(lambda: any(run["status"] == "FINISHED" for run in on_server(uri, of_fedavg).values()))
+        wait(lambda: on_server(uri, "tags.algorithm = 'slow'") != {})
         kill(server)
         printed, err = finish(process)
     assert [run["status"] for run in printed["runs"]] == ["done", "done"]

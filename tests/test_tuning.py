@@ -21,7 +21,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from bench import presets, selection, tuning
+from bench import presets, selection
 from bench.algorithm import Algorithm
 from bench.claims import claim
 from bench.command.main import main
@@ -32,10 +32,16 @@ from bench.files import source
 from bench.presets import Choice, Preset
 from bench.registry import ALGORITHMS, label
 from bench.results import records
-from bench.rounds import Diverged
+from bench.rounds import Diverged, Job
 from bench.settings import BadConfig, Setting
 from bench.split import make_split
-from bench.tuning import Book, Study, Trial
+from bench.tuning import search as searching
+from bench.tuning import trial as trialling
+from bench.tuning.book import Book, DamagedStudy, check
+from bench.tuning.choice import best, kept, preset, scored_by
+from bench.tuning.search import search
+from bench.tuning.space import space
+from bench.tuning.study import Study, Trial
 
 SMALL = {"rounds": 2, "clients": 6, "participation": 0.5}
 
@@ -50,13 +56,13 @@ def study(algorithm: str = "fedavg", chosen: tuple[str, ...] | None = None, **mo
         plugins=more.pop("plugins", ()),
     )
     (run,) = asked.expand()
-    return Study(run=run, seeds=(0,), space=tuning.space(run.algorithm, run.setting.lr, chosen), **more)
+    return Study(run=run, seeds=(0,), space=space(run.algorithm, run.setting.lr, chosen), **more)
 
 
 def searched(out: Path, *studies: Study, trials: int = 3) -> dict[str, list[Trial]]:
     """Search, and give all but what it cost in time."""
     book = Book(studies, trials, out, lambda *_: None)
-    tuning.search(book)
+    search(book)
     return {each.id: [timeless(trial) for trial in book.within(each)] for each in studies}
 
 
@@ -208,9 +214,9 @@ def test_images_in_a_file_give_the_trials_that_they_give_in_memory(
     in_memory = searched(tmp_path / "memory", each, trials=1)
     load = source.load
     monkeypatch.setattr(source, "load", lambda *where: replace(load(*where), train_x=InAFile(load(*where).train_x)))
-    tuning._images.cache_clear()
+    trialling._images.cache_clear()
     assert searched(tmp_path / "file", each, trials=1) == in_memory
-    tuning._images.cache_clear()
+    trialling._images.cache_clear()
 
 
 # What is tuned
@@ -226,20 +232,20 @@ def test_fields_are_searched_around_their_defaults_and_the_learning_rate_too() -
         flag: bool = True
         text: str = "x"
 
-    assert tuning.space(Many(), 0.05) == {
+    assert space(Many(), 0.05) == {
         "share": FloatDistribution(0.03, 3.0, log=True),
         "steps": IntDistribution(2, 10, log=True),
         "one": IntDistribution(1, 2, log=True),
         "flag": CategoricalDistribution((False, True)),
         "lr": FloatDistribution(0.005, 0.5, log=True),
     }
-    assert set(tuning.space(Many(), 0.05, {"lr", "steps"})) == {"lr", "steps"}
-    assert "steps" not in tuning.space(Many(steps=7), 0.05), "a field that is given is not tuned"
+    assert set(space(Many(), 0.05, {"lr", "steps"})) == {"lr", "steps"}
+    assert "steps" not in space(Many(steps=7), 0.05), "a field that is given is not tuned"
 
 
 def test_an_algorithm_may_declare_what_is_tuned() -> None:
     (fedloge,) = parse_algorithms("fedloge")
-    assert tuning.space(fedloge, 0.1) == {
+    assert space(fedloge, 0.1) == {
         "sparsity": FloatDistribution(0.1, 0.9, log=True),
         "etf_norm": FloatDistribution(0.01, 1.0, log=True),
         "scale": FloatDistribution(0.17, 17.0, log=True),
@@ -260,13 +266,13 @@ def test_a_wrong_space_is_answered_in_a_sentence(declared: Any, said: str, monke
     (fedrep,) = parse_algorithms("fedrep")
     monkeypatch.setattr(type(fedrep), "space", declared)
     with pytest.raises(BadConfig, match=said):
-        tuning.space(fedrep, 0.1)
+        space(fedrep, 0.1)
 
 
 @pytest.mark.parametrize("name", list(ALGORITHMS))
 def test_every_algorithm_accepts_the_bounds_of_its_own_space(name: str) -> None:
     algorithm = ALGORITHMS[name]()
-    for field, values in tuning.space(algorithm, 0.1).items():
+    for field, values in space(algorithm, 0.1).items():
         known: Any = values
         ends = known.choices if isinstance(values, CategoricalDistribution) else (known.low, known.high)
         for end in ends if field != "lr" else ():
@@ -308,41 +314,42 @@ def test_choices_do_not_change_if_the_test_set_is_garbage(tmp_path: Path, monkey
 
     monkeypatch.setattr(source, "load", lambda *where: garbage(load(*where)))
     monkeypatch.setattr(source, "labels", lambda *where: replace(read(*where), test=torch.tensor([-1, 99])))
-    tuning._images.cache_clear()
-    tuning.check(studies)
+    trialling._images.cache_clear()
+    check(studies)
     assert searched(tmp_path / "garbage", *studies) == honest
-    tuning._images.cache_clear()
+    trialling._images.cache_clear()
     for each in studies:
         assert any(trial.score != honest[each.id][0].score for trial in honest[each.id]), "there was nothing to choose"
 
 
 def test_a_trial_is_given_training_images_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    digits, given = parse_dataset("digits").load(Path("data")), []
-    train = tuning.train
+    digits = parse_dataset("digits").load(Path("data"))
+    given: list[Any] = []
+    train = trialling.train
 
-    def spy(**what: Any) -> Any:
-        given.append(what)
-        return train(**what)
+    def spy(job: Job, **how: Any) -> Any:
+        given.append(job)
+        return train(job, **how)
 
-    monkeypatch.setattr(tuning, "train", spy)
+    monkeypatch.setattr(trialling, "train", spy)
     searched(tmp_path, study(), trials=1)
-    (what,) = given
+    (job,) = given
     rows = torch.cat(selection.set_aside(digits.labels, 10, study().run.setting, 0, 0.2).tests)
-    assert what["splits"].test_x.equal(digits.train_x[rows])
-    assert not torch.isin(torch.cat(what["split"].clients), rows).any()
-    assert what["setting"].eval_every == what["setting"].rounds
-    kept = tuning._images(study().run.dataset, study().run.data_root)
+    assert job.splits.test_x.equal(digits.train_x[rows])
+    assert not torch.isin(torch.cat(job.split.clients), rows).any()
+    assert job.setting.eval_every == job.setting.rounds
+    kept = trialling._images(study().run.dataset, study().run.data_root)
     assert len(kept.test_x) == len(kept.test_y) == 0, "the official test part is not even kept"
 
 
 def test_a_trial_trains_with_its_own_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
-    train = tuning.train
-    monkeypatch.setattr(tuning, "train", lambda **what: given.append(what) or train(**what))  # type: ignore[func-returns-value]
+    train = trialling.train
+    monkeypatch.setattr(trialling, "train", lambda job, **how: given.append(job) or train(job, **how))  # type: ignore[func-returns-value]
     each = study("fedprox", setting={"rounds": 1})
     trials = searched(tmp_path, each, trials=3)[each.id]
-    assert [(label(what["algorithm"]), what["setting"].lr) for what in given] == [(t.call, t.lr) for t in trials]
-    assert len({what["algorithm"].mu for what in given}) == 3
+    assert [(label(job.algorithm), job.setting.lr) for job in given] == [(t.call, t.lr) for t in trials]
+    assert len({job.algorithm.mu for job in given}) == 3
 
 
 def test_the_mean_over_seeds_is_what_counts(tmp_path: Path) -> None:
@@ -363,7 +370,7 @@ def test_the_model_that_is_asked_for_is_scored_if_there_is_one(
 ) -> None:
     each = study(algorithm, target=target)
     trials = searched(tmp_path, each, trials=1)[each.id]
-    assert tuning.scored_by(each, trials) == model
+    assert scored_by(each, trials) == model
     assert trials[0].score == trials[0].metrics[0][model]
 
 
@@ -372,7 +379,7 @@ def test_an_interrupted_search_makes_the_same_choices_and_repeats_none(
 ) -> None:
     studies = study(), study("fedprox")
     undisturbed = searched(tmp_path / "undisturbed", *studies, trials=4)
-    attempts, attempt = [], tuning.attempt
+    attempts, attempt = [], searching.attempt
 
     def counted(of: Study, trial: Trial, folder: Path) -> Trial:
         attempts.append((of.id, trial.number))
@@ -380,7 +387,7 @@ def test_an_interrupted_search_makes_the_same_choices_and_repeats_none(
             raise KeyboardInterrupt
         return attempt(of, trial, folder)
 
-    monkeypatch.setattr(tuning, "attempt", counted)
+    monkeypatch.setattr(searching, "attempt", counted)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             searched(tmp_path / "disturbed", *studies, trials=4)
@@ -422,26 +429,26 @@ def test_a_trial_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest
 
 
 def fails_above(lr: float) -> Callable[..., Any]:
-    train = tuning.train
+    train = trialling.train
 
-    def wrapped(**what: Any) -> Any:
-        if what["setting"].lr > lr:
+    def wrapped(job: Job, **how: Any) -> Any:
+        if job.setting.lr > lr:
             raise Diverged(f"diverged: a learning rate above {lr}")
-        return train(**what)
+        return train(job, **how)
 
     return wrapped
 
 
 def test_a_trial_that_diverges_counts_as_the_worst(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "train", fails_above(0.03))
+    monkeypatch.setattr(trialling, "train", fails_above(0.03))
     each = study()
     trials = searched(tmp_path, each, trials=6)[each.id]
     failed = [trial for trial in trials if trial.lr > 0.03]
     assert trials[0] in failed and 0 < len(failed) < 6
     assert all(trial.score is None and "diverged" in str(trial.reason) for trial in failed)
-    best = tuning.best(trials)
-    assert best is not None and best.lr < 0.03
-    assert tuning.best(failed) is None
+    chosen = best(trials)
+    assert chosen is not None and chosen.lr < 0.03
+    assert best(failed) is None
 
 
 def test_the_sampler_is_told_that_failures_are_the_worst() -> None:
@@ -462,13 +469,13 @@ def test_the_sampler_is_told_that_failures_are_the_worst() -> None:
 
 def test_the_first_of_equals_is_chosen() -> None:
     trials = [Trial(number=n, values={}, call="fedavg", lr=0.1, score=score) for n, score in enumerate((0.5, 0.7, 0.7))]
-    best = tuning.best(trials)
-    assert best is not None and best.number == 1
+    chosen = best(trials)
+    assert chosen is not None and chosen.number == 1
 
 
 def test_values_that_were_tried_are_not_run_again_and_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran, attempt = [], tuning.attempt
-    monkeypatch.setattr(tuning, "attempt", lambda *what: ran.append(what[1].call) or attempt(*what))  # type: ignore[func-returns-value]
+    ran, attempt = [], searching.attempt
+    monkeypatch.setattr(searching, "attempt", lambda *what: ran.append(what[1].call) or attempt(*what))  # type: ignore[func-returns-value]
     each = study("fedrep(head_epochs=1)", chosen=("body_epochs",))
     trials = searched(tmp_path, each, trials=6)[each.id]
     assert len(trials) == 6
@@ -508,7 +515,7 @@ def test_a_damaged_file_of_trials_is_named(tmp_path: Path) -> None:
     whole = file.read_text()
     for damaged in (whole[:-20], whole.splitlines()[1] + "\n", whole.replace('"score": 0', '"score": "0')):
         file.write_text(damaged)
-        with pytest.raises(tuning.DamagedStudy, match="delete the folder"):
+        with pytest.raises(DamagedStudy, match="delete the folder"):
             Book([each], 2, tmp_path, lambda *_: None)
 
 
@@ -596,13 +603,13 @@ def test_the_papers_values_are_fields(name: str) -> None:
 def test_choices_with_another_budget_never_stand_in_one_preset(tmp_path: Path) -> None:
     file = tmp_path / "tuned.toml"
     same = replace(TUNED, algorithms={})
-    assert tuning.kept(same, TUNED, file, ["fedrep"]) == TUNED.algorithms
+    assert kept(same, TUNED, file, ["fedrep"]) == TUNED.algorithms
     for other in ({"trials": 8}, {"validation": 0.3}, {"target": "generic"}, {"seeds": [0]}, {"tuned": None}):
         with pytest.raises(BadConfig, match="tuned on another budget"):
-            tuning.kept(replace(same, **other), TUNED, file, ["fedavg"])
-        assert tuning.kept(replace(same, **other), TUNED, file, list(TUNED.algorithms)) == {}
+            kept(replace(same, **other), TUNED, file, ["fedavg"])
+        assert kept(replace(same, **other), TUNED, file, list(TUNED.algorithms)) == {}
     with pytest.raises(BadConfig, match="tuned for another protocol"):
-        tuning.kept(replace(same, protocol="x"), TUNED, file, list(TUNED.algorithms))
+        kept(replace(same, protocol="x"), TUNED, file, list(TUNED.algorithms))
 
 
 def test_a_preset_holds_what_was_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -616,7 +623,7 @@ def test_a_preset_holds_what_was_best(tmp_path: Path, monkeypatch: pytest.Monkey
     }
     book = Book([good, bad], 2, tmp_path, lambda *_: None)
     book.trials = trials
-    found = tuning.preset(book, 2, "mine", None)
+    found = preset(book, 2, "mine", None)
     assert found.algorithms == {"fedavg": Choice(call="fedavg", lr=0.1, score=0.8, untuned=0.5, study=good.id)}
     assert (found.name, found.protocol, found.trials) == ("mine", good.run.protocol, 2)
 
@@ -673,13 +680,13 @@ def test_what_was_tuned_stands_in_the_table_beside_the_default(bench: Callable[.
     assert len(found) == 2 + len(changed) and not damaged
     assert len({record.protocol for record in found}) == 1, "one table"
     assert {record.setting["lr"] for record in found} == {0.05}
-    for choice in changed:
+    for change in changed:
         (record,) = [
-            each for each in found if each.document["preset"] == "tuned" and str(each.label).startswith(choice.call)
+            each for each in found if each.document["preset"] == "tuned" and str(each.label).startswith(change.call)
         ]
-        assert record.label == choice.call + (" [tuned]" if choice.lr is None else f" [tuned, lr {choice.lr:g}]")
+        assert record.label == change.call + (" [tuned]" if change.lr is None else f" [tuned, lr {change.lr:g}]")
         algorithm: Any = record.identity["algorithm"]
-        assert algorithm.get("lr") == choice.lr
+        assert algorithm.get("lr") == change.lr
     table = json.loads(bench("table", "--format", "json").out)
     text = json.dumps(table)
     assert "[tuned" in text
@@ -722,7 +729,7 @@ def test_two_processes_never_search_one_study(bench: Callable[..., Answer], tmp_
 def test_a_search_in_which_every_trial_fails_writes_no_preset(
     bench: Callable[..., Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuning, "train", fails_above(0.0))
+    monkeypatch.setattr(trialling, "train", fails_above(0.0))
     answer = bench("tune", "--algos", "fedavg", "--trials", 2, *OPTIONS)
     assert answer.status == 1
     assert "every trial of fedavg failed" in answer.err and "diverged" in answer.err

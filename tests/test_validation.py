@@ -18,20 +18,23 @@ import pandas
 import pytest
 import torch
 
-from bench import metrics, sweep
+from bench import metrics
 from bench.algorithm import Exchange
 from bench.config import Sweep, parse_algorithms, parse_datasets
 from bench.dataset import DataMissing
 from bench.identity import identify
-from bench.pool import InProcess
 from bench.population import Population
 from bench.registry import ALGORITHMS, DATASETS
-from bench.rerun import candidates, draw, rerun
-from bench.results import expected, inspection, records, storage, submission, verification
-from bench.results.inspection import tables
+from bench.results import records, storage
 from bench.results.leaderboard import leaderboards
 from bench.results.table import results_readme
-from bench.results.validation import validate, verified
+from bench.sweep import driver, execution
+from bench.sweep.pool import InProcess
+from bench.validation import expected, inspection, submission, verification
+from bench.validation.counted import tables
+from bench.validation.report import validate
+from bench.validation.rerun import candidates, draw, rerun
+from bench.validation.verification import verified
 from tests.test_command import Bench
 from tests.test_command import bench as bench
 
@@ -52,7 +55,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
         seeds=(0, 1),
         data_root=ROOT,
     )
-    results = sweep.run(asked.expand(), out, pool=InProcess())
+    results = driver.run(asked.expand(), out, pool=InProcess())
     assert {result.status for result in results} == {"done"}
     write_table(out)
     return out
@@ -220,7 +223,7 @@ def test_what_follows_from_a_setting_is_what_the_run_does(published: Path) -> No
     assert drawn == [population.cohort(round) for round in range(5)]
     trained = range(population.training)
     assert tuple(expected.evaluated(setting, trained, run.seed)) == population.evaluated(trained)
-    repeated = sweep.document(run, None)
+    repeated = execution.document(run, None)
     told = expected.description(asked)
     assert {key: json.loads(json.dumps(repeated[key])) for key in told} == told
     left = {"identity", "versions", "hardware", "commit", "started", "preset", "workers"}
@@ -235,7 +238,7 @@ def test_an_exchange_with_everyone_is_counted_with_everyone(
     monkeypatch.setattr(type(asked.algorithm), "exchanges", lambda self, task: exchanges)
     expected._shapes.cache_clear()
     run = asked.run(ROOT)
-    assert sweep.execute(run, tmp_path) is None
+    assert execution.execute(run, tmp_path) is None
     cost, known = records.read(tmp_path / run.id).cost, expected.sent(asked, 20)
     expected._shapes.cache_clear()
     assert known is not None
@@ -1098,7 +1101,7 @@ def test_results_on_somebodys_own_images_are_checked_as_far_as_can_be(tmp_path: 
         seeds=(0, 1),
         data_root=ROOT,
     )
-    sweep.run(asked.expand(), tmp_path / "runs", pool=InProcess())
+    driver.run(asked.expand(), tmp_path / "runs", pool=InProcess())
     assert str(tmp_path) in document(folder(tmp_path / "runs", "fedavg"))["dataset"]
     assert bench("submit", tmp_path / "runs", "--to", tmp_path / "results").status == 0
     taken = tmp_path / "results"

@@ -1,7 +1,7 @@
 """The command: verbs that are loaded when they are called, and errors as one sentence with an exit status.
 
-Exit status 0 done, 1 some run failed, 2 wrong usage or configuration, 3 data missing or damaged,
-130 interrupted.
+Exit status 0 done, 1 some run failed or some result does not hold together, 2 wrong usage or configuration, 3 data
+missing or damaged, 130 interrupted.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from bench.command.options import Options
 
 if TYPE_CHECKING:
     from bench.config import Run
-    from bench.forecast import Total
-    from bench.schedule import Budget, Forecast
+    from bench.sweep.forecast import Total
+    from bench.sweep.schedule import Budget, Forecast
 
 
 def print_plan(runs: Sequence[Run], options: Options, device: str) -> int:
@@ -30,9 +30,9 @@ def print_plan(runs: Sequence[Run], options: Options, device: str) -> int:
     Returns:
         The exit status.
     """
-    from bench import forecast, sweep
+    from bench.sweep import execution, forecast
 
-    todo = [run for run in runs if options.force or not sweep.finished(run, options.out)]
+    todo = [run for run in runs if options.force or not execution.finished(run, options.out)]
     jobs = _jobs(options, device, len(todo))
     try:
         forecasts = forecast.forecast(todo, options.out, probe=not options.no_probe, jobs=jobs, say=_say)
@@ -106,7 +106,7 @@ def accuracy(metrics: Mapping[str, float | None]) -> str:
 
 def _jobs(options: Options, device: str, todo: int) -> int:
     """Say how many runs will go on at once."""
-    from bench.pool import cores, has_ray
+    from bench.cluster import cores, has_ray
 
     if options.ray == "off" or todo <= 1 or (options.ray is None and not has_ray()):
         return 1
@@ -115,7 +115,7 @@ def _jobs(options: Options, device: str, todo: int) -> int:
 
 def _too_late(todo: Sequence[Run], forecasts: Mapping[str, Forecast], options: Options, jobs: int) -> frozenset[str]:
     """Play the sweep through, and give the ids of runs that would not begin within the time budget."""
-    from bench.schedule import Budget, Schedule, parse_duration
+    from bench.sweep.schedule import Budget, Schedule, parse_duration
 
     if options.time_budget is None:
         return frozenset()

@@ -14,8 +14,8 @@ from rich.text import Text
 
 from bench.command.plan import accuracy, duration
 from bench.rounds import Report
-from bench.schedule import Forecast, Outlook, cell
 from bench.spelling import label, spell_imbalance
+from bench.sweep.schedule import Forecast, Outlook, cell
 
 if TYPE_CHECKING:
     from bench.config import Run

@@ -14,8 +14,8 @@ import click
 
 if TYPE_CHECKING:
     from bench.config import Run
-    from bench.rerun import Rerun
-    from bench.results.validation import Report
+    from bench.validation.report import Report
+    from bench.validation.rerun import Rerun
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _OPTIONS = (
@@ -67,7 +67,7 @@ def validate_command(
 
     from bench.files import data_root as root_of
     from bench.registry import load_plugin
-    from bench.results.validation import summary, validate
+    from bench.validation.report import summary, validate
 
     torch.set_num_threads(1)
     if not out.is_dir():
@@ -122,7 +122,7 @@ def _rerun(
     """
     if asked is None:
         return [], None
-    from bench.rerun import candidates, rerun
+    from bench.validation.rerun import candidates, rerun
 
     possible = candidates(report.inspected, root, plugins)
     chosen, seed = _choose(report, possible, asked, seed)
@@ -138,7 +138,7 @@ def _rerun(
 
 
 def _choose(report: Report, possible: dict[str, Run], asked: str, seed: int | None) -> tuple[list[str], int | None]:
-    from bench.rerun import draw
+    from bench.validation.rerun import draw
 
     named = [word.strip() for word in asked.split(",") if word.strip()]
     known = {record.id for record in report.runs}
@@ -159,8 +159,8 @@ def _choose(report: Report, possible: dict[str, Run], asked: str, seed: int | No
 
 
 def _note(out: Path, sound: Sequence[Rerun]) -> None:
-    from bench.rerun import entry
-    from bench.results import verification
+    from bench.validation import verification
+    from bench.validation.rerun import entry
 
     try:
         path = verification.note(out, {outcome.record.id: entry(outcome) for outcome in sound})
@@ -170,7 +170,7 @@ def _note(out: Path, sound: Sequence[Rerun]) -> None:
 
 
 def _document(report: Report, out: Path, outcomes: Sequence[Rerun], seed: int | None) -> dict[str, Any]:
-    from bench.results.validation import verified
+    from bench.validation.verification import verified
 
     try:
         known = sorted(verified(out))
@@ -221,8 +221,8 @@ def submit_command(out: Path, to: Path, data_root: Path | None, plugins: tuple[P
 
     from bench.files import data_root as root_of
     from bench.registry import load_plugin
-    from bench.results import submission
-    from bench.results.validation import validate
+    from bench.validation import submission
+    from bench.validation.report import validate
 
     torch.set_num_threads(1)
     if not out.is_dir():

@@ -20,12 +20,12 @@ from bench.command.table import print_boards
 if TYPE_CHECKING:
     from bench.command.progress import Display
     from bench.config import Run, Sweep
-    from bench.pool import Pool
     from bench.results.leaderboard import Leaderboard
-    from bench.schedule import Budget
-    from bench.sweep import Result
+    from bench.sweep.driver import Result
+    from bench.sweep.pool import Pool
+    from bench.sweep.schedule import Budget
+    from bench.sweep.watch import Watcher
     from bench.tracking import Mirror
-    from bench.watch import Watcher
 
 _OF_THE_SETTING = (
     "partition", "clients", "participation", "rounds", "epochs", "batch_size", "lr", "model", "eval_clients"
@@ -54,12 +54,12 @@ def run_command(**values: Any) -> None:
 def _run(options: Options) -> int:
     import torch
 
-    from bench import sweep
     from bench.command.progress import Display
-    from bench.forecast import forecast
-    from bench.journal import Journal
     from bench.results.storage import prepare
-    from bench.schedule import Schedule
+    from bench.sweep import driver, execution
+    from bench.sweep.forecast import forecast
+    from bench.sweep.journal import Journal
+    from bench.sweep.schedule import Schedule
 
     torch.set_num_threads(1)  # more would wait for each other: what is done here is small, and runs take a core
     asked, budget = _sweep(options), _budget(options)
@@ -67,8 +67,8 @@ def _run(options: Options) -> int:
     if options.dry_run:
         return print_plan(runs, options, asked.device)
     prepare(options.out)
-    rest = [run for run in runs if options.force or not sweep.finished(run, options.out)]
-    sweep.check_data(rest)
+    rest = [run for run in runs if options.force or not execution.finished(run, options.out)]
+    driver.check_data(rest)
     _say_overrides(asked, runs)
     forecasts = forecast(rest, options.out, probe=False)
     journal = Journal(options.out, _command(), forecasts)
@@ -79,7 +79,9 @@ def _run(options: Options) -> int:
         watchers: list[Watcher] = [journal, display, *([mirror] if mirror else [])]
         schedule = partial(Schedule, forecasts=forecasts, budget=budget)
         try:
-            results = sweep.run(runs, options.out, pool=pool, watchers=watchers, force=options.force, schedule=schedule)
+            results = driver.run(
+                runs, options.out, pool=pool, watchers=watchers, force=options.force, schedule=schedule
+            )
         except KeyboardInterrupt:
             return _interrupted(runs, options, mirror, display)
         boards = _boards(results, options.out)
@@ -140,14 +142,16 @@ def _sweep(options: Options) -> Sweep:
 
 
 def _budget(options: Options) -> Budget | None:
-    from bench.schedule import Budget, parse_duration
+    from bench.sweep.schedule import Budget, parse_duration
 
     given = options.time_budget
     return None if given is None else Budget(parse_duration(given, "--time-budget"))
 
 
 def _pool(options: Options, device: str, todo: int, display: Display) -> Pool:
-    from bench.pool import InProcess, OnRay, has_ray
+    from bench.cluster import has_ray
+    from bench.sweep.on_ray import OnRay
+    from bench.sweep.pool import InProcess
 
     if options.ray == "off" or (options.ray is None and todo <= 1):
         return InProcess()
@@ -193,9 +197,9 @@ def _say_overrides(asked: Sweep, runs: Sequence[Run]) -> None:
 
 
 def _interrupted(runs: Sequence[Run], options: Options, mirror: Mirror | None, display: Display) -> int:
-    from bench import sweep
+    from bench.sweep import execution
 
-    done = sum(sweep.finished(run, options.out) for run in runs)
+    done = sum(execution.finished(run, options.out) for run in runs)
     display.warn(f"interrupted: {done} of {len(runs)} runs are done and kept. The same command goes on: {_command()}")
     if mirror is not None:
         mirror.finish("KILLED", {})
@@ -219,12 +223,13 @@ def _boards(results: Sequence[Result], out: Path) -> list[Leaderboard]:
 
 
 def _print_boards(boards: Sequence[Leaderboard], options: Options, mirror: Mirror | None) -> None:
-    from bench.tracking import interface_command
+    from bench.tracking import import_command, interface_command
 
     print_boards(boards)
     click.echo(f"results: {options.out}  (bench table --out {shlex.quote(str(options.out))})")
-    if mirror is not None and mirror.healthy:
-        click.echo(f"curves:  {interface_command(mirror.uri)}")
+    if mirror is not None:
+        lost = f"MLflow lacks some; they are imported by {import_command(mirror.uri, options.out)}"
+        click.echo(f"curves:  {interface_command(mirror.uri) if mirror.healthy else lost}")
 
 
 def _as_json(result: Result, out: Path) -> dict[str, Any]:

@@ -23,8 +23,8 @@ def site_command(out: Path, to: Path) -> None:
     bench site --out results --to site
     """
     from bench.results import records
-    from bench.results.verification import verified
     from bench.site.build import build
+    from bench.validation.verification import verified
 
     if not out.is_dir():
         raise click.BadParameter(f"{out}: there is no such folder, 'bench run' makes one", param_hint="--out")

@@ -15,7 +15,7 @@ import click
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from bench.journal import Entry, Sweep
+    from bench.sweep.journal import Entry, Sweep
 
 State = Literal["running", "waiting", "failed", "done"]
 
@@ -132,8 +132,8 @@ class Found:
 
 def look(out: Path) -> Found:
     """Look at a folder of results: at what drivers have noted, at runs' progress, at what is finished."""
-    from bench import journal
-    from bench.schedule import Outlook
+    from bench.sweep import journal
+    from bench.sweep.schedule import Outlook
 
     drivers = journal.read(out)
     now = time.time()
@@ -191,7 +191,7 @@ def _tell(outlook: Any, run_id: str, entry: Entry, now: float) -> None:
 
 
 def _latest(out: Path, run_id: str) -> tuple[dict[str, Any], float] | None:
-    """Give the last report of a run, the last metrics in it, and when it was written; see `bench.watch`."""
+    """Give the last report of a run, the last metrics in it, and when it was written; see `bench.sweep.watch`."""
     file = out / run_id / "progress.jsonl"
     try:
         lines, at = file.read_bytes().split(b"\n")[:-1], file.stat().st_mtime
@@ -220,7 +220,7 @@ def _stored(out: Path) -> list[_Run]:
 
 
 def _time_of(out: Path, driver: Sweep) -> float:
-    from bench.journal import FOLDER
+    from bench.sweep.journal import FOLDER
 
     files = (out / FOLDER).glob(f"{driver.pid}-*.json")
     return max((file.stat().st_mtime for file in files), default=driver.began)

@@ -28,8 +28,9 @@ def track_command(out: Path, tracking_uri: str | None) -> None:
     bench track
     bench track --out results --tracking-uri http://127.0.0.1:5000
     """
-    from bench import journal, tracking
+    from bench import tracking
     from bench.results import records, table
+    from bench.sweep import journal
 
     if not out.is_dir():
         raise click.BadParameter(f"{out}: there is no such folder, 'bench run' makes one", param_hint="--out")

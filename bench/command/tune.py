@@ -18,7 +18,8 @@ import click
 from bench.command.options import Options, defaults, some_run_options
 
 if TYPE_CHECKING:
-    from bench.tuning import Book, Study, Trial
+    from bench.tuning.book import Book
+    from bench.tuning.study import Study, Trial
 
 _OF_RUN = (
     "--algos", "--dataset", "--imbalance", "--alpha", "--seeds", "--plugin", "--setting", "--partition", "--clients",
@@ -75,21 +76,23 @@ def _tune(options: Options, trials: int, target: str, fields: str | None, valida
         raise BadConfig("optuna is not installed, which chooses what is tried; pip install optuna")
     import torch
 
-    from bench import presets, tuning
+    from bench import presets
     from bench.registry import label
     from bench.results.storage import place, prepare
     from bench.spelling import split_list
+    from bench.tuning.book import check, opened
+    from bench.tuning.choice import best, kept, preset
 
     torch.set_num_threads(1)
     chosen = None if fields is None else [item.replace("-", "_") for item in split_list(fields)]
     studies = _studies(options, target, chosen, validation)
     file = _file(name, options)
     earlier = presets.read(file) if file.exists() else None
-    tuning.check(studies)
+    check(studies)
     prepare(options.out)
-    with tuning.opened(studies, trials, options.out, _teller(trials)) as book:
-        asked = tuning.preset(book, trials, name, chosen)
-        stays = {} if earlier is None else tuning.kept(asked, earlier, file, [label(s.run.algorithm) for s in studies])
+    with opened(studies, trials, options.out, _teller(trials)) as book:
+        asked = preset(book, trials, name, chosen)
+        stays = {} if earlier is None else kept(asked, earlier, file, [label(s.run.algorithm) for s in studies])
         _say(book, trials)
         try:
             _search(book, options)
@@ -97,7 +100,7 @@ def _tune(options: Options, trials: int, target: str, fields: str | None, valida
             said = f"interrupted: {book.left()} trials are left, and those done are kept"
             click.echo(f"bench: {said}. The same command goes on: {_command()}", err=True)
             return 130
-    found = tuning.preset(book, trials, name, chosen)
+    found = preset(book, trials, name, chosen)
     found = replace(found, algorithms={**stays, **found.algorithms})
     if found.algorithms:
         use = f"bench run --algos {shlex.quote(','.join(found.algorithms))} --preset {shlex.quote(str(file))}"
@@ -108,7 +111,7 @@ def _tune(options: Options, trials: int, target: str, fields: str | None, valida
     else:
         _print(book)
         click.echo(f"preset: {file}" if found.algorithms else "preset: none")
-    failed = [label(study.run.algorithm) for study in studies if tuning.best(book.within(study)) is None]
+    failed = [label(study.run.algorithm) for study in studies if best(book.within(study)) is None]
     if failed:
         click.echo(f"bench: every trial of {', '.join(failed)} failed, so there is nothing to choose", err=True)
     return 1 if failed else 0
@@ -125,9 +128,10 @@ def _file(name: str, options: Options) -> Path:
 
 def _studies(options: Options, target: str, chosen: Sequence[str] | None, share: float) -> list[Study]:
     """Make a study of each algorithm, in one cell."""
-    from bench import tuning
     from bench.command.run import _sweep
     from bench.settings import BadConfig
+    from bench.tuning.space import space
+    from bench.tuning.study import Study
 
     asked = _sweep(options)
     runs = asked.expand()
@@ -136,13 +140,13 @@ def _studies(options: Options, target: str, chosen: Sequence[str] | None, share:
             "bench tune: one dataset, one imbalance and one alpha are wanted; tune each with its own --name"
         )
     first = [run for run in runs if run.seed == asked.seeds[0]]
-    spaces = [tuning.space(run.algorithm, run.setting.lr) for run in first]
-    known = sorted({name for space in spaces for name in space})
+    spaces = [space(run.algorithm, run.setting.lr) for run in first]
+    known = sorted({name for each in spaces for name in each})
     unknown = [name for name in chosen or () if name not in known]
     if unknown or chosen == []:
         raise BadConfig(f"--fields {', '.join(unknown) or 'is empty'}: these can be tuned: {', '.join(known)}")
     return [
-        tuning.Study(
+        Study(
             run=run,
             seeds=tuple(asked.seeds),
             space={name: values for name, values in space.items() if chosen is None or name in chosen},
@@ -154,15 +158,15 @@ def _studies(options: Options, target: str, chosen: Sequence[str] | None, share:
 
 
 def _search(book: Book, options: Options) -> None:
-    from bench import tuning
-    from bench.pool import has_ray
+    from bench.cluster import has_ray
+    from bench.tuning.search import search, search_on_ray
 
     alone = options.ray is None and (len(book.studies) == 1 or options.jobs == 1 or not has_ray())
     if options.ray == "off" or alone or not book.left():
-        tuning.search(book)
+        search(book)
     else:
         with redirect_stdout(sys.stderr):
-            tuning.search_on_ray(book, options.ray or "local", options.jobs)
+            search_on_ray(book, options.ray or "local", options.jobs)
 
 
 def _command() -> str:
@@ -218,20 +222,20 @@ def _print(book: Book) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from bench import tuning
     from bench.registry import label
+    from bench.tuning.choice import best, scored_by
 
     table = Table(title="accuracy (%) on training images that were set aside", title_justify="left")
     for heading in ("algorithm", "model", "as written", "tuned", "chosen", "trials", "failed", "images trained on"):
         table.add_column(heading, overflow="fold")
     for study in book.studies:
         trials = book.within(study)
-        best = tuning.best(trials)
-        chosen = "–" if best is None else "as written" if best.number == 0 else f"{best.call}, lr {best.lr:g}"
+        found = best(trials)
+        chosen = "–" if found is None else "as written" if found.number == 0 else f"{found.call}, lr {found.lr:g}"
         table.add_row(
             label(study.run.algorithm),
-            tuning.scored_by(study, trials) or "–",
-            *("–" if t is None or t.score is None else f"{100 * t.score:.2f}" for t in (trials[0], best)),
+            scored_by(study, trials) or "–",
+            *("–" if t is None or t.score is None else f"{100 * t.score:.2f}" for t in (trials[0], found)),
             chosen,
             str(len(trials)),
             str(sum(trial.score is None for trial in trials)),
@@ -244,15 +248,15 @@ def _print(book: Book) -> None:
 
 
 def _as_json(book: Book, file: Path | None) -> dict[str, Any]:
-    from bench import tuning
     from bench.registry import label
+    from bench.tuning.choice import best, scored_by
 
     studies = [
         {
             "id": study.id,
             "algorithm": label(study.run.algorithm),
-            "model": tuning.scored_by(study, book.within(study)),
-            "best": None if (best := tuning.best(book.within(study))) is None else best.number,
+            "model": scored_by(study, book.within(study)),
+            "best": None if (found := best(book.within(study))) is None else found.number,
             "trials": [asdict(trial) for trial in book.within(study)],
         }
         for study in book.studies

@@ -9,8 +9,9 @@ from pathlib import Path, PurePosixPath
 from bench import durable
 from bench.results import records
 from bench.results.storage import OutputUnwritable
-from bench.results.verification import Verification
 from bench.site import assets, pages
+from bench.site.run_page import Results, files
+from bench.validation.verification import Verification
 
 MARKER = "bench-site.json"
 """Lists the files of a site, and so tells a site from any other folder."""
@@ -41,13 +42,13 @@ def build(
         OutputUnwritable: The folder holds something else, or cannot be written.
         DamagedResult: A run's files are not what was written.
     """
-    results = pages.Results(records={record.id: record for record in found}, verified=verified or {}, notes=notes)
+    results = Results(records={record.id: record for record in found}, verified=verified or {}, notes=notes)
     try:
         old = _earlier(to)
         contents: dict[str, bytes | Path] = {**assets.static()}
         contents |= {path: text.encode() for path, text in pages.write(results)}
         for record in results.records.values():
-            contents |= {path: record.folder / name for name, path in pages.files(record)}
+            contents |= {path: record.folder / name for name, path in files(record)}
         _mark(to, {*old, *contents})  # before anything is written: a build that was killed can be repeated
         for path, content in contents.items():
             _put(to / path, content if isinstance(content, bytes) else content.read_bytes())

@@ -5,32 +5,25 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import bench
 from bench.identity import identify
 from bench.results import table
 from bench.results.comparison import compare, part_over_settings
-from bench.results.layout import ABSENT, LEGEND, Column, best, columns, details, footnotes, remarks, title, warnings
+from bench.results.layout import LEGEND, Column, best, columns, details, footnotes, remarks, title, warnings
 from bench.results.leaderboard import Leaderboard, Row, leaderboards
-from bench.results.record import DOCUMENT, Record
-from bench.results.verification import Verification
 from bench.site import charts
-from bench.site.counts import count
+from bench.site.rendering import many, markdown, render, spell
+from bench.site.run_page import Results, Run, run_page
 from bench.spelling import spell_imbalance
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
+    pass
 
-NAME = "bench"
-TITLE = "Personalised and long-tailed federated learning"
 LEAD = (
     "Every method got the same clients, the same data order, the same initial weights and the same budget; the "
     "official test set never entered training; the last round is what ranks."
 )
-TIERS = "S nothing beyond models, L label statistics, A its own data, V pre-trained models"
-
 VIEWS = ("overview", "personal", "generic", "unseen", "cost", "everything")
 """Which columns the leaderboard can show."""
 _COLUMNS: tuple[tuple[Column, str], ...] = (
@@ -56,18 +49,6 @@ _FILTERS = ("dataset", "imbalance", "alpha", "setting", "tier", "standing")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Results:
-    """What a site is made of."""
-
-    records: Mapping[str, Record]
-    """By id."""
-    verified: Mapping[str, Verification]
-    """Of the runs that were run again, by id; all others are self-reported."""
-    notes: str | None
-    """What a person says about the results, in Markdown."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Cell:
     """A number of a table: as people read it, and as it is sorted by ("" if there is none)."""
 
@@ -75,16 +56,6 @@ class Cell:
     order: str
     bold: bool
     """Whether tests set it apart from all others of its column."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A run, as others link to it."""
-
-    id: str
-    seed: int
-    page: str
-    failed: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +104,7 @@ def write(results: Results) -> Iterator[tuple[str, str]]:
         for row in comparison.leaderboard.rows:
             runs = _runs(results, row)
             for run in runs:
-                yield run.page, _run_page(results, comparison, row, run, [other for other in runs if other != run])
+                yield run.page, run_page(results, row, run, [other for other in runs if other != run], comparison)
 
 
 def _comparison(board: Leaderboard, place: int) -> Comparison:
@@ -167,13 +138,13 @@ def _index(results: Results, comparisons: Sequence[Comparison]) -> str:
     days = sorted(day for comparison in comparisons for day in comparison.leaderboard.finished)
     verified = sum(entry.verified for entry in entries)
     parts = [
-        _many(len(entries), "entry", "entries"),
-        _many(len(results.records), "run"),
-        _many(len(comparisons), "comparison"),
+        many(len(entries), "entry", "entries"),
+        many(len(results.records), "run"),
+        many(len(comparisons), "comparison"),
         f"{verified} verified, {len(entries) - verified} self-reported",
         *([f"latest run {days[-1]}"] if days else []),
     ]
-    return _render(
+    return render(
         "index.html",
         "",
         lead=LEAD,
@@ -193,7 +164,7 @@ def _index(results: Results, comparisons: Sequence[Comparison]) -> str:
         filters=_filters(entries),
         figures=_ranks(boards),
         legend=LEGEND,
-        notes=_markdown(results.notes) if results.notes else None,
+        notes=markdown(results.notes) if results.notes else None,
     )
 
 
@@ -277,12 +248,12 @@ def _comparison_page(results: Results, comparison: Comparison) -> str:
     figures += [[figure] for figure in wide]
     protocol = [
         ("setting", " or ".join(board.names)),
-        *((key, _value(value)) for key, value in board.setting.items()),
+        *((key, spell(value)) for key, value in board.setting.items()),
         ("engine, precision, device", f"{board.engine}, {board.precision}, {board.device}"),
         ("protocol", board.protocol),
         *((f"split of seed {seed}", ", ".join(prints)) for seed, prints in board.fingerprints.items()),
     ]
-    return _render(
+    return render(
         "comparison.html",
         "../",
         board=comparison,
@@ -291,193 +262,3 @@ def _comparison_page(results: Results, comparison: Comparison) -> str:
         figures=[[figure for figure in group if figure is not None] for group in figures],
         protocol=protocol,
     )
-
-
-_MODELS = (
-    ("generic", "generic", ("many", "medium", "few")),
-    ("personal", "personal", ("many", "medium", "few", "weighted", "std", "worst_decile")),
-    ("personal.masked", "masked", ("many", "medium", "few", "weighted", "std", "worst_decile")),
-    ("unseen", "unseen", ()),
-    ("unseen.masked", "unseen, masked", ()),
-)
-_PARTS = (
-    ("", "mean"),
-    ("many", "many"),
-    ("medium", "medium"),
-    ("few", "few"),
-    ("weighted", "weighted"),
-    ("std", "std of clients"),
-    ("worst_decile", "worst decile"),
-)
-
-
-def _run_page(results: Results, comparison: Comparison, row: Row, run: Run, siblings: Sequence[Run]) -> str:
-    record = results.records[run.id]
-    verification = results.verified.get(run.id)
-    content: dict[str, Any] = {
-        "board": comparison,
-        "run": {
-            "label": row.label,
-            "seed": run.seed,
-            "failed": run.failed,
-            "reason": record.reason,
-            "verified": verification is not None,
-            "standing": "verified" if verification else "self-reported",
-        },
-        "verification": _verification(verification) if verification else None,
-        "siblings": siblings,
-        "provenance": _provenance(record),
-        "files": _files(record),
-        "setting": [(key, _value(value)) for key, value in record.setting.items()],
-        "figures": [],
-    }
-    if not run.failed:
-        counted = count(record)
-        curves = charts.curves(record)
-        pictures = (curves, charts.classes(counted), charts.clients(counted))
-        content |= {
-            "metrics_heading": ("model", *(name for _, name in _PARTS)),
-            "metrics": _metrics(record),
-            "metrics_note": "Mean: over classes for generic, over clients for personal and unseen, each weighing the "
-            f"same; weighted: by test images. {ABSENT} stands for what there is not.",
-            "figures": [[figure] for figure in pictures if figure is not None],
-            "evaluated_often": curves is not None,
-            "cost": _cost(record),
-        }
-    return _render("run.html", "../", **content)
-
-
-def _metrics(record: Record) -> list[tuple[str, ...]]:
-    """Lay out the metrics of the last round, a line a model that there is, then further ones by their names."""
-    lines = []
-    listed = set()
-    for key, name, parts in _MODELS:
-        keys = [key if not part else f"{key}.{part}" for part, _ in _PARTS]
-        listed |= set(keys)
-        values = [
-            record.metrics.get(known) if not part or part in parts else None
-            for known, (part, _) in zip(keys, _PARTS, strict=True)
-        ]
-        if record.metrics.get(key) is not None:
-            lines.append((name, *map(_percentage, values)))
-    others = [key for key in record.metrics if key not in listed and "@" not in key and ":" in key]
-    for key in others:
-        if "." not in key.partition(":")[2]:
-            values = [record.metrics.get(f"{key}.{part}" if part else key) for part, _ in _PARTS]
-            lines.append((key, *map(_percentage, values)))
-    return lines
-
-
-def _percentage(share: float | None) -> str:
-    return ABSENT if share is None else f"{100 * share:.1f}"
-
-
-def _cost(record: Record) -> list[tuple[str, str]]:
-    units = (
-        ("sent to clients", "bytes_down", 1e6, "MB"),
-        ("sent to the server", "bytes_up", 1e6, "MB"),
-        ("samples", "samples", 1e3, "thousand"),
-        ("training", "train_flops", 1e9, "GFLOP"),
-        ("wall time", "wall_seconds", 1.0, "s"),
-        ("device time", "device_seconds", 1.0, "s"),
-        ("peak memory", "peak_memory_bytes", 2.0**20, "MiB"),
-        ("state at all clients", "client_state_bytes", 2.0**20, "MiB"),
-    )
-    return [
-        (name, ABSENT if (amount := record.cost.get(key)) is None else f"{amount / unit:,.4g} {spelt}")
-        for name, key, unit, spelt in units
-    ]
-
-
-def _verification(verification: Verification) -> str:
-    outcome = "the same to the bit"
-    if not verification.exact:
-        outcome = f"the same metrics to within {100 * (verification.tolerance or 0.0):g} percentage points"
-    commit = f" with commit {verification.commit[:10]}" if verification.commit else ""
-    return f"run again on {verification.date}{commit}, {outcome}"
-
-
-def _provenance(record: Record) -> list[tuple[str, str]]:
-    document = record.document
-    found = {
-        "algorithm": record.call,
-        "tier": f"{record.tier} ({TIERS})",
-        "dataset": record.dataset,
-        "seed": str(record.seed),
-        "run": record.id,
-        "commit": record.commit,
-        "split": record.fingerprint,
-        "final states": document.get("digest"),
-        "protocol": record.protocol,
-        "engine": f"{record.engine}, {record.precision}, {record.device}",
-        "hardware": _value(document.get("hardware")),
-        "versions": _value(document.get("versions")),
-        "started": document.get("started"),
-        "finished": record.finished,
-    }
-    return [(name, str(value)) for name, value in found.items() if value]
-
-
-def _value(value: object) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {inner}" for key, inner in value.items() if inner is not None)
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_value, value))
-    return ABSENT if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-_SAYS = {
-    DOCUMENT: "identity, setting, versions, hardware, metrics, cost",
-    "rounds.parquet": "a row an evaluated round: the curves",
-    "clients.parquet": "a row a model, client and class: right answers and test images",
-}
-
-
-def files(record: Record) -> list[tuple[str, str]]:
-    """Name the files of a run that the site carries, each with its path within the site."""
-    return [(name, f"data/{record.id}/{name}") for name in (DOCUMENT, *(n for n in _SAYS if n in record.files))]
-
-
-def _files(record: Record) -> list[dict[str, str | None]]:
-    return [
-        {"name": name, "path": path, "says": _SAYS[name], "digest": record.files.get(name)}
-        for name, path in files(record)
-    ]
-
-
-def _many(number: int, one: str, several: str | None = None) -> str:
-    return f"{number:,} {one if number == 1 else several or one + 's'}"
-
-
-def _markdown(text: str) -> str:
-    """Turn a person's notes into HTML without tags of their own, pictures, or headings above our own."""
-    from markdown_it import MarkdownIt
-    from markupsafe import Markup
-
-    parser = MarkdownIt("commonmark", {"html": False}).enable("table").disable("image")
-    tokens = parser.parse(text)
-    for token in tokens:
-        if token.type in ("heading_open", "heading_close"):
-            token.tag = f"h{min(int(token.tag[1]) + 2, 6)}"
-    return Markup(parser.renderer.render(tokens, parser.options, {}))
-
-
-def _render(template: str, root: str, **content: object) -> str:
-    page = _environment().get_template(template)
-    return page.render(root=root, name=NAME, site=TITLE, version=bench.__version__, tiers=TIERS, **content)
-
-
-@cache
-def _environment() -> Environment:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("bench.site"),
-        autoescape=True,  # a label or a reason may hold anything
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":"), "sort_keys": False}
-    return environment

@@ -14,15 +14,17 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bench import provenance, sweep
+from bench import provenance
 from bench.config import Run, resolve_device
-from bench.results import records, verification
-from bench.results.expected import Asked
-from bench.results.inspection import Inspected
+from bench.results import records
 from bench.results.record import Record
-from bench.results.verification import Verification
 from bench.rounds import Report
 from bench.settings import BadConfig
+from bench.sweep import execution
+from bench.validation import verification
+from bench.validation.expected import Asked
+from bench.validation.found import Inspected
+from bench.validation.verification import Verification
 
 HEADLINES = ("generic", "personal", "personal.masked")
 TOLERANCE = 0.08
@@ -98,7 +100,7 @@ def rerun(record: Record, run: Run, report: Callable[[Report], None] | None = No
     """
     started = datetime.now(UTC)
     with tempfile.TemporaryDirectory() as place:
-        sweep.execute(run, Path(place), report)
+        execution.execute(run, Path(place), report)
         again = records.read(Path(place) / run.id)
         because = _other_surroundings(record, again)
         differs = _failed(again) or (_bits(record, again) if because is None else _numbers(record, again))

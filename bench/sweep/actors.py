@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import os
 import pickle
-import sys
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.cluster import MODELS_BYTES, Payload, WorkersDied, import_ray, need_ray, packed, session, unpacked
 from bench.crew import Alone, Answer, Crew, Item, Memory, Parcel, Surroundings, addresses, pack, unpack
-from bench.pool import OnRay, WorkersDied, _quiet_ray, has_ray
-from bench.registry import load_plugin
 from bench.rounds import peak_memory
 from bench.settings import BadConfig
 from bench.tree import Tree
@@ -56,33 +53,18 @@ def hire(size: int, device: str, plugins: Sequence[Path], make: Make) -> Iterato
     if size <= 1:
         yield Alone()
         return
-    if not has_ray():
-        raise BadConfig(f"--workers-per-run {size}: ray is not installed; install it (pip install ray) or leave it out")
-    ray = _quiet_ray()
-    mine = not ray.is_initialized()
-    # Ray prints what happened to actors on standard output, which is for results.
-    with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere if mine else sys.stdout):
-        crew = None
+    need_ray(f"--workers-per-run {size}", "leave it out")
+    in_task = import_ray().is_initialized()
+    with session(size, shared_bytes=MODELS_BYTES) as ray:
+        available = int(ray.cluster_resources().get("CPU", 0.0))
+        if available < size:
+            raise BadConfig(f"--workers-per-run {size}: the cluster has {available} cores; use at most as many")
+        crew = OnActors(ray, size, device, in_task=in_task)
         try:
-            if mine:
-                OnRay(jobs=1, workers=size)._start(ray, 1)
-            cores = int(ray.cluster_resources().get("CPU", 0.0))
-            if cores < size:
-                raise BadConfig(f"--workers-per-run {size}: the cluster has {cores} cores; use at most as many")
-            crew = OnActors(ray, size, device, in_task=not mine)
-            crew.brief([(file.name, _source(file)) for file in plugins], make)
+            crew.brief(make, plugins)
             yield crew
         finally:
-            if crew is not None:
-                crew.dismiss()
-            if mine:
-                ray.shutdown()
-
-
-def _source(plugin: Path) -> bytes:
-    """Read a plug-in file where this process has it from: on a cluster that is not where the command found it."""
-    module = sys.modules.get(f"bench_plugin_{plugin.stem}")
-    return Path(plugin if module is None or module.__file__ is None else module.__file__).read_bytes()
+            crew.dismiss()
 
 
 class OnActors:
@@ -103,16 +85,16 @@ class OnActors:
             share = ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0) if in_task else 0.0
             cards = [] if share else _cards()
         self.actor = ray.remote(num_cpus=1, num_gpus=share)(_Worker)
-        self.briefing: tuple[Any, ...] = ()
+        self.briefing: Payload | None = None
         self.workers = [_Handle(cards[k % len(cards)] if cards else None) for k in range(1, size)]
         for worker in self.workers:
             self._start(worker)
         self.shared: deque[_Shared] = deque(maxlen=_KEPT)
         self.count = 0
 
-    def brief(self, sources: list[tuple[str, bytes]], make: Make) -> None:
+    def brief(self, make: Make, plugins: Sequence[Path] = ()) -> None:
         """Tell the actors of a run; returns at once, and they load its data meanwhile."""
-        self.briefing = sources, pickle.dumps(make)
+        self.briefing = packed(plugins, make)
         for worker in self.workers:
             self._brief(worker)
 
@@ -184,11 +166,11 @@ class OnActors:
 
     def _start(self, worker: _Handle) -> None:
         worker.actor = self.actor.remote(worker.card)
-        if self.briefing:
+        if self.briefing is not None:
             self._brief(worker)
 
     def _brief(self, worker: _Handle) -> None:
-        worker.actor.brief.remote(*self.briefing)
+        worker.actor.brief.remote(self.briefing)
         worker.loading = worker.actor.ready.remote()
 
     def _is_there(self, worker: _Handle, wait: bool = False) -> bool:
@@ -291,17 +273,13 @@ class _Worker:
         if self.card is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = self.card  # before CUDA is used
 
-    def brief(self, sources: list[tuple[str, bytes]], make: bytes) -> None:
+    def brief(self, payload: Payload) -> None:
         """Load the data of a run; what goes wrong is said when somebody waits for it."""
         self.here, self.error = None, None
         self.shared.clear()
         try:
-            with tempfile.TemporaryDirectory() as folder:
-                for file_name, source in sources:
-                    file = Path(folder) / file_name
-                    file.write_bytes(source)
-                    load_plugin(file)
-            self.here = pickle.loads(make)()
+            with unpacked(payload) as make:
+                self.here = make()
         except Exception as error:  # a plug-in may raise anything; it is said where it is asked for
             self.error = error
 

@@ -1,7 +1,7 @@
 """Whether published results hold together: each run by itself, runs beside each other, and the table made of them.
 
 What a run's files say is computed anew as far as it can be without training. What cannot - that the counts are those of
-the algorithm, how long it took - is self-reported until somebody runs it again (`bench.rerun`).
+the algorithm, how long it took - is self-reported until somebody runs it again (`bench.validation.rerun`).
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from pathlib import Path
 
 from bench import presets
 from bench.identity import canonical
-from bench.results import records, verification
-from bench.results.inspection import Inspected, Problem, apart_at, inspect
+from bench.results import records
 from bench.results.leaderboard import leaderboards
 from bench.results.record import COUNTS, DOCUMENT, Record
 from bench.results.table import results_readme
-from bench.results.verification import Verification as Verification
-from bench.results.verification import verified as verified
+from bench.validation import verification
+from bench.validation.counted import apart_at
+from bench.validation.found import Inspected, Problem
+from bench.validation.inspection import inspect
 
 TABLE, PROSE = "README.md", "NOTES.md"
 _BESIDE = (TABLE, PROSE, verification.FILE, ".gitignore", ".gitattributes")

@@ -27,17 +27,16 @@ from typing import Any
 
 import torch
 
-from bench import provenance, rounds, tree, weights
+from bench import provenance, rounds, tree
 from bench.config import Run
 from bench.dataset import DataDamaged, DataMissing, Dataset
 from bench.durable import put
 from bench.files import source
 from bench.identity import identify
-from bench.models import build
 from bench.registry import load_plugin
-from bench.schedule import Forecast, average, cell, cell_of, order, wall_seconds
 from bench.split import make_split
 from bench.states import IN_MEMORY_BYTES
+from bench.sweep.schedule import Forecast, average, cell, cell_of, order, wall_seconds
 
 FILE = "forecast.json"
 _FORMAT = 1
@@ -47,7 +46,7 @@ _QUICK_SECONDS = 5.0
 _MOST_ROUNDS, _MOST_EVALUATIONS = 10, 3
 _POLL_SECONDS = 0.05
 _CHILD = (
-    "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); from bench import forecast; forecast.answer()"
+    "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); from bench.sweep.forecast import answer; answer()"
 )
 
 
@@ -285,10 +284,11 @@ def probe(run: Run) -> Forecast:
     split = make_split(splits.labels, run.dataset.num_classes, setting, run.seed)
     source.require(run.dataset, run.data_root, split.clients)
     seldom = replace(setting, eval_every=setting.rounds)  # evaluations are timed apart from rounds
-    going = rounds.Run(
+    job = rounds.Job(
         run.algorithm, run.dataset, splits, split, seldom, run.seed, run.engine, run.precision, run.device,
-        weights=_weights(run),
+        run.read_weights(),
     )  # fmt: skip
+    going = rounds.Run(job)
     before = time.perf_counter() - began
     seconds = _timed(going.step)
     between = range(1, setting.rounds - 1)
@@ -342,11 +342,3 @@ def _timed(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
-
-
-def _weights(run: Run) -> tree.Tree | None:
-    """Read the body that the run's models start from, if there is one."""
-    if run.weights is None:
-        return None
-    dataset, setting = run.dataset, run.setting
-    return weights.read(run.weights, build(setting.model, dataset.num_classes, dataset.image_shape, setting.norm))

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from bench.durable import put
-from bench.schedule import Forecast, cell
+from bench.sweep.schedule import Forecast, cell
 
 if TYPE_CHECKING:
     from bench.config import Run
@@ -37,7 +37,7 @@ class Entry:
 
     title: str
     cell: str
-    """Hash of what its time depends on, see `bench.schedule.cell`."""
+    """Hash of what its time depends on, see `bench.sweep.schedule.cell`."""
     rounds: int
     forecast: float | None = None
     """Seconds."""

@@ -1,0 +1,190 @@
+"""The page of one run: its metrics and pictures, what it cost, how it was made, and its files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bench.results.layout import ABSENT
+from bench.results.leaderboard import Row
+from bench.results.record import DOCUMENT, Record
+from bench.site import charts
+from bench.site.counts import count
+from bench.site.rendering import TIERS, render, spell
+from bench.validation.verification import Verification
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """What a site is made of."""
+
+    records: Mapping[str, Record]
+    """By id."""
+    verified: Mapping[str, Verification]
+    """Of the runs that were run again, by id; all others are self-reported."""
+    notes: str | None
+    """What a person says about the results, in Markdown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run, as others link to it."""
+
+    id: str
+    seed: int
+    page: str
+    failed: bool
+
+
+_MODELS = (
+    ("generic", "generic", ("many", "medium", "few")),
+    ("personal", "personal", ("many", "medium", "few", "weighted", "std", "worst_decile")),
+    ("personal.masked", "masked", ("many", "medium", "few", "weighted", "std", "worst_decile")),
+    ("unseen", "unseen", ()),
+    ("unseen.masked", "unseen, masked", ()),
+)
+_PARTS = (
+    ("", "mean"),
+    ("many", "many"),
+    ("medium", "medium"),
+    ("few", "few"),
+    ("weighted", "weighted"),
+    ("std", "std of clients"),
+    ("worst_decile", "worst decile"),
+)
+
+
+def run_page(results: Results, row: Row, run: Run, siblings: Sequence[Run], board: object) -> str:
+    """Give the page of a run.
+
+    Args:
+        results: All there are.
+        row: Of the leaderboard, that the run is a part of.
+        run: Which.
+        siblings: The row's other runs.
+        board: The leaderboard, with the path of its page.
+    """
+    record = results.records[run.id]
+    verification = results.verified.get(run.id)
+    content: dict[str, Any] = {
+        "board": board,
+        "run": {
+            "label": row.label,
+            "seed": run.seed,
+            "failed": run.failed,
+            "reason": record.reason,
+            "verified": verification is not None,
+            "standing": "verified" if verification else "self-reported",
+        },
+        "verification": _verification(verification) if verification else None,
+        "siblings": siblings,
+        "provenance": _provenance(record),
+        "files": _files(record),
+        "setting": [(key, spell(value)) for key, value in record.setting.items()],
+        "figures": [],
+    }
+    if not run.failed:
+        counted = count(record)
+        curves = charts.curves(record)
+        pictures = (curves, charts.classes(counted), charts.clients(counted))
+        content |= {
+            "metrics_heading": ("model", *(name for _, name in _PARTS)),
+            "metrics": _metrics(record),
+            "metrics_note": "Mean: over classes for generic, over clients for personal and unseen, each weighing the "
+            f"same; weighted: by test images. {ABSENT} stands for what there is not.",
+            "figures": [[figure] for figure in pictures if figure is not None],
+            "evaluated_often": curves is not None,
+            "cost": _cost(record),
+        }
+    return render("run.html", "../", **content)
+
+
+def _metrics(record: Record) -> list[tuple[str, ...]]:
+    """Lay out the metrics of the last round, a line a model that there is, then further ones by their names."""
+    lines = []
+    listed = set()
+    for key, name, parts in _MODELS:
+        keys = [key if not part else f"{key}.{part}" for part, _ in _PARTS]
+        listed |= set(keys)
+        values = [
+            record.metrics.get(known) if not part or part in parts else None
+            for known, (part, _) in zip(keys, _PARTS, strict=True)
+        ]
+        if record.metrics.get(key) is not None:
+            lines.append((name, *map(_percentage, values)))
+    others = [key for key in record.metrics if key not in listed and "@" not in key and ":" in key]
+    for key in others:
+        if "." not in key.partition(":")[2]:
+            values = [record.metrics.get(f"{key}.{part}" if part else key) for part, _ in _PARTS]
+            lines.append((key, *map(_percentage, values)))
+    return lines
+
+
+def _percentage(share: float | None) -> str:
+    return ABSENT if share is None else f"{100 * share:.1f}"
+
+
+def _cost(record: Record) -> list[tuple[str, str]]:
+    units = (
+        ("sent to clients", "bytes_down", 1e6, "MB"),
+        ("sent to the server", "bytes_up", 1e6, "MB"),
+        ("samples", "samples", 1e3, "thousand"),
+        ("training", "train_flops", 1e9, "GFLOP"),
+        ("wall time", "wall_seconds", 1.0, "s"),
+        ("device time", "device_seconds", 1.0, "s"),
+        ("peak memory", "peak_memory_bytes", 2.0**20, "MiB"),
+        ("state at all clients", "client_state_bytes", 2.0**20, "MiB"),
+    )
+    return [
+        (name, ABSENT if (amount := record.cost.get(key)) is None else f"{amount / unit:,.4g} {spelt}")
+        for name, key, unit, spelt in units
+    ]
+
+
+def _verification(verification: Verification) -> str:
+    outcome = "the same to the bit"
+    if not verification.exact:
+        outcome = f"the same metrics to within {100 * (verification.tolerance or 0.0):g} percentage points"
+    commit = f" with commit {verification.commit[:10]}" if verification.commit else ""
+    return f"run again on {verification.date}{commit}, {outcome}"
+
+
+def _provenance(record: Record) -> list[tuple[str, str]]:
+    document = record.document
+    found = {
+        "algorithm": record.call,
+        "tier": f"{record.tier} ({TIERS})",
+        "dataset": record.dataset,
+        "seed": str(record.seed),
+        "run": record.id,
+        "commit": record.commit,
+        "split": record.fingerprint,
+        "final states": document.get("digest"),
+        "protocol": record.protocol,
+        "engine": f"{record.engine}, {record.precision}, {record.device}",
+        "hardware": spell(document.get("hardware")),
+        "versions": spell(document.get("versions")),
+        "started": document.get("started"),
+        "finished": record.finished,
+    }
+    return [(name, str(value)) for name, value in found.items() if value]
+
+
+_SAYS = {
+    DOCUMENT: "identity, setting, versions, hardware, metrics, cost",
+    "rounds.parquet": "a row an evaluated round: the curves",
+    "clients.parquet": "a row a model, client and class: right answers and test images",
+}
+
+
+def files(record: Record) -> list[tuple[str, str]]:
+    """Name the files of a run that the site carries, each with its path within the site."""
+    return [(name, f"data/{record.id}/{name}") for name in (DOCUMENT, *(n for n in _SAYS if n in record.files))]
+
+
+def _files(record: Record) -> list[dict[str, str | None]]:
+    return [
+        {"name": name, "path": path, "says": _SAYS[name], "digest": record.files.get(name)}
+        for name, path in files(record)
+    ]

@@ -1,0 +1,155 @@
+"""From a list of runs to finished folders: skip what is done, have the rest executed, tell who watches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from bench.claims import is_claimed
+from bench.config import Run
+from bench.dataset import Dataset, Labels
+from bench.files import source
+from bench.results import records
+from bench.rounds import Report
+from bench.split import make_split
+from bench.sweep.execution import document, execute, finished, forget_checkpoint, remove
+from bench.sweep.pool import Pool
+from bench.sweep.schedule import Schedule
+from bench.sweep.watch import Watcher, progress_file
+
+Status = Literal["done", "cached", "failed", "waiting"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a run."""
+
+    run: Run
+    status: Status
+    """"waiting": it has not begun, or not ended, in the time that there was."""
+    reason: str | None = None
+    """Why it failed."""
+
+
+def check_data(runs: Sequence[Run]) -> None:
+    """Make every split that runs will need, from labels alone: what is wrong shows before any work is done.
+
+    Raises:
+        DataMissing: A dataset's files are not there, or a pack lacks images of a split.
+        DataDamaged: They are not what they should be.
+        PartitionFailed: The data cannot be split so.
+        BadWeights: A file of weights is not for a run's model.
+    """
+    labels: dict[tuple[Dataset, Path], Labels] = {}
+    seen: set[tuple[str, int]] = set()
+    for run in runs:
+        if (run.protocol, run.seed) in seen:
+            continue
+        seen.add((run.protocol, run.seed))
+        key = (run.dataset, run.data_root)
+        if key not in labels:
+            labels[key] = source.labels(run.dataset, run.data_root)
+            source.require(run.dataset, run.data_root, [])
+        split = make_split(labels[key], run.dataset.num_classes, run.setting, run.seed)
+        source.require(run.dataset, run.data_root, split.clients)
+        run.read_weights()
+
+
+def run(
+    runs: Sequence[Run],
+    out: Path,
+    *,
+    pool: Pool,
+    watchers: Sequence[Watcher] = (),
+    force: bool = False,
+    schedule: Callable[[Sequence[Run]], Schedule] = Schedule,
+) -> list[Result]:
+    """Do what is not done.
+
+    Args:
+        runs: Those that are done already are left as they are.
+        out: The folder of all results.
+        pool: Where they execute.
+        watchers: Who is told.
+        force: Whether finished runs are done again, from their first round.
+        schedule: Makes of the runs that are to be done the order in which they begin, and the end.
+
+    Returns:
+        One result per run, in order.
+
+    Raises:
+        OutputUnwritable: Results cannot be written there.
+        DamagedResult: A finished run's files are not what was written, and `force` is not set.
+    """
+    records.prepare(out)
+    results = {run.id: Result(run, "cached") for run in runs if not force and finished(run, out)}
+    cached = [result.run for result in results.values()]
+    rest = [run for run in runs if run.id not in results]
+    for each in runs:
+        if force and not is_claimed(out / each.id):
+            forget_checkpoint(out, each)
+    waiting = schedule(rest)
+    collector = _Collector(out, watchers, results, waiting)
+    for watcher in watchers:
+        watcher.begin(rest, cached)
+    if rest:
+        pool(waiting, out, partial(execute, force=force), collector)
+    return [results.get(each.id, Result(each, "waiting")) for each in runs]
+
+
+class _Collector:
+    """Notes how runs end, and passes all news on."""
+
+    def __init__(self, out: Path, watchers: Sequence[Watcher], results: dict[str, Result], schedule: Schedule) -> None:
+        self.out, self.watchers, self.results, self.schedule = out, watchers, results, schedule
+
+    def begin(self, runs: Sequence[Run], cached: Sequence[Run]) -> None:
+        for watcher in self.watchers:
+            watcher.begin(runs, cached)
+
+    def started(self, run: Run) -> None:
+        for watcher in self.watchers:
+            watcher.started(run)
+
+    def progressed(self, run: Run, report: Report) -> None:
+        for watcher in self.watchers:
+            watcher.progressed(run, report)
+
+    def retried(self, run: Run, reason: str) -> None:
+        for watcher in self.watchers:
+            watcher.retried(run, reason)
+
+    def ended(self, run: Run, reason: str | None) -> None:
+        if reason is None:
+            self._learn(run)
+        elif not self._is_recorded(run, reason):
+            self._record_death(run, reason)
+        remove(progress_file(self.out, run))  # the pool has read it to its end
+        self.results[run.id] = Result(run, "done" if reason is None else "failed", reason)
+        for watcher in self.watchers:
+            watcher.ended(run, reason)
+
+    def _learn(self, run: Run) -> None:
+        """Let the other seeds of a cell be expected to take what this one took."""
+        with suppress(records.DamagedResult):
+            cost = records.read(self.out / run.id).cost
+            if (seconds := cost.get("wall_seconds")) is not None:
+                self.schedule.learn(run, seconds, cost.get("peak_memory_bytes"))
+
+    def _is_recorded(self, run: Run, reason: str) -> bool:
+        """Tell whether the run's worker could write why it failed."""
+        try:
+            return records.read(self.out / run.id).reason == reason
+        except records.DamagedResult:  # or there is nothing to read
+            return False
+
+    def _record_death(self, run: Run, reason: str) -> None:
+        """Record the failure of a run whose worker died before it could."""
+        try:
+            records.fail(self.out, run.id, document(run, started=None), reason)
+        except records.OutputUnwritable:  # then standard error is all there is to say it on
+            return

@@ -1,0 +1,212 @@
+"""One run from start to end, or from its checkpoint on: train, and write its folder."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import provenance
+from bench.claims import Claimed, claim
+from bench.cluster import WorkersDied
+from bench.config import Run
+from bench.crew import Surroundings
+from bench.dataset import Dataset, Labels, Splits
+from bench.engine import CannotStack
+from bench.files import source
+from bench.results import records
+from bench.rounds import Diverged, Job, Report, Tally, surroundings, train
+from bench.settings import BadConfig
+from bench.spelling import label, name
+from bench.split import Split, describe, group_classes, make_split
+from bench.states import StatesUnwritable
+from bench.sweep.actors import hire
+from bench.sweep.pool import Failure
+from bench.sweep.watch import append, progress_file
+
+_EXPECTED = (Diverged, CannotStack, StatesUnwritable, WorkersDied, BadConfig, records.OutputUnwritable)
+"""Errors whose message is a whole sentence."""
+_GOES_ON = (MemoryError, torch.OutOfMemoryError, StatesUnwritable, WorkersDied)
+"""Errors after which a run goes on from its checkpoint, with more memory or space."""
+_MEMORY = (MemoryError, torch.OutOfMemoryError)
+"""Errors that a run may not have when it has all memory for itself."""
+
+
+def finished(run: Run, out: Path) -> bool:
+    """Tell whether a run's folder is complete.
+
+    Raises:
+        DamagedResult: It was, and its files are not what was written.
+    """
+    return records.status(out, run.id) == "done"
+
+
+def execute(run: Run, out: Path, report: Callable[[Report], None] | None = None, force: bool = False) -> Failure | None:
+    """Do one run from start to end, or from its checkpoint on, and write its folder.
+
+    Args:
+        run: What to do.
+        out: The folder of all results.
+        report: Called after each round, besides the line in the progress file.
+        force: Whether a finished result may be replaced.
+
+    Returns:
+        None, or why the run failed; that is recorded too. Nothing is done if another process does it, or has done it.
+
+    Raises:
+        OutputUnwritable: The run's folder cannot be written.
+    """
+    folder = records.prepare(out / run.id)
+    try:
+        with claim(folder):
+            if not force and finished(run, out):
+                return None  # by another process, since it was looked up
+            return _execute(run, out, report, force)
+    except Claimed as error:
+        return Failure(str(error), "later")
+
+
+def _execute(run: Run, out: Path, report: Callable[[Report], None] | None, force: bool) -> Failure | None:
+    torch.set_num_threads(1)
+    started = _now()
+    progress = progress_file(out, run)
+    remove(progress)  # of a process that was killed
+
+    def tell(news: Report) -> None:
+        with suppress(OSError):  # of the run nothing is lost; on a full disk it will say so itself
+            append(progress, news)
+        if report is not None:
+            report(news)
+
+    described = document(run, started)
+    try:
+        with hire(run.workers, run.device, run.plugins, partial(_surroundings, run)) as crew:
+            needed = job(run)
+            described |= _describe_split(run, needed.splits.labels, needed.split)
+            outcome = train(needed, checkpoint=out / run.id / "checkpoint.pt", report=tell, crew=crew)
+        described |= {"metrics": outcome.metrics, "cost": outcome.cost, "digest": outcome.digest}
+        _write(out, run, described, outcome.rounds, _columns(outcome.counts), force)
+    except records.OutputUnwritable:
+        raise
+    except Exception as error:  # a plug-in may raise anything; the other runs of the sweep go on
+        reason = _reason(error)
+        trace = None if isinstance(error, _EXPECTED) else traceback.format_exc()
+        records.fail(out, run.id, {**described, "finished": _now(), "traceback": trace}, reason)
+        if not isinstance(error, _GOES_ON):
+            forget_checkpoint(out, run)
+        return Failure(reason, "alone" if isinstance(error, _MEMORY) else "never")
+    forget_checkpoint(out, run)
+    return None
+
+
+def job(run: Run) -> Job:
+    """Read what a run trains on."""
+    splits = _load(run.dataset, run.data_root)
+    split = make_split(splits.labels, run.dataset.num_classes, run.setting, run.seed)
+    source.require(run.dataset, run.data_root, split.clients)
+    return Job(
+        run.algorithm, run.dataset, splits, split, run.trained_by(), run.seed, run.engine, run.precision, run.device,
+        run.read_weights(),
+    )  # fmt: skip
+
+
+def _surroundings(run: Run) -> Surroundings:
+    """Set up another process of a run's crew."""
+    return surroundings(job(run))
+
+
+def document(run: Run, started: str | None) -> dict[str, Any]:
+    """Describe a run before anything is known of its split, as run.json has it."""
+    return {
+        "protocol": run.protocol,
+        "identity": run.identity(),
+        "algorithm": name(run.algorithm),
+        "call": repr(run.algorithm),
+        "label": run.label,
+        "preset": run.preset,
+        "tier": run.algorithm.tier,
+        "dataset": label(run.dataset),
+        "imbalance": run.setting.imbalance,
+        "alpha": run.setting.alpha,
+        "seed": run.seed,
+        "setting": asdict(run.setting),
+        "overrides": run.overrides(),
+        "engine": run.engine,
+        "precision": run.precision,
+        "device": run.device,
+        "workers": run.workers,
+        "versions": provenance.versions(),
+        "hardware": provenance.hardware(run.device),
+        "commit": provenance.commit(),
+        "started": started,
+    }
+
+
+def _describe_split(run: Run, labels: Labels, split: Split) -> dict[str, Any]:
+    groups = group_classes(split.class_counts, run.setting.groups)
+    described = describe(labels, split, run.dataset.num_classes, run.setting.groups)
+    return {
+        "fingerprint": split.fingerprint,
+        "clients": len(split.clients),
+        "class_counts": split.class_counts.tolist(),
+        "groups": {group: classes.tolist() for group, classes in groups.items()},
+        "heterogeneity": described["heterogeneity"],
+    }
+
+
+@lru_cache(maxsize=1)
+def _load(dataset: Dataset, root: Path) -> Splits:
+    """Load a dataset, once for consecutive runs on it."""
+    return source.load(dataset, root)
+
+
+def _columns(tallies: Sequence[Tally]) -> dict[str, list[Any]]:
+    """Lay tallies out as columns, a row for each model, client and class."""
+    columns: dict[str, list[Any]] = {"round": [], "model": [], "client": [], "class": [], "correct": [], "total": []}
+    for tally in tallies:
+        n = tally.rows.shape[1]
+        columns["round"] += [tally.round] * n
+        columns["model"] += [tally.model] * n
+        for column, cells in zip(("client", "class", "correct", "total"), tally.rows.tolist(), strict=True):
+            columns[column] += cells
+    return columns
+
+
+def _write(out: Path, run: Run, described: dict[str, Any], rounds: Any, counts: Any, force: bool) -> None:
+    try:
+        records.write(out, run.id, {**described, "finished": _now()}, rounds, counts, replace=force)
+    except records.AlreadyDone:  # another process did the same run meanwhile, with the same numbers
+        return
+
+
+def _reason(error: Exception) -> str:
+    """Say in a sentence what went wrong; for unexpected errors also where."""
+    message = str(error).strip()
+    first = message.splitlines()[0] if message else "no message"
+    if isinstance(error, _EXPECTED):
+        return first
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {first} ({Path(frame.filename).name}, line {frame.lineno})"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def forget_checkpoint(out: Path, run: Run) -> None:
+    """Remove what only an unfinished run needs."""
+    for file in (out / run.id).glob("checkpoint.*"):
+        remove(file)
+
+
+def remove(file: Path) -> None:
+    """Remove a file if it is there; in a folder that cannot be written, the run will say what is wrong."""
+    with suppress(OSError):
+        file.unlink()

@@ -1,0 +1,163 @@
+"""Runs side by side on Ray: as many as fit, and again those whose workers died."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.cluster import MODELS_BYTES, Payload, cores, need_ray, packed, session, unpacked
+from bench.sweep.pool import DEATHS, POLL_SECONDS, Execute, Failure, Queue, attempt
+from bench.sweep.schedule import Schedule
+from bench.sweep.watch import Tail, Watcher, progress_file
+
+if TYPE_CHECKING:
+    from bench.config import Run
+
+
+class OnRay:
+    """Runs side by side, each a Ray task of one core, or of a share of a GPU.
+
+    Args:
+        address: "local" starts Ray on this machine and stops it at the end; another address joins a running
+            cluster, whose machines must have this package, the data, and the output directory, at the same paths.
+        jobs: Runs at once; None for what the machine or cluster holds.
+        device: "cpu" or "cuda".
+        workers: Processes of each run; with more than one, a run starts the others itself.
+
+    Raises:
+        BadConfig: Ray is not installed, or nobody answers at the address.
+    """
+
+    def __init__(self, address: str = "local", jobs: int | None = None, device: str = "cpu", workers: int = 1) -> None:
+        need_ray(f"--ray {address}", "use --ray off")
+        self.address, self.jobs, self.device, self.workers = address, jobs, device, workers
+
+    def __call__(self, schedule: Schedule, out: Path, execute: Execute, watcher: Watcher) -> None:
+        """Execute all runs; an interruption stops the workers at once and keeps what they have saved."""
+        shared = {} if self.workers == 1 else {"shared_bytes": MODELS_BYTES}
+        with session(self.cpus(len(schedule)), self.address, **shared) as ray:
+            _Drive(ray, self.jobs, self.device, self.workers, schedule, out.resolve(), execute, watcher).go()
+
+    def cpus(self, runs: int) -> int:
+        """Count the cores that Ray is started with for so many runs, if it is started here."""
+        return self.workers * min(self.jobs or max(cores(self.device) // self.workers, 1), runs)
+
+
+class _Drive:
+    """One sweep on Ray."""
+
+    def __init__(
+        self,
+        ray: Any,
+        jobs: int | None,
+        device: str,
+        workers: int,
+        schedule: Schedule,
+        out: Path,
+        execute: Execute,
+        watcher: Watcher,
+    ) -> None:
+        self.ray, self.device, self.schedule = ray, device, schedule
+        self.out, self.execute, self.watcher = out, execute, watcher
+        self.queue = Queue(schedule, out, watcher)
+        self.running: dict[Any, Run] = {}
+        self.tails: dict[str, Tail] = {}
+        self.completed: dict[str, int] = {}
+        self.task = ray.remote(num_cpus=1, max_retries=0)(_work)
+        self.resources: dict[str, float] = ray.cluster_resources()
+        gpus = self.resources.get("GPU", 0.0) if device == "cuda" else 0.0
+        cores = self.resources.get("CPU", 1.0)
+        self.at_once = jobs or max(int((gpus or cores) // workers), 1)
+        if workers > 1:  # each run waits for workers of its own: there must be room for those too
+            self.at_once = max(min(self.at_once, int(cores // workers)), 1)
+        self.share = min(1.0, gpus / (self.at_once * workers))
+        self.largest = max((node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+
+    def go(self) -> None:
+        """Execute all runs."""
+        try:
+            while True:
+                while len(self.running) < self.at_once and (run := self.queue.take(self._fits)) is not None:
+                    self._begin(run)
+                if not self.running and self.queue.is_over():
+                    return
+                self._wait()
+        except BaseException:
+            for reference in self.running:
+                self.ray.cancel(reference, force=True)
+            raise
+
+    def _begin(self, run: Run) -> None:
+        alone = run.id in self.queue.alone
+        options = {"num_gpus": 1.0 if alone and self.share else self._share(run)}
+        if memory := min(self._peak(run), self.largest):
+            options["memory"] = int(memory)
+        payload = packed(run.plugins, (self.execute, run))
+        reference = self.task.options(**options).remote(payload, str(self.out))
+        self.running[reference] = run
+        self.tails.setdefault(run.id, Tail(progress_file(self.out, run)))
+        self.watcher.started(run)
+
+    def _wait(self) -> None:
+        """Wait a moment for news, and pass it on."""
+        if not self.running:
+            time.sleep(POLL_SECONDS)
+            return
+        finished, _ = self.ray.wait(list(self.running), timeout=POLL_SECONDS)
+        for run in self.running.values():
+            for report in self.tails[run.id].read():
+                if report.round > self.completed.get(run.id, 0):  # and not done again after a worker's death
+                    self.completed[run.id] = report.round
+                    self.watcher.progressed(run, report)
+        for reference in finished:
+            self._end(self.running.pop(reference), reference)
+
+    def _end(self, run: Run, reference: Any) -> None:
+        """Take note of how a run's worker ended: the run goes on elsewhere if that may help."""
+        errors = self.ray.exceptions
+        try:
+            failure: Failure | None = self.ray.get(reference)
+        except errors.OutOfMemoryError:
+            failure = Failure("the worker was stopped because memory ran out; fewer --jobs need less", "alone")
+        except errors.RayTaskError as error:
+            last = str(error).strip().splitlines()[-1]  # before it stands a trace
+            failure = Failure(f"the worker failed: {last.partition('. ')[0]}")
+        except errors.RayError as error:
+            lost = isinstance(error, errors.NodeDiedError | errors.ObjectLostError)
+            reason = "its machine was lost" if lost else "the worker died (killed, or out of memory)"
+            if self.queue.survives(run, reason, self.completed.get(run.id, 0)):
+                return
+            failure = Failure(f"{reason}, {DEATHS} times in a row; the same command tries again")
+        if failure is None or not self.queue.again(run, failure):
+            self.watcher.ended(run, None if failure is None else failure.reason)
+
+    def _fits(self, run: Run) -> bool:
+        """Tell whether there is room for a run beside those that are running."""
+        if not self.running:
+            return True
+        if run.id in self.queue.alone or any(other.id in self.queue.alone for other in self.running.values()):
+            return False
+        memory = self.resources.get("memory", 0.0)
+        return self._peak(run) + sum(map(self._peak, self.running.values())) <= memory
+
+    def _peak(self, run: Run) -> float:
+        """Give the memory that a run will take in this machine's, as far as somebody has measured it."""
+        forecast = self.schedule.forecasts.get(run.id)
+        return 0.0 if forecast is None or self.device == "cuda" else forecast.peak_bytes or 0.0
+
+    def _share(self, run: Run) -> float:
+        """Give the share of a GPU that a run needs: by its measured memory, with a tenth to spare."""
+        forecast = self.schedule.forecasts.get(run.id)
+        if not self.share or forecast is None or not forecast.peak_bytes:
+            return self.share
+        import torch
+
+        whole = torch.cuda.get_device_properties(0).total_memory
+        return min(max(1.1 * forecast.peak_bytes / whole, 0.05), 1.0)
+
+
+def _work(payload: Payload, out: str) -> Failure | None:
+    """Execute one run, in a worker; give why it failed."""
+    with unpacked(payload) as (execute, run):
+        return attempt(execute, run, Path(out), None)

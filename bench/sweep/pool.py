@@ -1,0 +1,140 @@
+"""Where runs are executed, here one after the other; and which one is next, wherever they are."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from bench.claims import is_claimed
+from bench.rounds import Report
+from bench.sweep.schedule import Schedule
+from bench.sweep.watch import Watcher
+
+if TYPE_CHECKING:
+    from bench.config import Run
+
+Execute = Callable[["Run", Path, Callable[[Report], None] | None], "Failure | None"]
+"""What is done with a run: (run, output directory, report) -> why it failed. It writes the run's folder."""
+
+POLL_SECONDS = 0.2
+ELSEWHERE_SECONDS = 2.0
+"""Between two looks whether another process is still doing a run."""
+DEATHS = 3
+"""Workers that may die over one round of a run before it is given up."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a run has not been finished."""
+
+    reason: str
+    """In a sentence."""
+    again: Literal["never", "alone", "later"] = "never"
+    """"alone": memory ran out, so that it may end with all of it; "later": another process is doing it."""
+
+
+class Pool(Protocol):
+    """A way to get runs done."""
+
+    def __call__(self, schedule: Schedule, out: Path, execute: Execute, watcher: Watcher) -> None:
+        """Execute the runs of a schedule and tell the watcher; one that fails does not keep the others."""
+
+
+class InProcess:
+    """Runs one after the other, here."""
+
+    def __call__(self, schedule: Schedule, out: Path, execute: Execute, watcher: Watcher) -> None:
+        """Execute all runs."""
+        queue = Queue(schedule, out, watcher)
+        while not queue.is_over():
+            run = queue.take(lambda run: True)
+            if run is None:
+                time.sleep(POLL_SECONDS)
+                continue
+            watcher.started(run)
+            failure = attempt(execute, run, out, lambda report, run=run: watcher.progressed(run, report))  # type: ignore[misc]
+            if failure is not None and failure.again == "later":
+                queue.wait_for_another(run)
+            else:
+                watcher.ended(run, None if failure is None else failure.reason)
+
+
+class Queue:
+    """The runs that have not begun or begin again: what is next, and what another process is doing meanwhile."""
+
+    def __init__(self, schedule: Schedule, out: Path, watcher: Watcher) -> None:
+        self.schedule, self.out, self.watcher = schedule, out, watcher
+        self.alone: set[str] = set()
+        """Runs that begin only when nothing else is running."""
+        self.elsewhere: list[Run] = []
+        self._looked = time.monotonic()
+        self._deaths: Counter[str] = Counter()
+        self._rounds: dict[str, int] = {}
+
+    def take(self, fits: Callable[[Run], bool]) -> Run | None:
+        """Give the next run that fits and that nobody else is doing."""
+        self._look_elsewhere()
+        while (run := self.schedule.take(fits)) is not None:
+            if not is_claimed(self.out / run.id):
+                return run
+            self.wait_for_another(run)
+        return None
+
+    def is_over(self) -> bool:
+        """Tell whether no run will begin any more."""
+        return self.schedule.exhausted() and not self.elsewhere
+
+    def wait_for_another(self, run: Run) -> None:
+        """Set a run aside while another process is doing it; what that leaves will be found then."""
+        self.watcher.retried(run, "another process is doing it")
+        self.elsewhere.append(run)
+
+    def again(self, run: Run, failure: Failure) -> bool:
+        """Have a run wait again whose worker had no memory left; not if it had all there is."""
+        if failure.again == "later":
+            self.wait_for_another(run)
+            return True
+        if failure.again == "never" or run.id in self.alone:
+            return False
+        self.alone.add(run.id)
+        return self._delay(run, f"{failure.reason}; it will go on alone")
+
+    def survives(self, run: Run, reason: str, completed: int) -> bool:
+        """Have a run wait again whose worker died; not if too many have died since it last got on.
+
+        Args:
+            run: Which.
+            reason: How the worker died.
+            completed: Rounds that the run has completed.
+        """
+        if completed > self._rounds.get(run.id, 0):
+            self._deaths[run.id] = 0
+        self._rounds[run.id] = completed
+        self._deaths[run.id] += 1
+        return self._deaths[run.id] < DEATHS and self._delay(run, f"{reason}; another one will go on")
+
+    def _delay(self, run: Run, why: str) -> bool:
+        self.watcher.retried(run, why)
+        self.schedule.put_back(run)
+        return True
+
+    def _look_elsewhere(self) -> None:
+        now = time.monotonic()
+        if not self.elsewhere or now - self._looked < ELSEWHERE_SECONDS:
+            return
+        self._looked = now
+        for run in [run for run in self.elsewhere if not is_claimed(self.out / run.id)]:
+            self.elsewhere.remove(run)
+            self.schedule.put_back(run)
+
+
+def attempt(execute: Execute, run: Run, out: Path, report: Callable[[Report], None] | None) -> Failure | None:
+    """Execute a run; give why it failed, in its folder or before it could be written."""
+    try:
+        return execute(run, out, report)
+    except OSError as error:  # its folder cannot be written, so nothing is recorded there
+        return Failure(str(error))

@@ -1,0 +1,102 @@
+"""One trial: train one set of values without the test part, and score it on what was set aside."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import selection
+from bench.dataset import Dataset, Splits
+from bench.files import source
+from bench.rounds import Diverged, Job
+from bench.rounds import train as train
+from bench.settings import BadConfig
+from bench.tuning.study import Study, Trial
+
+
+def attempt(study: Study, trial: Trial, folder: Path) -> Trial:
+    """Train and score one set of values, from its checkpoints on where there are some.
+
+    Args:
+        study: What is searched.
+        trial: Which values, as `Study.begun` gives them.
+        folder: Of checkpoints.
+
+    Returns:
+        The trial with its score, or with the reason why it failed.
+
+    Raises:
+        OSError: Data cannot be read, or checkpoints cannot be written.
+    """
+    torch.set_num_threads(1)
+    run, outcomes = study.run, []
+    if trial.reason is not None:
+        return trial
+    files = [folder / f"trial-{trial.number}-seed-{seed}.pt" for seed in study.seeds]
+    try:
+        for seed, file in zip(study.seeds, files, strict=True):
+            splits, split = _load(run.dataset, run.data_root, study, seed)
+            algorithm, setting = study.algorithm(trial.values), _setting(study, trial.lr, len(split.clients))
+            job = Job(
+                algorithm, run.dataset, splits, split, setting, seed, run.engine, run.precision, run.device,
+                run.read_weights(),
+            )  # fmt: skip
+            outcomes.append(train(job, checkpoint=file))
+        ended = _scored(study, trial, outcomes)
+    except OSError:
+        raise
+    except Exception as error:  # a plug-in may raise anything: then these values are no good
+        ended = replace(trial, reason=_reason(error))
+    for file in files:
+        for left in folder.glob(f"{file.stem}.*"):
+            left.unlink(missing_ok=True)
+    return ended
+
+
+def _setting(study: Study, lr: float, clients: int) -> Any:
+    """Give the protocol with a trial's learning rate, tested once; held-out clients are not there."""
+    setting = study.run.setting
+    known = None if setting.clients is None else clients
+    return replace(setting, lr=lr, clients=known, unseen=0, eval_every=setting.rounds)
+
+
+def _scored(study: Study, trial: Trial, outcomes: Sequence[Any]) -> Trial:
+    found = [next((o.metrics[name] for name in study.models() if o.metrics[name] is not None), None) for o in outcomes]
+    scores = [score for score in found if score is not None]
+    if len(scores) < len(found):
+        return replace(trial, reason="it has neither a personal nor a generic model to be scored")
+    last = [{key: value for key, value in each.metrics.items() if "@" not in key} for each in outcomes]
+    return replace(
+        trial,
+        score=sum(scores) / len(scores),
+        metrics=last,
+        cost=[each.cost for each in outcomes],
+        digests=[each.digest for each in outcomes],
+    )
+
+
+@lru_cache(maxsize=1)
+def _images(dataset: Dataset, root: Path) -> Splits:
+    """Load a dataset, without its official test part."""
+    splits = source.load(dataset, root)
+    return replace(splits, test_x=torch.empty(0, *splits.train_x.shape[1:]), test_y=splits.test_y[:0], test_users=None)
+
+
+def _load(dataset: Dataset, root: Path, study: Study, seed: int) -> Any:
+    splits = _images(dataset, root)
+    aside = selection.set_aside(splits.labels, dataset.num_classes, study.run.setting, seed, study.share)
+    return selection.view(splits, aside)
+
+
+def _reason(error: Exception) -> str:
+    first = (str(error).strip() or "no message").splitlines()[0]
+    if isinstance(error, Diverged | BadConfig):
+        return first
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {first} ({Path(frame.filename).name}, line {frame.lineno})"

@@ -1,0 +1,203 @@
+"""The counts of right answers in one run's folder: what they are of, and whether they give its metrics and curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from bench import metrics
+from bench.results.record import COUNTS, DOCUMENT, ROUNDS, DamagedResult, Record
+from bench.validation.expected import Cells, evaluations, tested_models
+from bench.validation.found import Inspected, brief, close
+
+if TYPE_CHECKING:
+    import pandas
+
+COUNT_COLUMNS = ("round", "model", "client", "class", "correct", "total")
+
+
+def look(found: Inspected) -> None:
+    """Look at a finished run's counts and curves."""
+    assert found.record is not None
+    counts, rounds = _frame(found, COUNTS), _frame(found, ROUNDS)
+    if counts is not None and _counts_fit(found, found.record, counts):
+        _tests(found, counts)
+        _measured(found, found.record, counts, rounds)
+
+
+def _frame(found: Inspected, name: str) -> pandas.DataFrame | None:
+    assert found.record is not None
+    try:
+        return found.record.rounds() if name == ROUNDS else found.record.counts()
+    except DamagedResult:  # that was said
+        return None
+    except Exception as error:  # whatever a made-up file makes of pyarrow
+        found.add(name, "", f"is no Parquet file that can be read ({type(error).__name__})")
+        return None
+
+
+def _kind(model: str) -> str:
+    """Give whose test images a model is tested on: "generic", "personal" or "unseen"."""
+    return model.split(":")[0].split(".")[0]
+
+
+def _counts_fit(found: Inspected, record: Record, frame: pandas.DataFrame) -> bool:
+    """Look at each row; tell whether metrics can be computed of them."""
+    if tuple(frame.columns) != COUNT_COLUMNS:
+        found.add(COUNTS, "", f"has the columns {', '.join(frame.columns)}, and must have {', '.join(COUNT_COLUMNS)}")
+        return False
+    for column in COUNT_COLUMNS:
+        texts = column == "model"
+        kinds = {type(cell) for cell in frame[column]} if texts else {frame[column].dtype.kind}
+        if not kinds <= ({str} if texts else {"i", "u"}):
+            found.add(COUNTS, column, f"holds other things than {'texts' if texts else 'whole numbers'}")
+            return False
+    kind = frame["model"].map({model: _kind(model) for model in frame["model"].unique()})
+    client, classes = frame["client"], len(record.class_counts)
+    low, high = 0, np.inf
+    clients = None if found.asked is None else found.clients
+    if clients is not None and found.asked is not None:
+        low, high = clients - found.asked.setting.unseen, clients
+    at_home = (
+        ((kind == "generic") & (client == -1))
+        | ((kind == "personal") & (client >= 0) & (client < (low or np.inf)))
+        | ((kind == "unseen") & (client >= low) & (client < high))
+    )
+    wrong = {
+        "model": (~kind.isin(("generic", "personal", "unseen")), "is of no kind that is tested"),
+        "client": (~at_home, "is no client of the model"),
+        "class": ((frame["class"] < 0) | (frame["class"] >= classes), f"is none of the {classes} classes"),
+        "total": (frame["total"] < 1, "is below 1: what has no test images has no row"),
+        "correct": ((frame["correct"] < 0) | (frame["correct"] > frame["total"]), "is not between 0 and total"),
+        "": (frame.duplicated(["round", "model", "client", "class"]), "stands there twice"),
+    }
+    fits = True
+    for key, (rows, what) in wrong.items():
+        if rows.any():
+            first = frame[rows].iloc[0]
+            place = ", ".join(f"{column} {first[column]}" for column in ("round", "model", "client", "class"))
+            found.add(COUNTS, key, f"{what} in {int(rows.sum())} row(s), the first: {place}")
+            fits = fits and key in ("correct", "total", "client")
+    return fits
+
+
+def _tests(found: Inspected, frame: pandas.DataFrame) -> None:
+    """See that all models were tested, when they should be, on the same images."""
+    asked, dealt = found.asked, found.dealt
+    if asked is not None:
+        rounds, wanted = sorted(frame["round"].unique().tolist()), evaluations(asked.setting)
+        if rounds != wanted:
+            found.add(
+                COUNTS, "round", f"has {brief(rounds)}, and by the setting models are tested after {brief(wanted)}"
+            )
+        each, final = tested_models(asked)
+        for round, models in frame.groupby("round")["model"].unique().items():
+            names = final if round == asked.setting.rounds else each
+            if not asked.outdated and set(models) != names:
+                apart = ", ".join(sorted(set(models) ^ names))
+                found.add(
+                    COUNTS, "model", f"has not the models of {asked.record.algorithm} after round {round}: {apart}"
+                )
+    references = dict(dealt.tested) if dealt is not None else {}
+    for (round, model), rows in frame.groupby(["round", "model"], sort=False):
+        cells = rows[["client", "class", "total"]].to_numpy(dtype=np.int64).T
+        cells = cells[:, np.lexsort((cells[1], cells[0]))]
+        kind = _kind(str(model))
+        reference = references.setdefault(kind, cells)
+        found.tested.setdefault(kind, cells)
+        if not np.array_equal(cells, reference):
+            whose = "by the data" if dealt is not None else "of the other models"
+            place = f"round {round}, model {model}"
+            found.add(
+                COUNTS, "total", f"has other test images than those {whose}: {place}, {apart_at(cells, reference)}"
+            )
+    plain, masked = (frame[frame["model"] == model] for model in ("personal", "personal.masked"))
+    both = plain.merge(masked, on=["round", "client", "class"], suffixes=("", "_masked"))
+    odd = both[(both["correct_masked"] < both["correct"]) & (both["correct_masked"] > 0)]
+    if len(odd):
+        first = ", ".join(f"{column} {odd.iloc[0][column]}" for column in ("round", "client", "class"))
+        found.add(COUNTS, "correct", "of personal.masked is below that of personal, and leaving classes out takes no "
+                  f"right answer away, in {len(odd)} row(s), the first: {first}")  # fmt: skip
+
+
+def apart_at(cells: Cells, reference: Cells) -> str:
+    """Say where two sets of test images differ first."""
+    here, there = ({(k, c): n for k, c, n in table.T.tolist()} for table in (cells, reference))
+    client, which = min(cell for cell in {*here, *there} if here.get(cell) != there.get(cell))
+    numbers = here.get((client, which), 0), there.get((client, which), 0)
+    return f"client {client}, class {which}: {numbers[0]} and not {numbers[1]}"
+
+
+# Its metrics ------------------------------------------------------------------------------------------------
+
+
+def _measured(found: Inspected, record: Record, counts: pandas.DataFrame, curves: pandas.DataFrame | None) -> None:
+    """Compute every metric anew from the counts: of each round, of the last, of the last ten and of the best."""
+    classes = len(record.class_counts)
+    if any(not 0 <= label < classes for those in record.groups.values() for label in those):
+        return  # that they are not the groups of the classes was said
+    groups = {name: torch.tensor(those, dtype=torch.int64) for name, those in record.groups.items()}
+    rows: list[dict[str, float | int | None]] = []
+    for round, frame in counts.groupby("round"):
+        rows.append({"round": int(str(round)), **metrics.summarise(tables(frame, classes), groups)})
+    if curves is not None:
+        _curves(found, rows, curves)
+    final = {key: value for key, value in rows[-1].items() if key != "round"}
+    for key in ("generic", "personal", "personal.masked"):
+        final |= {f"{key}@last10": metrics.last_mean(rows, key), f"{key}@best": metrics.best(rows, key)}
+    for key in dict.fromkeys((*final, *record.metrics)):
+        if key not in final:
+            found.add(DOCUMENT, f"metrics.{key}", "is no metric of the stored counts")
+        elif key not in record.metrics:
+            found.add(DOCUMENT, f"metrics.{key}", "is not there")
+        elif not close(record.metrics[key], final[key]):
+            found.add(DOCUMENT, f"metrics.{key}", f"is {record.metrics[key]}, and the stored counts give {final[key]}")
+    for key, value in record.metrics.items():
+        if value is not None and not 0 <= value <= 1:
+            found.add(DOCUMENT, f"metrics.{key}", f"is {value}, and must lie between 0 and 1")
+
+
+def tables(frame: pandas.DataFrame, classes: int) -> metrics.Counts:
+    """Turn the rows of one evaluation into a pair of (K, C) for each model; clients ascend."""
+    counts: metrics.Counts = {}
+    for model, rows in frame.groupby("model", sort=False):
+        clients, k = np.unique(rows["client"].to_numpy(), return_inverse=True)
+        pair = np.zeros((2, len(clients), classes), dtype=np.int64)
+        pair[:, k, rows["class"].to_numpy()] = rows[["correct", "total"]].to_numpy().T
+        counts[str(model)] = (torch.from_numpy(pair[0]), torch.from_numpy(pair[1]))
+    return counts
+
+
+def _curves(found: Inspected, rows: Sequence[Mapping[str, float | int | None]], frame: pandas.DataFrame) -> None:
+    """Compare the curves with what the counts give, row by row."""
+    columns = dict.fromkeys(key for row in rows for key in row)
+    if (
+        list(frame.columns[:1]) != ["round"]
+        or set(frame.columns) != set(columns)
+        or len(set(frame.columns)) < frame.shape[1]
+    ):
+        apart = ", ".join(sorted(set(columns) ^ set(frame.columns))) or "their order"
+        found.add(ROUNDS, "", f"has not the columns round and the metrics of the stored counts: {apart}")
+        return
+    if any(frame[column].dtype.kind not in "iuf" for column in frame.columns if frame[column].notna().any()):
+        found.add(ROUNDS, "", "holds other things than numbers")
+        return
+    if frame["round"].tolist() != [row["round"] for row in rows]:
+        stored = brief(frame["round"].tolist())
+        found.add(
+            ROUNDS,
+            "round",
+            f"is {stored}, and the stored counts are of rounds {brief([row['round'] for row in rows])}",
+        )
+        return
+    for column in list(columns)[1:]:
+        for row, written in zip(rows, frame[column].tolist(), strict=True):
+            there = None if written is None or math.isnan(written) else float(written)
+            if not close(there, row.get(column)):
+                place = f"is {there} after round {row['round']}"
+                found.add(ROUNDS, column, f"{place}, and the stored counts give {row.get(column)}")
+                break

@@ -1,0 +1,304 @@
+"""One run's folder, looked at by itself: whether its files say what a run of its identity must say."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import torch
+
+import bench
+from bench.dataset import DataDamaged, DataMissing
+from bench.longtail import group_classes
+from bench.results.record import COUNTS, DOCUMENT, ROUNDS, Record, check
+from bench.settings import BadConfig
+from bench.split import PartitionFailed
+from bench.validation import counted
+from bench.validation.expected import (
+    Asked,
+    CannotRebuild,
+    dealt,
+    description,
+    rebuild,
+    sent,
+)
+from bench.validation.found import Inspected, brief, close
+
+COSTS = (
+    "bytes_down", "bytes_up", "samples", "train_flops",
+    "device_seconds", "wall_seconds", "peak_memory_bytes", "client_state_bytes",
+)  # fmt: skip
+_WHOLE = ("bytes_down", "bytes_up", "client_state_bytes", "peak_memory_bytes")
+_ALWAYS = ("samples", "device_seconds", "wall_seconds")
+"""Costs that no run is without."""
+
+
+def inspect(folder: Path, root: Path) -> Inspected:
+    """Look at a run's folder.
+
+    Args:
+        folder: Named by the run's id.
+        root: Of all datasets; where it has the run's, the split is made anew.
+    """
+    found = Inspected(folder=folder)
+    try:
+        _inspect(found, root)
+    except Exception as error:  # what was made up may be anything, and the other folders are still of interest
+        found.add("", "", f"cannot be made sense of ({type(error).__name__}: {str(error).partition(chr(10))[0]})")
+    return found
+
+
+def _inspect(found: Inspected, root: Path) -> None:
+    _open(found)
+    record = found.record
+    if record is None:
+        return
+    _provenance(found, record)
+    try:
+        found.asked = rebuild(record)
+    except CannotRebuild as error:
+        found.add(DOCUMENT, error.key, str(error))
+    if found.asked is not None:
+        found.notes += [f"made by {old}, so that less can be compared" for old in found.asked.outdated.values()]
+        _description(found, record, found.asked)
+    if record.status == "failed":
+        _failure(found, record)
+        return
+    if found.asked is not None:
+        _split(found, record, found.asked, root)
+        _cost(found, record, found.asked)
+    counted.look(found)
+
+
+# Its files --------------------------------------------------------------------------------------------------
+
+
+def _open(found: Inspected) -> None:
+    """Read run.json, and compare the other files with what it says of them."""
+    folder = found.folder
+    for path in sorted(folder.iterdir()):
+        if path.name not in (DOCUMENT, ROUNDS, COUNTS):
+            found.add(path.name, "", "does not belong into a run's folder; remove it")
+    try:
+        text = (folder / DOCUMENT).read_text(encoding="utf-8")
+        document = json.loads(text, parse_constant=_refuse, object_pairs_hook=_without_repetition)
+        found.record = record = check(folder, document)
+    except FileNotFoundError:
+        found.add("", "", f"has no {DOCUMENT}: the run is unfinished; finish it, or leave the folder out")
+        return
+    except (OSError, ValueError, RecursionError) as error:
+        found.add(DOCUMENT, "", str(error).splitlines()[0])
+        return
+    if record.id != folder.name:
+        found.add(DOCUMENT, "id", f"is {record.id}, and the folder is called {folder.name}")
+    if record.status == "failed":
+        return
+    for name in sorted({*record.files, ROUNDS, COUNTS}):
+        if name not in (ROUNDS, COUNTS):
+            found.add(DOCUMENT, f"files.{name}", "is no file of a run")
+            continue
+        try:
+            content = (folder / name).read_bytes()
+        except OSError as error:
+            found.add(name, "", f"cannot be read: {error.strerror}")
+            continue
+        if hashlib.sha256(content).hexdigest() != record.files[name]:
+            found.add(name, "", f"is not the file that {DOCUMENT} was written with: it has another checksum")
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is not a number of JSON")
+
+
+def _without_repetition(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Refuse an object that has a key twice: readers would differ in which they take."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in names if names.count(key) > 1)!r} stands there twice")
+    return content
+
+
+# What it says of itself -------------------------------------------------------------------------------------
+
+
+def _provenance(found: Inspected, record: Record) -> None:
+    """Look at where, when and with what the run was done."""
+    document = record.document
+    if record.commit is not None and not re.fullmatch(r"[0-9a-f]{40}(-dirty)?", record.commit):
+        found.add(DOCUMENT, "commit", f"is {record.commit!r}, and must be 40 hexadecimal digits")
+    elif record.commit is not None and record.commit.endswith("-dirty"):
+        found.notes.append("run with code that is in no commit")
+    versions = document.get("versions")
+    if not isinstance(versions, dict) or not all(re.match(r"\d", str(value)) for value in versions.values()):
+        found.add(DOCUMENT, "versions", "is not an object of version numbers")
+    else:
+        lacking = [package for package in ("bench", "python", "torch") if package not in versions]
+        if lacking:
+            found.add(DOCUMENT, "versions", f"lacks {', '.join(lacking)}")
+        if _number(versions.get("bench", "0")) > _number(bench.__version__):
+            found.add(DOCUMENT, "versions.bench", f"is {versions['bench']}, and this is {bench.__version__}; update it")
+    hardware = document.get("hardware")
+    if (
+        not isinstance(hardware, dict)
+        or not isinstance(hardware.get("cpu"), str | None)
+        or (hardware.get("gpu") is None) != (record.device == "cpu")
+    ):
+        found.add(DOCUMENT, "hardware", f"does not go with a run on {record.device}")
+    _times(found, document)
+    if record.status == "done":
+        if not re.fullmatch(r"[0-9a-f]{64}", str(document.get("digest"))):
+            found.add(DOCUMENT, "digest", f"is {document.get('digest')!r}, and must be 64 hexadecimal digits")
+        if not re.fullmatch(r"[0-9a-f]{16}", str(record.fingerprint)):
+            found.add(DOCUMENT, "fingerprint", f"is {record.fingerprint!r}, and must be 16 hexadecimal digits")
+        if record.reason is not None:
+            found.add(DOCUMENT, "reason", "says why the run failed, and the run is done")
+
+
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
+def _times(found: Inspected, document: Mapping[str, object]) -> None:
+    times = []
+    for key in ("started", "finished"):
+        try:
+            time = datetime.fromisoformat(str(document.get(key)))
+            times.append(time if time.tzinfo else time.replace(tzinfo=UTC))
+        except ValueError:
+            if key == "finished" or document.get(key) is not None:  # of a worker that died nobody knows the start
+                found.add(DOCUMENT, key, f"is {document.get(key)!r}, and must be a time in ISO 8601")
+    if len(times) == 2 and times[1] < times[0]:
+        found.add(DOCUMENT, "finished", "is before the run started")
+    if times and times[-1] > datetime.now(UTC) + timedelta(days=1):
+        found.add(DOCUMENT, "finished", "lies in the future")
+
+
+def _description(found: Inspected, record: Record, asked: Asked) -> None:
+    """Compare what repeats the identity in other words."""
+    try:
+        told = description(asked)
+    except BadConfig as error:
+        found.add(DOCUMENT, "setting", f"cannot be: {error}")
+        return
+    for key, value in told.items():
+        written = record.document.get(key)
+        if not _equal(value, written):
+            nested = isinstance(value, dict) and isinstance(written, dict)
+            for place, wanted, there in _differences(value, written) if nested else [("", value, written)]:  # type: ignore[arg-type]
+                where = f"{key}.{place}" if place else key
+                found.add(DOCUMENT, where, f"is {brief(there)}, and by the identity it is {brief(wanted)}")
+
+
+def _differences(one: Mapping[str, object], other: Mapping[str, object]) -> Iterator[tuple[str, object, object]]:
+    for key in dict.fromkeys((*one, *other)):
+        if key not in one or key not in other or not _equal(one[key], other[key]):
+            yield key, one.get(key, _NOT_THERE), other.get(key, _NOT_THERE)
+
+
+_NOT_THERE = type("", (), {"__repr__": lambda self: "not there"})()
+
+
+def _equal(one: object, other: object) -> bool:
+    """Compare as JSON does: True is not 1, and 1 is 1.0."""
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return one == other
+
+
+def _failure(found: Inspected, record: Record) -> None:
+    if not (record.reason or "").strip():
+        found.add(DOCUMENT, "reason", "does not say why the run failed")
+    for key in ("metrics", "cost", "files", "digest"):
+        if record.document.get(key):
+            found.add(DOCUMENT, key, "is there, and the run failed")
+
+
+# Its split and its cost -------------------------------------------------------------------------------------
+
+
+def _split(found: Inspected, record: Record, asked: Asked, root: Path) -> None:
+    counts = record.class_counts
+    if not all(0 <= count < 2**31 for count in counts) or (
+        asked.dataset is not None and len(counts) != asked.dataset.num_classes
+    ):
+        found.add(DOCUMENT, "class_counts", "are not a number of images for each class of the dataset")
+        return
+    groups = group_classes(torch.tensor(counts), asked.setting.groups)
+    for group, classes in groups.items():
+        if record.groups.get(group) != classes.tolist():
+            found.add(DOCUMENT, f"groups.{group}", f"is {brief(record.groups.get(group))}, and by class_counts it is "
+                                                   f"{brief(classes.tolist())}")  # fmt: skip
+    for group in set(record.groups) - set(groups):
+        found.add(DOCUMENT, f"groups.{group}", "is no group of classes")
+    if asked.setting.clients is not None and record.clients not in (None, asked.setting.clients):
+        found.add(DOCUMENT, "clients", f"is {record.clients}, and the setting has {asked.setting.clients}")
+    if "dataset" in asked.outdated:
+        return
+    if asked.dataset is None:
+        found.notes.append("the split cannot be made anew, as the images are somebody's own")
+        return
+    try:
+        found.dealt = dealt(asked, root)
+    except DataMissing:
+        found.notes.append(f"the split cannot be made anew, as {record.dataset} is not at hand")
+        return
+    except (DataDamaged, PartitionFailed, BadConfig) as error:
+        found.notes.append(f"the split cannot be made anew: {error}")
+        return
+    for key, value in found.dealt.described.items():
+        written = record.document.get(key)
+        if key == "clients" and written is None:  # results of early versions do not say
+            continue
+        alike = _alike(value, written) if key == "heterogeneity" else _equal(value, written)
+        if not alike:
+            found.add(DOCUMENT, key, f"is {brief(written)}, and the data give {brief(value)}")
+
+
+def _alike(one: object, other: object) -> bool:
+    """Compare objects of numbers up to rounding: sums are taken in another order on another machine."""
+    if not isinstance(one, dict) or not isinstance(other, dict) or one.keys() != other.keys():
+        return False
+    return all(close(one[key], other[key], rel_tol=1e-9) for key in one)
+
+
+def _cost(found: Inspected, record: Record, asked: Asked) -> None:
+    cost = record.cost
+    for key, value in cost.items():
+        if value is not None and value < 0:
+            found.add(DOCUMENT, f"cost.{key}", f"is {value}, and no cost is below 0")
+        elif value is not None and key in _WHOLE and value != int(value):
+            found.add(DOCUMENT, f"cost.{key}", f"is {value}, and bytes are whole")
+    for key in COSTS:
+        if key not in cost:
+            found.add(DOCUMENT, f"cost.{key}", "is not there")
+        elif key in _ALWAYS and not cost[key]:
+            found.add(DOCUMENT, f"cost.{key}", f"is {cost[key]}, and no run is without")
+    clients = found.clients
+    known = None if clients is None or asked.outdated else sent(asked, clients)
+    if known is None:
+        return
+    derived = {"bytes_down": known.bytes_down, "client_state_bytes": known.client_state_bytes}
+    pooled = known.bytes_down is None
+    for key, number in derived.items():
+        if (number is not None or (pooled and key == "bytes_down")) and cost.get(key) != number:
+            found.add(
+                DOCUMENT, f"cost.{key}", f"is {_count(cost.get(key))}, and by setting and model it is {_count(number)}"
+            )
+    up = cost.get("bytes_up")
+    if (up is None) != pooled:
+        found.add(
+            DOCUMENT, "cost.bytes_up", f"is {_count(up)}, and " + ("nothing is sent" if pooled else "clients send")
+        )
+
+
+def _count(number: float | None) -> str:
+    return "absent" if number is None else f"{number:.10g}"
