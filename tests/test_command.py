@@ -84,6 +84,13 @@ print(*{"torch", "ray", "mlflow", "pandas", "numpy", "rich", "pydantic"} & set(s
         assert f"Usage: bench {verb}" in answer.out
 
 
+def test_help_shows_its_examples_a_line_each(bench: Bench) -> None:
+    for verb in _VERBS:
+        lines = bench(verb, "--help").out.splitlines()
+        assert not any("\\b" in line for line in lines), "the sign that keeps lines apart is not to be seen"
+        assert all(line.count(f"bench {verb}") <= 1 for line in lines if line.startswith("  bench ")), verb
+
+
 def test_without_a_verb_the_help_is_printed(bench: Bench) -> None:
     answer = bench()
     assert answer.status == 0 and "bench run --algos fedloge,fedrep" in answer.out

@@ -257,6 +257,25 @@ def test_a_run_is_claimed_by_one_process_and_given_back_by_one_that_is_killed(tm
     assert not is_claimed(tmp_path) and list(tmp_path.iterdir()) == []
 
 
+def test_a_claim_that_is_given_back_while_another_process_asks_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[int] = []
+    really = os.open
+
+    def given_back_meanwhile(file: Path, *how: int) -> int:
+        handle = really(file, *how)
+        if not opened:  # its holder ends before we have locked what we opened, and takes the name away
+            file.unlink()
+        opened.append(handle)
+        return handle
+
+    monkeypatch.setattr("bench.claims.os.open", given_back_meanwhile)
+    with claim(tmp_path):
+        assert is_claimed(tmp_path), "a claim on a file without a name keeps nobody out"
+    assert not is_claimed(tmp_path)
+
+
 def test_a_sweep_whose_driver_is_killed_three_times_ends_with_the_bits_of_one_that_was_not(here: Path) -> None:
     asked = words("faulty(seconds=0.01),fedrep", "--seeds", "3", rounds=10)
     for kill in range(3):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bench.command.table import of_datasets
+from bench.command.stored import out_option, read_stored
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -25,13 +25,7 @@ _ENDINGS = (".svg", ".png", ".pdf")
 
 @click.command("compare")
 @click.argument("algorithms", nargs=-1)
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("runs"),
-    show_default=True,
-    help="Folder of results.",
-)
+@out_option
 @click.option("--dataset", "datasets", help="Only these datasets, separated by commas.")
 @click.option(
     "--metric",
@@ -65,19 +59,14 @@ def compare_command(
     bench compare fedavg "fedrep(head_epochs=2)" --out results --metric generic
     bench compare --dataset cifar10 --diagram ranks.svg
     """
-    from bench.results import comparison, records
+    from bench.results import comparison
     from bench.results.leaderboard import leaderboards
     from bench.settings import BadConfig
     from bench.spelling import near, split_list
 
     if diagram is not None and diagram.suffix not in _ENDINGS:
         raise click.BadParameter(f"{diagram}: must end in {', '.join(_ENDINGS)}", param_hint="--diagram")
-    if not out.is_dir():
-        raise click.BadParameter(f"{out}: there is no such folder, 'bench run' makes one", param_hint="--out")
-    found, damaged = records.read_all(out)
-    for sentence in damaged:
-        click.echo(f"bench: {sentence}", err=True)
-    boards = leaderboards(of_datasets(found, datasets))
+    boards = leaderboards(read_stored(out, datasets))
     known = comparison.metrics(boards)
     if not known:
         raise BadConfig(f"there are no finished runs in {out}{'' if datasets is None else f' on {datasets}'}")

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bench.command.stored import require_folder
+
 if TYPE_CHECKING:
     from bench.config import Run
     from bench.validation.report import Report
@@ -70,8 +72,7 @@ def validate_command(
     from bench.validation.report import summary, validate
 
     torch.set_num_threads(1)
-    if not out.is_dir():
-        raise click.BadParameter(f"{out}: there is no such folder", param_hint="DIR")
+    require_folder(out, "DIR")
     if write and rerun is None:
         raise click.UsageError("--write notes what --rerun found; say how many runs are to be run again")
     for file in plugins:
@@ -225,8 +226,7 @@ def submit_command(out: Path, to: Path, data_root: Path | None, plugins: tuple[P
     from bench.validation.report import validate
 
     torch.set_num_threads(1)
-    if not out.is_dir():
-        raise click.BadParameter(f"{out}: there is no such folder, 'bench run' makes one", param_hint="DIR")
+    require_folder(out, "DIR")
     for file in plugins:
         load_plugin(file)
     try:

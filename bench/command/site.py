@@ -6,12 +6,14 @@ from pathlib import Path
 
 import click
 
-_FOLDER = click.Path(path_type=Path)
+from bench.command.stored import out_option, read_stored
 
 
 @click.command("site")
-@click.option("--out", type=_FOLDER, default=Path("runs"), show_default=True, help="Folder of results.")
-@click.option("--to", type=_FOLDER, default=Path("site"), show_default=True, help="Folder of the site.")
+@out_option
+@click.option(
+    "--to", type=click.Path(path_type=Path), default=Path("site"), show_default=True, help="Folder of the site."
+)
 def site_command(out: Path, to: Path) -> None:
     """Build a static site of stored results: a table to sort and filter, and a page for every run.
 
@@ -26,11 +28,7 @@ def site_command(out: Path, to: Path) -> None:
     from bench.site.build import build
     from bench.validation.verification import verified
 
-    if not out.is_dir():
-        raise click.BadParameter(f"{out}: there is no such folder, 'bench run' makes one", param_hint="--out")
-    found, damaged = records.read_all(out)
-    for sentence in damaged:
-        click.echo(f"bench: {sentence}", err=True)
+    found = read_stored(out)
     try:
         again = verified(out)
     except ValueError as error:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from bench.command.stored import out_option, require_folder
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -25,13 +27,7 @@ _MOST_WAITING = 5
 
 
 @click.command("status")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("runs"),
-    show_default=True,
-    help="Folder of results.",
-)
+@out_option
 @click.option("--watch", is_flag=True, help="Again and again, until no driver is at work.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document; with --watch one a line.")
 def status_command(out: Path, watch: bool, as_json: bool) -> None:
@@ -43,8 +39,7 @@ def status_command(out: Path, watch: bool, as_json: bool) -> None:
     bench status
     bench status --out results --watch
     """
-    if not out.is_dir():
-        raise click.BadParameter(f"{out}: there is no such folder, 'bench run' makes one", param_hint="--out")
+    require_folder(out)
     if watch and not as_json:
         _watch(out)
         return

@@ -8,20 +8,15 @@ from typing import TYPE_CHECKING
 
 import click
 
+from bench.command.stored import out_option, read_stored
+
 if TYPE_CHECKING:
     from bench.results.leaderboard import Leaderboard
-    from bench.results.record import Record
 
 
 @click.command("table")
 @click.option("--dataset", "datasets", help="Only these datasets, separated by commas.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("runs"),
-    show_default=True,
-    help="Folder of results.",
-)
+@out_option
 @click.option(
     "--format",
     "form",
@@ -57,12 +52,7 @@ def table_command(
     from bench.durable import put
     from bench.results import records, table
 
-    if not out.is_dir():
-        raise click.BadParameter(f"{out}: there is no such folder, 'bench run' makes one", param_hint="--out")
-    found, damaged = records.read_all(out)
-    for sentence in damaged:
-        click.echo(f"bench: {sentence}", err=True)
-    boards = table.leaderboards(of_datasets(found, datasets), metric)
+    boards = table.leaderboards(read_stored(out, datasets), metric)
     if write:
         command = f"bench table --out {out} --write" + (f" --metric {metric}" if metric != "last" else "")
         path = records.publish(out, table.results_readme(boards, records.prose(out), command))
@@ -79,19 +69,6 @@ def table_command(
         click.echo(table.render(boards, form), nl=False)
     else:
         print_boards(boards)
-
-
-def of_datasets(records: list[Record], names: str | None) -> list[Record]:
-    """Keep the runs on some datasets.
-
-    Args:
-        records: Runs.
-        names: Of the datasets, separated by commas; None: all.
-    """
-    if names is None:
-        return records
-    wanted = {name.strip().replace("-", "_") for name in names.split(",") if name.strip()}
-    return [record for record in records if record.dataset.partition("(")[0] in wanted]
 
 
 def print_boards(boards: Sequence[Leaderboard]) -> None:

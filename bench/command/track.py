@@ -7,15 +7,11 @@ from pathlib import Path
 
 import click
 
+from bench.command.stored import out_option, read_stored, require_folder
+
 
 @click.command("track")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("runs"),
-    show_default=True,
-    help="Folder of results.",
-)
+@out_option
 @click.option("--tracking-uri", metavar="URI", help="MLflow; by default SQLite beside the results.")
 def track_command(out: Path, tracking_uri: str | None) -> None:
     """Show the finished and failed runs of a folder in MLflow, those that are not shown there yet.
@@ -24,23 +20,20 @@ def track_command(out: Path, tracking_uri: str | None) -> None:
     results from elsewhere; call it when no sweep is at work in the folder. What a sweep showed in part is completed.
     Damaged folders are named on standard error and left out.
 
-    \\b
+    \b
     bench track
     bench track --out results --tracking-uri http://127.0.0.1:5000
     """
     from bench import tracking
-    from bench.results import records, table
+    from bench.results import table
     from bench.sweep import journal
 
-    if not out.is_dir():
-        raise click.BadParameter(f"{out}: there is no such folder, 'bench run' makes one", param_hint="--out")
+    require_folder(out)
     if any(sweep.fate == "working" for sweep in journal.read(out)):
         raise click.UsageError(f"a sweep is at work in {out} and shows its runs by itself; call this when it has ended")
     if not tracking.has_mlflow():
         raise click.UsageError("mlflow is not installed; pip install mlflow")
-    found, damaged = records.read_all(out)
-    for sentence in damaged:
-        click.echo(f"bench: {sentence}", err=True)
+    found = read_stored(out)
     boards = table.leaderboards(found)
     tables = {f"leaderboard.{form}": table.render(boards, form) for form in ("md", "json")}
     uri = tracking_uri or tracking.default_uri(out)

@@ -257,7 +257,10 @@ def _comparison_page(results: Results, comparison: Comparison) -> str:
         "comparison.html",
         "../",
         board=comparison,
-        columns=[{"title": column.title, "name": column.key, "cost": column.unit is not None} for column in shown],
+        columns=[
+            {"title": column.title, "name": column.key, "cost": column.unit is not None, "views": ()}
+            for column in shown
+        ],
         entries=_entries(results, comparison, shown),
         figures=[[figure for figure in group if figure is not None] for group in figures],
         protocol=protocol,
