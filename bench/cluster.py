@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -131,6 +132,14 @@ def cores(device: str) -> int:
     except (AttributeError, ValueError, OSError):  # not on this system
         return here
     return max(min(here, memory // RUN_MEMORY_BYTES), 1)
+
+
+@cache
+def gpu_bytes() -> float | None:
+    """Give the memory of a GPU of this machine, the first; None if there is none."""
+    import torch
+
+    return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
 
 
 def spread(

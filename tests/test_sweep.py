@@ -9,6 +9,7 @@ import io
 import json
 import os
 import signal
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from bench.config import Run
 from bench.results import records
 from bench.rounds import Report
 from bench.sweep import driver, execution, pool, watch
+from bench.sweep.schedule import Schedule
 from tests.processes import ROOT, alive, digests, finish, start, wait
 from tests.tracked import assert_tracked
 
@@ -217,6 +219,19 @@ def test_a_run_whose_folder_cannot_be_written_fails_and_the_others_go_on(tmp_pat
     results = driver.run([run, other], tmp_path, pool=pool.InProcess())
     assert [result.status for result in results] == ["failed", "done"]
     assert "cannot be written" in str(results[0].reason)
+
+
+def test_what_a_run_took_is_expected_of_the_other_seeds_of_its_cell(tmp_path: Path, run: Run) -> None:
+    schedules: list[Schedule] = []
+
+    def schedule(runs: Sequence[Run]) -> Schedule:
+        schedules.append(Schedule(runs))
+        return schedules[0]
+
+    driver.run([run, replace(run, seed=1)], tmp_path, pool=pool.InProcess(), schedule=schedule)
+    cost = records.read(tmp_path / run.id).cost
+    expected = schedules[0].forecasts[replace(run, seed=1).id]
+    assert (expected.seconds, expected.peak_bytes) == (cost["wall_seconds"], cost["peak_memory_bytes"])
 
 
 def test_every_split_is_tried_before_any_run(run: Run) -> None:

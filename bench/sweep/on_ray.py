@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.cluster import MODELS_BYTES, Payload, cores, need_ray, packed, session, unpacked
+from bench.cluster import MODELS_BYTES, Payload, cores, gpu_bytes, need_ray, packed, session, unpacked
 from bench.sweep.pool import DEATHS, POLL_SECONDS, Execute, Failure, Queue, attempt
 from bench.sweep.schedule import Schedule
 from bench.sweep.watch import Tail, Watcher, progress_file
 
 if TYPE_CHECKING:
     from bench.config import Run
+
+_SPARE = 1.1
+"""Of the measured memory of a run's tensors: what a GPU sets aside for them is more than they are."""
+_CONTEXT_BYTES = 600 * 2**20
+"""What a process takes of a GPU besides its tensors."""
+_ROUNDING = 1e-9
 
 
 class OnRay:
@@ -21,7 +28,8 @@ class OnRay:
     Args:
         address: "local" starts Ray on this machine and stops it at the end; another address joins a running
             cluster, whose machines must have this package, the data, and the output directory, at the same paths.
-        jobs: Runs at once; None for what the machine or cluster holds.
+        jobs: Runs at once; None for what the machine or cluster holds. A GPU holds as many as their measured memory
+            allows, and one of which nothing is known.
         device: "cpu" or "cuda".
         workers: Processes of each run; with more than one, a run starts the others itself.
 
@@ -41,7 +49,8 @@ class OnRay:
 
     def cpus(self, runs: int) -> int:
         """Count the cores that Ray is started with for so many runs, if it is started here."""
-        return self.workers * min(self.jobs or max(cores(self.device) // self.workers, 1), runs)
+        held = cores("cpu" if self.workers == 1 else self.device)  # runs share GPUs, as far as their memory goes
+        return self.workers * min(self.jobs or max(held // self.workers, 1), runs)
 
 
 class _Drive:
@@ -68,10 +77,16 @@ class _Drive:
         self.resources: dict[str, float] = ray.cluster_resources()
         gpus = self.resources.get("GPU", 0.0) if device == "cuda" else 0.0
         cores = self.resources.get("CPU", 1.0)
-        self.at_once = jobs or max(int((gpus or cores) // workers), 1)
+        self.room = [1.0] * int(gpus) if workers == 1 else []
+        """What is left of each GPU, as runs are thought to lie there; Ray places them."""
+        self.places: dict[str, tuple[int, float]] = {}
+        """Of the runs that are going on: on which GPU, and how much of it."""
+        self.at_once = jobs or max(int((cores if self.room else gpus or cores) // workers), 1)
         if workers > 1:  # each run waits for workers of its own: there must be room for those too
             self.at_once = max(min(self.at_once, int(cores // workers)), 1)
-        self.share = min(1.0, gpus / (self.at_once * workers))
+        together = 1 if self.room and jobs is None else math.ceil(self.at_once * workers / gpus) if gpus else 0
+        self.share = 1 / together if together else 0.0
+        """Of a GPU, for each process of a run of which nobody knows how much memory it takes."""
         self.largest = max((node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
 
     def go(self) -> None:
@@ -90,7 +105,12 @@ class _Drive:
 
     def _begin(self, run: Run) -> None:
         alone = run.id in self.queue.alone
-        options = {"num_gpus": 1.0 if alone and self.share else self._share(run)}
+        share = 1.0 if alone and self.share else self._share(run)
+        options = {"num_gpus": share}
+        if self.room:  # where it fits best
+            card = min(range(len(self.room)), key=lambda card: (self.room[card] + _ROUNDING < share, self.room[card]))
+            self.room[card] -= share
+            self.places[run.id] = card, share
         if memory := min(self._peak(run), self.largest):
             options["memory"] = int(memory)
         payload = packed(run.plugins, (self.execute, run))
@@ -115,6 +135,8 @@ class _Drive:
 
     def _end(self, run: Run, reference: Any) -> None:
         """Take note of how a run's worker ended: the run goes on elsewhere if that may help."""
+        if (place := self.places.pop(run.id, None)) is not None:
+            self.room[place[0]] += place[1]
         errors = self.ray.exceptions
         try:
             failure: Failure | None = self.ray.get(reference)
@@ -138,6 +160,8 @@ class _Drive:
             return True
         if run.id in self.queue.alone or any(other.id in self.queue.alone for other in self.running.values()):
             return False
+        if self.room:
+            return self._share(run) <= max(self.room) + _ROUNDING
         memory = self.resources.get("memory", 0.0)
         return self._peak(run) + sum(map(self._peak, self.running.values())) <= memory
 
@@ -147,14 +171,12 @@ class _Drive:
         return 0.0 if forecast is None or self.device == "cuda" else forecast.peak_bytes or 0.0
 
     def _share(self, run: Run) -> float:
-        """Give the share of a GPU that a run needs: by its measured memory, with a tenth to spare."""
+        """Give the share of a GPU that a process of a run needs: by its measured memory, as far as that is known."""
         forecast = self.schedule.forecasts.get(run.id)
-        if not self.share or forecast is None or not forecast.peak_bytes:
+        if not self.room or forecast is None or not forecast.peak_bytes:
             return self.share
-        import torch
-
-        whole = torch.cuda.get_device_properties(0).total_memory
-        return min(max(1.1 * forecast.peak_bytes / whole, 0.05), 1.0)
+        whole = gpu_bytes()
+        return self.share if whole is None else min((_SPARE * forecast.peak_bytes + _CONTEXT_BYTES) / whole, 1.0)
 
 
 def _work(payload: Payload, out: str) -> Failure | None:
