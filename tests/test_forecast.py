@@ -373,6 +373,31 @@ def test_a_probe_does_three_rounds_and_counts_evaluations(
     assert forecast.probe(replace(run, workers=4)).seconds == pytest.approx(seconds / 4)
 
 
+def test_rounds_that_are_not_probed_are_forecast_by_the_steps_of_their_cohorts(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, seen = Clock(), []
+    monkeypatch.setattr("bench.sweep.forecast.time.perf_counter", clock)
+    (run,) = runs_of("fedavg", rounds=12, eval_every=12, participation=0.1)
+
+    def step(going: rounds.Run) -> None:
+        seen.append(going)
+        clock.now += forecast._steps(going, going.progress.round)
+        going.progress.round += 1
+
+    monkeypatch.setattr(rounds.Run, "step", step)
+    foretold = forecast.probe(run).seconds
+    assert len(seen) == 3
+    steps = [forecast._steps(seen[0], r) for r in range(12)]
+    assert len(set(steps)) > 3 and foretold == pytest.approx(sum(steps))
+
+
+def test_each_process_of_a_run_costs_its_hours(tmp_path: Path) -> None:
+    one, other = runs_of("fedavg", seeds=2)
+    other = replace(other, workers=3)
+    known = {run.id: Forecast(seconds=3600.0, peak_bytes=None, how="probed") for run in (one, other)}
+    total = forecast.total([one, other], known, jobs=2)
+    assert (total.hours, total.wall_seconds) == (1 + 3, 3600.0)
+
+
 @pytest.fixture(scope="module")
 def probed(sleeper: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Run], list[str]]:
     """Probes of six cells, two seeds each: the folder, the runs, and what was said."""

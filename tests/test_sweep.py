@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from bench import config
+from bench.claims import claim
 from bench.command.progress import Display
 from bench.config import Run
 from bench.results import records
@@ -219,6 +220,18 @@ def test_a_run_whose_folder_cannot_be_written_fails_and_the_others_go_on(tmp_pat
     results = driver.run([run, other], tmp_path, pool=pool.InProcess())
     assert [result.status for result in results] == ["failed", "done"]
     assert "cannot be written" in str(results[0].reason)
+
+
+def test_force_begins_at_the_first_round_but_takes_nothing_from_a_process_at_work(tmp_path: Path, run: Run) -> None:
+    checkpoint, seen = tmp_path / run.id / "checkpoint.pt", []
+    checkpoint.parent.mkdir()
+    checkpoint.write_bytes(b"")
+    look: Any = lambda *_: seen.append(checkpoint.exists())  # noqa: E731
+    driver.run([run], tmp_path, pool=look)
+    with claim(checkpoint.parent):
+        driver.run([run], tmp_path, pool=look, force=True)
+    driver.run([run], tmp_path, pool=look, force=True)
+    assert seen == [True, True, False]
 
 
 def test_what_a_run_took_is_expected_of_the_other_seeds_of_its_cell(tmp_path: Path, run: Run) -> None:
