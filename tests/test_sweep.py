@@ -12,16 +12,19 @@ import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from bench import config
 from bench.claims import claim
+from bench.cluster import WorkersDied
 from bench.command.progress import Display
 from bench.config import Run
 from bench.results import records
-from bench.rounds import Report
+from bench.rounds import Diverged, Report
+from bench.states import StatesUnwritable
 from bench.sweep import driver, execution, pool, watch
 from bench.sweep.schedule import Schedule
 from tests.processes import ROOT, alive, digests, finish, start, wait
@@ -220,6 +223,50 @@ def test_a_run_whose_folder_cannot_be_written_fails_and_the_others_go_on(tmp_pat
     results = driver.run([run, other], tmp_path, pool=pool.InProcess())
     assert [result.status for result in results] == ["failed", "done"]
     assert "cannot be written" in str(results[0].reason)
+
+
+@pytest.mark.parametrize(
+    ("error", "again", "kept", "traced"),
+    [
+        (MemoryError("no more of it"), "alone", True, True),
+        (StatesUnwritable("the disk is full"), "never", True, False),
+        (WorkersDied("killed again and again"), "never", True, False),
+        (Diverged("diverged: after round 2"), "never", False, False),
+        (KeyError("what is not there"), "never", False, True),
+    ],
+)
+def test_a_run_that_fails_says_why_and_keeps_its_checkpoint_where_it_may_go_on(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception, again: str, kept: bool, traced: bool
+) -> None:
+    def train(job: Any, *, checkpoint: Path, **how: Any) -> None:
+        checkpoint.write_bytes(b"")
+        raise error
+
+    monkeypatch.setattr(execution, "train", train)
+    failure = execution.execute(run, tmp_path)
+    assert failure is not None and failure.again == again and str(error.args[0]) in failure.reason
+    record = records.read(tmp_path / run.id)
+    assert (record.status, record.reason) == ("failed", failure.reason) and record.fingerprint is not None
+    assert (record.document["traceback"] is not None) == traced
+    assert (tmp_path / run.id / "checkpoint.pt").exists() == kept
+
+
+def test_what_another_process_has_written_meanwhile_stays(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert execution.execute(run, tmp_path) is None
+    monkeypatch.setattr(execution, "finished", lambda run, out: False)  # as where a file system has no locks
+    before = (tmp_path / run.id / "run.json").read_bytes()
+    assert execution.execute(run, tmp_path) is None
+    assert (tmp_path / run.id / "run.json").read_bytes() == before
+
+
+def test_a_run_is_given_up_after_three_deaths_without_a_round_in_between(tmp_path: Path, run: Run) -> None:
+    told: list[str] = []
+    watcher: Any = SimpleNamespace(retried=lambda run, reason: told.append(reason))
+    queue = pool.Queue(Schedule([]), tmp_path, watcher)
+    assert [queue.survives(run, "it died", completed) for completed in (1, 1, 2, 2, 2)] == [True] * 4 + [False]
+    assert told == ["it died; another one will go on"] * 4 and len(queue.schedule) == 4
 
 
 def test_force_begins_at_the_first_round_but_takes_nothing_from_a_process_at_work(tmp_path: Path, run: Run) -> None:
