@@ -261,6 +261,22 @@ def test_what_another_process_has_written_meanwhile_stays(
     assert (tmp_path / run.id / "run.json").read_bytes() == before
 
 
+def test_a_run_that_another_process_is_doing_waits_until_that_has_ended(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "ELSEWHERE_SECONDS", 0.0)
+    told: list[str] = []
+    watcher: Any = SimpleNamespace(retried=lambda run, reason: told.append(reason))
+    queue = pool.Queue(Schedule([run]), tmp_path, watcher)
+    (tmp_path / run.id).mkdir()
+    with claim(tmp_path / run.id):
+        assert queue.take(lambda run: True) is None and not queue.is_over()
+        assert queue.take(lambda run: True) is None and told == ["another process is doing it"]
+    assert queue.take(lambda run: True) is run and queue.is_over()
+    assert queue.again(run, pool.Failure("another was faster", "later")) and queue.alone == set()
+    assert not queue.is_over() and queue.take(lambda run: True) is run
+
+
 def test_a_run_is_given_up_after_three_deaths_without_a_round_in_between(tmp_path: Path, run: Run) -> None:
     told: list[str] = []
     watcher: Any = SimpleNamespace(retried=lambda run, reason: told.append(reason))
