@@ -12,10 +12,12 @@ import pytest
 
 from bench import config
 from bench.config import Run
+from bench.rounds import Report
 from bench.sweep import on_ray
 from bench.sweep.on_ray import OnRay
 from bench.sweep.pool import Failure
 from bench.sweep.schedule import Forecast, Schedule
+from bench.sweep.watch import append, progress_file
 
 GIB = 2.0**30
 
@@ -37,18 +39,23 @@ class Accounts:
 
     resources: dict[str, float]
     nodes: int = 1
+    out: Path = Path("unused")
     outcome: Callable[[Run, int], Any] = lambda run, time: None
     """What becomes of a run, the first time and later: a failure, an error that is raised, or nothing."""
     tasks: list[Task] = field(default_factory=list)
     together: list[list[Task]] = field(default_factory=list)
     """All tasks that were there, at each wait."""
     times: dict[str, int] = field(default_factory=dict)
+    cancelled: list[Task] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+    """Why runs wait again, and which rounds were told of."""
 
     def drive(self, runs: Sequence[Run], forecasts: dict[str, Forecast], device: str, **options: Any) -> list[str]:
         """Do runs, and give in order which ended, with an asterisk if badly."""
         ended: list[str] = []
-        errors = {name: type(name, (Exception,), {}) for name in ("RayError", "NodeDiedError", "ObjectLostError")}
-        errors |= {name: type(name, (errors["RayError"],), {}) for name in ("OutOfMemoryError", "RayTaskError")}
+        errors = {"RayError": type("RayError", (Exception,), {})}
+        for name in ("NodeDiedError", "ObjectLostError", "OutOfMemoryError", "RayTaskError"):
+            errors[name] = type(name, (errors["RayError"],), {})
         ray: Any = SimpleNamespace(
             remote=lambda **_: lambda function: SimpleNamespace(options=self._options),
             cluster_resources=lambda: self.resources,
@@ -56,17 +63,19 @@ class Accounts:
             wait=self._wait,
             get=self._get,
             exceptions=SimpleNamespace(**errors),
+            cancel=lambda task, force: self.cancelled.append(task),
         )
         self.errors = errors
         watcher: Any = SimpleNamespace(
             started=lambda run: None,
-            retried=lambda run, reason: None,
+            retried=lambda run, reason: self.said.append(reason),
+            progressed=lambda run, report: self.said.append(f"round {report.round}"),
             ended=lambda run, reason: ended.append(f"{run.seed}{'' if reason is None else '*'}"),
         )
         schedule = Schedule(runs, forecasts)
         nothing: Any = None
         drive = on_ray._Drive(
-            ray, options.get("jobs"), device, options.get("workers", 1), schedule, Path("unused"), nothing, watcher
+            ray, options.get("jobs"), device, options.get("workers", 1), schedule, self.out, nothing, watcher
         )
         drive.go()
         assert drive.places == {} and all(room == pytest.approx(1.0) for room in drive.room)
@@ -187,3 +196,43 @@ def test_on_gpus_ray_is_started_with_a_core_for_each_run_that_may_share_them(mon
     monkeypatch.setattr(on_ray, "cores", lambda device: 16 if device == "cpu" else 2)
     assert OnRay(device="cuda").cpus(9) == 9 and OnRay(device="cuda").cpus(90) == 16
     assert OnRay(device="cuda", jobs=4).cpus(9) == 4 and OnRay(device="cuda", workers=2).cpus(9) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        ("RayError", "the worker died (killed, or out of memory)"),
+        ("NodeDiedError", "its machine was lost"),
+        ("ObjectLostError", "its machine was lost"),
+    ],
+)
+def test_of_a_worker_that_died_it_is_said_how_and_rounds_that_are_done_again_are_told_once(
+    tmp_path: Path, error: str, reason: str
+) -> None:
+    (run,) = runs_of(1)
+    file = progress_file(tmp_path, run)
+    file.parent.mkdir()
+
+    def write(seconds: float, *rounds: int) -> None:
+        file.unlink(missing_ok=True)
+        for completed in rounds:
+            append(file, Report(completed, 3, seconds, None))
+
+    def outcome(run: Run, time: int) -> str | None:
+        write(2.0, 2, 3)  # the next worker goes on after round 1, which was saved
+        return error if time == 1 else None
+
+    write(1.0, 1, 2)
+    accounts = Accounts({"CPU": 1.0}, out=tmp_path, outcome=outcome)
+    assert accounts.drive([run], {}, "cpu") == ["0"]
+    assert accounts.said == ["round 1", "round 2", f"{reason}; another one will go on", "round 3"]
+
+
+def test_an_interruption_cancels_what_is_going_on() -> None:
+    def interrupt(run: Run, time: int) -> None:
+        raise KeyboardInterrupt
+
+    accounts, runs = Accounts({"CPU": 3.0}, outcome=interrupt), runs_of(5)
+    with pytest.raises(KeyboardInterrupt):
+        accounts.drive(runs, {}, "cpu")
+    assert len(accounts.cancelled) == 2  # of three, one had ended

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from bench.claims import claim
 from bench.command.main import main
 from bench.command.plan import duration
 from bench.command.progress import Display
@@ -93,6 +94,8 @@ def test_a_new_sweep_removes_what_ended_and_what_died_if_it_does_all_that_was_le
     for name, notes in old.items():
         notes.file = notes.file.with_name(f"{name}.json")
         notes.begin(runs if name == "died and more" else runs[:2], [])
+        if name == "died and more":
+            notes.started(runs[2])
         if name.startswith("died"):
             change(notes, pid=another_process(), born="1")
     change(old["elsewhere"], host="another")
@@ -215,6 +218,8 @@ def test_the_runs_of_a_driver_that_died_wait_and_go_on_from_their_checkpoints(be
     assert bench("status", "--out", tmp_path, "--watch").splitlines()[1:] == lines[1:]  # nobody is at work: it ends
     printed = json.loads(bench("status", "--out", tmp_path, "--json"))
     assert printed["drivers"][0]["state"] == "died" and printed["left_seconds"] is None
+    with claim(tmp_path / runs[3].id):  # by a worker that does not know yet that its driver is dead
+        assert "1 running, 4 waiting" in bench("status", "--out", tmp_path)
 
 
 def test_of_a_driver_on_another_machine_the_last_sign_of_life_is_said(bench: Bench, tmp_path: Path) -> None:
@@ -225,6 +230,9 @@ def test_of_a_driver_on_another_machine_the_last_sign_of_life_is_said(bench: Ben
         os.utime(file, (an_hour_ago, an_hour_ago))
     lines = bench("status", "--out", tmp_path).splitlines()
     assert "on another, since" in lines[0] and lines[0].endswith(": on another machine, last heard of 1 h 0 min ago")
+    ten_minutes_ago = time.time() - 600
+    os.utime(progress_file(tmp_path, runs[3]), (ten_minutes_ago, ten_minutes_ago))
+    assert bench("status", "--out", tmp_path).splitlines()[0].endswith("last heard of 10 min ago"), "of its worker"
     notes._alive = 0.0  # some seconds later
     notes.progressed(runs[3], Report(6, 10, 1.0, None))
     assert bench("status", "--out", tmp_path).splitlines()[0].endswith(" s ago")
@@ -235,12 +243,15 @@ def test_what_another_driver_has_finished_is_done(bench: Bench, tmp_path: Path) 
     first, second = Journal(tmp_path, "first"), Journal(tmp_path, "second")
     second.file = second.file.with_name("second.json")
     first.begin([run, other], [])
+    first.started(run)
+    first.ended(run, None)
     change(first, pid=another_process(), born="1")
     assert execution.execute(run, tmp_path) is None
     second.begin([], [run])
     document = json.loads(bench("status", "--out", tmp_path, "--json"))
     assert document["counts"] == {"running": 0, "waiting": 1, "failed": 0, "done": 1}
     assert [driver["state"] for driver in document["drivers"]] == ["died", "working"]
+    assert next(each for each in document["runs"] if each["id"] == run.id)["status"] == "done"
 
 
 # Status, of sweeps in other processes
