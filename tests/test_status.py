@@ -243,15 +243,24 @@ def test_what_another_driver_has_finished_is_done(bench: Bench, tmp_path: Path) 
     first, second = Journal(tmp_path, "first"), Journal(tmp_path, "second")
     second.file = second.file.with_name("second.json")
     first.begin([run, other], [])
-    first.started(run)
-    first.ended(run, None)
     change(first, pid=another_process(), born="1")
     assert execution.execute(run, tmp_path) is None
     second.begin([], [run])
     document = json.loads(bench("status", "--out", tmp_path, "--json"))
     assert document["counts"] == {"running": 0, "waiting": 1, "failed": 0, "done": 1}
     assert [driver["state"] for driver in document["drivers"]] == ["died", "working"]
-    assert next(each for each in document["runs"] if each["id"] == run.id)["status"] == "done"
+
+
+def test_who_did_a_run_knows_more_of_it_than_who_found_it_done(bench: Bench, tmp_path: Path) -> None:
+    (run,) = runs_of("local", rounds=1)
+    first, second = Journal(tmp_path, "first"), Journal(tmp_path, "second")
+    second.file = second.file.with_name("second.json")
+    first.begin([run], [])
+    first.started(run)
+    first.ended(run, None)
+    second.begin([], [run])
+    (known,) = json.loads(bench("status", "--out", tmp_path, "--json"))["runs"]
+    assert (known["status"], known["starts"]) == ("done", 1)
 
 
 # Status, of sweeps in other processes
