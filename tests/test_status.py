@@ -193,6 +193,13 @@ def test_status_says_who_drives_what_runs_failed_and_waits_and_how_long_it_takes
     assert lines[5:] == [f"  waiting  {run.id}  {cell} {run.seed}" for run in runs[5:]]
 
 
+def test_of_the_runs_that_wait_those_come_first_that_had_to(bench: Bench, tmp_path: Path) -> None:
+    runs, notes = made(tmp_path)
+    notes.retried(runs[7], "no memory was left")
+    waiting = [line for line in bench("status", "--out", tmp_path).splitlines() if line.startswith("  waiting")]
+    assert len(waiting) == 3 and waiting[0].endswith("seed 7: no memory was left")
+
+
 def test_the_json_of_status_has_everything(bench: Bench, tmp_path: Path) -> None:
     runs, _ = made(tmp_path)
     document = json.loads(bench("status", "--out", tmp_path, "--json"))
@@ -317,6 +324,18 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+def test_a_run_that_waits_again_is_not_counted_as_going_on() -> None:
+    runs, clock = runs_of("fedavg", seeds=2, rounds=10), Clock()
+    forecasts = {run.id: Forecast(seconds=20.0, peak_bytes=None, how="probed") for run in runs}
+    with Display(stream=io.StringIO(), forecasts=forecasts, clock=clock) as display:
+        display.begin(runs, [])
+        display.started(runs[0])
+        clock.now += 15
+        assert display.outlook.left(clock.now) == 5 + 20
+        display.retried(runs[0], "the worker died")
+        assert display.outlook.left(clock.now) == 20 + 20
 
 
 def test_lines_say_how_far_runs_and_sweep_are_but_not_all_the_time() -> None:
