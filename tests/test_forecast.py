@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench import config, provenance, rounds
+from bench.command import plan
 from bench.command.main import main
 from bench.config import Run
 from bench.registry import load_plugin
@@ -388,6 +390,25 @@ def test_rounds_that_are_not_probed_are_forecast_by_the_steps_of_their_cohorts(m
     assert len(seen) == 3
     steps = [forecast._steps(seen[0], r) for r in range(12)]
     assert len(set(steps)) > 3 and foretold == pytest.approx(sum(steps))
+
+
+@pytest.mark.parametrize(
+    ("ray", "jobs", "workers", "todo", "at_once"),
+    [
+        (None, None, 1, 9, 8),
+        (None, None, 3, 9, 2),
+        ("local", None, 9, 9, 1),
+        (None, 3, 3, 9, 3),
+        ("off", 3, 1, 9, 1),
+        (None, None, 1, 5, 5),
+    ],
+)
+def test_a_plan_counts_on_as_many_runs_at_once_as_there_will_be(
+    monkeypatch: pytest.MonkeyPatch, ray: str | None, jobs: int | None, workers: int, todo: int, at_once: int
+) -> None:
+    monkeypatch.setattr("bench.cluster.cores", lambda device: 8)
+    options: Any = SimpleNamespace(ray=ray, jobs=jobs, workers_per_run=workers)
+    assert plan._jobs(options, "cpu", todo) == at_once
 
 
 def test_each_process_of_a_run_costs_its_hours(tmp_path: Path) -> None:
