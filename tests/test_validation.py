@@ -1093,6 +1093,15 @@ def test_what_would_not_be_valid_is_not_packed(out: Path, bench: Bench, tmp_path
     assert "holds no finished run" in bench("submit", tmp_path / "empty").err
 
 
+def test_failed_and_unfinished_runs_are_left_out_of_a_submission(out: Path) -> None:
+    record = records.read(folder(out))
+    asked = expected.rebuild(record).run(ROOT)
+    records.fail(out, "1" * 12, execution.document(asked, None), "it broke")
+    (out / ("2" * 12)).mkdir()
+    chosen, others = submission.finished(out)
+    assert len(chosen) == 6 and others == [f"{'1' * 12} failed (it broke).", f"{'2' * 12} is unfinished."]
+
+
 def test_a_submission_tells_nothing_of_the_machine(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.gethostname", lambda: "lab-server-3.example")
     here = folder(out)
