@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -1095,11 +1096,13 @@ def test_what_would_not_be_valid_is_not_packed(out: Path, bench: Bench, tmp_path
 
 def test_failed_and_unfinished_runs_are_left_out_of_a_submission(out: Path) -> None:
     record = records.read(folder(out))
-    asked = expected.rebuild(record).run(ROOT)
-    records.fail(out, "1" * 12, execution.document(asked, None), "it broke")
+    failed = dataclasses.replace(expected.rebuild(record).run(ROOT), seed=9)
+    records.fail(out, failed.id, execution.document(failed, None), "it broke")
     (out / ("2" * 12)).mkdir()
     chosen, others = submission.finished(out)
-    assert len(chosen) == 6 and others == [f"{'1' * 12} failed (it broke).", f"{'2' * 12} is unfinished."]
+    assert len(chosen) == 6 and set(others) == {f"{failed.id} failed (it broke).", f"{'2' * 12} is unfinished."}
+    runs = submission.gather(chosen)
+    assert submission.packed(runs) == submission.packed(dict(reversed(runs.items()))), "whatever their order"
 
 
 def test_a_submission_tells_nothing_of_the_machine(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
