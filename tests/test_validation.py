@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -1096,13 +1095,25 @@ def test_what_would_not_be_valid_is_not_packed(out: Path, bench: Bench, tmp_path
 
 def test_failed_and_unfinished_runs_are_left_out_of_a_submission(out: Path) -> None:
     record = records.read(folder(out))
-    failed = dataclasses.replace(expected.rebuild(record).run(ROOT), seed=9)
+    failed = replace(expected.rebuild(record).run(ROOT), seed=9)
     records.fail(out, failed.id, execution.document(failed, None), "it broke")
     (out / ("2" * 12)).mkdir()
     chosen, others = submission.finished(out)
     assert len(chosen) == 6 and set(others) == {f"{failed.id} failed (it broke).", f"{'2' * 12} is unfinished."}
     runs = submission.gather(chosen)
     assert submission.packed(runs) == submission.packed(dict(reversed(runs.items()))), "whatever their order"
+
+
+def test_a_submission_overwrites_nothing(out: Path, tmp_path: Path) -> None:
+    runs, to = submission.gather([folder(out), folder(out, "ditto", 1)]), tmp_path / "theirs"
+    submission.write(runs, to)
+    submission.write(runs, to)  # the same once more
+    changed = to / sorted(runs)[1] / "run.json"
+    changed.write_text("theirs")
+    shutil.rmtree(to / sorted(runs)[0])
+    with pytest.raises(submission.NotSubmittable, match="with other content; name another folder"):
+        submission.write(runs, to)
+    assert changed.read_text() == "theirs" and len(list(to.iterdir())) == 1, "nothing is written by halves"
 
 
 def test_a_submission_tells_nothing_of_the_machine(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
