@@ -14,6 +14,37 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
+SLOW = '''
+"""Slow: FedAvg that takes its time, and says in which process.
+
+Server keeps   body, head
+Client keeps   nothing
+Down           body, head
+Up             body, head
+Departs        nowhere
+"""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench import Algorithm, register
+
+
+@register("slow")
+@dataclass(frozen=True, kw_only=True)
+class Slow(Algorithm):
+    seconds: float = 0.1
+
+    def local_update(self, task, shared, private, data):
+        if "SLOW_PID" in os.environ:
+            Path(os.environ["SLOW_PID"]).write_text(str(os.getpid()))
+        time.sleep(self.seconds)
+        return task.sgd(task.loss, shared, data.batches(task.epochs)), private
+'''
+"""A plug-in."""
+
 
 def start(*words: object, cwd: Path, **environment: str) -> subprocess.Popen[str]:
     """Start the command in a session of its own, so that it can be interrupted as from a terminal."""

@@ -14,7 +14,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -36,6 +35,7 @@ from bench.settings import BadConfig, Setting
 from bench.sweep import actors, on_ray
 from bench.sweep.actors import OnActors
 from bench.sweep.schedule import Schedule
+from tests.processes import digests, finish, start, wait
 
 ROOT = Path(__file__).parents[1]
 SETTING = replace(toy.SETTING, rounds=2, participation=0.75, unseen=1)
@@ -686,38 +686,14 @@ class Slow(Algorithm):
 QUIET = ("--plugin", "slow.py", "--json", "--tracking-uri", "off", "--model", "small_cnn", "--clients", "8")
 
 
-def start(*words: object, cwd: Path, **environment: str) -> subprocess.Popen[str]:
-    """Start the command in a session of its own, so that it can be interrupted as from a terminal."""
+def begin(*words: object, cwd: Path, **environment: str) -> subprocess.Popen[str]:
     (cwd / "slow.py").write_text(SLOW)
-    return subprocess.Popen(
-        [sys.executable, "-m", "bench", "run", *map(str, words), *QUIET],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **environment},
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    return start("run", *words, *QUIET, cwd=cwd, **environment)
 
 
-def finish(process: subprocess.Popen[str], status: int = 0) -> tuple[Any, str]:
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == status, err
-    assert "Traceback" not in err
-    return (json.loads(out) if out else None), err
-
-
-def digests(printed: Any) -> dict[str, str]:
+def left_by(printed: Any) -> dict[str, str]:
     assert {run["status"] for run in printed["runs"]} == {"done"}, printed
-    return {run["id"]: run["digest"] for run in printed["runs"]}
-
-
-def wait(condition: Callable[[], object], seconds: float = 120) -> None:
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit, "waited in vain"
-        time.sleep(0.02)
+    return digests(printed)
 
 
 def lives(pid: int) -> bool:
@@ -736,18 +712,18 @@ def pids(folder: Path) -> set[int]:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Give the digests of two runs in one process."""
     folder = tmp_path_factory.mktemp("alone")
-    return digests(finish(start("--algos", "slow,ditto", "--rounds", 30, "--ray", "off", cwd=folder))[0])
+    return left_by(finish(begin("--algos", "slow,ditto", "--rounds", 30, "--ray", "off", cwd=folder))[0])
 
 
 def test_a_real_actor_killed_in_mid_run_changes_nothing(tmp_path: Path, alone: dict[str, str]) -> None:
     seen = tmp_path / "pids"
     words = ("--algos", "slow", "--rounds", 30, "--ray", "off", "--workers-per-run", 2)
-    process = start(*words, cwd=tmp_path, SLOW=str(seen), PIDS="3")
+    process = begin(*words, cwd=tmp_path, SLOW=str(seen), PIDS="3")
     wait(lambda: seen.exists() and len(pids(seen)) == 2)
     (actor,) = pids(seen) - {process.pid}
     os.kill(actor, signal.SIGKILL)
     printed, err = finish(process)
-    assert digests(printed).items() <= alone.items()
+    assert left_by(printed).items() <= alone.items()
     assert re.fullmatch(r"setting quick on digits, with other .*\n", err)
     assert len(pids(seen)) == 3  # another one took its place
     assert not any(map(lives, pids(seen)))
@@ -756,8 +732,8 @@ def test_a_real_actor_killed_in_mid_run_changes_nothing(tmp_path: Path, alone: d
 def test_runs_on_ray_have_their_actors_there_too(tmp_path: Path, alone: dict[str, str]) -> None:
     seen = tmp_path / "pids"
     words = ("--algos", "slow,ditto", "--rounds", 30, "--ray", "local", "--jobs", 2, "--workers-per-run", 2)
-    printed, _ = finish(start(*words, cwd=tmp_path, SLOW=str(seen), PIDS="2"))
-    assert digests(printed) == alone
+    printed, _ = finish(begin(*words, cwd=tmp_path, SLOW=str(seen), PIDS="2"))
+    assert left_by(printed) == alone
     assert len(pids(seen)) == 2  # of the slow run: its task and its actor
 
 
@@ -765,7 +741,7 @@ def test_runs_on_ray_have_their_actors_there_too(tmp_path: Path, alone: dict[str
 def test_an_interruption_leaves_no_actor_behind(tmp_path: Path, ray: str) -> None:
     seen = tmp_path / "pids"
     words = ("--algos", "slow", "--rounds", 500, "--ray", ray, "--jobs", 1, "--workers-per-run", 2)
-    process = start(*words, cwd=tmp_path, SLOW=str(seen), PIDS="99")
+    process = begin(*words, cwd=tmp_path, SLOW=str(seen), PIDS="99")
     wait(lambda: seen.exists() and len(pids(seen)) == 2)
     os.killpg(process.pid, signal.SIGINT)
     _, err = finish(process, status=130)

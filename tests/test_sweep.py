@@ -27,41 +27,11 @@ from bench.rounds import Diverged, Report
 from bench.states import StatesUnwritable
 from bench.sweep import driver, execution, pool, watch
 from bench.sweep.schedule import Schedule
-from tests.processes import ROOT, alive, digests, finish, start, wait
+from tests.processes import ROOT, SLOW, alive, digests, finish, start, wait
 from tests.tracked import assert_tracked
 
 QUIET = ("--json", "--tracking-uri", "off")
 OFF = ("--ray", "off", "--tracking-uri", "off")
-
-SLOW = '''
-"""Slow: FedAvg that takes its time, and says in which process.
-
-Server keeps   body, head
-Client keeps   nothing
-Down           body, head
-Up             body, head
-Departs        nowhere
-"""
-
-import os
-import time
-from dataclasses import dataclass
-from pathlib import Path
-
-from bench import Algorithm, register
-
-
-@register("slow")
-@dataclass(frozen=True, kw_only=True)
-class Slow(Algorithm):
-    seconds: float = 0.1
-
-    def local_update(self, task, shared, private, data):
-        if "SLOW_PID" in os.environ:
-            Path(os.environ["SLOW_PID"]).write_text(str(os.getpid()))
-        time.sleep(self.seconds)
-        return task.sgd(task.loss, shared, data.batches(task.epochs)), private
-'''
 
 
 # Ray

@@ -32,7 +32,7 @@ from bench.sweep import execution, journal
 from bench.tracking import described, importing, mirror
 from bench.tracking.described import Point
 from bench.tracking.server import Server, Shown, Status
-from tests.processes import finish, start, wait
+from tests.processes import SLOW, finish, start, wait
 from tests.tracked import ask, assert_tracked, free_port, kill, mlflow_server, on_server, tracked
 
 URI = "http://127.0.0.1:1"
@@ -625,35 +625,21 @@ def test_what_cannot_be_imported_is_said(tmp_path: Path) -> None:
         assert process.returncode == 2 and sentence in err and "Traceback" not in err
 
 
-SLOW = '''
-"""Slow: FedAvg that takes its time.
-
-Server keeps   body, head
-Client keeps   nothing
-Down           body, head
-Up             body, head
-Departs        nowhere
-"""
-
-import time
-from dataclasses import dataclass
-
-from bench import Algorithm, register
-
-
-@register("slow")
-@dataclass(frozen=True, kw_only=True)
-class Slow(Algorithm):
-    def local_update(self, task, shared, private, data):
-        time.sleep(0.05)
-        return task.sgd(task.loss, shared, data.batches(task.epochs)), private
-'''
-
-
 def test_a_real_server_is_written_live_and_may_die_and_an_import_completes_the_sweep(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(SLOW)
     port, of_fedavg = free_port(), "tags.algorithm = 'fedavg'"
-    words = ("run", "--algos", "fedavg,slow", "--plugin", "slow.py", "--rounds", "30", "--json", "--ray", "off")
+    words = (
+        "run",
+        "--algos",
+        "fedavg,slow(seconds=0.05)",
+        "--plugin",
+        "slow.py",
+        "--rounds",
+        "30",
+        "--json",
+        "--ray",
+        "off",
+    )
     with mlflow_server(tmp_path, port) as (uri, server):
         process = start(*words, "--tracking-uri", uri, cwd=tmp_path)
         wait(lambda: any(run["status"] == "FINISHED" for run in on_server(uri, of_fedavg).values()))

@@ -96,7 +96,7 @@ def _execute(run: Run, out: Path, report: Callable[[Report], None] | None, force
     except records.OutputUnwritable:
         raise
     except Exception as error:  # a plug-in may raise anything; the other runs of the sweep go on
-        reason = _reason(error)
+        reason = reason_of(error, _EXPECTED)
         trace = None if isinstance(error, _EXPECTED) else traceback.format_exc()
         records.fail(out, run.id, {**described, "finished": _now(), "traceback": trace}, reason)
         if not isinstance(error, _GOES_ON):
@@ -186,11 +186,10 @@ def _write(out: Path, run: Run, described: dict[str, Any], rounds: Any, counts: 
         return
 
 
-def _reason(error: Exception) -> str:
-    """Say in a sentence what went wrong; for unexpected errors also where."""
-    message = str(error).strip()
-    first = message.splitlines()[0] if message else "no message"
-    if isinstance(error, _EXPECTED):
+def reason_of(error: Exception, expected: tuple[type[Exception], ...]) -> str:
+    """Say in a sentence what went wrong; for errors that are not expected also of which kind and where."""
+    first = (str(error).strip() or "no message").splitlines()[0]
+    if isinstance(error, expected):
         return first
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {first} ({Path(frame.filename).name}, line {frame.lineno})"

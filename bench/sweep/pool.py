@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -56,7 +57,7 @@ class InProcess:
                 time.sleep(POLL_SECONDS)
                 continue
             watcher.started(run)
-            failure = attempt(execute, run, out, lambda report, run=run: watcher.progressed(run, report))  # type: ignore[misc]
+            failure = attempt(execute, run, out, partial(watcher.progressed, run))
             if failure is not None and failure.again == "later":
                 queue.wait_for_another(run)
             else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -17,6 +16,7 @@ from bench.files import source
 from bench.rounds import Diverged, Job
 from bench.rounds import train as train
 from bench.settings import BadConfig
+from bench.sweep.execution import reason_of
 from bench.tuning.study import Study, Trial
 
 
@@ -52,7 +52,7 @@ def attempt(study: Study, trial: Trial, folder: Path) -> Trial:
     except OSError:
         raise
     except Exception as error:  # a plug-in may raise anything: then these values are no good
-        ended = replace(trial, reason=_reason(error))
+        ended = replace(trial, reason=reason_of(error, (Diverged, BadConfig)))
     for file in files:
         for left in folder.glob(f"{file.stem}.*"):
             left.unlink(missing_ok=True)
@@ -92,11 +92,3 @@ def _load(dataset: Dataset, root: Path, study: Study, seed: int) -> Any:
     splits = _images(dataset, root)
     aside = selection.set_aside(splits.labels, dataset.num_classes, study.run.setting, seed, study.share)
     return selection.view(splits, aside)
-
-
-def _reason(error: Exception) -> str:
-    first = (str(error).strip() or "no message").splitlines()[0]
-    if isinstance(error, Diverged | BadConfig):
-        return first
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {first} ({Path(frame.filename).name}, line {frame.lineno})"
