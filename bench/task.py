@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bench import keys, losses, tree
 from bench.data import Batch
-from bench.layers import Recorder, training
 from bench.models import Model
+from bench.models.layers import Recorder, training
 from bench.tree import Tree
 
 Loss = Callable[[Tree, Batch], Tensor]

@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bench import DataMissing, preparation
+from bench import DataMissing
 from bench.files.decode import decode
 from bench.files.listing import Listing, Part
 from bench.files.photographs import Photographs
 from bench.files.prepared import Stored
+from bench.preparing import preparation
 from tests import trees
 
 TRAIN, TEST, PIXELS, CHUNK = 37, 9, 16, 8

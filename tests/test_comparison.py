@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from bench.command.main import main
+from bench.protocol.settings import BadConfig
 from bench.results import comparison, table
 from bench.results.comparison import choose, compare, entrants, part_over_settings, ranking
 from bench.results.layout import best, remarks, resolution
@@ -41,7 +42,6 @@ from bench.results.statistics import (
     rank,
     signed_rank,
 )
-from bench.settings import BadConfig
 from tests.test_results import document, record, store
 
 Numbers = np.ndarray[Any, np.dtype[np.float64]]

@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench import config, spelling
-from bench.config import Run, Sweep
-from bench.identity import canonical
 from bench.models import BadModel
-from bench.presets import DEFAULT, PAPER, Choice, Preset
+from bench.protocol import spelling
+from bench.protocol.identity import canonical
+from bench.protocol.presets import DEFAULT, PAPER, Choice, Preset
+from bench.protocol.settings import BadConfig
 from bench.registry import UnknownPlugin
-from bench.settings import BadConfig
+from bench.sweep import config
+from bench.sweep.config import Run, Sweep
 
 
 def sweep(algorithms: str = "fedavg", dataset: str = "digits", **more: object) -> Sweep:

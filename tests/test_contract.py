@@ -1,4 +1,4 @@
-"""Every algorithm and dataset keeps every promise of `bench.checks`, and the checks see broken plug-ins for
+"""Every algorithm and dataset keeps every promise of `bench.contract.checks`, and the checks see broken plug-ins for
 what they are.
 """
 
@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench import Algorithm, LocalData, Task, Tree, checks, toy, tree
+from bench import Algorithm, LocalData, Task, Tree, tree
+from bench.contract import checks, toy
 from bench.registry import ALGORITHMS, DATASETS
 
 GOLDEN = Path(__file__).parent / "golden.json"

@@ -25,16 +25,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import Algorithm, LocalData, Task, Tree, cluster, config, crew, engine, toy, tree
-from bench.cluster import WorkersDied
-from bench.crew import Parcel, Surroundings, addresses, pack, unpack
+from bench import Algorithm, LocalData, Task, Tree, tree
+from bench.contract import toy
 from bench.dataset import DataMissing
+from bench.protocol.settings import BadConfig, Setting
 from bench.registry import ALGORITHMS
-from bench.rounds import Job, Run, surroundings
-from bench.settings import BadConfig, Setting
-from bench.sweep import actors, on_ray
+from bench.sweep import actors, cluster, config, on_ray
 from bench.sweep.actors import OnActors
+from bench.sweep.cluster import WorkersDied
 from bench.sweep.schedule import Schedule
+from bench.training import crew, engine
+from bench.training.crew import Parcel, Surroundings, addresses, pack, unpack
+from bench.training.rounds import Job, Run, surroundings
 from tests.processes import digests, finish, start, wait
 
 ROOT = Path(__file__).parents[1]
@@ -616,11 +618,12 @@ import torch
 
 torch.set_num_threads(1)
 
-from bench import config, engine
+from bench.sweep import config
+from bench.training import engine
 from bench.sweep import execution
 from bench.sweep.actors import OnActors
-from bench.cluster import MODELS_BYTES, session
-from bench.rounds import train
+from bench.sweep.cluster import MODELS_BYTES, session
+from bench.training.rounds import train
 
 engine._width = lambda shared, visits: 3
 opened = session(4, shared_bytes=MODELS_BYTES)

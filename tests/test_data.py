@@ -28,8 +28,8 @@ from bench.command.data import data_command
 from bench.data import Images
 from bench.files import data_root
 from bench.files.official import Official, read_idx
+from bench.protocol.settings import SETTINGS, BadConfig
 from bench.registry import DATASETS
-from bench.settings import SETTINGS, BadConfig
 
 # Files ------------------------------------------------------------------------------------------------------
 
@@ -352,7 +352,7 @@ def test_check_finds_labels_that_do_not_fit_the_dataset(tmp_path: Path) -> None:
 
 
 def test_settings_name_partitions_that_exist() -> None:
-    from bench.split import PARTITIONS
+    from bench.splits.split import PARTITIONS
 
     for make in SETTINGS.values():
         assert make(DATASETS["digits"]()).partition in PARTITIONS

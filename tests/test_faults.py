@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.claims import Claimed, claim, is_claimed
+from bench.results.claims import Claimed, claim, is_claimed
 from tests.processes import ROOT, digests, finish, start, wait
 
 FAULTY = '''
@@ -242,7 +242,7 @@ def test_two_drivers_on_one_folder_do_each_run_once(here: Path) -> None:
 
 
 def test_a_run_is_claimed_by_one_process_and_given_back_by_one_that_is_killed(tmp_path: Path) -> None:
-    code = "import sys, time; from pathlib import Path; from bench.claims import claim\n"
+    code = "import sys, time; from pathlib import Path; from bench.results.claims import claim\n"
     code += "with claim(Path(sys.argv[1])): print('mine', flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert other.stdout is not None and other.stdout.readline() == "mine\n"
@@ -270,7 +270,7 @@ def test_a_claim_that_is_given_back_while_another_process_asks_is_taken_anew(
         opened.append(handle)
         return handle
 
-    monkeypatch.setattr("bench.claims.os.open", given_back_meanwhile)
+    monkeypatch.setattr("bench.results.claims.os.open", given_back_meanwhile)
     with claim(tmp_path):
         assert is_claimed(tmp_path), "a claim on a file without a name keeps nobody out"
     assert not is_claimed(tmp_path)

@@ -15,15 +15,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import config, provenance, rounds
 from bench.command import plan
 from bench.command.main import main
-from bench.config import Run
+from bench.protocol import provenance
+from bench.protocol.settings import BadConfig
 from bench.registry import load_plugin
-from bench.settings import BadConfig
-from bench.sweep import execution, forecast
+from bench.sweep import config, execution, forecast
+from bench.sweep.config import Run
 from bench.sweep.schedule import Budget, Forecast, Outlook, Schedule, cell, order, parse_duration, wall_seconds
 from bench.task import Task
+from bench.training import rounds
 from tests.processes import start, wait
 
 SLEEPER = '''
@@ -406,7 +407,7 @@ def test_rounds_that_are_not_probed_are_forecast_by_the_steps_of_their_cohorts(m
 def test_a_plan_counts_on_as_many_runs_at_once_as_there_will_be(
     monkeypatch: pytest.MonkeyPatch, ray: str | None, jobs: int | None, workers: int, todo: int, at_once: int
 ) -> None:
-    monkeypatch.setattr("bench.cluster.cores", lambda device: 8)
+    monkeypatch.setattr("bench.sweep.cluster.cores", lambda device: 8)
     options: Any = SimpleNamespace(ray=ray, jobs=jobs, workers_per_run=workers)
     assert plan._jobs(options, "cpu", todo) == at_once
 

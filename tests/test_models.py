@@ -20,20 +20,22 @@ from click.testing import CliRunner, Result
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import DataDamaged, DataMissing, Dataset, Splits, Tree, keys, layers, models, toy, tree, weights
+from bench import DataDamaged, DataMissing, Dataset, Splits, Tree, keys, models, tree
 from bench.command.embed import embed_command
+from bench.contract import toy
 from bench.data import Images
 from bench.dataset import Labels
-from bench.embedding import CHUNK, Embedding
-from bench.engine import TOLERANCE
 from bench.files import prepared
 from bench.files.prepared import Chunk, Plan
 from bench.files.unfinished import writing
+from bench.models import layers, weights
+from bench.models.resnets import BottleneckResNet
+from bench.models.weights import BadWeights
+from bench.preparing.embedding import CHUNK, Embedding
+from bench.protocol.settings import SETTINGS, named
 from bench.registry import ALGORITHMS, DATASETS
-from bench.resnets import BottleneckResNet
-from bench.rounds import Run
-from bench.settings import SETTINGS, named
-from bench.weights import BadWeights
+from bench.training.engine import TOLERANCE
+from bench.training.rounds import Run
 
 # Networks ---------------------------------------------------------------------------------------------------
 

@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 
-from bench import config
-from bench.config import Run
-from bench.rounds import Report
-from bench.sweep import on_ray
+from bench.sweep import config, on_ray
+from bench.sweep.config import Run
 from bench.sweep.on_ray import OnRay
 from bench.sweep.pool import Failure
 from bench.sweep.schedule import Forecast, Schedule
 from bench.sweep.watch import append, progress_file
+from bench.training.rounds import Report
 
 GIB = 2.0**30
 

@@ -23,9 +23,9 @@ from bench import DataDamaged, DataMissing, Dataset, Splits
 from bench.command.data import data_command
 from bench.command.main import main
 from bench.files import pack, source
-from bench.longtail import subsample
+from bench.protocol.settings import PROFILES, BadConfig
 from bench.registry import DATASETS
-from bench.settings import PROFILES, BadConfig
+from bench.splits.longtail import subsample
 from tests import trees
 
 NOWHERE = Path("/nowhere")

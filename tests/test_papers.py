@@ -16,12 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import Algorithm, Batch, Tree, Uploads, keys, layers, losses, models, toy, tree
+from bench import Algorithm, Batch, Tree, Uploads, keys, losses, models, tree
+from bench.contract import toy
+from bench.contract.toy import finish, states, upload_once
+from bench.contract.toy import run as toy_run
+from bench.models import layers
+from bench.protocol.settings import Setting
 from bench.registry import ALGORITHMS
-from bench.rounds import Run
-from bench.settings import Setting
-from bench.toy import finish, states, upload_once
-from bench.toy import run as toy_run
+from bench.training.rounds import Run
 from bench.tree import largest_difference
 
 TWO_ROUNDS = replace(toy.SETTING, rounds=2)

@@ -14,15 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bench import keys, states, toy, tree
+from bench import keys, tree
 from bench.algorithm import Algorithm
+from bench.contract import toy
 from bench.data import AUGMENTATIONS, Images
 from bench.dataset import Labels, Splits
+from bench.protocol.settings import Setting
 from bench.registry import ALGORITHMS
-from bench.rounds import Job, Run
-from bench.settings import Setting
-from bench.split import PartitionFailed, make_split
-from bench.states import InFile, InMemory, StatesUnwritable, Store
+from bench.splits.split import PartitionFailed, make_split
+from bench.training import states
+from bench.training.rounds import Job, Run
+from bench.training.states import InFile, InMemory, StatesUnwritable, Store
 
 
 class Lent:
@@ -252,7 +254,7 @@ def test_states_in_a_file_change_no_bit_and_survive_a_stop(
 ) -> None:
     plain = toy.finish(toy.run(ALGORITHMS[algorithm]()))
     monkeypatch.setattr(states, "IN_MEMORY_BYTES", 0)
-    monkeypatch.setattr("bench.rounds.Run._is_due", lambda run: True)
+    monkeypatch.setattr("bench.training.rounds.Run._is_due", lambda run: True)
     first = toy.run(ALGORITHMS[algorithm](), checkpoint=tmp_path / "checkpoint.pt")
     assert isinstance(first.store, InFile)
     first.step()
@@ -265,7 +267,7 @@ def test_states_in_a_file_change_no_bit_and_survive_a_stop(
 
 def test_a_file_of_states_does_not_grow_with_the_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(states, "IN_MEMORY_BYTES", 0)
-    monkeypatch.setattr("bench.rounds.Run._is_due", lambda run: True)
+    monkeypatch.setattr("bench.training.rounds.Run._is_due", lambda run: True)
     run = toy.finish(toy.run(ALGORITHMS["fedper"](), checkpoint=tmp_path / "checkpoint.pt"))
     assert isinstance(run.store, InFile) and run.setting.rounds > 2
     assert run.store.end <= 2 * run.population.size, "a slot for the checkpoint, and one for what came after it"
@@ -286,7 +288,7 @@ def test_models_tested_a_few_clients_at_a_time_get_the_same_counts(
     algorithm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = stepped(algorithm, unseen=2).outcome()
-    monkeypatch.setattr("bench.evaluation._CLIENTS", 3)
+    monkeypatch.setattr("bench.training.evaluation._CLIENTS", 3)
     parts = stepped(algorithm, unseen=2).outcome()
     assert parts.metrics == whole.metrics
     assert all(torch.equal(a.rows, b.rows) for a, b in zip(parts.counts, whole.counts, strict=True))

@@ -21,15 +21,16 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from bench import DataDamaged, DataMissing, preparation
-from bench.cluster import spread
+from bench import DataDamaged, DataMissing
 from bench.command.prepare import check_command, prepare_command
 from bench.files import unfinished
 from bench.files.decode import decode
 from bench.files.photographs import Photographs
 from bench.files.prepared import Plan, find
 from bench.files.unfinished import StoreBusy, StoreUnwritable, writing
+from bench.preparing import preparation
 from bench.registry import DATASETS
+from bench.sweep.cluster import spread
 from tests import trees
 from tests.shots import CHUNK, PIXELS, TEST, TRAIN, Heard, Shots, contents, damage, decoded, prepare, write_shots
 

@@ -25,9 +25,9 @@ from scipy.io import savemat
 
 from bench import DataDamaged, DataMissing, Dataset, Splits
 from bench.command.main import main
-from bench.config import resolve_setting
 from bench.registry import DATASETS
-from bench.split import make_split
+from bench.splits.split import make_split
+from bench.sweep.config import resolve_setting
 
 femnist = import_module("bench.datasets.femnist")
 arrays = import_module("bench.datasets.arrays")

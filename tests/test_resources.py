@@ -27,9 +27,9 @@ def test_forty_full_personal_resnets_on_cifar10_stay_under_two_gibibytes() -> No
         torch.set_num_threads(1)
         from bench.dataset import Labels
         from bench.registry import ALGORITHMS, DATASETS
-        from bench.rounds import Job, Run
-        from bench.settings import SETTINGS
-        from bench.split import make_split
+        from bench.training.rounds import Job, Run
+        from bench.protocol.settings import SETTINGS
+        from bench.splits.split import make_split
 
         dataset = DATASETS["cifar10"]()
         splits = dataset.load(Path(sys.argv[1]))

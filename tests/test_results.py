@@ -24,14 +24,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bench import metrics
-from bench.identity import canonical, identify
+from bench.protocol.identity import canonical, identify
 from bench.results import records, table
 from bench.results.layout import columns, details, footnotes, remarks
 from bench.results.leaderboard import Leaderboard, leaderboards
 from bench.results.record import check
 from bench.results.records import Record
 from bench.results.statistics import Estimate, estimate
+from bench.training import metrics
 
 GROUPS = {"many": torch.tensor([0]), "medium": torch.tensor([1, 2]), "few": torch.tensor([3])}
 

@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.command.site import site_command
-from bench.identity import identify
+from bench.protocol.identity import identify
 from bench.results import layout, records
 from bench.results.leaderboard import leaderboards
 from bench.site import build as building
@@ -65,7 +65,7 @@ def plant(
     """Store a finished or failed run, its metrics computed from its counts, and give its id."""
     import torch
 
-    from bench import metrics
+    from bench.training import metrics
 
     setting: dict[str, Any] = {"model": "mlp", "norm": "group", "clients": clients, "participation": 0.5}
     setting |= {"rounds": 2 * evaluations, "epochs": 1, "batch_size": 8, "lr": 0.1, "partition": "dirichlet"}

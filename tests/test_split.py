@@ -17,12 +17,12 @@ from scipy.spatial.distance import jensenshannon
 
 from bench.command.picture import spans
 from bench.dataset import DataDamaged, Labels
-from bench.dealing import Pool, dirichlet_table
-from bench.heterogeneity import gini, measure
-from bench.longtail import class_sizes, subsample
-from bench.partition import PARTITIONS
-from bench.settings import Setting
-from bench.split import (
+from bench.protocol.settings import Setting
+from bench.splits.dealing import Pool, dirichlet_table
+from bench.splits.heterogeneity import gini, measure
+from bench.splits.longtail import class_sizes, subsample
+from bench.splits.partition import PARTITIONS
+from bench.splits.split import (
     PartitionFailed,
     class_table,
     client_test_sizes,

@@ -19,16 +19,16 @@ from typing import Any
 
 import pytest
 
-from bench.claims import claim
 from bench.command.main import main
 from bench.command.plan import duration
 from bench.command.progress import Display
-from bench.config import Run
-from bench.rounds import Report
+from bench.results.claims import claim
 from bench.sweep import execution, journal
+from bench.sweep.config import Run
 from bench.sweep.journal import Journal
 from bench.sweep.schedule import Forecast
 from bench.sweep.watch import append, progress_file
+from bench.training.rounds import Report
 from tests.processes import finish, start, wait
 from tests.test_forecast import OFF, SLEEPER, runs_of
 

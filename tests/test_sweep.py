@@ -17,16 +17,15 @@ from typing import Any
 
 import pytest
 
-from bench import config
-from bench.claims import claim
-from bench.cluster import WorkersDied
 from bench.command.progress import Display
-from bench.config import Run
 from bench.results import records
-from bench.rounds import Diverged, Report
-from bench.states import StatesUnwritable
-from bench.sweep import driver, execution, pool, watch
+from bench.results.claims import claim
+from bench.sweep import config, driver, execution, pool, watch
+from bench.sweep.cluster import WorkersDied
+from bench.sweep.config import Run
 from bench.sweep.schedule import Schedule
+from bench.training.rounds import Diverged, Report
+from bench.training.states import StatesUnwritable
 from tests.processes import ROOT, SLOW, alive, digests, finish, start, wait
 from tests.tracked import assert_tracked
 

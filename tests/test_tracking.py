@@ -24,14 +24,14 @@ from pathlib import Path
 
 import pytest
 
-from bench import config, tracking
-from bench.config import Run
+from bench import tracking
 from bench.results import records
-from bench.rounds import Report
-from bench.sweep import execution, journal
+from bench.sweep import config, execution, journal
+from bench.sweep.config import Run
 from bench.tracking import described, importing, mirror
 from bench.tracking.described import Point
 from bench.tracking.server import Server, Shown, Status
+from bench.training.rounds import Report
 from tests.processes import SLOW, finish, start, wait
 from tests.tracked import ask, assert_tracked, free_port, kill, mlflow_server, on_server, tracked
 

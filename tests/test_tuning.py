@@ -21,20 +21,21 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from bench import presets, selection
 from bench.algorithm import Algorithm
-from bench.claims import claim
 from bench.command.main import main
-from bench.config import Sweep, parse_algorithms, parse_dataset, resolve_setting
 from bench.dataset import Labels, Splits
-from bench.dealing import PartitionFailed
 from bench.files import source
-from bench.presets import Choice, Preset
+from bench.protocol import presets
+from bench.protocol.presets import Choice, Preset
+from bench.protocol.settings import BadConfig, Setting
 from bench.registry import ALGORITHMS, label
 from bench.results import records
-from bench.rounds import Diverged, Job
-from bench.settings import BadConfig, Setting
-from bench.split import make_split
+from bench.results.claims import claim
+from bench.splits import selection
+from bench.splits.dealing import PartitionFailed
+from bench.splits.split import make_split
+from bench.sweep.config import Sweep, parse_algorithms, parse_dataset, resolve_setting
+from bench.training.rounds import Diverged, Job
 from bench.tuning import search as searching
 from bench.tuning import trial as trialling
 from bench.tuning.book import Book, DamagedStudy, check
@@ -409,7 +410,7 @@ def test_more_trials_go_on_from_fewer_and_fewer_are_a_part_of_more(tmp_path: Pat
 def test_a_trial_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     each = study(setting={"rounds": 3})
     (undisturbed,) = searched(tmp_path / "undisturbed", each, trials=1)[each.id]
-    from bench.rounds import Run
+    from bench.training.rounds import Run
 
     monkeypatch.setattr(Run, "_is_due", lambda _: True)
     step, steps = Run.step, []

@@ -19,18 +19,18 @@ import pandas
 import pytest
 import torch
 
-from bench import metrics
 from bench.algorithm import Exchange
-from bench.config import Sweep, parse_algorithms, parse_datasets
 from bench.dataset import DataMissing
-from bench.identity import identify
-from bench.population import Population
+from bench.protocol.identity import identify
 from bench.registry import ALGORITHMS, DATASETS
 from bench.results import records, storage
 from bench.results.leaderboard import leaderboards
 from bench.results.table import results_readme
 from bench.sweep import driver, execution
+from bench.sweep.config import Sweep, parse_algorithms, parse_datasets
 from bench.sweep.pool import InProcess
+from bench.training import metrics
+from bench.training.population import Population
 from bench.validation import expected, inspection, submission, verification
 from bench.validation.counted import tables
 from bench.validation.report import validate
@@ -215,7 +215,7 @@ def test_what_follows_from_a_setting_is_what_the_run_does(published: Path) -> No
     asked = expected.rebuild(record)
     run = asked.run(ROOT)
     splits = run.dataset.load(ROOT)
-    from bench.split import make_split
+    from bench.splits.split import make_split
 
     setting = replace(run.setting, participation=0.3, rounds=5, eval_clients=4)
     split = make_split(splits.labels, run.dataset.num_classes, setting, run.seed)

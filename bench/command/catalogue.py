@@ -41,7 +41,7 @@ def find(name: str) -> list[str]:
     Raises:
         UnknownPlugin: Of none; the message offers near ones.
     """
-    from bench.spelling import near
+    from bench.protocol.spelling import near
 
     known = {kind: list(summaries(kind)) for kind in KINDS}
     kinds = [kind for kind, names in known.items() if {name, name.replace("-", "_")} & set(names)]
@@ -141,16 +141,16 @@ def _builtins(kind: str) -> Mapping[str, str]:
         builders: Mapping[str, Callable[..., Any]] = MODELS
         return {name: _doc(type(build(10, (3, 32, 32), "group"))) for name, build in builders.items()}
     if kind == "settings":
-        from bench.settings import SETTINGS
+        from bench.protocol.settings import SETTINGS
 
         return {name: _doc(setting) for name, setting in SETTINGS.items()}
-    from bench.split import PARTITIONS
+    from bench.splits.split import PARTITIONS
 
     return {name: _doc(partition) for name, partition in PARTITIONS.items()}
 
 
 def _setting_fields(name: str, dataset: str) -> dict[str, dict[str, Any]]:
-    from bench.settings import Setting, named
+    from bench.protocol.settings import Setting, named
 
     values = asdict(named(name, DATASETS[dataset]()))
     documented = _field_docstrings(Setting)
@@ -160,7 +160,7 @@ def _setting_fields(name: str, dataset: str) -> dict[str, dict[str, Any]]:
 def _default_setting(dataset: Dataset) -> dict[str, Any] | None:
     """Give the values that a run has by default; None where a user's own files would say and are not there."""
     from bench.dataset import DataMissing
-    from bench.settings import named
+    from bench.protocol.settings import named
 
     try:
         return asdict(named(DEFAULT_SETTING, dataset))

@@ -59,10 +59,10 @@ def compare_command(
     bench compare fedavg "fedrep(head_epochs=2)" --out results --metric generic
     bench compare --dataset cifar10 --diagram ranks.svg
     """
+    from bench.protocol.settings import BadConfig
+    from bench.protocol.spelling import near, split_list
     from bench.results import comparison
     from bench.results.leaderboard import leaderboards
-    from bench.settings import BadConfig
-    from bench.spelling import near, split_list
 
     if diagram is not None and diagram.suffix not in _ENDINGS:
         raise click.BadParameter(f"{diagram}: must end in {', '.join(_ENDINGS)}", param_hint="--diagram")

@@ -20,8 +20,8 @@ from bench.command.prepare import check_command, prepare_command
 if TYPE_CHECKING:
     from bench.dataset import Dataset, Labels, Splits
     from bench.files.download import Report
-    from bench.settings import Setting
-    from bench.split import Split
+    from bench.protocol.settings import Setting
+    from bench.splits.split import Split
 
 _FOLDER, _ROOT = (
     click.option(
@@ -65,10 +65,10 @@ def fetch_command(name: str, data_root: Path | None, yes: bool) -> int:
     Interrupted, the same command goes on where it stopped.
     """
     from bench import files
-    from bench.config import parse_dataset
     from bench.dataset import DataMissing, Dataset
     from bench.files.download import free, reporting
     from bench.files.photographs import Photographs
+    from bench.sweep.config import parse_dataset
 
     dataset, root = parse_dataset(name), files.data_root(data_root)
     if root.is_file():
@@ -159,9 +159,9 @@ def pack_command(name: str, imbalance: str | None, profile: str | None, data_roo
     import torch
 
     from bench import files
-    from bench.config import parse_dataset, parse_imbalance, resolve_setting
     from bench.files import pack, source
-    from bench.longtail import subsample
+    from bench.splits.longtail import subsample
+    from bench.sweep.config import parse_dataset, parse_imbalance, resolve_setting
 
     dataset = parse_dataset(name)
     given: dict[str, object] = {} if profile is None else {"profile": profile}
@@ -219,9 +219,9 @@ def stats_command(
     It is the split of `bench run` with the same options and seed. Only labels are read.
     """
     from bench import files
-    from bench.config import parse_dataset, parse_imbalance, resolve_setting
     from bench.files import source
-    from bench.split import class_table, describe, make_split
+    from bench.splits.split import class_table, describe, make_split
+    from bench.sweep.config import parse_dataset, parse_imbalance, resolve_setting
 
     dataset = parse_dataset(name)
     given = {field: value for field, value in overrides.items() if value is not None}
@@ -261,7 +261,7 @@ def _print(title: str, document: dict[str, Any], labels: Labels, split: Split) -
     from rich.console import Console
 
     from bench.command.picture import bars, client_table, spans
-    from bench.split import class_table
+    from bench.splits.split import class_table
 
     console = Console(highlight=False)
     if not console.is_terminal:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from bench.longtail import Rows
+from bench.splits.longtail import Rows
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -62,7 +62,7 @@ def client_table(document: dict[str, Any], table: csr_array, width: int, most: i
     """Lay out the clients of a split: sizes, and a strip of their classes.
 
     Args:
-        document: Of `bench.split.describe`.
+        document: Of `bench.splits.split.describe`.
         table: (K, C) training images of each class at each client.
         width: Columns of the terminal.
         most: Clients shown.
@@ -101,7 +101,7 @@ def save(path: Path, title: str, document: dict[str, Any], table: csr_array) -> 
     Args:
         path: Of the file; its folder is made.
         title: Written above.
-        document: Of `bench.split.describe`.
+        document: Of `bench.splits.split.describe`.
         table: (K, C) training images of each class at each client.
 
     Raises:

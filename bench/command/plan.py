@@ -12,7 +12,7 @@ import click
 from bench.command.options import Options
 
 if TYPE_CHECKING:
-    from bench.config import Run
+    from bench.sweep.config import Run
     from bench.sweep.forecast import Total
     from bench.sweep.schedule import Budget, Forecast
 
@@ -59,7 +59,7 @@ def print_plan(runs: Sequence[Run], options: Options, device: str) -> int:
 
 def describe(run: Run) -> dict[str, Any]:
     """Give the cell of a run as JSON has it."""
-    from bench.spelling import label, name
+    from bench.protocol.spelling import label, name
 
     return {
         "id": run.id,
@@ -106,7 +106,7 @@ def accuracy(metrics: Mapping[str, float | None]) -> str:
 
 def _jobs(options: Options, device: str, todo: int) -> int:
     """Say how many runs will go on at once."""
-    from bench.cluster import cores, has_ray
+    from bench.sweep.cluster import cores, has_ray
 
     if options.ray == "off" or todo <= 1 or (options.ray is None and not has_ray()):
         return 1

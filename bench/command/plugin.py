@@ -47,7 +47,7 @@ def check_command(name: str, plugin: Path | None, as_json: bool) -> None:
     """
     import torch
 
-    from bench import checks
+    from bench.contract import checks
     from bench.registry import ALGORITHMS, DATASETS, load_plugin
 
     if plugin is not None:
@@ -77,9 +77,9 @@ def speed_command(at_scale: bool, as_json: bool) -> None:
     With --scale: the memory that ten thousand clients take, and a store of 200,000 generated images, and how fast
     training from it is against the same images in memory.
     """
-    from bench import scale, speed
+    from bench.speed import scale, throughput
 
-    measured = scale.measure() if at_scale else speed.measure()
+    measured = scale.measure() if at_scale else throughput.measure()
     click.echo(json.dumps(measured, indent=2) if as_json else _lines(measured))
 
 

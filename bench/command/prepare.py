@@ -45,12 +45,12 @@ def prepare_command(name: str, size: int | None, jobs: int | None, data_root: Pa
     """
     from dataclasses import replace
 
-    from bench import preparation
-    from bench.config import parse_dataset
     from bench.dataset import DataDamaged
     from bench.files import data_root as choose
     from bench.files.photographs import Photographs
-    from bench.settings import BadConfig
+    from bench.preparing import preparation
+    from bench.protocol.settings import BadConfig
+    from bench.sweep.config import parse_dataset
 
     dataset, root = parse_dataset(name), choose(data_root)
     if not isinstance(dataset, Photographs):
@@ -93,10 +93,10 @@ def check_command(name: str, jobs: int | None, data_root: Path | None) -> int:
 
     Photographs are decoded, each of them, and a prepared store is compared with its checksums.
     """
-    from bench import preparation
-    from bench.config import parse_dataset
     from bench.dataset import DataDamaged
     from bench.files import data_root as choose
+    from bench.preparing import preparation
+    from bench.sweep.config import parse_dataset
 
     dataset, root = parse_dataset(name), choose(data_root)
     with Display() as display:
@@ -118,7 +118,7 @@ def check_command(name: str, jobs: int | None, data_root: Path | None) -> int:
 
 
 class Display:
-    """A `bench.preparation.Progress` for a person: a bar on a terminal, lines elsewhere, on standard error."""
+    """`bench.preparing.preparation.Progress` for a person: a bar on a terminal, lines elsewhere, on standard error."""
 
     def __init__(self) -> None:
         from rich.console import Console

@@ -13,12 +13,12 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.text import Text
 
 from bench.command.plan import accuracy, duration
-from bench.rounds import Report
-from bench.spelling import label, spell_imbalance
+from bench.protocol.spelling import label, spell_imbalance
 from bench.sweep.schedule import Forecast, Outlook, cell
+from bench.training.rounds import Report
 
 if TYPE_CHECKING:
-    from bench.config import Run
+    from bench.sweep.config import Run
 
 _LINE_SECONDS = 10.0
 """Least time between two lines about one run, and about the sweep, where there are no bars."""

@@ -15,7 +15,7 @@ import click
 from bench.command.stored import require_folder
 
 if TYPE_CHECKING:
-    from bench.config import Run
+    from bench.sweep.config import Run
     from bench.validation.report import Report
     from bench.validation.rerun import Rerun
 

@@ -19,8 +19,8 @@ from bench.command.table import print_boards
 
 if TYPE_CHECKING:
     from bench.command.progress import Display
-    from bench.config import Run, Sweep
     from bench.results.leaderboard import Leaderboard
+    from bench.sweep.config import Run, Sweep
     from bench.sweep.driver import Result
     from bench.sweep.pool import Pool
     from bench.sweep.schedule import Budget
@@ -104,12 +104,12 @@ def _run(options: Options) -> int:
 
 
 def _sweep(options: Options) -> Sweep:
-    from bench import config
     from bench.files import data_root
-    from bench.presets import parse_presets
+    from bench.protocol.presets import parse_presets
+    from bench.protocol.settings import BadConfig
+    from bench.protocol.spelling import parse_assignments, parse_numbers, split_list
     from bench.registry import load_plugin
-    from bench.settings import BadConfig
-    from bench.spelling import parse_assignments, parse_numbers, split_list
+    from bench.sweep import config
 
     for file in options.plugin:
         load_plugin(file)
@@ -149,7 +149,7 @@ def _budget(options: Options) -> Budget | None:
 
 
 def _pool(options: Options, device: str, todo: int, display: Display) -> Pool:
-    from bench.cluster import has_ray
+    from bench.sweep.cluster import has_ray
     from bench.sweep.on_ray import OnRay
     from bench.sweep.pool import InProcess
 
@@ -185,7 +185,7 @@ def _command() -> str:
 
 def _say_overrides(asked: Sweep, runs: Sequence[Run]) -> None:
     """Say which setting holds, and which of its fields were replaced."""
-    from bench.presets import remarks
+    from bench.protocol.presets import remarks
     from bench.registry import label
 
     for dataset in dict.fromkeys(run.dataset for run in runs):

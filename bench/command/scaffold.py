@@ -5,8 +5,8 @@ from __future__ import annotations
 import keyword
 from pathlib import Path
 
+from bench.protocol.settings import BadConfig
 from bench.registry import ALGORITHMS, DATASETS
-from bench.settings import BadConfig
 
 _ALGORITHM = '''"""{Class}: one line on what it does that others do not.
 

@@ -162,7 +162,7 @@ def look(out: Path) -> Found:
 
 def _as_noted(out: Path, run_id: str, entry: Entry, fate: str) -> _Run:
     """Give how a run stands after its driver's notes: of a driver that is dead, what was running waits."""
-    from bench.claims import is_claimed
+    from bench.results.claims import is_claimed
 
     run = _Run(run_id, entry.title, "waiting", rounds=entry.rounds, starts=entry.starts, reason=entry.reason)
     if entry.state in ("done", "cached"):

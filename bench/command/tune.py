@@ -70,16 +70,16 @@ def tune_command(trials: int, target: str, fields: str | None, validation: float
 
 
 def _tune(options: Options, trials: int, target: str, fields: str | None, validation: float, name: str) -> int:
-    from bench.settings import BadConfig
+    from bench.protocol.settings import BadConfig
 
     if find_spec("optuna") is None:
         raise BadConfig("optuna is not installed, which chooses what is tried; pip install optuna")
     import torch
 
-    from bench import presets
+    from bench.protocol import presets
+    from bench.protocol.spelling import split_list
     from bench.registry import label
     from bench.results.storage import place, prepare
-    from bench.spelling import split_list
     from bench.tuning.book import check, opened
     from bench.tuning.choice import best, kept, preset
 
@@ -118,8 +118,8 @@ def _tune(options: Options, trials: int, target: str, fields: str | None, valida
 
 
 def _file(name: str, options: Options) -> Path:
-    from bench.presets import file_of
-    from bench.settings import BadConfig
+    from bench.protocol.presets import file_of
+    from bench.protocol.settings import BadConfig
 
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name in ("default", "paper"):
         raise BadConfig(f"--name {name}: letters, digits, '_', '-' and '.' are wanted, and neither default nor paper")
@@ -129,7 +129,7 @@ def _file(name: str, options: Options) -> Path:
 def _studies(options: Options, target: str, chosen: Sequence[str] | None, share: float) -> list[Study]:
     """Make a study of each algorithm, in one cell."""
     from bench.command.run import _sweep
-    from bench.settings import BadConfig
+    from bench.protocol.settings import BadConfig
     from bench.tuning.space import space
     from bench.tuning.study import Study
 
@@ -158,7 +158,7 @@ def _studies(options: Options, target: str, chosen: Sequence[str] | None, share:
 
 
 def _search(book: Book, options: Options) -> None:
-    from bench.cluster import has_ray
+    from bench.sweep.cluster import has_ray
     from bench.tuning.search import search, search_on_ray
 
     alone = options.ray is None and (len(book.studies) == 1 or options.jobs == 1 or not has_ray())

@@ -13,11 +13,11 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from bench.protocol.settings import BadConfig
+from bench.protocol.spelling import near
 from bench.results.layout import resolution, title
 from bench.results.leaderboard import Leaderboard, Row, measured
 from bench.results.statistics import LEVEL, Pair, Ranking, Scores, pairwise, rank
-from bench.settings import BadConfig
-from bench.spelling import near
 
 _NAMED = 6
 """Findings that a sentence names one by one."""

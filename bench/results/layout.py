@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from bench.protocol.spelling import spell_imbalance
 from bench.results.leaderboard import Leaderboard, Row, measured, suffix
 from bench.results.statistics import FEWEST_RESAMPLED, LEVEL, NOTHING, Estimate, corrected_floor, fewest, leader
-from bench.spelling import spell_imbalance
 
 ABSENT = "–"
 NO_RUNS = "There are no finished runs."

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from bench.identity import canonical, identify
+from bench.protocol.identity import canonical, identify
 from bench.results.record import Record
 from bench.results.statistics import NOTHING, Estimate, estimates
 

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from bench.identity import identify
+from bench.protocol.identity import identify
 
 if TYPE_CHECKING:
     import pandas
@@ -103,7 +103,7 @@ class Record:
         """
         import torch
 
-        from bench import metrics
+        from bench.training import metrics
 
         frame = self.counts()
         frame = frame[frame["round"] == frame["round"].max()]

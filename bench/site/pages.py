@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bench.identity import identify
+from bench.protocol.identity import identify
+from bench.protocol.spelling import spell_imbalance
 from bench.results import table
 from bench.results.comparison import compare, part_over_settings
 from bench.results.layout import LEGEND, Column, best, columns, details, footnotes, remarks, title, warnings
@@ -15,7 +16,6 @@ from bench.results.leaderboard import Leaderboard, Row, leaderboards
 from bench.site import charts
 from bench.site.rendering import many, markdown, render, spell
 from bench.site.run_page import Results, Run, run_page
-from bench.spelling import spell_imbalance
 
 if TYPE_CHECKING:
     pass

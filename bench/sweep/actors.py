@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from bench.cluster import MODELS_BYTES, Payload, WorkersDied, import_ray, need_ray, packed, session, unpacked
-from bench.crew import Alone, Answer, Crew, Item, Memory, Parcel, Surroundings, addresses, pack, unpack
-from bench.rounds import peak_memory
-from bench.settings import BadConfig
+from bench.protocol.settings import BadConfig
+from bench.sweep.cluster import MODELS_BYTES, Payload, WorkersDied, import_ray, need_ray, packed, session, unpacked
+from bench.training.crew import Alone, Answer, Crew, Item, Memory, Parcel, Surroundings, addresses, pack, unpack
+from bench.training.rounds import peak_memory
 from bench.tree import Tree
 
 Make = Callable[[], Surroundings]

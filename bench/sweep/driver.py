@@ -9,17 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from bench.claims import is_claimed
-from bench.config import Run
 from bench.dataset import Dataset, Labels
 from bench.files import source
 from bench.results import records
-from bench.rounds import Report
-from bench.split import make_split
+from bench.results.claims import is_claimed
+from bench.splits.split import make_split
+from bench.sweep.config import Run
 from bench.sweep.execution import document, execute, finished, forget_checkpoint, remove
 from bench.sweep.pool import Pool
 from bench.sweep.schedule import Schedule
 from bench.sweep.watch import Watcher, progress_file
+from bench.training.rounds import Report
 
 Status = Literal["done", "cached", "failed", "waiting"]
 

@@ -13,23 +13,23 @@ from typing import Any
 
 import torch
 
-from bench import provenance
-from bench.claims import Claimed, claim
-from bench.cluster import WorkersDied
-from bench.config import Run
-from bench.crew import Surroundings
 from bench.dataset import Dataset, Labels, Splits
-from bench.engine import CannotStack
 from bench.files import source
+from bench.protocol import provenance
+from bench.protocol.settings import BadConfig
+from bench.protocol.spelling import label, name
 from bench.results import records
-from bench.rounds import Diverged, Job, Report, Tally, surroundings, train
-from bench.settings import BadConfig
-from bench.spelling import label, name
-from bench.split import Split, describe, group_classes, make_split
-from bench.states import StatesUnwritable
+from bench.results.claims import Claimed, claim
+from bench.splits.split import Split, describe, group_classes, make_split
 from bench.sweep.actors import hire
+from bench.sweep.cluster import WorkersDied
+from bench.sweep.config import Run
 from bench.sweep.pool import Failure
 from bench.sweep.watch import append, progress_file
+from bench.training.crew import Surroundings
+from bench.training.engine import CannotStack
+from bench.training.rounds import Diverged, Job, Report, Tally, surroundings, train
+from bench.training.states import StatesUnwritable
 
 _EXPECTED = (Diverged, CannotStack, StatesUnwritable, WorkersDied, BadConfig, records.OutputUnwritable)
 """Errors whose message is a whole sentence."""

@@ -27,16 +27,18 @@ from typing import Any
 
 import torch
 
-from bench import provenance, rounds, tree
-from bench.config import Run
+from bench import tree
 from bench.dataset import DataDamaged, DataMissing, Dataset
 from bench.durable import put
 from bench.files import source
-from bench.identity import identify
+from bench.protocol import provenance
+from bench.protocol.identity import identify
 from bench.registry import load_plugin
-from bench.split import make_split
-from bench.states import IN_MEMORY_BYTES
+from bench.splits.split import make_split
+from bench.sweep.config import Run
 from bench.sweep.schedule import Forecast, average, cell, cell_of, order, wall_seconds
+from bench.training import rounds
+from bench.training.states import IN_MEMORY_BYTES
 
 FILE = "forecast.json"
 _FORMAT = 1

@@ -21,8 +21,8 @@ from bench.durable import put
 from bench.sweep.schedule import Forecast, cell
 
 if TYPE_CHECKING:
-    from bench.config import Run
-    from bench.rounds import Report
+    from bench.sweep.config import Run
+    from bench.training.rounds import Report
 
 FOLDER = "sweeps"
 _FORMAT = 1

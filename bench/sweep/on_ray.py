@@ -7,13 +7,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.cluster import MODELS_BYTES, Payload, cores, gpu_bytes, need_ray, packed, session, unpacked
+from bench.sweep.cluster import MODELS_BYTES, Payload, cores, gpu_bytes, need_ray, packed, session, unpacked
 from bench.sweep.pool import DEATHS, POLL_SECONDS, Execute, Failure, Queue, attempt
 from bench.sweep.schedule import Schedule
 from bench.sweep.watch import Tail, Watcher, progress_file
 
 if TYPE_CHECKING:
-    from bench.config import Run
+    from bench.sweep.config import Run
 
 _SPARE = 1.1
 """Of the measured memory of a run's tensors: what a GPU sets aside for them is more than they are."""

@@ -10,13 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from bench.claims import is_claimed
-from bench.rounds import Report
+from bench.results.claims import is_claimed
 from bench.sweep.schedule import Schedule
 from bench.sweep.watch import Watcher
+from bench.training.rounds import Report
 
 if TYPE_CHECKING:
-    from bench.config import Run
+    from bench.sweep.config import Run
 
 Execute = Callable[["Run", Path, Callable[[Report], None] | None], "Failure | None"]
 """What is done with a run: (run, output directory, report) -> why it failed. It writes the run's folder."""

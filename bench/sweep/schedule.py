@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
-from bench.identity import identify
+from bench.protocol.identity import identify
 
 if TYPE_CHECKING:
-    from bench.config import Run
+    from bench.sweep.config import Run
 
 _DURATION = re.compile(r"(?:(?P<h>\d+(?:\.\d+)?)h)?(?:(?P<m>\d+(?:\.\d+)?)m)?(?:(?P<s>\d+(?:\.\d+)?)s)?")
 
@@ -67,7 +67,9 @@ def parse_duration(text: str, option: str) -> float:
     hours, minutes, seconds = (float(part or 0) for part in match.group("h", "m", "s")) if match else (0.0, 0.0, 0.0)
     total = 3600 * hours + 60 * minutes + seconds
     if not total > 0:
-        from bench.settings import BadConfig  # torch comes with it, and people who look at a sweep do not wait for that
+        from bench.protocol.settings import (
+            BadConfig,  # torch comes with it, and people who look at a sweep do not wait for that
+        )
 
         raise BadConfig(f"{option} {text!r}: a duration above zero is wanted, such as 45s, 90m, 2h or 1h30m")
     return total

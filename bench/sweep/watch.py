@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from bench.rounds import Report
+from bench.training.rounds import Report
 
 if TYPE_CHECKING:
-    from bench.config import Run
+    from bench.sweep.config import Run
 
 
 class Watcher(Protocol):

@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bench.identity import identify
+from bench.protocol.identity import identify
+from bench.protocol.spelling import spell_imbalance
 from bench.results.record import DOCUMENT, Record
-from bench.spelling import spell_imbalance
 
 if TYPE_CHECKING:
-    from bench.config import Run
+    from bench.sweep.config import Run
 
 RUN_TAG, PROTOCOL_TAG, RECORD_TAG, FOLDER_TAG = "bench.run_id", "bench.protocol", "bench.record", "bench.folder"
 """RECORD_TAG is logged last: an MLflow run that has it shows all of the record with that key."""

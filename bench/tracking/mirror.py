@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.results import records
-from bench.rounds import Report
 from bench.tracking.described import (
     FOLDER_TAG,
     PARENT_TAG,
@@ -33,9 +32,10 @@ from bench.tracking.described import (
 )
 from bench.tracking.importing import show_record
 from bench.tracking.server import Server, Shown, Status, import_command, import_mlflow, is_remote, why
+from bench.training.rounds import Report
 
 if TYPE_CHECKING:
-    from bench.config import Run
+    from bench.sweep.config import Run
 
 _GATHER_SECONDS = 5.0
 """How old a round may get before it is sent."""

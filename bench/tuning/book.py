@@ -10,12 +10,12 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from bench import selection
-from bench.claims import Claimed, claim
 from bench.files import source
+from bench.protocol.settings import BadConfig
 from bench.registry import label
+from bench.results.claims import Claimed, claim
 from bench.results.storage import place, prepare
-from bench.settings import BadConfig
+from bench.splits import selection
 from bench.tuning.study import Study, Trial
 
 FOLDER = "tuning"
@@ -125,7 +125,7 @@ def check(studies: Sequence[Study]) -> None:
     """Make the splits that studies need, from labels alone: what is wrong shows before any work is done.
 
     Raises:
-        BadConfig, DataMissing, DataDamaged, PartitionFailed: As of `bench.selection.set_aside` and `Dataset.labels`.
+        BadConfig, DataMissing, DataDamaged, PartitionFailed: As of `selection.set_aside` and `Dataset.labels`.
     """
     for run, seeds, share in {study.run.protocol: (study.run, study.seeds, study.share) for study in studies}.values():
         labels = source.labels(run.dataset, run.data_root)

@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.cluster import cores, need_ray, packed, session, unpacked
 from bench.results.storage import OutputUnwritable
+from bench.sweep.cluster import cores, need_ray, packed, session, unpacked
 from bench.tuning.book import Book
 from bench.tuning.study import Study, Trial
 from bench.tuning.trial import attempt as attempt

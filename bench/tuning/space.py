@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from bench.algorithm import Algorithm
+from bench.protocol.settings import BadConfig
 from bench.registry import label
-from bench.settings import BadConfig
 
 LR = "lr"
 """The setting's learning rate, beside an algorithm's own fields."""

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from bench import selection
 from bench.dataset import Dataset, Splits
 from bench.files import source
-from bench.rounds import Diverged, Job
-from bench.rounds import train as train
-from bench.settings import BadConfig
+from bench.protocol.settings import BadConfig
+from bench.splits import selection
 from bench.sweep.execution import reason_of
+from bench.training.rounds import Diverged, Job
+from bench.training.rounds import train as train
 from bench.tuning.study import Study, Trial
 
 

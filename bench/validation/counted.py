@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from bench import metrics
 from bench.results.record import COUNTS, DOCUMENT, ROUNDS, DamagedResult, Record
+from bench.training import metrics
 from bench.validation.expected import Cells, evaluations, tested_models
 from bench.validation.found import Inspected, brief, close
 

@@ -18,21 +18,22 @@ import numpy.typing as npt
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from bench import engine as engines
-from bench import keys, models, toy, tree
+from bench import keys, models, tree
 from bench.algorithm import Algorithm
-from bench.config import Run
+from bench.contract import toy
 from bench.dataset import Dataset, Labels
-from bench.evaluation import part_each
 from bench.files import source
-from bench.identity import canonical, identify
+from bench.protocol.identity import canonical, identify
+from bench.protocol.settings import SETTINGS, Setting
+from bench.protocol.spelling import label, name
 from bench.registry import ALGORITHMS, DATASETS, BadPlugin, Registry, UnknownPlugin
 from bench.results.record import Record
-from bench.rounds import PRECISIONS
-from bench.settings import SETTINGS, Setting
-from bench.spelling import label, name
-from bench.split import describe, make_split
+from bench.splits.split import describe, make_split
+from bench.sweep.config import Run
 from bench.task import Task
+from bench.training import engine as engines
+from bench.training.evaluation import part_each
+from bench.training.rounds import PRECISIONS
 
 P = TypeVar("P")
 Cells = npt.NDArray[np.int64]

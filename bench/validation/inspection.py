@@ -13,10 +13,10 @@ import torch
 
 import bench
 from bench.dataset import DataDamaged, DataMissing
-from bench.longtail import group_classes
+from bench.protocol.settings import BadConfig
 from bench.results.record import COUNTS, DOCUMENT, ROUNDS, Record, check
-from bench.settings import BadConfig
-from bench.split import PartitionFailed
+from bench.splits.longtail import group_classes
+from bench.splits.split import PartitionFailed
 from bench.validation import counted
 from bench.validation.expected import (
     Asked,

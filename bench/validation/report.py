@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import presets
-from bench.identity import canonical
+from bench.protocol import presets
+from bench.protocol.identity import canonical
 from bench.results import records
 from bench.results.leaderboard import leaderboards
 from bench.results.record import COUNTS, DOCUMENT, Record

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bench import provenance
-from bench.config import Run, resolve_device
+from bench.protocol import provenance
+from bench.protocol.settings import BadConfig
 from bench.results import records
 from bench.results.record import Record
-from bench.rounds import Report
-from bench.settings import BadConfig
 from bench.sweep import execution
+from bench.sweep.config import Run, resolve_device
+from bench.training.rounds import Report
 from bench.validation import verification
 from bench.validation.expected import Asked
 from bench.validation.found import Inspected

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from bench.networks import MLP, FedAvgCNN, Frozen, Linear, SmallCNN
-from bench.networks import Model as Model
-from bench.resnets import BottleneckResNet, ResNet, ResNet18For64
+from bench.models.networks import MLP, FedAvgCNN, Frozen, Linear, SmallCNN
+from bench.models.networks import Model as Model
+from bench.models.resnets import BottleneckResNet, ResNet, ResNet18For64
 
 
 class BadModel(ValueError):

@@ -16,15 +16,15 @@ from scipy.sparse import coo_array, csr_array
 from torch import Tensor
 
 from bench.dataset import DataDamaged, Labels
-from bench.dealing import PartitionFailed as PartitionFailed
-from bench.dealing import Pool, reseed
-from bench.heterogeneity import measure
-from bench.longtail import Rows, by_class, subsample
-from bench.longtail import group_classes as group_classes
-from bench.partition import PARTITIONS as PARTITIONS
+from bench.splits.dealing import PartitionFailed as PartitionFailed
+from bench.splits.dealing import Pool, reseed
+from bench.splits.heterogeneity import measure
+from bench.splits.longtail import Rows, by_class, subsample
+from bench.splits.longtail import group_classes as group_classes
+from bench.splits.partition import PARTITIONS as PARTITIONS
 
 if TYPE_CHECKING:
-    from bench.settings import Setting
+    from bench.protocol.settings import Setting
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def describe(labels: Labels, split: Split, num_classes: int, rule: str) -> dict[
         "class_counts" (C numbers), "clients" (for each "train" and "test" images and training "classes"),
         "groups" (classes that are "many", "medium", "few"), "users" (natural ones of "train" and "test", None
         where the dataset does not say), "heterogeneity" (of
-        `bench.heterogeneity.measure`), "fingerprint".
+        `bench.splits.heterogeneity.measure`), "fingerprint".
     """
     table = class_table(labels, split, num_classes)
     groups = group_classes(split.class_counts, rule)

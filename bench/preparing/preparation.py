@@ -10,7 +10,6 @@ from typing import Protocol
 
 import numpy as np
 
-from bench.cluster import spread
 from bench.dataset import DataDamaged, DataMissing, Dataset, Labels, Splits
 from bench.durable import put
 from bench.files import source
@@ -21,6 +20,7 @@ from bench.files.photographs import Photographs
 from bench.files.prepared import PARTS, Chunk, Plan, Store, find
 from bench.files.unfinished import Unfinished, explained, in_words, tidy, writing
 from bench.registry import label
+from bench.sweep.cluster import spread
 
 CHUNK = 128
 """Photographs that one task decodes; not a matter of speed, but of how much is done again after a kill."""

@@ -22,10 +22,10 @@ from bench import keys, models, tree
 from bench.algorithm import Algorithm
 from bench.data import LocalData
 from bench.dataset import Dataset, Splits
-from bench.rounds import Job, Run
-from bench.settings import Setting
-from bench.split import Split
+from bench.protocol.settings import Setting
+from bench.splits.split import Split
 from bench.task import Task
+from bench.training.rounds import Job, Run
 from bench.tree import Tree
 
 

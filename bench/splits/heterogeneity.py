@@ -7,7 +7,7 @@ import numpy.typing as npt
 from scipy.sparse import csr_array
 from scipy.special import entr
 
-from bench.longtail import Rows
+from bench.splits.longtail import Rows
 
 Numbers = npt.NDArray[np.float64]
 

@@ -2,7 +2,7 @@
 
 A personal model is a body and a head. Where clients share a body, each test image goes through it once and
 the heads are products with the features. Counts are all that is kept; every metric is a function of them
-(`bench.metrics`).
+(`bench.training.metrics`).
 
 What is costly is shared out among the run's crew: models are made, tuned and tested a client at a time, and features
 that several models need a portion of the test images at a time.
@@ -20,11 +20,11 @@ from torch import Tensor
 
 from bench import tree
 from bench.algorithm import EACH, Adaptation, Client
-from bench.crew import Crew, Surroundings
 from bench.data import LocalData
-from bench.engine import Verb, Visit
-from bench.states import Store
 from bench.task import Task
+from bench.training.crew import Crew, Surroundings
+from bench.training.engine import Verb, Visit
+from bench.training.states import Store
 from bench.tree import Tree
 
 Counts = dict[str, tuple[Tensor, Tensor]]

@@ -18,10 +18,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from bench.algorithm import Algorithm
 from bench.dataset import Dataset
+from bench.protocol.settings import BadConfig
 from bench.registry import ALGORITHMS, DATASETS, Registry
 from bench.registry import label as label
 from bench.registry import name as name
-from bench.settings import BadConfig
 
 P = TypeVar("P")
 

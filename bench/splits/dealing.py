@@ -1,4 +1,4 @@
-"""How images are dealt to clients: the pieces that the partitions of `bench.partition` are made of.
+"""How images are dealt to clients: the pieces that the partitions of `bench.splits.partition` are made of.
 
 Random numbers come from NumPy's legacy generator, whose streams never change between versions.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from bench.longtail import Rows, by_class
+from bench.splits.longtail import Rows, by_class
 
 TRIES = 10_000
 """Draws after which a partition with a smallest client size is given up; they take seconds at most."""

@@ -26,10 +26,10 @@ from bench.algorithm import Algorithm
 from bench.data import LocalData
 from bench.dataset import Dataset, Labels, Splits
 from bench.files import prepared, unfinished
-from bench.rounds import Job, Run, peak_memory
-from bench.settings import Setting
-from bench.split import Split, make_split
+from bench.protocol.settings import Setting
+from bench.splits.split import Split, make_split
 from bench.task import Task
+from bench.training.rounds import Job, Run, peak_memory
 from bench.tree import Tree
 
 CLIENTS, IMAGES_EACH, CLASSES = 10_000, 5, 100

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from bench.algorithm import Algorithm
+from bench.protocol.settings import BadConfig
+from bench.protocol.spelling import parse_algorithms, split_list
 from bench.registry import label
-from bench.settings import BadConfig
-from bench.spelling import parse_algorithms, split_list
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter

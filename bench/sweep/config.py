@@ -11,24 +11,24 @@ from typing import Any
 
 import torch
 
-from bench import engine as engines
 from bench.algorithm import Algorithm
 from bench.dataset import Dataset
-from bench.identity import identify
 from bench.models import MODELS, build, has_body
-from bench.presets import DEFAULT, Preset
+from bench.models.weights import digest, read
+from bench.protocol.identity import identify
+from bench.protocol.presets import DEFAULT, Preset
+from bench.protocol.settings import SETTINGS, WITHOUT_ALPHA, BadConfig, Setting, named
+from bench.protocol.spelling import check_fields, label, near, spell_imbalance
+from bench.protocol.spelling import name as name
+from bench.protocol.spelling import parse_algorithms as parse_algorithms
+from bench.protocol.spelling import parse_dataset as parse_dataset
+from bench.protocol.spelling import parse_datasets as parse_datasets
+from bench.protocol.spelling import parse_imbalance as parse_imbalance
+from bench.protocol.spelling import parse_seeds as parse_seeds
 from bench.registry import source_digest
-from bench.settings import SETTINGS, WITHOUT_ALPHA, BadConfig, Setting, named
-from bench.spelling import check_fields, label, near, spell_imbalance
-from bench.spelling import name as name
-from bench.spelling import parse_algorithms as parse_algorithms
-from bench.spelling import parse_dataset as parse_dataset
-from bench.spelling import parse_datasets as parse_datasets
-from bench.spelling import parse_imbalance as parse_imbalance
-from bench.spelling import parse_seeds as parse_seeds
-from bench.split import PARTITIONS
+from bench.splits.split import PARTITIONS
+from bench.training import engine as engines
 from bench.tree import Tree
-from bench.weights import digest, read
 
 _LATER: Mapping[str, object] = {"eval_clients": None}
 """Fields of a setting that came after results were published: at these values they change no number, and are no part

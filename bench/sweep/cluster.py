@@ -15,8 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from bench.protocol.settings import BadConfig
 from bench.registry import load_plugin
-from bench.settings import BadConfig
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")

@@ -17,19 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import engine as engines
-from bench import keys, metrics, models, tree
+from bench import keys, models, tree
 from bench.algorithm import Algorithm, Exchange
-from bench.crew import Alone, Crew, Surroundings
 from bench.data import LocalData, Uploads
 from bench.dataset import Dataset, Splits
-from bench.engine import Verb
-from bench.evaluation import Counts, Evaluator, part_each
-from bench.population import Population
-from bench.settings import Setting
-from bench.split import Split, group_classes
-from bench.states import StatesUnwritable, store
+from bench.protocol.settings import Setting
+from bench.splits.split import Split, group_classes
 from bench.task import Task
+from bench.training import engine as engines
+from bench.training import metrics
+from bench.training.crew import Alone, Crew, Surroundings
+from bench.training.engine import Verb
+from bench.training.evaluation import Counts, Evaluator, part_each
+from bench.training.population import Population
+from bench.training.states import StatesUnwritable, store
 from bench.tree import Tree
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}

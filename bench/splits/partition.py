@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from bench.dealing import PartitionFailed, Pool, cut, deal, dirichlet_table, generator, require
-from bench.longtail import Rows, by_class
+from bench.splits.dealing import PartitionFailed, Pool, cut, deal, dirichlet_table, generator, require
+from bench.splits.longtail import Rows, by_class
 
 LEAST_DIRICHLET, LEAST_LDA = 2, 10
 """Smallest client of `dirichlet` (our choice) and of `lda` (FedML's)."""

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from bench.dataset import Labels, Splits, Streamed
-from bench.dealing import PartitionFailed, reseed
-from bench.longtail import Rows
-from bench.settings import BadConfig, Setting
-from bench.split import Split, make_split
+from bench.protocol.settings import BadConfig, Setting
+from bench.splits.dealing import PartitionFailed, reseed
+from bench.splits.longtail import Rows
+from bench.splits.split import Split, make_split
 
 
 def without_test(labels: Labels) -> Labels:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields, replace
 
 from bench.data import AUGMENTATIONS
 from bench.dataset import Dataset
-from bench.layers import NORMS, STATISTICS_POLICIES
 from bench.models import MODELS
+from bench.models.layers import NORMS, STATISTICS_POLICIES
 
 
 class BadConfig(ValueError):
@@ -57,7 +57,7 @@ class Setting:
     imbalance: float | None = 1.0
     """Largest class over smallest class, ≥ 1; None: every image is kept, the tail is the natural one."""
     partition: str = "dirichlet"
-    """Name in `bench.split.PARTITIONS`."""
+    """Name in `bench.splits.split.PARTITIONS`."""
     alpha: float | None = 0.5
     """Dirichlet concentration, or classes per client for "shards"; None for partitions that have none."""
     client_test: str = "matched"

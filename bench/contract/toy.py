@@ -9,14 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bench import engine as engines
 from bench import keys, tree
 from bench.algorithm import Algorithm
 from bench.dataset import Dataset, Splits
-from bench.evaluation import part_each
-from bench.rounds import Job, Run
-from bench.settings import Setting
-from bench.split import Split
+from bench.protocol.settings import Setting
+from bench.splits.split import Split
+from bench.training import engine as engines
+from bench.training.evaluation import part_each
+from bench.training.rounds import Job, Run
 from bench.tree import Tree
 
 SIZES = (60, 44, 33, 17, 9, 3, 0, 26)

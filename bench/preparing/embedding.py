@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import keys, tree, weights
-from bench.config import describe_plugin
+from bench import keys, tree
 from bench.data import Images
 from bench.dataset import DataMissing, Dataset, Splits, Streamed
 from bench.files.prepared import PARTS, Chunk, Plan, Store, Stored, find
 from bench.files.unfinished import writing
-from bench.identity import identify
-from bench.models import Model, build
-from bench.preparation import Progress
+from bench.models import Model, build, weights
+from bench.preparing.preparation import Progress
+from bench.protocol.identity import identify
 from bench.registry import label, name
+from bench.sweep.config import describe_plugin
 from bench.tree import Tree
 
 CHUNK = 256

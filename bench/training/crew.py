@@ -20,9 +20,9 @@ from torch import Tensor, UntypedStorage
 
 from bench import tree
 from bench.algorithm import Algorithm
-from bench.engine import Engine
-from bench.population import Population
 from bench.task import Task
+from bench.training.engine import Engine
+from bench.training.population import Population
 from bench.tree import Tree
 
 Item = TypeVar("Item")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import keys
-from bench.layers import apply_linear, convolution, convolve, linear
+from bench.models.layers import apply_linear, convolution, convolve, linear
 from bench.tree import Tree
 
 

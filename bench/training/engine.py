@@ -7,7 +7,7 @@ step costs less than calling it, many clients go for the price of one.
 
 In `serial` what a client gets does not depend on who else is visited, to the bit. In `stacked` it does, in the last
 bits: kernels sum in another order when a stack is wider or longer. So an engine says who is computed together, and a
-crew of several processes (`bench.crew`) shares such groups out whole: the bits are those of one process.
+crew of several processes (`bench.training.crew`) shares such groups out whole: the bits are those of one process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bench.task import Task
 from bench.tree import Tree
 
 if TYPE_CHECKING:
-    from bench.crew import Crew, Surroundings
+    from bench.training.crew import Crew, Surroundings
 
 Verb = Callable[[Task, Tree, Tree, LocalData], Any]
 """A method of an algorithm's client half: (task, shared, private, data) -> nested dicts and tuples of

@@ -20,14 +20,15 @@ from typing import Any
 
 import torch
 
-from bench import engine as engines
-from bench import toy, tree
+from bench import tree
 from bench.algorithm import Algorithm
+from bench.contract import toy
 from bench.data import Uploads
 from bench.dataset import DataDamaged, DataMissing, Dataset
-from bench.evaluation import part_each
 from bench.registry import ALGORITHMS, DATASETS
-from bench.rounds import Run
+from bench.training import engine as engines
+from bench.training.evaluation import part_each
+from bench.training.rounds import Run
 from bench.tree import Tree
 
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import keys
-from bench.layers import convolution, convolve, norm, norm_layer
-from bench.networks import Network
+from bench.models.layers import convolution, convolve, norm, norm_layer
+from bench.models.networks import Network
 from bench.tree import Tree
 
 

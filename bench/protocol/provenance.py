@@ -14,7 +14,7 @@ import torch
 import bench
 
 _PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pandas", "scikit-learn")
-_CHECKOUT = Path(__file__).parents[1]
+_CHECKOUT = Path(__file__).parents[2]
 
 
 @cache

@@ -11,9 +11,9 @@ from torch import Tensor
 from bench import keys
 from bench.data import Images
 from bench.dataset import Dataset, Splits
-from bench.engine import Visit
-from bench.settings import Setting
-from bench.split import Split
+from bench.protocol.settings import Setting
+from bench.splits.split import Split
+from bench.training.engine import Visit
 from bench.tree import Tree
 
 

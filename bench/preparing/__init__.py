@@ -1,0 +1,1 @@
+"""Before runs: photographs into a store, images into features."""

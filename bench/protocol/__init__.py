@@ -1,0 +1,1 @@
+"""What a comparison holds equal, and how runs are spelt and named."""

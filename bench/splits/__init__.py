@@ -1,0 +1,1 @@
+"""From labels to clients: long tails, partitions, and what is set aside."""

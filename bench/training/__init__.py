@@ -1,0 +1,1 @@
+"""One run: clients, engines, rounds, tests."""
