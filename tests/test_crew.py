@@ -35,7 +35,8 @@ from bench.sweep.actors import OnActors
 from bench.sweep.cluster import WorkersDied
 from bench.sweep.schedule import Schedule
 from bench.training import crew, engine
-from bench.training.crew import Parcel, Surroundings, addresses, pack, unpack
+from bench.training.crew import Surroundings
+from bench.training.parcel import Parcel, addresses, pack, unpack
 from bench.training.rounds import Job, Run, surroundings
 from tests.processes import digests, finish, start, wait
 
@@ -250,7 +251,7 @@ def test_a_result_depends_on_its_stack_so_stacks_stay_whole() -> None:
     run = toy_run("fedavg", "stacked", replace(SETTING, model="small_cnn"))
     task = run.task_at(0)
     visits = [run.population.visit(k, 0, run.store[k]) for k in range(run.population.training)]
-    ask = partial(run.engine, run.algorithm.local_update, task, run.progress.server, run.population.images)
+    ask = partial(run.here.engine, run.algorithm.local_update, task, run.progress.server, run.population.images)
     together, _ = ask(visits)
     apart = [ask([visit])[0][0] for visit in visits]
     differences = [tree.largest_difference(a[0], b[0]) for a, b in zip(together, apart, strict=True)]
@@ -264,7 +265,7 @@ def test_a_result_depends_on_its_stack_so_stacks_stay_whole() -> None:
 
     mine = Noting()
     mine.join(toys("fedavg", "stacked", replace(SETTING, model="small_cnn")))
-    ask(visits, crew=mine)
+    crew.visit_all(run.here, mine, run.algorithm.local_update, task, run.progress.server, visits)
     assert noted == [len(visits)]
 
 
@@ -297,7 +298,7 @@ def test_every_client_is_told_the_round_and_its_learning_rate(size: int) -> None
     run = toy_run(Tells, crew=None if size == 1 else many)
     task = run.task.at(1, 0.625)
     visits = [run.population.visit(k, 1, {}) for k in range(run.population.training)]
-    told, _ = run.engine(run.algorithm.local_update, task, {}, run.population.images, visits, crew=run.crew)
+    told, _ = crew.visit_all(run.here, run.crew, run.algorithm.local_update, task, {}, visits)
     assert [upload["told"].tolist() for upload, _ in told] == [[1, 0.625, len(visit.index)] for visit in visits]
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,15 +25,8 @@ from bench import tree
 from bench.data import Images, LocalData, Meter
 from bench.models import Model, is_convolutional
 from bench.task import Task
+from bench.training.visit import Verb, Visit
 from bench.tree import Tree
-
-if TYPE_CHECKING:
-    from bench.training.crew import Crew, Surroundings
-
-Verb = Callable[[Task, Tree, Tree, LocalData], Any]
-"""A method of an algorithm's client half: (task, shared, private, data) -> nested dicts and tuples of
-tensors, or None.
-"""
 
 ENGINES = ("auto", "serial", "stacked")
 TOLERANCE = 2e-4
@@ -42,23 +35,12 @@ TOLERANCE = 2e-4
 """
 
 
+Share = Callable[[list[list[Visit]]], list[list[tuple[Any, float]]]]
+"""Does groups of visits wherever it likes: for each group what `Engine.work` gives."""
+
+
 class CannotStack(ValueError):
     """A verb does something that cannot be mapped over stacked clients; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class Visit:
-    """What one client brings to a verb."""
-
-    private: Tree
-    index: Tensor
-    """(n,) int64, rows of the resident images."""
-    key: Tensor
-    """() int64."""
-    class_counts: Tensor
-    """(C,) int64."""
-    own: Tree | None = None
-    """This client's row of what the broadcast holds under `each`."""
 
 
 class Probe:
@@ -90,18 +72,18 @@ class Engine:
         images: Images,
         visits: Sequence[Visit],
         probe: Probe | None = None,
-        crew: Crew | None = None,
+        share: Share | None = None,
     ) -> tuple[list[Any], float]:
         """Run the verb, and where there is a probe count the operations of one visit, the one with most examples.
 
         Args:
-            verb: What to do. With a crew it can be pickled.
+            verb: What to do.
             task: Of the round.
             shared: What every client is sent.
             images: That visits refer to.
             visits: One for each client.
             probe: Told how many operations the largest visit takes.
-            crew: Who does it; None: this process. Its surroundings are the run's that `task` and `images` belong to.
+            share: Who does it; None: this process.
 
         Returns:
             One result per visit, in order, and the samples processed.
@@ -117,11 +99,7 @@ class Engine:
             if self is serial:
                 done[largest], rest = (result, samples), [group for group in groups if group != [largest]]
         parts = [[visits[k] for k in group] for group in rest]
-        if crew is None:
-            answers = [self.work(verb, task, shared, images, part) for part in parts]
-        else:
-            sizes = [sum(len(visit.index) for visit in part) for part in parts]
-            answers = crew.map(partial(_visit, verb, task.round, task.lr), shared, parts, sizes)
+        answers = [self.work(verb, task, shared, images, part) for part in parts] if share is None else share(parts)
         for group, answer in zip(rest, answers, strict=True):
             for k, each in zip(group, answer, strict=True):
                 done[k] = each
@@ -130,13 +108,6 @@ class Engine:
             for k in group:
                 total += done[k][1]
         return [result for result, _ in done], total
-
-
-def _visit(
-    verb: Verb, round: int, lr: float, here: Surroundings, shared: Tree, visits: Sequence[Visit]
-) -> list[tuple[Any, float]]:
-    """Run a verb for a group in one process of a crew."""
-    return here.engine.work(verb, here.task.at(round, lr), shared, here.population.images, visits)
 
 
 def _alone(shared: Tree, visits: Sequence[Visit]) -> list[list[int]]:

@@ -22,9 +22,9 @@ from bench import tree
 from bench.algorithm import EACH, Adaptation, Client
 from bench.data import LocalData
 from bench.task import Task
-from bench.training.crew import Crew, Surroundings
-from bench.training.engine import Verb, Visit
+from bench.training.crew import Crew, Surroundings, visit_all
 from bench.training.states import Store
+from bench.training.visit import Verb, Visit
 from bench.tree import Tree
 
 Counts = dict[str, tuple[Tensor, Tensor]]
@@ -132,13 +132,13 @@ class Evaluator:
     ) -> dict[int, list[Tree]]:
         """Fine-tune models on their clients' training data: for each budget, one model a visit."""
 
-        tuned, _ = self.here.engine(
+        tuned, _ = visit_all(
+            self.here,
+            self.crew,
             partial(_adapt, adaptation),
             task,
             {},
-            self.here.population.images,
             [replace(visit, private=model, own=None) for visit, model in zip(visits, models, strict=True)],
-            crew=self.crew,
         )
         return {budget: [curve[str(budget)] for curve in tuned] for budget in adaptation.budgets()}
 
@@ -147,7 +147,7 @@ class Evaluator:
     ) -> list[Tree]:
         """Ask clients for models; where an algorithm says nothing of its own that is not worth sending round."""
         crew = None if getattr(verb, "__func__", None) is usual else self.crew
-        return self.here.engine(self.wrap(verb), task, shared, self.here.population.images, visits, crew=crew)[0]
+        return visit_all(self.here, crew, self.wrap(verb), task, shared, visits)[0]
 
     def _test(
         self, task: Task, models: list[Tree], shared: Tree, clients: Sequence[int]

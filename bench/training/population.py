@@ -13,7 +13,7 @@ from bench.data import Images
 from bench.dataset import Dataset, Splits
 from bench.protocol.settings import Setting
 from bench.splits.split import Split
-from bench.training.engine import Visit
+from bench.training.visit import Visit
 from bench.tree import Tree
 
 

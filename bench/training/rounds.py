@@ -26,11 +26,11 @@ from bench.splits.split import Split, group_classes
 from bench.task import Task
 from bench.training import engine as engines
 from bench.training import metrics
-from bench.training.crew import Alone, Crew, Surroundings
-from bench.training.engine import Verb
+from bench.training.crew import Alone, Crew, Surroundings, visit_all
 from bench.training.evaluation import Counts, Evaluator, part_each
 from bench.training.population import Population
 from bench.training.states import StatesUnwritable, store
+from bench.training.visit import Verb
 from bench.tree import Tree
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -177,8 +177,8 @@ class Run:
         self.started = time.perf_counter()
         algorithm, setting = self.algorithm, self.setting = job.algorithm, job.setting
         self.checkpoint, self.device = checkpoint, job.device
-        here = surroundings(job)
-        self.population, self.task, self.engine = here.population, here.task, here.engine
+        self.here = here = surroundings(job)
+        self.population, self.task = here.population, here.task
         self.crew = Alone() if crew is None else crew
         self.crew.join(here)
         self.groups = group_classes(job.split.class_counts, setting.groups)
@@ -266,7 +266,7 @@ class Run:
             self._spend("bytes_down", sum(tree.nbytes(shared) + (tree.nbytes(row) if row else 0) for row in rows))
         probe = engines.Probe() if "probe_samples" not in self.progress.cost else None
         wrapped = _with_own_statistics(verb) if self.own_statistics else verb
-        results, samples = self.engine(wrapped, task, shared, population.images, visits, probe, self.crew)
+        results, samples = visit_all(self.here, self.crew, wrapped, task, shared, visits, probe)
         self._spend("samples", samples)
         if probe is not None and probe.samples:
             self._spend("probe_flops", probe.flops)

@@ -1,0 +1,33 @@
+"""What one client brings to a method of an algorithm's client half."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from bench.data import LocalData
+from bench.task import Task
+from bench.tree import Tree
+
+Verb = Callable[[Task, Tree, Tree, LocalData], Any]
+"""A method of an algorithm's client half: (task, shared, private, data) -> nested dicts and tuples of
+tensors, or None.
+"""
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What one client brings to a verb."""
+
+    private: Tree
+    index: Tensor
+    """(n,) int64, rows of the resident images."""
+    key: Tensor
+    """() int64."""
+    class_counts: Tensor
+    """(C,) int64."""
+    own: Tree | None = None
+    """This client's row of what the broadcast holds under `each`."""
