@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from bench.dataset import Dataset as Dataset
     from bench.dataset import Labels as Labels
     from bench.dataset import Splits as Splits
+    from bench.models.layers import evaluating as evaluating
     from bench.registry import register as register
     from bench.task import Task as Task
     from bench.tree import Tree as Tree
@@ -38,6 +39,7 @@ _HOMES = {
     "Dataset": "dataset",
     "Labels": "dataset",
     "Splits": "dataset",
+    "evaluating": "models.layers",
     "register": "registry",
     "Task": "task",
     "Tree": "tree",

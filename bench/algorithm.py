@@ -19,9 +19,6 @@ from bench.data import LocalData, Uploads
 from bench.task import Task
 from bench.tree import Tree
 
-EACH = "each"
-"""Key of a broadcast whose leaves are (N, ...), a row for each client: a client is sent its own row only."""
-
 
 @dataclass(frozen=True)
 class Exchange:
@@ -33,6 +30,9 @@ class Exchange:
     """Method that takes the uploads: (task, server, uploads) -> server."""
     everyone: bool = False
     """Whether all training clients take part instead of the round's cohort."""
+    cohort: str | None = None
+    """Method that chooses who takes part instead: (task, server, drawn) -> client ids, of which () means no trip;
+    `drawn` are those of the round's cohort, ascending."""
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,25 @@ class Server:
         return (Exchange(),)
 
     def broadcast(self, task: Task, server: Tree) -> Tree:
-        """Choose what is sent to the clients; by default all of the server's state.
-
-        Under the key `each` leaves are (N, ...): client k is sent row k, without the leading axis.
-        """
+        """Choose what is sent to all clients alike; by default all of the server's state."""
         return server
+
+    def send(self, task: Task, server: Tree, client: int | None) -> Tree:
+        """Choose what is sent to one client besides; by default nothing.
+
+        It is made when that client's turn comes, and the client finds it in `shared`, beside the broadcast.
+
+        Args:
+            task: Of the round.
+            server: The server's state.
+            client: 0..num_clients-1; None for one held out of training. The keys are the same for all, and none is
+                the broadcast's.
+        """
+        return {}
 
     def aggregate(self, task: Task, server: Tree, uploads: Uploads) -> Tree:
         """Make the next server state; by default the uploads' mean, weighted by client size, replaces what it
-        names.
+        names. It is not called where no upload arrived.
         """
         return tree.merge(server, uploads.mean())
 
@@ -93,6 +103,12 @@ class Server:
     def global_variants(self, task: Task, server: Tree) -> dict[str, Tree]:
         """Give further generic models to be tested and reported beside, by name; none ranks."""
         return {}
+
+    def payload_bytes(self, task: Task, payload: Tree) -> int:
+        """Count the bytes of what is sent, up or down; by default those of its tensors. To be overridden where it would
+        be packed on its way: `tree.packed_nbytes`.
+        """
+        return tree.nbytes(payload)
 
 
 class Client(ABC):
@@ -110,7 +126,7 @@ class Client(ABC):
 
         Args:
             task: What is the same for every algorithm; `task.sgd` is local training.
-            shared: What the server sent. Not to be changed in place.
+            shared: What the server sent, to all and to this client. Not to be changed in place.
             private: What this client kept. Not to be changed in place.
             data: Its training examples.
 
@@ -145,6 +161,8 @@ class Algorithm(Client, Server):
     file's name.
     """
 
+    constant: ClassVar[frozenset[str]] = frozenset()
+    """Keys of the broadcast that never change: a client is sent them once, when it first takes part."""
     version: ClassVar[int] = 1
     """Raised when the same fields give other numbers; part of a run's identity."""
     stackable: ClassVar[bool] = True

@@ -8,10 +8,12 @@ the same in every engine.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench import keys, tree
@@ -34,6 +36,11 @@ class Batch:
     """(B,) int64."""
     weight: Tensor
     """(B,) float32: 1 for an example, 0 for padding."""
+
+    @property
+    def real(self) -> Tensor:
+        """Whether there is any example, and not padding only: () bool."""
+        return self.weight.sum() > 0
 
 
 class Images:
@@ -214,17 +221,38 @@ class LocalData:
             yield Batch(self.images.plain(rows), self.images.y[rows], mask[start : start + size])
         self.meter.epochs += 1 / 3  # a forward pass is a third of a training step
 
+    def class_means(self, of: Callable[[Tensor], Tensor]) -> Tensor:
+        """Average something over the examples of each class, without augmentation: (C, d) float32, zero where
+        `class_counts` is.
+
+        Args:
+            of: (B, channels, height, width) -> (B, d), for example the features of a model.
+        """
+        sums = None
+        for batch in self.plain_batches() if len(self.index) else (self._nothing(),):
+            here = F.one_hot(batch.y, len(self.class_counts)) * batch.weight[:, None]
+            values = here.T @ of(batch.x).float()
+            sums = values if sums is None else sums + values
+        assert sums is not None
+        return sums / self.class_counts.clamp(min=1)[:, None]
+
+    def _nothing(self) -> Batch:
+        """Make a batch of no examples: what is computed from it has the shape of any other's."""
+        return Batch(self.images.plain(self.index), self.y, self.mask)
+
 
 class Uploads:
-    """What the clients of a cohort sent, in the order of their ids.
+    """What the clients of a cohort sent, as far as it arrived, in the order of their ids.
 
     Args:
-        trees: One upload a client, all of one structure.
+        trees: One upload a client, all of one structure; at least one.
         sizes: (K,) training examples of each client.
+        clients: (K,) int64, their ids, ascending; 0..K-1 by default.
     """
 
-    def __init__(self, trees: Sequence[Tree], sizes: Tensor) -> None:
+    def __init__(self, trees: Sequence[Tree], sizes: Tensor, clients: Tensor | None = None) -> None:
         self.trees, self.sizes = trees, sizes
+        self.clients = torch.arange(len(trees), device=sizes.device) if clients is None else clients
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -237,26 +265,42 @@ class Uploads:
         """Stack an upload that is a single tensor: (K, ...)."""
         return torch.stack([upload[key] for upload in self.trees])
 
-    def mean(self, key: str | None = None, weights: Tensor | None = None) -> Tree:
+    def mean(self, key: str | None = None, weights: Tensor | Tree | None = None) -> Any:
         """Average over the clients, in float64 and in the order of their ids.
 
         Args:
-            key: Which upload; all of them when None.
-            weights: (K,), or (K, C) for a mean per class over leaves (C, ...); by default the clients' sizes. They
-                need not sum to one. Where all weights are zero the plain mean is taken.
+            key: Which upload, a tree or a tensor; all of them, as a tree, when None.
+            weights: (K,), or (K, C) for a mean per class over leaves (C, ...), or a tree of (K, ...) tensors, for each
+                leaf its own; by default the clients' sizes. They need not sum to one. Where all weights are zero the
+                plain mean is taken.
         """
+
+        def shares(weights: Tensor) -> Tensor:
+            weights = weights.to(torch.float64)
+            total = weights.sum(0, keepdim=True)
+            return torch.where(total > 0, weights / total.clamp(min=1e-300), torch.ones_like(weights) / len(weights))
+
         weights = self.sizes if weights is None else weights
-        weights = weights.to(torch.float64)
-        total = weights.sum(0, keepdim=True)
-        weights = torch.where(total > 0, weights / total.clamp(min=1e-300), torch.ones_like(weights) / len(weights))
+        return self._combine(key, tree.map(shares, weights) if isinstance(weights, dict) else shares(weights))
 
-        def average(*leaves: Tensor) -> Tensor:
+    def sum(self, key: str | None = None, weights: Tensor | Tree | None = None) -> Any:
+        """Add up over the clients, like `mean` but with the weights as they are; by default 1 each."""
+        return self._combine(key, torch.ones_like(self.sizes) if weights is None else weights)
+
+    def _combine(self, key: str | None, weights: Tensor | Tree) -> Any:
+        def combine(weights: Tensor, *leaves: Tensor) -> Tensor:
+            weights = weights.to(torch.float64)
             if weights.ndim > 1:
-                w = weights.reshape(weights.shape + (1,) * (leaves[0].ndim - 1))
+                w = weights.reshape(weights.shape + (1,) * (leaves[0].ndim + 1 - weights.ndim))
                 return (torch.stack(leaves).to(torch.float64) * w).sum(0).to(leaves[0].dtype)
-            mean = torch.zeros_like(leaves[0], dtype=torch.float64)
-            for leaf, share in zip(leaves, weights.tolist(), strict=True):
-                mean.add_(leaf, alpha=share)  # one after the other: K models are never held twice
-            return mean.to(leaves[0].dtype)
+            result = torch.zeros_like(leaves[0], dtype=torch.float64)
+            for leaf, weight in zip(leaves, weights.tolist(), strict=True):
+                result.add_(leaf, alpha=weight)  # one after the other: K models are never held twice
+            return result.to(leaves[0].dtype)
 
-        return tree.map(average, *(self.trees if key is None else [upload[key] for upload in self.trees]))
+        sent = self.trees if key is None else [upload[key] for upload in self.trees]
+        if isinstance(weights, dict):
+            return tree.map(combine, weights, *sent)
+        if isinstance(sent[0], Tensor):
+            return combine(weights, *sent)
+        return tree.map(lambda *leaves: combine(weights, *leaves), *sent)

@@ -14,10 +14,16 @@ from bench import keys, losses, tree
 from bench.data import Batch
 from bench.models import Model
 from bench.models.layers import Recorder, training
+from bench.optim import Rule, Sgd
 from bench.tree import Tree
 
-Loss = Callable[[Tree, Batch], Tensor]
-"""Parameters and a batch to a () loss."""
+Loss = Callable[[Tree, Batch], Tensor | tuple[Tensor, Tree]]
+"""Parameters and a batch to a () loss. What is carried from step to step comes with it: the next values of leaves of
+the parameters that lie under `stats`, as the running statistics of norm layers do. They are sent, kept and averaged,
+and never differentiated, decayed or clipped.
+"""
+Edit = Callable[[Tree, Tree, Batch], Tree]
+"""Gradient, the parameters it was taken at, and the batch, to the gradient that the step follows."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +84,7 @@ class Task:
         statistics, moving = tree.split(params, tree.is_statistic)
 
         def recorded(moving: Tree) -> tuple[Tensor, Tree]:
-            recorder = Recorder(batch.weight, self.stacked, self.frozen_statistics)
-            with training(recorder), torch.autocast(batch.x.device.type, self.precision, self._mixed):
-                value = loss(tree.merge(moving, statistics), batch)
-            return value, recorder.following(statistics)
+            return self._recorded(loss, tree.merge(moving, statistics), statistics, batch)
 
         if self.stacked:
             gradient, (value, following) = torch.func.grad_and_value(recorded, has_aux=True)(moving)
@@ -91,7 +94,16 @@ class Task:
         gradient = iter(tree.flatten(_differentiate(value, tree.flatten(moving))).values())
         return value.detach(), tree.map(lambda _: next(gradient), moving), tree.merge(params, following)
 
-    def sgd(self, loss: Loss, params: Tree, batches: Iterable[Batch], lr: float | None = None) -> Tree:
+    def sgd(
+        self,
+        loss: Loss,
+        params: Tree,
+        batches: Iterable[Batch],
+        lr: float | None = None,
+        *,
+        edit: Edit | None = None,
+        clip_apart: tuple[str, ...] = (),
+    ) -> Tree:
         """Train by mini-batch SGD with the task's momentum, weight decay and clipping; momentum starts at
         zero.
 
@@ -100,11 +112,13 @@ class Task:
             params: Where to start. Not changed in place.
             batches: The stream, usually `data.batches(task.epochs)`. A batch of padding only changes nothing.
             lr: Learning rate; the task's by default.
+            edit: Puts another gradient in its place, before clipping, decay and momentum.
+            clip_apart: Keys of `params` whose gradients are clipped each by itself.
 
         Returns:
             The trained parameters, detached.
         """
-        return self.resume_sgd(loss, params, batches, None, lr)[0]
+        return self.train(self.optimiser(lr, clip_apart), loss, params, batches, edit=edit)[0]
 
     def resume_sgd(
         self,
@@ -115,71 +129,122 @@ class Task:
         lr: float | None = None,
     ) -> tuple[Tree, Tree]:
         """Train like `sgd` from a given momentum (None: zero), and give the last momentum too."""
-        lr = self.lr if lr is None else lr
-        if momentum is None:
-            momentum = tree.zeros_like(tree.parameters(params))
-        run = self._sgd_stacked if self.stacked else self._sgd_serial
-        return run(loss, params, batches, momentum, lr)
+        return self.train(self.optimiser(lr), loss, params, batches, momentum)
+
+    def optimiser(self, lr: float | None = None, clip_apart: tuple[str, ...] = ()) -> Sgd:
+        """Give the setting's rule of a step, at the round's learning rate or another."""
+        return Sgd(self.lr if lr is None else lr, self.momentum, self.weight_decay, self.clip, clip_apart)
+
+    def train(
+        self,
+        rule: Rule,
+        loss: Loss,
+        params: Tree,
+        batches: Iterable[Batch],
+        kept: Tree | None = None,
+        edit: Edit | None = None,
+    ) -> tuple[Tree, Tree]:
+        """Train like `sgd` by any rule, for example `bench.optim.Adam`.
+
+        Args:
+            rule: How parameters follow a gradient.
+            loss: As for `sgd`.
+            params: As for `sgd`.
+            batches: As for `sgd`.
+            kept: What the rule kept earlier; None: it starts.
+            edit: As for `sgd`.
+
+        Returns:
+            The trained parameters, detached, and what the rule keeps.
+        """
+        kept = rule.start(tree.parameters(params)) if kept is None else kept
+        if isinstance(rule, Sgd) and not self.stacked:
+            return self._sgd_in_place(rule, loss, params, batches, kept, edit)
+        for batch in batches:
+            _, gradient, following = self.gradient(loss, params, batch)
+            if edit is not None:
+                gradient = edit(gradient, params, batch)
+            moved, kept = self._step(rule, following, gradient, kept, batch)
+            params = tree.where(batch.real, moved, params)
+        return params, kept
+
+    def step(self, rule: Rule, params: Tree, gradient: Tree, kept: Tree | None, batch: Batch) -> tuple[Tree, Tree]:
+        """Take one step in a loop of one's own; a batch of padding only changes nothing.
+
+        Args:
+            rule: `task.optimiser()`, or one of `bench.optim`.
+            params: A model, its running statistics included.
+            gradient: Of the parameters, from `task.gradient`.
+            kept: What the rule kept; None: it starts.
+            batch: Where the gradient comes from.
+
+        Returns:
+            The next model, and what the rule keeps.
+        """
+        kept = rule.start(tree.parameters(params)) if kept is None else kept
+        moved, kept = self._step(rule, params, gradient, kept, batch)
+        return tree.where(batch.real, moved, params), kept
 
     @property
     def _mixed(self) -> bool:
         return self.precision != torch.float32
 
-    def _sgd_serial(
-        self, loss: Loss, params: Tree, batches: Iterable[Batch], momentum: Tree, lr: float
+    def _step(self, rule: Rule, params: Tree, gradient: Tree, kept: Tree, batch: Batch) -> tuple[Tree, Tree]:
+        """Take a step; what is kept is guarded against padding already, parameters not yet."""
+        moved, following = rule.step(tree.parameters(params), gradient, kept)
+        # A client that has run out of batches stays where it is.
+        return tree.merge(params, moved), tree.where(batch.real, following, kept)
+
+    def _recorded(self, loss: Loss, params: Tree, statistics: Tree, batch: Batch) -> tuple[Tensor, Tree]:
+        """Compute a loss in training mode: its value, and the next running statistics and carried values."""
+        recorder = Recorder(batch.weight, self.stacked, self.frozen_statistics)
+        with training(recorder), torch.autocast(batch.x.device.type, self.precision, self._mixed):
+            value = loss(params, batch)
+        if isinstance(value, Tensor):
+            return value, recorder.following(statistics) if recorder.seen else statistics
+        value, carried = value
+        statistics = recorder.following(statistics)
+        return value, tree.merge(statistics, tree.like(carried, statistics))
+
+    def _sgd_in_place(
+        self, rule: Sgd, loss: Loss, params: Tree, batches: Iterable[Batch], kept: Tree, edit: Edit | None
     ) -> tuple[Tree, Tree]:
         # Copies are updated in place, all leaves in one call; convolutions are faster channels-last.
         leaves = {path: _own(leaf) for path, leaf in tree.flatten(tree.parameters(params)).items()}
-        velocity = {path: _own(leaf) for path, leaf in tree.flatten(momentum).items()}
+        velocity = {path: _own(leaf) for path, leaf in tree.flatten(kept).items()}
         values, velocities = list(leaves.values()), list(velocity.values())
+        apart = [[k for k, path in enumerate(leaves) if path.split("/")[0] == key] for key in rule.clip_apart]
+        together = [k for k in range(len(values)) if not any(k in group for group in apart)]
         for leaf in values:
             leaf.requires_grad_()
         statistics = tree.split(params, tree.is_statistic)[0]
         current = tree.merge(tree.merge(params, tree.unflatten(leaves)), statistics)
         for batch in batches:
-            recorder = Recorder(batch.weight, False, self.frozen_statistics)
-            with training(recorder), torch.autocast(batch.x.device.type, self.precision, self._mixed):
-                value = loss(current, batch)
+            value, following = self._recorded(loss, current, statistics, batch)
             gradient = list(tree.flatten(_differentiate(value, leaves)).values())
-            if not values:  # frozen features have a body without weights
-                continue
+            if edit is not None:
+                unlike = tree.map(torch.Tensor.detach, current)
+                edited = tree.flatten(edit(_like(tree.parameters(unlike), leaves, gradient), unlike, batch))
+                gradient = [edited[path].clone() for path in leaves]  # it may lie in memory of the author's
             with torch.no_grad():
-                if self.clip is not None:
-                    total = torch.stack(torch._foreach_norm(gradient)).norm()
-                    torch._foreach_mul_(gradient, (self.clip / (total + 1e-6)).clamp(max=1.0))
-                if self.weight_decay:
-                    torch._foreach_add_(gradient, values, alpha=self.weight_decay)
-                if self.momentum:
-                    torch._foreach_mul_(velocities, self.momentum)
+                if rule.clip is not None:
+                    for group in (together, *apart):
+                        parts = [gradient[k] for k in group]
+                        if parts:
+                            total = torch.stack(torch._foreach_norm(parts)).norm()
+                            torch._foreach_mul_(parts, (rule.clip / (total + 1e-6)).clamp(max=1.0))
+                if rule.weight_decay and values:
+                    torch._foreach_add_(gradient, values, alpha=rule.weight_decay)
+                if rule.momentum and values:
+                    torch._foreach_mul_(velocities, rule.momentum)
                     torch._foreach_add_(velocities, gradient)
                     gradient = velocities
-                torch._foreach_add_(values, gradient, alpha=-lr)
-            if recorder.seen:
-                statistics = recorder.following(statistics)
+                if values:  # frozen features have a body without weights
+                    torch._foreach_add_(values, gradient, alpha=-rule.lr)
+            if following is not statistics:
+                statistics = tree.map(torch.Tensor.detach, following)
                 current = tree.merge(current, statistics)
         return tree.map(torch.Tensor.detach, current), tree.unflatten(velocity)
-
-    def _sgd_stacked(
-        self, loss: Loss, params: Tree, batches: Iterable[Batch], momentum: Tree, lr: float
-    ) -> tuple[Tree, Tree]:
-        current = params
-        for batch in batches:
-            _, gradient, following = self.gradient(loss, current, batch)
-            if self.clip is not None:
-                total = tree.dot(gradient, gradient).sqrt()
-                gradient = tree.scale(gradient, (self.clip / (total + 1e-6)).clamp(max=1.0))
-            moving = tree.parameters(following)
-            if self.weight_decay:
-                gradient = tree.add(gradient, moving, self.weight_decay)
-            if self.momentum:
-                gradient = tree.add(gradient, momentum, self.momentum)
-            real = batch.weight.sum() > 0  # a client that has run out of batches stays where it is
-            step = lambda old, new: torch.where(real, new, old)  # noqa: B023, E731
-            if self.momentum:
-                momentum = tree.map(step, momentum, gradient)
-            following = tree.merge(following, tree.add(moving, gradient, -lr))
-            current = tree.map(step, current, following)
-        return current, momentum
 
     def at(self, round: int, lr: float) -> Task:
         """Give the task of a round."""
@@ -190,6 +255,11 @@ def _own(leaf: Tensor) -> Tensor:
     """Copy a leaf, convolution weights channels-last."""
     layout = torch.channels_last if leaf.ndim == 4 else torch.contiguous_format
     return leaf.detach().clone(memory_format=layout)
+
+
+def _like(params: Tree, leaves: dict[str, Tensor], gradient: list[Tensor]) -> Tree:
+    """Give a gradient the structure of parameters, sub-trees without leaves included."""
+    return tree.merge(params, tree.unflatten(dict(zip(leaves, gradient, strict=True))))
 
 
 def _differentiate(value: Tensor, leaves: dict[str, Tensor]) -> Tree:

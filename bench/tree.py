@@ -123,6 +123,30 @@ def scale(a: Tree, factor: float | Tensor) -> Tree:
     return map(lambda x: x * factor, a)
 
 
+def where(condition: Tensor, a: Tree, b: Tree) -> Tree:
+    """Give the leaves of `a` where a () or broadcasting condition holds, of `b` elsewhere."""
+    return map(lambda x, y: torch.where(condition, x, y), a, b)
+
+
+def like(a: Tree, other: Tree) -> Tree:
+    """Give the leaves of `a` without their history, in the dtype that they have in another tree."""
+    return {
+        key: like(leaf, other[key]) if isinstance(leaf, dict) else leaf.detach().to(other[key].dtype)
+        for key, leaf in a.items()
+    }
+
+
+def put(table: Tree, rows: Tensor, values: Tree) -> Tree:
+    """Replace rows of a table, whose leaves are (N, ...): undone by `pick`.
+
+    Args:
+        table: Not changed in place.
+        rows: (K,) int64, different ones.
+        values: Leaves (K, ...), one for each row; leaves that are missing keep their rows.
+    """
+    return merge(table, map(lambda new, old: old.index_copy(0, rows, new.to(old.dtype)), values, table))
+
+
 def zeros_like(a: Tree) -> Tree:
     """Give a tree of zeros of the same shapes and dtypes."""
     return map(torch.zeros_like, a)

@@ -16,7 +16,7 @@ FLOORS = {
     # what needs nothing of ours
     0: "tree keys durable dataset",
     # one batch, one client, one model: what an algorithm's author reads
-    1: "data losses models task algorithm registry",
+    1: "data losses models optim task algorithm registry",
     # from files to labels; what a comparison holds equal; from labels to clients
     2: "files protocol splits",
     # one run

@@ -27,9 +27,11 @@ from bench.data import Uploads
 from bench.dataset import DataDamaged, DataMissing, Dataset
 from bench.registry import ALGORITHMS, DATASETS
 from bench.training import engine as engines
-from bench.training.evaluation import part_each
 from bench.training.rounds import Run
 from bench.tree import Tree
+
+SHORT = replace(toy.SETTING, rounds=2)
+"""A first round and a last one."""
 
 
 class ContractBroken(AssertionError):
@@ -111,15 +113,16 @@ def ledger_is_true(plugin: type[Algorithm]) -> None:
     text = inspect.getdoc(sys.modules[plugin.__module__]) or ""
     missing = [t for t in ("Server keeps", "Client keeps", "Down", "Up", "Departs") if f"\n{t} " not in f"\n{text}"]
     _require(not missing, f"the module's docstring has no line {', '.join(missing)}")
-    run = toy.run(plugin())
-    task = run.task_at(0)
-    upload, private = toy.upload_once(run)
-    found = {
+    run = toy.run(plugin(), setting=SHORT)
+    found: dict[str, set[str]] = {
         "Server keeps": set(run.progress.server),
-        "Client keeps": set(private),
-        "Down": set(run.algorithm.broadcast(task, run.progress.server)),
-        "Up": set(upload),
+        "Client keeps": set(run.store.initial),
+        "Down": set(),
+        "Up": set(),
     }
+    for task, exchange in toy.trips(run):
+        found["Down"] |= set(toy.received(run, 0, task.round))
+        found["Up"] |= set(toy.upload_once(run, 0, task, exchange)[0])
     for title, keys_found in found.items():
         said = ", ".join(sorted(entries[title])) or "nothing"
         seen = ", ".join(sorted(keys_found)) or "nothing"
@@ -128,20 +131,21 @@ def ledger_is_true(plugin: type[Algorithm]) -> None:
 
 def inputs_are_left_alone(plugin: type[Algorithm]) -> None:
     """Nothing that is passed in is changed in place."""
-    run = toy.run(plugin())
-    task = run.task_at(0)
-    server, private = run.progress.server, run.store[0]
-    before = tree.clone({"server": server, "private": private})
-    upload, _ = toy.upload_once(run)
-    sent = tree.clone(upload)
-    run.algorithm.aggregate(task, server, Uploads([upload, upload], torch.ones(2, dtype=torch.float64)))
-    run.algorithm.global_model(task, server)
-    run.evaluate(task, 1, True)
-    _require(
-        tree.largest_difference(before, {"server": server, "private": private}) == 0,
-        "server or private state was changed in place",
-    )
-    _require(tree.largest_difference(sent, upload) == 0, "the upload was changed in place by the server")
+    run = toy.run(plugin(), setting=SHORT)
+    for task, exchange in toy.trips(run):
+        server, private = run.progress.server, run.store[0]
+        before = tree.clone({"server": server, "private": private})
+        upload, _ = toy.upload_once(run, 0, task, exchange)
+        sent = tree.clone(upload)
+        verb = getattr(run.algorithm, exchange.server)
+        verb(task, server, Uploads([upload, upload], torch.ones(2, dtype=torch.float64)))
+        run.algorithm.global_model(task, server)
+        run.evaluate(task, 1, True)
+        _require(
+            tree.largest_difference(before, {"server": server, "private": private}) == 0,
+            "server or private state was changed in place",
+        )
+        _require(tree.largest_difference(sent, upload) == 0, "the upload was changed in place by the server")
 
 
 def states_keep_shape(plugin: type[Algorithm]) -> None:
@@ -172,9 +176,10 @@ def models_fit(plugin: type[Algorithm]) -> None:
         return
     task = run.task_at(0)
     wanted = {path: leaf.shape for path, leaf in tree.flatten(task.init()).items()}
-    shared, own = part_each(run.algorithm.broadcast(task, run.progress.server))
-    visit = run.population.visit(0, 0, run.store[0], None if own is None else tree.pick(own, 0))
-    personal, _ = engines.serial(run.algorithm.personal_model, task, shared, run.population.images, [visit])
+    visit = run.population.visit(0, 0, run.store[0])
+    personal, _ = engines.serial(
+        run.algorithm.personal_model, task, toy.received(run, 0), run.population.images, [visit]
+    )
     models = {"global": run.algorithm.global_model(task, run.progress.server), "personal": personal[0]}
     models |= {
         f"global {name}": model for name, model in run.algorithm.global_variants(task, run.progress.server).items()
@@ -215,15 +220,42 @@ def seed_decides(plugin: type[Algorithm]) -> None:
 
 def client_order_is_irrelevant(plugin: type[Algorithm]) -> None:
     """The server's result does not depend on the order in which clients are listed."""
-    run = toy.run(plugin())
-    task = run.task_at(0)
-    uploads = [toy.upload_once(run, k)[0] for k in (0, 1, 2, 4)]
+    run = toy.run(plugin(), setting=SHORT)
+    clients = torch.tensor([0, 1, 2, 4])
     sizes = torch.tensor([60.0, 44.0, 33.0, 9.0], dtype=torch.float64)
-    server = getattr(run.algorithm, run.algorithm.exchanges(task)[0].server)
-    forward = server(task, run.progress.server, Uploads(uploads, sizes))
-    backward = server(task, run.progress.server, Uploads(uploads[::-1], sizes.flip(0)))
-    apart = tree.largest_difference(forward, backward)
-    _require(apart < 1e-4, f"listing the clients backwards changes the server's state by {apart:.1e}")
+    for task, exchange in toy.trips(run):
+        uploads = [toy.upload_once(run, k, task, exchange)[0] for k in clients.tolist()]
+        server = getattr(run.algorithm, exchange.server)
+        forward = server(task, run.progress.server, Uploads(uploads, sizes, clients))
+        backward = server(task, run.progress.server, Uploads(uploads[::-1], sizes.flip(0), clients.flip(0)))
+        apart = tree.largest_difference(forward, backward)
+        _require(apart < 1e-4, f"listing the clients backwards changes the server's state by {apart:.1e}")
+
+
+def what_is_sent_has_one_form(plugin: type[Algorithm]) -> None:
+    """Every client is sent the same keys and shapes, held-out ones too; what is called constant is."""
+    run = toy.run(plugin())
+    task, server = run.task_at(0), run.progress.server
+    broadcast = run.algorithm.broadcast(task, server)
+    sent = [run.algorithm.send(task, server, k) for k in (0, 1, None)]
+    forms = [{path: leaf.shape for path, leaf in tree.flatten(each).items()} for each in sent]
+    _require(forms[0] == forms[1] == forms[2], f"clients are sent different things: {forms}")
+    doubled = set(broadcast) & set(sent[0])
+    _require(not doubled, f"{', '.join(sorted(doubled))}: sent to all and to one")
+    unknown = run.algorithm.constant - set(broadcast)
+    _require(not unknown, f"constant names {', '.join(sorted(unknown))}, which is not broadcast")
+    first = {key: broadcast[key] for key in run.algorithm.constant}
+    toy.finish(run)
+    last = run.algorithm.broadcast(run.task_at(run.setting.rounds - 1), run.progress.server)
+    apart = tree.largest_difference(first, {key: last[key] for key in first})
+    _require(apart == 0, f"what is called constant changes by {apart:.1e}")
+
+
+def lost_uploads_are_harmless(plugin: type[Algorithm]) -> None:
+    """Rounds in which nobody takes part, or some uploads do not arrive, leave everything finite."""
+    setting = replace(toy.SETTING, sampling="independent", participation=0.2, lost=0.4)
+    run = toy.finish(toy.run(plugin(), setting=setting))
+    _require(tree.is_finite(toy.states(run)), "lost uploads end in a state that is not finite")
 
 
 def small_clients_are_harmless(plugin: type[Algorithm]) -> None:
@@ -285,9 +317,10 @@ def test_data_stay_out(plugin: type[Algorithm]) -> None:
 def tested_model(run: Run) -> Tree:
     """Give the personal model of client 0 as it is tested after a run; nothing where there is none."""
     task = run.task_at(run.setting.rounds - 1)
-    shared, own = part_each(run.algorithm.broadcast(task, run.progress.server))
-    visit = run.population.visit(0, task.round, run.store[0], None if own is None else tree.pick(own, 0))
-    models, _ = engines.serial(run.algorithm.personal_model, task, shared, run.population.images, [visit])
+    visit = run.population.visit(0, task.round, run.store[0])
+    models, _ = engines.serial(
+        run.algorithm.personal_model, task, toy.received(run, 0, task.round), run.population.images, [visit]
+    )
     adaptation = run.algorithm.adaptation(task)
     if models[0] is None or adaptation is None:
         return models[0] or {}
@@ -316,6 +349,8 @@ ALGORITHM_PROMISES: dict[str, Callable[[type[Algorithm]], None]] = {
     "the seed decides, and nothing else": seed_decides,
     "the order of clients is irrelevant": client_order_is_irrelevant,
     "small and empty clients are harmless": small_clients_are_harmless,
+    "what is sent has one form": what_is_sent_has_one_form,
+    "lost uploads are harmless": lost_uploads_are_harmless,
     "pickles by reference": pickles_small,
     "stop and resume equals one go": resumes,
     "evaluation is pure": evaluation_is_pure,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -9,13 +10,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bench import keys, tree
-from bench.algorithm import Algorithm
+from bench import keys
+from bench.algorithm import Algorithm, Exchange
 from bench.dataset import Dataset, Splits
 from bench.protocol.settings import Setting
 from bench.splits.split import Split
+from bench.task import Task
 from bench.training import engine as engines
-from bench.training.evaluation import part_each
 from bench.training.rounds import Job, Run
 from bench.tree import Tree
 
@@ -117,17 +118,36 @@ def states(run: Run) -> Tree:
     return {"server": run.progress.server, **{f"client {k}": run.store[k] for k in run.store.clients()}}
 
 
-def upload_once(run: Run, client: int = 0) -> tuple[Tree, Tree]:
-    """Run the first exchange of the first round at one client."""
-    task = run.task_at(0)
-    exchange = run.algorithm.exchanges(task)[0]
-    shared, own = part_each(run.algorithm.broadcast(task, run.progress.server))
+def received(run: Run, client: int, round: int = 0) -> Tree:
+    """Give all that a client is sent in a round."""
+    task, server = run.task_at(round), run.progress.server
+    return {**run.algorithm.broadcast(task, server), **run.algorithm.send(task, server, client)}
+
+
+def trips(run: Run) -> Iterator[tuple[Task, Exchange]]:
+    """Go through a run, and stop before each exchange that is the first of its kind."""
+    seen: set[Exchange] = set()
+    for round in range(run.setting.rounds):
+        task = run.task_at(round)
+        for exchange in run.algorithm.exchanges(task):
+            if exchange not in seen:
+                seen.add(exchange)
+                yield task, exchange
+            run.exchange(task, exchange)
+
+
+def upload_once(
+    run: Run, client: int = 0, task: Task | None = None, exchange: Exchange | None = None
+) -> tuple[Tree, Tree]:
+    """Run one exchange, by default the first of the first round, at one client."""
+    task = run.task_at(0) if task is None else task
+    exchange = run.algorithm.exchanges(task)[0] if exchange is None else exchange
     population = run.population
     if "pooled" in run.algorithm.needs:
-        visit = population.pooled_visit(0, run.store[-1])
+        visit = population.pooled_visit(task.round, run.store[-1])
     else:
-        row = None if own is None else tree.pick(own, client)
-        visit = population.visit(client, 0, run.store[client], row)
-    results, _ = engines.serial(getattr(run.algorithm, exchange.client), task, shared, population.images, [visit])
+        visit = population.visit(client, task.round, run.store[client])
+    verb, shared = getattr(run.algorithm, exchange.client), received(run, client, task.round)
+    results, _ = engines.serial(verb, task, shared, population.images, [visit])
     upload, private = results[0]
     return upload, private

@@ -66,6 +66,18 @@ def training(recorder: Recorder) -> Iterator[Recorder]:
         _recorder.reset(token)
 
 
+@contextmanager
+def evaluating() -> Iterator[None]:
+    """Put models into evaluation mode within a training step, for a teacher, a prototype or a part that stands still:
+    batch norm uses its running statistics and moves none. Gradients pass.
+    """
+    token = _recorder.set(None)
+    try:
+        yield
+    finally:
+        _recorder.reset(token)
+
+
 def batch_norm(layer: Tree, x: Tensor, momentum: float = 0.1, eps: float = 1e-5) -> Tensor:
     """Normalise (B, c, h, w) over batch and space; padding counts for nothing.
 

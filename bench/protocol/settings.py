@@ -16,6 +16,7 @@ class BadConfig(ValueError):
 
 
 PROFILES = ("exponential", "step", "pareto")
+SAMPLINGS = ("fixed", "independent")
 CLIENT_TESTS = ("matched", "fedloge", "own")
 GROUP_RULES = ("count", "cumulative")
 WITHOUT_ALPHA = ("iid", "users")
@@ -39,6 +40,11 @@ class Setting:
     """Clients (the last ones) held out of training, tested after adaptation."""
     participation: float = 1.0
     """Share of the training clients drawn in each round, uniformly, without replacement; in (0, 1]."""
+    sampling: str = "fixed"
+    """"fixed": cohorts of one size; "independent": each client takes part with the probability `participation`, so that
+    cohorts differ in size and may be empty."""
+    lost: float = 0.0
+    """Probability that what a client sends in a round does not reach the server; in [0, 1)."""
     rounds: int
     epochs: int
     """Local epochs of a round."""
@@ -81,6 +87,7 @@ class Setting:
         for name in ("lr", "lr_decay", "alpha"):
             value = getattr(self, name)
             _require((value is None and name == "alpha") or value > 0, name, value, "must be above 0")
+        _require(0 <= self.lost < 1, "lost", self.lost, "must be in [0, 1)")
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "must be in [0, 1)")
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must be at least 0")
         _require(self.clip is None or self.clip > 0, "clip", self.clip, "must be above 0")
@@ -97,6 +104,7 @@ class Setting:
             ("augment", AUGMENTATIONS),
             ("profile", PROFILES),
             ("client_test", CLIENT_TESTS),
+            ("sampling", SAMPLINGS),
             ("groups", GROUP_RULES),
         ):
             _require(

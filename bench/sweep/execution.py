@@ -28,10 +28,10 @@ from bench.sweep.pool import Failure
 from bench.sweep.watch import append, progress_file
 from bench.training.crew import Surroundings
 from bench.training.engine import CannotStack
-from bench.training.rounds import Diverged, Job, Report, Tally, surroundings, train
+from bench.training.rounds import BadCohort, Diverged, Job, Report, Tally, surroundings, train
 from bench.training.states import StatesUnwritable
 
-_EXPECTED = (Diverged, CannotStack, StatesUnwritable, WorkersDied, BadConfig, records.OutputUnwritable)
+_EXPECTED = (BadCohort, Diverged, CannotStack, StatesUnwritable, WorkersDied, BadConfig, records.OutputUnwritable)
 """Errors whose message is a whole sentence."""
 _GOES_ON = (MemoryError, torch.OutOfMemoryError, StatesUnwritable, WorkersDied)
 """Errors after which a run goes on from its checkpoint, with more memory or space."""

@@ -121,8 +121,7 @@ def _one_by_one(
     for visit in visits:
         n = torch.tensor(len(visit.index), device=visit.index.device)
         data = LocalData(images, visit.index, n, visit.key, visit.class_counts, task.batch_size, Meter())
-        mine = shared if visit.own is None else {**shared, "each": visit.own}
-        result = verb(task, mine, visit.private, data)
+        result = verb(task, {**shared, **visit.sent}, visit.private, data)
         answers.append((result, len(visit.index) * data.meter.epochs))
     return answers
 
@@ -161,7 +160,9 @@ def _row(stack: Any, position: int) -> Any:
 
 def _width(shared: Tree, visits: Sequence[Visit]) -> int:
     """Choose how many clients are stacked: a quarter of a gibibyte of state, at most 128."""
-    size = tree.nbytes(shared) + max((tree.nbytes(visit.private) for visit in visits), default=0)
+    size = tree.nbytes(shared) + max(
+        (tree.nbytes(visit.private) + tree.nbytes(visit.sent) for visit in visits), default=0
+    )
     return max(1, min(128, 2**28 // max(size, 1)))
 
 
@@ -176,17 +177,17 @@ def _run_group(verb: Verb, task: Task, shared: Tree, images: Images, group: Sequ
     meter = Meter()
     absent = False
 
-    def one(own: Tree, private: Tree, index: Tensor, n: Tensor, key: Tensor, counts: Tensor) -> Any:
+    def one(sent: Tree, private: Tree, index: Tensor, n: Tensor, key: Tensor, counts: Tensor) -> Any:
         nonlocal absent
         data = LocalData(images, index, n, key, counts, task.batch_size, meter)
-        result = verb(task, {**shared, "each": own} if own else shared, private, data)
+        result = verb(task, {**shared, **sent}, private, data)
         absent = result is None
         # vmap must be given at least one tensor back
         return ({} if absent else result), torch.zeros((), device=device)
 
     try:
         stack, _ = torch.func.vmap(one, in_dims=0, randomness="error")(
-            tree.stack([visit.own or {} for visit in group]),
+            tree.stack([visit.sent for visit in group]),
             tree.stack([visit.private for visit in group]),
             index,
             n,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bench import tree
-from bench.algorithm import EACH, Adaptation, Client
+from bench.algorithm import Adaptation, Client
 from bench.data import LocalData
 from bench.task import Task
 from bench.training.crew import Crew, Surroundings, visit_all
@@ -61,24 +61,23 @@ class Evaluator:
                 counts[name] = (correct[None], total[None])
         return counts
 
-    def personal(
-        self, task: Task, shared: Tree, own: Tree | None, store: Store, clients: Sequence[int], final: bool
-    ) -> Counts:
+    def personal(self, task: Task, server: Tree, store: Store, clients: Sequence[int], final: bool) -> Counts:
         """Test each client's own model on its own test images, some clients at a time.
 
         Args:
             task: Of the round.
-            shared: The newest broadcast.
-            own: Its part that differs by client, (N, ...).
+            server: The newest state.
             store: Private states.
             clients: Which, ascending; beyond `population.training` they are held out of training and counted as
                 `unseen`.
             final: Adaptation is costly, so adapted models are tested after the last round only.
         """
-        size = max(tree.nbytes(shared) + tree.nbytes(store.initial), 1)
-        at_once = max(1, min(_CLIENTS, _MODEL_BYTES // size))
+        shared = self.here.algorithm.broadcast(task, server)
+        first = clients[0] if clients[0] < self.here.population.training else None
+        each = tree.nbytes(self.here.algorithm.send(task, server, first)) + tree.nbytes(store.initial)
+        at_once = max(1, min(_CLIENTS, _MODEL_BYTES // max(tree.nbytes(shared) + each, 1)))
         parts = [
-            self._some(task, shared, own, store, clients[start : start + at_once], final)
+            self._some(task, server, shared, store, clients[start : start + at_once], final)
             for start in range(0, len(clients), at_once)
         ]
         return {
@@ -87,14 +86,12 @@ class Evaluator:
         }
 
     def _some(
-        self, task: Task, shared: Tree, own: Tree | None, store: Store, clients: Sequence[int], final: bool
+        self, task: Task, server: Tree, shared: Tree, store: Store, clients: Sequence[int], final: bool
     ) -> Counts:
-        unseen = clients[0] >= self.here.population.training
-        visits = [
-            self.here.population.visit(k, task.round, store[k], None if own is None or unseen else tree.pick(own, k))
-            for k in clients
-        ]
-        algorithm = self.here.algorithm
+        algorithm, population = self.here.algorithm, self.here.population
+        unseen = clients[0] >= population.training
+        sent = [algorithm.send(task, server, None if unseen else k) for k in clients]
+        visits = [population.visit(k, task.round, store[k], own) for k, own in zip(clients, sent, strict=True)]
         models = self._ask(algorithm.personal_model, Client.personal_model, task, shared, visits)
         variants = self._ask(algorithm.personal_variants, Client.personal_variants, task, shared, visits)
         named: dict[str, list[Tree]] = {}
@@ -138,7 +135,7 @@ class Evaluator:
             partial(_adapt, adaptation),
             task,
             {},
-            [replace(visit, private=model, own=None) for visit, model in zip(visits, models, strict=True)],
+            [replace(visit, private=model, sent={}) for visit, model in zip(visits, models, strict=True)],
         )
         return {budget: [curve[str(budget)] for curve in tuned] for budget in adaptation.budgets()}
 
@@ -277,9 +274,3 @@ def _count(here: Surroundings, scores: Tensor, rows: Tensor, absent: Tensor | No
 
 def _memory(model: Tree) -> tuple[int, ...]:
     return tuple(leaf.data_ptr() for leaf in tree.flatten(model.get("body", {})).values())
-
-
-def part_each(broadcast: Tree) -> tuple[Tree, Tree | None]:
-    """Part a broadcast into what all clients get and what differs by client, (N, ...)."""
-    own = broadcast.get(EACH)
-    return {key: value for key, value in broadcast.items() if key != EACH}, own

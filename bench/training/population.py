@@ -17,6 +17,24 @@ from bench.training.visit import Visit
 from bench.tree import Tree
 
 
+def draw_cohort(setting: Setting, clients: int, key: Tensor, round: int) -> tuple[int, ...]:
+    """Draw the training clients of a round, ascending: uniformly without replacement, or each by itself.
+
+    Args:
+        setting: How many, and how.
+        clients: All clients.
+        key: () int64, of the run's seed.
+        round: Which.
+    """
+    training, size = setting.training_clients(clients), setting.cohort_size(clients)
+    if setting.sampling == "independent":
+        draws = keys.uniform(keys.fold(key, "cohort", round), training)
+        return tuple(torch.nonzero(draws < setting.participation).flatten().tolist())
+    if size == training:
+        return tuple(range(training))
+    return tuple(keys.choice(keys.fold(key, "cohort", round), training, size).tolist())
+
+
 class Population:
     """Clients and their images.
 
@@ -38,8 +56,7 @@ class Population:
         self.num_classes = dataset.num_classes
         self.size = len(split.clients)
         self.training = setting.training_clients(self.size)
-        self.cohort_size = setting.cohort_size(self.size)
-        self.eval_clients = setting.eval_clients
+        self.setting = setting
         used = torch.cat(split.clients).unique()  # only the long-tailed subset is kept in memory
         place = torch.full((len(splits.train_y),), -1, dtype=torch.int64)
         place[used] = torch.arange(len(used))
@@ -51,33 +68,37 @@ class Population:
         self.tests = [rows.to(device) for rows in split.tests]
 
     def cohort(self, round: int) -> tuple[int, ...]:
-        """Draw the training clients of a round, uniformly without replacement, ascending."""
-        if self.cohort_size == self.training:
-            return tuple(range(self.training))
-        return tuple(keys.choice(keys.fold(self.key, "cohort", round), self.training, self.cohort_size).tolist())
+        """Draw the training clients of a round, ascending."""
+        return draw_cohort(self.setting, self.size, self.key, round)
+
+    def arrives(self, client: int, round: int) -> bool:
+        """Draw whether what a client sends in a round reaches the server."""
+        lost = self.setting.lost
+        return not lost or float(keys.uniform(keys.fold(self.key, "lost", round, client), 1)) >= lost
 
     def prefetch(self, *rounds: int) -> None:
         """Have the images of rounds' cohorts read ahead, where they are in a file."""
         clients = [client for round in rounds for client in self.cohort(round)]
-        self.images.prefetch(torch.cat([self.index[client] for client in clients]))
+        if clients:
+            self.images.prefetch(torch.cat([self.index[client] for client in clients]))
 
     def evaluated(self, clients: range) -> tuple[int, ...]:
         """Choose whose personal models are tested: all of these, or a sample that the seed alone decides."""
-        if self.eval_clients is None or self.eval_clients >= len(clients):
+        if self.setting.eval_clients is None or self.setting.eval_clients >= len(clients):
             return tuple(clients)
-        chosen = keys.choice(keys.fold(self.key, "evaluated"), len(clients), self.eval_clients)
+        chosen = keys.choice(keys.fold(self.key, "evaluated"), len(clients), self.setting.eval_clients)
         return tuple(clients[k] for k in chosen.tolist())
 
     def class_counts(self, client: int) -> Tensor:
         """Count a client's training images of each class: (C,) int64."""
         return torch.bincount(self.images.y[self.index[client]], minlength=self.num_classes)
 
-    def visit(self, client: int, round: int, private: Tree, own: Tree | None = None) -> Visit:
+    def visit(self, client: int, round: int, private: Tree, sent: Tree | None = None) -> Visit:
         """Make what a client brings to a verb in a round."""
         if self._keys[0] != round:  # those of a round are drawn together
             clients = torch.arange(self.size, device=self.device)
             self._keys = round, keys.fold(self.key.to(self.device), f"round {round}", clients)
-        return Visit(private, self.index[client], self._keys[1][client], self.class_counts(client), own)
+        return Visit(private, self.index[client], self._keys[1][client], self.class_counts(client), sent or {})
 
     def pooled_visit(self, round: int, private: Tree) -> Visit:
         """Make the visit of one pseudo-client that holds the union of all training data.
@@ -100,5 +121,7 @@ class Population:
         return Visit(private, index, keys.fold(self.key, "pooled round", round).to(self.device), counts)
 
     def sizes(self, clients: Iterable[int]) -> Tensor:
-        """Give the training examples of clients: (K,) float64."""
-        return torch.tensor([len(self.index[k]) for k in clients], dtype=torch.float64, device=self.device)
+        """Give the training examples of clients: (K,) float64; -1 stands for the union of all."""
+        union = sum(len(index) for index in self.index[: self.training])
+        counts = [len(self.index[k]) if k >= 0 else union for k in clients]
+        return torch.tensor(counts, dtype=torch.float64, device=self.device)

@@ -27,7 +27,7 @@ from bench.task import Task
 from bench.training import engine as engines
 from bench.training import metrics
 from bench.training.crew import Alone, Crew, Surroundings, visit_all
-from bench.training.evaluation import Counts, Evaluator, part_each
+from bench.training.evaluation import Counts, Evaluator
 from bench.training.population import Population
 from bench.training.states import StatesUnwritable, store
 from bench.training.visit import Verb
@@ -40,6 +40,10 @@ Row = dict[str, float | int | None]
 
 class Diverged(ArithmeticError):
     """A model is no longer finite; the message says whose and when."""
+
+
+class BadCohort(ValueError):
+    """An algorithm chose clients that there are not; the message says which."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +196,7 @@ class Run:
         if self.own_statistics:
             initial = {
                 "own": initial,
-                "statistics": tree.split(part_each(self._broadcast(0, server))[0], tree.is_statistic)[0],
+                "statistics": tree.split(self._first_sent(server), tree.is_statistic)[0],
             }
         file = None if checkpoint is None else checkpoint.with_suffix(".states")
         self.store = store(initial, self.population.size, job.device, file)
@@ -246,46 +250,79 @@ class Run:
         """Give the task of a round, its learning rate decayed."""
         return self.task.at(r, self.setting.lr * self.setting.lr_decay**r)
 
-    def _broadcast(self, r: int, server: Tree) -> Tree:
-        return self.algorithm.broadcast(self.task_at(r), server)
+    def _first_sent(self, server: Tree) -> Tree:
+        """Give all that a client is sent at first."""
+        task = self.task_at(0)
+        return {**self.algorithm.broadcast(task, server), **self.algorithm.send(task, server, None)}
 
     def exchange(self, task: Task, exchange: Exchange) -> bool:
         """Make one trip from the server to clients and back; tell whether the clients' states are finite."""
-        server, store, population = self.progress.server, self.store, self.population
-        verb: Verb = getattr(self.algorithm, exchange.client)
-        shared, own = part_each(self.algorithm.broadcast(task, server))
-        if "pooled" in self.algorithm.needs:
+        server, store, population, algorithm = self.progress.server, self.store, self.population, self.algorithm
+        shared = algorithm.broadcast(task, server)
+        pooled = "pooled" in algorithm.needs
+        if pooled:
             clients: Sequence[int] = (-1,)
             visits = [population.pooled_visit(task.round, store[-1])]
-            sizes = torch.ones(1, dtype=torch.float64, device=population.device)
         else:
-            clients = range(population.training) if exchange.everyone else population.cohort(task.round)
-            rows = [None if own is None else tree.pick(own, k) for k in clients]
-            visits = [population.visit(k, task.round, store[k], row) for k, row in zip(clients, rows, strict=True)]
-            sizes = population.sizes(clients)
-            self._spend("bytes_down", sum(tree.nbytes(shared) + (tree.nbytes(row) if row else 0) for row in rows))
+            clients = self.cohort(task, exchange)
+            sent = [algorithm.send(task, server, k) for k in clients]
+            visits = [population.visit(k, task.round, store[k], own) for k, own in zip(clients, sent, strict=True)]
+            self._spend("bytes_down", self._bytes_down(task, shared, clients, sent))
         probe = engines.Probe() if "probe_samples" not in self.progress.cost else None
+        verb: Verb = getattr(algorithm, exchange.client)
         wrapped = _with_own_statistics(verb) if self.own_statistics else verb
         results, samples = visit_all(self.here, self.crew, wrapped, task, shared, visits, probe)
         self._spend("samples", samples)
         if probe is not None and probe.samples:
             self._spend("probe_flops", probe.flops)
             self._spend("probe_samples", probe.samples)
-        uploads = []
+        arrived, uploads = [], []
         finite = True
         for k, (upload, private) in zip(clients, results, strict=True):
             finite = finite and tree.is_finite(private)
-            store[k] = private
-            uploads.append(upload)
-        self._spend("bytes_up", sum(tree.nbytes(upload) for upload in uploads))
-        verb_of_server = getattr(self.algorithm, exchange.server)
-        self.progress.server = verb_of_server(task, server, Uploads(uploads, sizes))
+            store[k] = private  # a client cannot know whether what it sent arrives
+            if pooled or population.arrives(k, task.round):
+                arrived.append(k)
+                uploads.append(upload)
+        self._spend("bytes_up", sum(algorithm.payload_bytes(task, upload) for upload in uploads))
+        if uploads:
+            verb_of_server = getattr(algorithm, exchange.server)
+            sizes = population.sizes(arrived)
+            ids = torch.tensor(arrived, device=population.device)
+            self.progress.server = verb_of_server(task, server, Uploads(uploads, sizes, ids))
         return finite
+
+    def cohort(self, task: Task, exchange: Exchange) -> Sequence[int]:
+        """Give the clients of a trip, ascending.
+
+        Raises:
+            BadCohort: An algorithm chose a client twice, or one that may not take part.
+        """
+        population = self.population
+        if exchange.everyone:
+            return range(population.training)
+        drawn = population.cohort(task.round)
+        if exchange.cohort is None:
+            return drawn
+        chosen = sorted(int(k) for k in getattr(self.algorithm, exchange.cohort)(task, self.progress.server, drawn))
+        if len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(population.training)):
+            allowed = f"wanted are different ones of 0..{population.training - 1}"
+            raise BadCohort(f"{exchange.cohort} chose the clients {chosen}; {allowed}")
+        return chosen
+
+    def _bytes_down(self, task: Task, shared: Tree, clients: Sequence[int], sent: Sequence[Tree]) -> int:
+        """Count what a cohort is sent; what never changes only to those that take part for the first time."""
+        algorithm, known = self.algorithm, set(self.store.clients())
+        changing = {key: part for key, part in shared.items() if key not in algorithm.constant}
+        constant = {key: part for key, part in shared.items() if key in algorithm.constant}
+        first = len(set(clients) - known)
+        down = len(clients) * algorithm.payload_bytes(task, changing)
+        down += sum(algorithm.payload_bytes(task, own) for own in sent if own)
+        return down + (first * algorithm.payload_bytes(task, constant) if constant else 0)
 
     def evaluate(self, task: Task, completed: int, last: bool) -> dict[str, float | None]:
         """Test all models, note counts and metrics, and give the metrics."""
         server, population = self.progress.server, self.population
-        shared, own = part_each(self.algorithm.broadcast(task, server))
         evaluator = self.evaluator
         counts: Counts = {}
         tested: dict[str, Sequence[int]] = {"generic": (-1,)}
@@ -297,7 +334,7 @@ class Run:
         ):
             tested[kind] = population.evaluated(clients)
             if tested[kind]:
-                counts |= evaluator.personal(task, shared, own, self.store, tested[kind], last)
+                counts |= evaluator.personal(task, server, self.store, tested[kind], last)
         evaluator.forget()
         measured = metrics.summarise(counts, self.groups)
         self.progress.rows.append({"round": completed, **measured})

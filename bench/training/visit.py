@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -29,5 +29,5 @@ class Visit:
     """() int64."""
     class_counts: Tensor
     """(C,) int64."""
-    own: Tree | None = None
-    """This client's row of what the broadcast holds under `each`."""
+    sent: Tree = field(default_factory=dict)
+    """What this client is sent besides the broadcast."""

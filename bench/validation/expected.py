@@ -32,7 +32,7 @@ from bench.splits.split import describe, make_split
 from bench.sweep.config import Run
 from bench.task import Task
 from bench.training import engine as engines
-from bench.training.evaluation import part_each
+from bench.training.population import draw_cohort
 from bench.training.rounds import PRECISIONS
 
 P = TypeVar("P")
@@ -291,12 +291,8 @@ def _cells(clients: list[int], rows: list[Cells], labels: Labels, num_classes: i
 
 def cohorts(setting: Setting, clients: int, seed: int) -> Iterator[tuple[int, ...]]:
     """Give the clients that train in each round, as `Population.cohort` draws them."""
-    training, size = setting.training_clients(clients), setting.cohort_size(clients)
     for round in range(setting.rounds):
-        if size == training:
-            yield tuple(range(training))
-        else:
-            yield tuple(keys.choice(keys.fold(keys.key(seed), "cohort", round), training, size).tolist())
+        yield draw_cohort(setting, clients, keys.key(seed), round)
 
 
 def evaluated(setting: Setting, clients: range, seed: int) -> list[int]:
@@ -338,10 +334,14 @@ def _tested_models(
 class Sent:
     """What follows from the shapes of a run's states."""
 
+    pooled: bool
+    """Whether nothing is sent: there is one place."""
     bytes_down: int | None
-    """None where nothing is sent: there is one place."""
+    """None where nothing is sent, or where it depends on numbers: on clients that the algorithm chooses, or on how a
+    payload is packed."""
     client_state_bytes: int | None
-    """Kept at all clients that ever took part; None where clients keep statistics of norm layers besides."""
+    """Kept at all clients that ever took part; None where clients keep statistics of norm layers besides, or the
+    algorithm chooses them."""
 
 
 def sent(asked: Asked, clients: int) -> Sent | None:
@@ -359,23 +359,42 @@ def sent(asked: Asked, clients: int) -> Sent | None:
     if shapes is None:
         return None
     own_statistics = setting.norm == "batch" and setting.statistics == "personal"
-    took_part = {client for cohort in cohorts(setting, clients, asked.record.seed) for client in cohort}
-    if shapes.everyone:
-        took_part = set(range(setting.training_clients(clients)))
+    drawn = list(cohorts(setting, clients, asked.record.seed))
+    down, known = 0, set[int]()
+    for trip in shapes.trips:
+        cohort = range(setting.training_clients(clients)) if trip.everyone else drawn[trip.round]
+        down += len(cohort) * trip.changing + len(set(cohort) - known) * trip.constant
+        known.update(cohort)
+    chosen = any(trip.chosen for trip in shapes.trips)
+    kept = shapes.private * (1 if pooled else len(known))
     return Sent(
-        bytes_down=None if pooled else shapes.bytes_down,
-        client_state_bytes=None if own_statistics else shapes.private * (1 if pooled else len(took_part)),
+        pooled=pooled,
+        bytes_down=None if pooled or chosen or shapes.packed else down,
+        client_state_bytes=None if own_statistics or chosen else kept,
     )
 
 
 @dataclass(frozen=True)
+class _Trip:
+    """What one exchange sends to each client."""
+
+    round: int
+    everyone: bool
+    chosen: bool
+    """Whether the algorithm chooses the clients."""
+    changing: int
+    """Bytes each time."""
+    constant: int
+    """Bytes when it first takes part."""
+
+
+@dataclass(frozen=True)
 class _Shapes:
-    bytes_down: int
-    """To all clients, in all rounds."""
+    trips: tuple[_Trip, ...]
     private: int
     """Bytes that one client keeps."""
-    everyone: bool
-    """Whether some exchange is with all training clients."""
+    packed: bool
+    """Whether payloads are counted in a way of the algorithm's own."""
 
 
 @lru_cache(maxsize=256)
@@ -404,14 +423,13 @@ def _count(
         prior=torch.full((num_classes,), 1 / num_classes, device=device) if "prior" in algorithm.needs else None,
     )
     server, private = algorithm.init_server(task), algorithm.init_client(task)
-    down, everyone = 0, False
+    trips = []
     for round in range(setting.rounds):
         now = task.at(round, setting.lr)
         for exchange in algorithm.exchanges(now):
-            shared, own = part_each(algorithm.broadcast(now, server))
-            each = 0 if own is None else tree.nbytes(tree.pick(own, 0))
-            down += (tree.nbytes(shared) + each) * (
-                task.num_clients if exchange.everyone else setting.cohort_size(clients)
-            )
-            everyone = everyone or exchange.everyone
-    return _Shapes(down, tree.nbytes(private), everyone)
+            shared = algorithm.broadcast(now, server)
+            constant = tree.nbytes({key: part for key, part in shared.items() if key in algorithm.constant})
+            changing = tree.nbytes(shared) - constant + tree.nbytes(algorithm.send(now, server, 0))
+            trips.append(_Trip(round, exchange.everyone, exchange.cohort is not None, changing, constant))
+    packed = type(algorithm).payload_bytes is not Algorithm.payload_bytes
+    return _Shapes(tuple(trips), tree.nbytes(private), packed)

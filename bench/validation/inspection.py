@@ -287,7 +287,7 @@ def _cost(found: Inspected, record: Record, asked: Asked) -> None:
     if known is None:
         return
     derived = {"bytes_down": known.bytes_down, "client_state_bytes": known.client_state_bytes}
-    pooled = known.bytes_down is None
+    pooled = known.pooled
     for key, number in derived.items():
         if (number is not None or (pooled and key == "bytes_down")) and cost.get(key) != number:
             found.add(

@@ -1,0 +1,105 @@
+"""Optimisers as values: what they keep is a tree, so that it can be state of a server or a client like anything else.
+
+A rule has `start`, what it keeps before the first step, and `step`. Gradients come from anywhere: a batch, or the
+difference of two models.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bench import tree
+from bench.tree import Tree
+
+
+class Rule(Protocol):
+    """How parameters follow a gradient."""
+
+    def start(self, params: Tree) -> Tree:
+        """Give what is kept before the first step."""
+
+    def step(self, params: Tree, gradient: Tree, kept: Tree) -> tuple[Tree, Tree]:
+        """Take a step.
+
+        Args:
+            params: Without running statistics. Not changed in place.
+            gradient: Of the same structure.
+            kept: What `start` or the last step gave.
+
+        Returns:
+            The next parameters, and what is kept for the next step.
+        """
+
+
+@dataclass(frozen=True)
+class Sgd:
+    """Stochastic gradient descent as torch has it: clipping, then weight decay, then momentum."""
+
+    lr: float
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    clip: float | None = None
+    """Largest Euclidean norm of a gradient, before weight decay; None for no clipping."""
+    clip_apart: tuple[str, ...] = ()
+    """Keys of the parameters that are clipped each by itself; all others together."""
+
+    def start(self, params: Tree) -> Tree:
+        """Start from a momentum of zero; without momentum nothing is kept."""
+        return tree.zeros_like(params) if self.momentum else {}
+
+    def step(self, params: Tree, gradient: Tree, kept: Tree) -> tuple[Tree, Tree]:
+        """Take a step."""
+        if self.clip is not None:
+            gradient = self._clipped(gradient, self.clip)
+        if self.weight_decay:
+            gradient = tree.add(gradient, params, self.weight_decay)
+        if self.momentum:
+            gradient = kept = tree.add(gradient, kept, self.momentum)
+        return tree.add(params, gradient, -self.lr), kept
+
+    def _clipped(self, gradient: Tree, clip: float) -> Tree:
+        together = {key: part for key, part in gradient.items() if key not in self.clip_apart}
+        clipped: Tree = {}
+        for group in (together, *({key: gradient[key]} for key in self.clip_apart if key in gradient)):
+            norm = tree.dot(group, group).sqrt()
+            clipped |= tree.scale(group, (clip / (norm + 1e-6)).clamp(max=1.0))
+        return {key: clipped[key] for key in gradient}
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Adam with decoupled weight decay.
+
+    Source: Kingma, Ba 2015, https://arxiv.org/abs/1412.6980, algorithm 1; Loshchilov, Hutter 2019,
+    https://arxiv.org/abs/1711.05101, algorithm 2, where the decay is a multiple of the learning rate, as torch has it.
+    """
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    def start(self, params: Tree) -> Tree:
+        """Start from moments of zero: "first" and "second", and the () number of "steps"."""
+        leaves = list(tree.flatten(params).values())
+        steps = torch.zeros((), device=leaves[0].device if leaves else None)
+        return {"first": tree.zeros_like(params), "second": tree.zeros_like(params), "steps": steps}
+
+    def step(self, params: Tree, gradient: Tree, kept: Tree) -> tuple[Tree, Tree]:
+        """Take a step."""
+        one, two = self.betas
+        steps = kept["steps"] + 1
+        first = tree.map(lambda m, g: torch.lerp(g, m, one), kept["first"], gradient)
+        second = tree.map(lambda v, g: torch.lerp(g.square(), v, two), kept["second"], gradient)
+        share_one, share_two = (-torch.expm1(steps * math.log(beta)) for beta in self.betas)  # 1 - beta^steps, exactly
+
+        def moved(w: Tensor, m: Tensor, v: Tensor) -> Tensor:
+            towards = (m / share_one) / ((v / share_two).sqrt() + self.eps)
+            return w * (1 - self.lr * self.weight_decay) - self.lr * towards
+
+        return tree.map(moved, params, first, second), {"first": first, "second": second, "steps": steps}
