@@ -48,6 +48,8 @@ class Task:
     """Largest Euclidean norm of a gradient, before weight decay; None for no clipping."""
     round: int = 0
     """Index of the current round, 0..rounds-1."""
+    cohort: tuple[int, ...] | None = None
+    """Clients of the trip under way, ascending: known to the server's methods, None at clients and in tests."""
     prior: Tensor | None = None
     """(C,) float32 global class frequencies, only for algorithms that declare the need "prior"."""
     frozen_statistics: bool = False

@@ -317,6 +317,28 @@ def test_a_client_is_sent_its_own_and_its_answer_comes_back_under_its_id(engine:
     assert None in Rows.asked and 7 not in Rows.asked  # a held-out client is tested with what is nobody's
 
 
+def test_the_server_knows_the_cohort_and_clients_do_not() -> None:
+    told: list[tuple[str, object]] = []
+
+    class Asks(Rows):
+        def broadcast(self, task: Task, server: Tree) -> Tree:
+            told.append(("broadcast", task.cohort))
+            return super().broadcast(task, server)
+
+        def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
+            told.append(("client", task.cohort))
+            return super().local_update(task, shared, private, data)
+
+        def aggregate(self, task: Task, server: Tree, uploads: Uploads) -> Tree:
+            told.append(("aggregate", task.cohort))
+            return super().aggregate(task, server, uploads)
+
+    run = toy.run(Asks(), setting=replace(toy.SETTING, participation=0.25))
+    run.exchange(run.task, Exchange())
+    cohort = run.population.cohort(0)
+    assert told == [("broadcast", cohort), ("client", None), ("client", None), ("aggregate", cohort)]
+
+
 def test_what_one_client_is_sent_is_counted() -> None:
     run = toy.run(Rows(), setting=replace(toy.SETTING, participation=0.5, rounds=1))
     each = tree.nbytes(run.task.init()) + 4

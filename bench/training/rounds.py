@@ -9,7 +9,7 @@ import pickle
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -258,14 +258,14 @@ class Run:
     def exchange(self, task: Task, exchange: Exchange) -> bool:
         """Make one trip from the server to clients and back; tell whether the clients' states are finite."""
         server, store, population, algorithm = self.progress.server, self.store, self.population, self.algorithm
-        shared = algorithm.broadcast(task, server)
         pooled = "pooled" in algorithm.needs
+        clients = (-1,) if pooled else self.cohort(task, exchange)
+        knowing = replace(task, cohort=clients)  # only the server knows who takes part
+        shared = algorithm.broadcast(knowing, server)
         if pooled:
-            clients: Sequence[int] = (-1,)
             visits = [population.pooled_visit(task.round, store[-1])]
         else:
-            clients = self.cohort(task, exchange)
-            sent = [algorithm.send(task, server, k) for k in clients]
+            sent = [algorithm.send(knowing, server, k) for k in clients]
             visits = [population.visit(k, task.round, store[k], own) for k, own in zip(clients, sent, strict=True)]
             self._spend("bytes_down", self._bytes_down(task, shared, clients, sent))
         probe = engines.Probe() if "probe_samples" not in self.progress.cost else None
@@ -289,10 +289,10 @@ class Run:
             verb_of_server = getattr(algorithm, exchange.server)
             sizes = population.sizes(arrived)
             ids = torch.tensor(arrived, device=population.device)
-            self.progress.server = verb_of_server(task, server, Uploads(uploads, sizes, ids))
+            self.progress.server = verb_of_server(knowing, server, Uploads(uploads, sizes, ids))
         return finite
 
-    def cohort(self, task: Task, exchange: Exchange) -> Sequence[int]:
+    def cohort(self, task: Task, exchange: Exchange) -> tuple[int, ...]:
         """Give the clients of a trip, ascending.
 
         Raises:
@@ -300,7 +300,7 @@ class Run:
         """
         population = self.population
         if exchange.everyone:
-            return range(population.training)
+            return tuple(range(population.training))
         drawn = population.cohort(task.round)
         if exchange.cohort is None:
             return drawn
@@ -308,7 +308,7 @@ class Run:
         if len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(population.training)):
             allowed = f"wanted are different ones of 0..{population.training - 1}"
             raise BadCohort(f"{exchange.cohort} chose the clients {chosen}; {allowed}")
-        return chosen
+        return tuple(chosen)
 
     def _bytes_down(self, task: Task, shared: Tree, clients: Sequence[int], sent: Sequence[Tree]) -> int:
         """Count what a cohort is sent; what never changes only to those that take part for the first time."""
