@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bench import keys, losses, tree
+from bench import keys, losses, models, tree
 from bench.data import Batch
 from bench.models import Model
 from bench.models.layers import Recorder, training
@@ -63,6 +63,20 @@ class Task:
         """Give the initial model, the same for every algorithm of a run."""
         drawn = self.model.init(keys.fold(self.key, "model"))
         return drawn if self.weights is None else {**drawn, "body": tree.clone(self.weights)}
+
+    def network(self, name: str) -> Model:
+        """Give another network for the same images and classes, with the same norm: a teacher, a smaller student.
+
+        Its trees, `.init(key)` at first, are state like any other: they travel, are counted and averaged. A method that
+        keeps it under `teacher` scores images with `logits(w["teacher"]["head"], features(w["teacher"]["body"], x))`.
+
+        Args:
+            name: Key in `bench.models.MODELS`.
+
+        Raises:
+            BadModel: There is no such network, or the images are too small for it.
+        """
+        return models.build(name, self.num_classes, self.model.shape, self.model.norm)
 
     def server_key(self, purpose: str) -> Tensor:
         """Give randomness for the server's work of this round."""

@@ -34,6 +34,14 @@ def map(function: Callable[..., Tensor], first: Tree, *rest: Tree) -> Tree:
     }
 
 
+def map_paths(function: Callable[[str, Tensor], Tensor], tree: Tree, prefix: str = "") -> Tree:
+    """Apply `function` to each leaf and its path, as `flatten` gives it; sub-trees without leaves stay."""
+    return {
+        key: map_paths(function, leaf, f"{prefix}{key}/") if isinstance(leaf, dict) else function(prefix + key, leaf)
+        for key, leaf in tree.items()
+    }
+
+
 def flatten(tree: Tree, prefix: str = "") -> dict[str, Tensor]:
     """Give the leaves by path, `{"body/conv/weight": tensor}`, in the tree's order."""
     leaves: dict[str, Tensor] = {}
@@ -102,6 +110,27 @@ def pick(tree: Tree, index: int | Tensor | slice) -> Tree:
     return map(lambda leaf: leaf[index], tree)
 
 
+def put(table: Tree, rows: Tensor, values: Tree) -> Tree:
+    """Replace rows of a table, a tree whose leaves are (N, ...); `pick(table, rows)` gives them back.
+
+    Args:
+        table: A row for each client, for instance.
+        rows: (K,) int64, each number once, for instance `uploads.clients`.
+        values: Leaves (K, ...) of the table's dtypes. Leaves of the table that it lacks keep their rows.
+
+    Raises:
+        LookupError: The table has no place for some value.
+    """
+    lacking = values.keys() - table.keys()
+    if lacking:
+        raise LookupError(f"the table has no {', '.join(sorted(lacking))}; it has {', '.join(table) or 'nothing'}")
+    placed = {
+        key: put(table[key], rows, value) if isinstance(value, dict) else table[key].index_copy(0, rows, value)
+        for key, value in values.items()
+    }
+    return {**table, **placed}
+
+
 def unstack(tree: Tree) -> Iterator[Tree]:
     """Undo `stack`; the leaves are views."""
     for k in range(len(next(iter(flatten(tree).values())))):
@@ -123,28 +152,12 @@ def scale(a: Tree, factor: float | Tensor) -> Tree:
     return map(lambda x: x * factor, a)
 
 
-def where(condition: Tensor, a: Tree, b: Tree) -> Tree:
-    """Give the leaves of `a` where a () or broadcasting condition holds, of `b` elsewhere."""
-    return map(lambda x, y: torch.where(condition, x, y), a, b)
-
-
 def like(a: Tree, other: Tree) -> Tree:
     """Give the leaves of `a` without their history, in the dtype that they have in another tree."""
     return {
         key: like(leaf, other[key]) if isinstance(leaf, dict) else leaf.detach().to(other[key].dtype)
         for key, leaf in a.items()
     }
-
-
-def put(table: Tree, rows: Tensor, values: Tree) -> Tree:
-    """Replace rows of a table, whose leaves are (N, ...): undone by `pick`.
-
-    Args:
-        table: Not changed in place.
-        rows: (K,) int64, different ones.
-        values: Leaves (K, ...), one for each row; leaves that are missing keep their rows.
-    """
-    return merge(table, map(lambda new, old: old.index_copy(0, rows, new.to(old.dtype)), values, table))
 
 
 def zeros_like(a: Tree) -> Tree:
@@ -155,6 +168,11 @@ def zeros_like(a: Tree) -> Tree:
 def clone(a: Tree) -> Tree:
     """Copy every leaf into memory of its own."""
     return map(torch.clone, a)
+
+
+def where(condition: Tensor, a: Tree, b: Tree) -> Tree:
+    """Give a where a () bool is true, and b where it is false: for stacked clients, which cannot branch on a tensor."""
+    return map(lambda x, y: torch.where(condition, x, y), a, b)
 
 
 def dot(a: Tree, b: Tree) -> Tensor:
@@ -171,6 +189,29 @@ def to(a: Tree, device: torch.device | str) -> Tree:
 def nbytes(a: Tree) -> int:
     """Count the bytes of all leaves."""
     return sum(leaf.numel() * leaf.element_size() for leaf in flatten(a).values())
+
+
+def packed_nbytes(a: Tree, bits: int | None = None) -> int:
+    """Count the bytes of all leaves, each packed in the shortest of three ways and rounded up to whole bytes.
+
+    A leaf of n entries of b bits, of which k are not zero, takes the least of
+
+        n · b                   all entries
+        k · (b + ⌈log2 n⌉)      those that are not zero, each with its place
+        n + k · b               a bit an entry, whether it is zero, and those that are not
+
+    Args:
+        a: What is sent: dense tensors, pruned, masked or quantised ones among them. Not within `torch.func.vmap`.
+        bits: b, for what is quantised to fewer bits than its dtype has; by default the dtype's, and 1 for bool.
+    """
+    return sum(-(-_packed_bits(leaf, bits) // 8) for leaf in flatten(a).values())
+
+
+def _packed_bits(leaf: Tensor, bits: int | None) -> int:
+    n, k = leaf.numel(), int(leaf.count_nonzero())
+    b = bits or (1 if leaf.dtype == torch.bool else 8 * leaf.element_size())
+    place = max(n - 1, 0).bit_length()
+    return min(n * b, k * (b + place), n + k * b)
 
 
 def largest_difference(a: Tree, b: Tree) -> float:

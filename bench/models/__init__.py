@@ -1,11 +1,27 @@
-"""The networks by name, and which of them fit which images."""
+"""The networks by name, which of them fit which images, and what their bodies are made of.
+
+`model.blocks` are the stages of a body, `block_of(model, path)` names the one a leaf belongs to, and `is_norm(path)`
+tells norm layers from the others: tree.split(params, is_norm). Keys of a body, block by block:
+
+    linear, frozen          none: one block, `flat`, without weights
+    mlp                     hidden
+    small_cnn, fedavg_cnn   conv1, conv2, hidden
+    resnet...               stem; stage1_1, stage1_2, ... (block `stage1`); stage2_1, ... (`stage2`); ...
+
+A hidden layer and a convolution of the small networks hold `weight` and `bias`. The stem holds `conv` (no bias) and
+`norm`; a residual unit holds such layers: `first`, `second`, `third` in resnet50, and `shortcut` where its shape
+changes. A `norm` holds `weight`, `bias` and, for batch norm, `stats` (`mean`, `var`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from bench.models.layers import is_norm as is_norm
 from bench.models.networks import MLP, FedAvgCNN, Frozen, Linear, SmallCNN
+from bench.models.networks import Block as Block
 from bench.models.networks import Model as Model
+from bench.models.networks import block_of as block_of
 from bench.models.resnets import BottleneckResNet, ResNet, ResNet18For64
 
 

@@ -25,7 +25,23 @@ from bench.tree import STATISTICS, Tree
 
 NORMS = ("group", "batch")
 STATISTICS_POLICIES = ("shared", "personal", "frozen")
-"""Running statistics are averaged with the model, stay at each client, or keep their first values."""
+"""Running statistics of norm layers are averaged with the model, stay at each client, or keep their first values."""
+
+
+def is_norm(path: str) -> bool:
+    """Tell whether a leaf lies in a norm layer, weight, bias and running statistics alike.
+
+    Norm layers are the sub-trees called `norm`, wherever a model stands in a tree: a promise of every network.
+    """
+    return "norm" in path.split("/")[:-1]
+
+
+def is_norm_statistic(path: str) -> bool:
+    """Tell whether a leaf is a running statistic of a norm layer: what a policy is about.
+
+    Other leaves below `stats` are state that is not differentiated, norm layers of a model kept there among them.
+    """
+    return f"/norm/{STATISTICS}/" in f"/{path}"
 
 
 # Training mode and running statistics -------------------------------------------------------------

@@ -2,14 +2,17 @@
 
 A model is `{"body": ..., "head": {"weight": (C, d), "bias": (C,)}}`. Initial weights are a function of a key. Features
 are non-negative (the body ends in a ReLU and, for residual networks, average pooling), except for `linear` and
-`frozen`, which pass on what they are given. Normalisation is GroupNorm unless batch norm is asked for.
+`frozen`, which pass on what they are given. Normalisation is GroupNorm unless batch norm is asked for. A network of
+tokens would give features (B, tokens, d), of which `logits` makes (B, tokens, C) as it is; there is none yet.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch.nn.functional as F
@@ -18,6 +21,18 @@ from torch import Tensor
 from bench import keys
 from bench.models.layers import apply_linear, convolution, convolve, linear
 from bench.tree import Tree
+
+
+@dataclass(frozen=True)
+class Block:
+    """A stage of a body; all stages one after the other make features of images."""
+
+    name: str
+    keys: tuple[str, ...]
+    """Of the body: the sub-trees that it reads, and no other block does."""
+    run: Callable[[Tree, Tensor], Tensor]
+    """(body, (B, ...)) -> (B, ...): the body may lack the keys of other blocks. The first block is given images, the
+    last gives (B, d)."""
 
 
 class Model(Protocol):
@@ -32,8 +47,20 @@ class Model(Protocol):
         """C."""
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height, width of an image."""
+
+    @property
+    def norm(self) -> str:
+        """One of `bench.models.layers.NORMS`."""
+
+    @property
     def feature_size(self) -> int:
         """d."""
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """Stages of the body, from the images on, at least one."""
 
     def init(self, key: Tensor) -> Tree:
         """Draw initial weights: {"body": ..., "head": {"weight": (C, d), "bias": (C,)}}, float32."""
@@ -64,9 +91,16 @@ class Network(ABC):
     def init_body(self, key: Tensor) -> Tree:
         """Draw the body's initial weights."""
 
+    @property
     @abstractmethod
+    def blocks(self) -> tuple[Block, ...]:
+        """Stages of the body, made anew whenever they are asked for: pickles of a network stay small."""
+
     def features(self, body: Tree, x: Tensor) -> Tensor:
         """(B, channels, height, width) -> (B, d)."""
+        for block in self.blocks:
+            x = block.run(body, x)
+        return x
 
     def init(self, key: Tensor) -> Tree:
         """Draw initial weights of body and head."""
@@ -76,6 +110,29 @@ class Network(ABC):
     def logits(self, head: Tree, z: Tensor) -> Tensor:
         """(B, d) -> (B, C)."""
         return apply_linear(head, z)
+
+
+def block_of(model: Model, path: str) -> str:
+    """Name the block that a leaf belongs to, or "head".
+
+    Args:
+        model: Whose leaf it is.
+        path: As `tree.flatten` gives it, from the model's `body` or `head` on or from further out
+            ("body/stage1_1/first/conv/weight", "teacher/head/bias").
+
+    Raises:
+        LookupError: The model has no such leaf.
+    """
+    *inside, _ = path.split("/")
+    if "body" in inside[:-1]:
+        key = inside[inside.index("body") + 1]
+        for block in model.blocks:
+            if key in block.keys:
+                return block.name
+    elif "head" in inside:
+        return "head"
+    known = [f"body/{key}" for block in model.blocks for key in block.keys]
+    raise LookupError(f"{path} is no leaf of {model.name}; its leaves lie below {', '.join([*known, 'head'])}")
 
 
 class Linear(Network):
@@ -90,9 +147,10 @@ class Linear(Network):
         """Nothing to draw."""
         return {}
 
-    def features(self, body: Tree, x: Tensor) -> Tensor:
-        """Flatten: (B, d)."""
-        return x.flatten(1)
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """One, without weights."""
+        return (Block("flat", (), _flat),)
 
 
 class Frozen(Network):
@@ -111,9 +169,10 @@ class Frozen(Network):
         """Nothing to draw."""
         return {}
 
-    def features(self, body: Tree, x: Tensor) -> Tensor:
-        """Flatten: (B, d)."""
-        return x.flatten(1)
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """One, without weights."""
+        return (Block("flat", (), _flat),)
 
 
 class MLP(Network):
@@ -128,9 +187,10 @@ class MLP(Network):
         """Draw the hidden layer."""
         return {"hidden": linear(key, 64, math.prod(self.shape))}
 
-    def features(self, body: Tree, x: Tensor) -> Tensor:
-        """(B, channels, height, width) -> (B, 64)."""
-        return F.relu(apply_linear(body["hidden"], x.flatten(1)))
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """One."""
+        return (_dense("hidden"),)
 
 
 class SmallCNN(Network):
@@ -154,11 +214,10 @@ class SmallCNN(Network):
             "hidden": linear(keys.fold(key, 3), 64, 32 * (height // 4) * (width // 4)),
         }
 
-    def features(self, body: Tree, x: Tensor) -> Tensor:
-        """(B, channels, height, width) -> (B, 64)."""
-        x = F.max_pool2d(F.relu(convolve(body["conv1"], x, padding=1)), 2)
-        x = F.max_pool2d(F.relu(convolve(body["conv2"], x, padding=1)), 2)
-        return F.relu(apply_linear(body["hidden"], x.flatten(1)))
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """Two convolutions and the hidden layer."""
+        return _pooled("conv1", padding=1), _pooled("conv2", padding=1), _dense("hidden")
 
 
 class FedAvgCNN(Network):
@@ -184,8 +243,30 @@ class FedAvgCNN(Network):
             "hidden": linear(keys.fold(key, 3), 512, inputs),
         }
 
-    def features(self, body: Tree, x: Tensor) -> Tensor:
-        """(B, channels, height, width) -> (B, 512)."""
-        x = F.max_pool2d(F.relu(convolve(body["conv1"], x)), 2)
-        x = F.max_pool2d(F.relu(convolve(body["conv2"], x)), 2)
-        return F.relu(apply_linear(body["hidden"], x.flatten(1)))
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """Two convolutions and the hidden layer."""
+        return _pooled("conv1", padding=0), _pooled("conv2", padding=0), _dense("hidden")
+
+
+# What a stage does --------------------------------------------------------------------------------
+
+
+def _dense(key: str) -> Block:
+    return Block(key, (key,), partial(_run_dense, key))
+
+
+def _pooled(key: str, padding: int) -> Block:
+    return Block(key, (key,), partial(_run_pooled, key, padding))
+
+
+def _flat(body: Tree, x: Tensor) -> Tensor:
+    return x.flatten(1)
+
+
+def _run_dense(key: str, body: Tree, x: Tensor) -> Tensor:
+    return F.relu(apply_linear(body[key], x.flatten(1)))
+
+
+def _run_pooled(key: str, padding: int, body: Tree, x: Tensor) -> Tensor:
+    return F.max_pool2d(F.relu(convolve(body[key], x, padding=padding)), 2)

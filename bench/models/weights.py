@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench import keys, tree
-from bench.models import Model
+from bench.models import Model, is_norm
 from bench.tree import Tree
 
 _LEFT_OUT = re.compile(r"fc\..*|head/.*|.*\.num_batches_tracked")
@@ -48,7 +48,7 @@ def read(path: Path, model: Model) -> Tree:
     names = {place: f"body/{place}" if own else _torchvision(place) for place in expected}
     known = set(names.values())
     superfluous = [name for name in found if name not in known and not _LEFT_OUT.fullmatch(name)]
-    of_groups = any("/norm/" in place for place in expected) and not any(map(tree.is_statistic, expected))
+    of_groups = any(map(is_norm, expected)) and not any(map(tree.is_statistic, expected))
     if of_groups and any(re.search(r"\.running_|/stats/", name) for name in superfluous):
         statistics = f"{path} holds statistics of batch norm, and {model.name} has group norm here"
         raise BadWeights(f"{statistics}; ask for batch norm with --set norm=batch ('bench data embed': --norm batch)")

@@ -131,6 +131,7 @@ def _cost(record: Record) -> list[tuple[str, str]]:
         ("sent to the server", "bytes_up", 1e6, "MB"),
         ("samples", "samples", 1e3, "thousand"),
         ("training", "train_flops", 1e9, "GFLOP"),
+        ("work of the server", "server_flops", 1e9, "GFLOP"),
         ("wall time", "wall_seconds", 1.0, "s"),
         ("device time", "device_seconds", 1.0, "s"),
         ("peak memory", "peak_memory_bytes", 2.0**20, "MiB"),

@@ -12,6 +12,7 @@ crew of several processes (`bench.training.crew`) shares such groups out whole: 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,6 +44,16 @@ class CannotStack(ValueError):
     """A verb does something that cannot be mapped over stacked clients; the message says what to do."""
 
 
+def _counter() -> FlopCounterMode:
+    """Make torch's counter, which passes over products that are added in place."""
+
+    def product(_: torch.Size, a: torch.Size, b: torch.Size, **rest: object) -> int:
+        return 2 * math.prod(a) * b[-1]
+
+    in_place = {torch.ops.aten.addmm_: product, torch.ops.aten.baddbmm_: product}
+    return FlopCounterMode(display=False, custom_mapping=in_place)
+
+
 class Probe:
     """Counts the floating-point operations of one client's verb, the one with most examples."""
 
@@ -50,7 +61,13 @@ class Probe:
     samples: float = 0.0
 
     def __init__(self) -> None:
-        self.counter = FlopCounterMode(display=False)
+        self.counter = _counter()
+
+
+def counted(work: Callable[[], Tree]) -> tuple[Tree, float]:
+    """Do some work and count its floating-point operations: products of matrices and convolutions."""
+    with _counter() as counter:
+        return work(), float(counter.get_total_flops())
 
 
 @dataclass(frozen=True)

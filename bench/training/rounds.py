@@ -21,6 +21,7 @@ from bench import keys, models, tree
 from bench.algorithm import Algorithm, Exchange
 from bench.data import LocalData, Uploads
 from bench.dataset import Dataset, Splits
+from bench.models.layers import is_norm_statistic
 from bench.protocol.settings import Setting
 from bench.splits.split import Split, group_classes
 from bench.task import Task
@@ -196,7 +197,7 @@ class Run:
         if self.own_statistics:
             initial = {
                 "own": initial,
-                "statistics": tree.split(self._first_sent(server), tree.is_statistic)[0],
+                "statistics": tree.split(self._first_sent(server), is_norm_statistic)[0],
             }
         file = None if checkpoint is None else checkpoint.with_suffix(".states")
         self.store = store(initial, self.population.size, job.device, file)
@@ -232,7 +233,11 @@ class Run:
         for key in ("generic", "personal", "personal.masked"):
             final[f"{key}@last10"] = metrics.last_mean(rows, key)
             final[f"{key}@best"] = metrics.best(rows, key)
-        cost: dict[str, float | None] = dict(self.progress.cost)
+        cost: dict[str, float | None] = {
+            key: value
+            for key, value in self.progress.cost.items()
+            if not key.startswith("probe_flops of ") and (key != "server_flops" or value)  # few servers compute
+        }
         if "pooled" in self.algorithm.needs:
             cost["bytes_down"] = cost["bytes_up"] = None  # nothing is sent: there is one place
         flops, samples = cost.pop("probe_flops", None), cost.pop("probe_samples", None)
@@ -286,11 +291,21 @@ class Run:
                 uploads.append(upload)
         self._spend("bytes_up", sum(algorithm.payload_bytes(task, upload) for upload in uploads))
         if uploads:
-            verb_of_server = getattr(algorithm, exchange.server)
-            sizes = population.sizes(arrived)
             ids = torch.tensor(arrived, device=population.device)
-            self.progress.server = verb_of_server(knowing, server, Uploads(uploads, sizes, ids))
+            taken = Uploads(uploads, population.sizes(arrived), ids)
+            self.progress.server = self._serve(exchange, knowing, server, taken)
         return finite
+
+    def _serve(self, exchange: Exchange, task: Task, server: Tree, uploads: Uploads) -> Tree:
+        """Let the server take uploads, and count its operations: those of the first time an exchange is made."""
+        verb = partial(getattr(self.algorithm, exchange.server), task, server, uploads)
+        probed = f"probe_flops of {exchange}"
+        if probed not in self.progress.cost:
+            following, self.progress.cost[probed] = engines.counted(verb)
+        else:
+            following = verb()
+        self._spend("server_flops", self.progress.cost[probed])
+        return following
 
     def cohort(self, task: Task, exchange: Exchange) -> tuple[int, ...]:
         """Give the clients of a trip, ascending.
@@ -395,18 +410,29 @@ class Run:
 
 
 def _with_own_statistics(verb: Verb) -> Verb:
-    """Keep running statistics of norm layers at the client: put its own in before, take them out after."""
+    """Keep running statistics of norm layers at the client: put its own in before, take them out after.
+
+    That is those of the models in the first broadcast, under whatever names. What goes up under another name, or below
+    `stats` and in no norm layer, is a value like any other.
+    """
     return partial(_put_in_and_take_out, verb)
 
 
 def _put_in_and_take_out(verb: Verb, task: Task, shared: Tree, private: Tree, data: LocalData) -> Any:
     statistics = private["statistics"]
-    result = verb(task, tree.merge(shared, statistics), private["own"], data)
+    result = verb(task, _put_in(shared, statistics), private["own"], data)
     if not isinstance(result, tuple):
         return result
     upload, own = result
     moved, rest = tree.split(upload, tree.flatten(statistics).__contains__)
     return rest, {"own": own, "statistics": tree.merge(statistics, moved)}
+
+
+def _put_in(shared: Tree, statistics: Tree) -> Tree:
+    """Put statistics into the norm layers that were sent in this round."""
+    sent = tree.flatten(shared)
+    own, _ = tree.split(statistics, lambda path: path.rpartition(tree.STATISTICS)[0] + "weight" in sent)
+    return tree.merge(shared, own)
 
 
 def _reset_peak_memory(device: str) -> None:

@@ -35,6 +35,8 @@ COSTS = (
 _WHOLE = ("bytes_down", "bytes_up", "client_state_bytes", "peak_memory_bytes")
 _ALWAYS = ("samples", "device_seconds", "wall_seconds")
 """Costs that no run is without."""
+_SELDOM = ("server_flops",)
+"""Costs that a run may be without, and that are above 0 otherwise."""
 
 
 def inspect(folder: Path, root: Path) -> Inspected:
@@ -282,6 +284,9 @@ def _cost(found: Inspected, record: Record, asked: Asked) -> None:
             found.add(DOCUMENT, f"cost.{key}", "is not there")
         elif key in _ALWAYS and not cost[key]:
             found.add(DOCUMENT, f"cost.{key}", f"is {cost[key]}, and no run is without")
+    for key in _SELDOM:
+        if key in cost and not cost[key]:
+            found.add(DOCUMENT, f"cost.{key}", f"is {cost[key]}, and is left out where there is none")
     clients = found.clients
     known = None if clients is None or asked.outdated else sent(asked, clients)
     if known is None:

@@ -161,7 +161,9 @@ def _untouched(record: Record, again: Record, costs: Sequence[str] = _EXACT_COST
 
 
 def _bits(record: Record, again: Record) -> list[str]:
-    found = _untouched(record, again, (*_EXACT_COSTS, "train_flops"))  # another library may count these otherwise
+    # Another library may count operations otherwise; those of a server were not counted by early versions.
+    operations = [key for key in ("train_flops", "server_flops") if key in record.cost]
+    found = _untouched(record, again, (*_EXACT_COSTS, *operations))
     if record.document.get("digest") != again.document.get("digest"):
         found.append("the final states have another digest")
     for key in dict.fromkeys((*record.metrics, *again.metrics)):
