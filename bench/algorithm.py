@@ -178,4 +178,5 @@ class Algorithm(Client, Server):
     needs: ClassVar[frozenset[str]] = frozenset()
     """Capabilities: "body" (a model with a body and a head), "prior" (`task.prior`, the global class
     frequencies), "pooled" (one pseudo-client holds the union of all training data: the centralised
-    reference)."""
+    reference), "auxiliary" (`task.auxiliary`, labelled images at the server), "public" (`task.public`, unlabelled ones
+    that everybody has)."""

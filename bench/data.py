@@ -8,12 +8,12 @@ the same in every engine.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bench import keys, tree
@@ -26,21 +26,47 @@ AUGMENTATIONS = ("none", "crop", "crop_flip", "batch_crop_flip")
 does."""
 
 
+_UNKNOWN = torch.empty(0, dtype=torch.int64)
+_BY_HAND = keys.key(0)
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Examples of one optimiser step."""
+    """Examples of one optimiser step; of several views the first of all examples come first, then the second."""
 
     x: Tensor
     """(B, channels, height, width) float32, normalised, stored channels-last."""
     y: Tensor
-    """(B,) int64."""
+    """(B,) int64; -1 where the label is not known."""
     weight: Tensor
     """(B,) float32: 1 for an example, 0 for padding."""
+    example: Tensor = _UNKNOWN
+    """(B,) int64, its number within the client: `data.y[batch.example]` is `batch.y`. Empty if made by hand."""
+    key: Tensor = _BY_HAND
+    """() int64, randomness of the pass over the client's examples that this batch is a part of."""
+    first: int | Tensor = 0
+    """Place of the first example in that pass."""
+    views: int = 1
+    """How often each example is there, each time augmented anew."""
 
     @property
     def real(self) -> Tensor:
         """Whether there is any example, and not padding only: () bool."""
         return self.weight.sum() > 0
+
+    @property
+    def keys(self) -> Tensor:
+        """Randomness of each example, for noise, mixing or dropout: (B,) int64.
+
+        It depends on the place in the client's stream, and on neither B nor padding: draw rows by
+        `keys.normal_rows(batch.keys, d)`, not a matrix by the batch's shape.
+        """
+        place = self.first + torch.arange(len(self.weight) // self.views, device=self.weight.device)
+        return torch.cat([keys.fold(_of_view(self.key, view), "place", place) for view in range(self.views)])
+
+
+def _of_view(key: Tensor, view: int) -> Tensor:
+    return keys.fold(key, "view", view) if view else key
 
 
 class Images:
@@ -116,7 +142,8 @@ class Images:
         Args:
             index: (B,) rows.
             key: () int64, of the client, round and epoch.
-            example: (B,) number of the example within its client: what its own draw depends on.
+            example: (B,) what each draw depends on: the number of the example within its client, or its place in the
+                epoch where an example may come twice.
         """
         if self.augment == "none":
             return self.plain(index)
@@ -157,14 +184,50 @@ class Images:
 
 @dataclass
 class Meter:
-    """Counts the epochs that a verb asked for, so that the loop can report samples processed."""
+    """Counts the batches that a verb took of one client's examples, so that the loop can report samples processed."""
 
     epochs: float = 0.0
+    """Passes over all examples; one without a gradient is a third of a training step."""
+    begun: dict[object, tuple[int, float]] = field(default_factory=dict)
+    """Passes that are not through: places seen, and what a whole one counts."""
+    streams: dict[object, tuple[int, int, float]] = field(default_factory=dict)
+    """Endless streams, in which a pass follows the other without padding: batches taken, their size, what a pass
+    counts.
+    """
+    parts: list[LocalData] = field(default_factory=list)
+    """Parts of the examples, which have meters of their own."""
+
+    def along(self, length: int, size: int, worth: float) -> Iterator[int]:
+        """Give the first place of each batch of a pass over `length` places, and count those that are taken."""
+        this = object()
+        for start in range(0, length, size):
+            self.begun[this] = start + size, worth
+            yield start
+        self.begun.pop(this, None)
+        self.epochs += worth
+
+    def samples(self, n: Tensor) -> Tensor:
+        """Give how many samples were processed if `n` examples are real: () float64 both, of many clients alike."""
+        total = n * self.epochs
+        for seen, worth in self.begun.values():
+            total = total + worth * n.clamp(max=seen)
+        for taken, size, worth in self.streams.values():
+            passes, rest = _turns(taken, n, size)
+            total = total + worth * (passes * n + torch.minimum(rest * size, n))
+        for part in self.parts:
+            total = total + part.samples()
+        return total
+
+
+def _turns(taken: int, n: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Give how many whole passes over `n` examples a number of batches is, and how many batches are left over."""
+    each = ((n + size - 1) // size).clamp(min=1)  # without examples: padding, of which a pass is one batch
+    return taken // each, taken % each
 
 
 @dataclass(frozen=True)
 class LocalData:
-    """One client's training examples in one round.
+    """One client's training examples in one round, or those at the server.
 
     Written and read for one client. In the stacked engine many clients are padded to a common length L; the
     padding comes last and `mask` is 0 there.
@@ -178,14 +241,19 @@ class LocalData:
     key: Tensor
     """() int64, randomness of this client in this round."""
     class_counts: Tensor
-    """(C,) int64, training examples of each class at this client."""
+    """(C,) int64, training examples of each class at this client; 0 where labels are not known."""
     batch_size: int
     meter: Meter = field(default_factory=Meter)
+    client_key: Tensor = _BY_HAND
+    """() int64, randomness of this client, the same in every round."""
+    padded: bool = False
+    """Whether n may be less than L: no shape may then depend on it. Otherwise all L are real."""
+    labelled: bool = True
 
     @property
     def y(self) -> Tensor:
-        """Labels: (L,) int64."""
-        return self.images.y[self.index]
+        """Labels: (L,) int64; -1 where they are not known."""
+        return self._labels(self.index)
 
     @property
     def mask(self) -> Tensor:
@@ -196,30 +264,57 @@ class LocalData:
         """Count the optimiser steps that `batches(epochs)` makes: () float32."""
         return (epochs * ((self.n + self.batch_size - 1) // self.batch_size)).to(torch.float32)
 
-    def batches(self, epochs: int, salt: str = "") -> Iterator[Batch]:
+    def batches(
+        self,
+        epochs: int | None = None,
+        salt: str = "",
+        *,
+        steps: int | None = None,
+        weights: Tensor | None = None,
+        views: int = 1,
+        batch_size: int | None = None,
+    ) -> Iterator[Batch]:
         """Shuffle anew in each epoch and give augmented batches; the last of an epoch may be smaller.
 
         The order is a function of (run seed, client, round, epoch, salt): two calls with one salt see the
         same batches, so that two models of a client, or two algorithms, are trained on the same stream.
+
+        Args:
+            epochs: How often every example comes; or else
+            steps: how many batches, whatever the client's size: the first of an endless stream of epochs. A client
+                without examples has none (in the stacked engine batches of padding, which change nothing).
+            salt: Names another stream.
+            weights: (L,), one for each example, ≥ 0, any scale: an epoch is then n draws with replacement, such as
+                balanced ones by `(1 / data.class_counts.clamp(min=1))[data.y]`. All zero is all equal.
+            views: How often each example is augmented: x, y and so on are (views · B, ...), the first B of them the
+                batch of one view. A sample is counted for each.
+            batch_size: B; the setting's by default.
+
+        Raises:
+            ValueError: Neither epochs nor steps, or both; or weights of another shape.
         """
-        for epoch in range(epochs):
-            order = keys.permutation(keys.fold(self.key, f"order {salt} {epoch}"), len(self.index), self.n)
-            draws = keys.fold(self.key, f"augment {salt} {epoch}")
-            mask = self.mask
-            for start in range(0, len(order), self.batch_size):
-                example = order[start : start + self.batch_size]
-                rows = self.index[example]
-                weight = mask[start : start + self.batch_size]
-                yield Batch(self.images.augmented(rows, draws, example), self.images.y[rows], weight)
-            self.meter.epochs += 1
+        if (epochs is None) == (steps is None):
+            raise ValueError("data.batches wants a number of epochs or of steps, and not both")
+        if weights is not None and weights.shape != self.index.shape:
+            shape = f"{tuple(weights.shape)}, and there are {len(self.index)} examples"
+            raise ValueError(f"data.batches: weights are {shape}; give one for each, by class as in weights[data.y]")
+        size = self.batch_size if batch_size is None else batch_size
+        if epochs is not None:
+            return self._epochs(range(epochs), salt, weights, views, size)
+        assert steps is not None
+        if not len(self.index):
+            return iter(())
+        if self.padded:
+            return self._stream(steps, salt, weights, views, size)
+        return itertools.islice(self._epochs(itertools.count(), salt, weights, views, size), steps)
 
     def plain_batches(self, size: int = 256) -> Iterator[Batch]:
         """Give every example once, in its stored order, without augmentation."""
-        mask = self.mask
-        for start in range(0, len(self.index), size):
-            rows = self.index[start : start + size]
-            yield Batch(self.images.plain(rows), self.images.y[rows], mask[start : start + size])
-        self.meter.epochs += 1 / 3  # a forward pass is a third of a training step
+        mask, example = self.mask, torch.arange(len(self.index), device=self.index.device)
+        for start in self.meter.along(len(self.index), size, 1 / 3):
+            part = slice(start, start + size)
+            rows = self.index[part]
+            yield Batch(self.images.plain(rows), self._labels(rows), mask[part], example[part], self.key, start)
 
     def class_means(self, of: Callable[[Tensor], Tensor]) -> Tensor:
         """Average something over the examples of each class, without augmentation: (C, d) float32, zero where
@@ -230,7 +325,9 @@ class LocalData:
         """
         sums = None
         for batch in self.plain_batches() if len(self.index) else (self._nothing(),):
-            here = F.one_hot(batch.y, len(self.class_counts)) * batch.weight[:, None]
+            here = (batch.y[:, None] == torch.arange(len(self.class_counts), device=batch.y.device)) * batch.weight[
+                :, None
+            ]
             values = here.T @ of(batch.x).float()
             sums = values if sums is None else sums + values
         assert sums is not None
@@ -239,6 +336,113 @@ class LocalData:
     def _nothing(self) -> Batch:
         """Make a batch of no examples: what is computed from it has the shape of any other's."""
         return Batch(self.images.plain(self.index), self.y, self.mask)
+
+    def part(self, share: float, purpose: str) -> tuple[LocalData, LocalData]:
+        """Set examples aside, for validation or early stopping: (the rest, those aside).
+
+        Of each class with n_c examples ⌊share · n_c⌋ go aside, so none of a class with fewer than 1 / share. Which
+        ones is a function of (run seed, client, purpose), the same in every round. Both keep the stored order.
+
+        Args:
+            share: In [0, 1].
+            purpose: Names the choice; another one is unrelated.
+
+        Raises:
+            ValueError: A share outside [0, 1].
+        """
+        if not 0 <= share <= 1:
+            raise ValueError(f"data.part: share = {share}: must be in [0, 1]")
+        length, classes, device = len(self.index), len(self.class_counts), self.index.device
+        real = torch.arange(length, device=device) < self.n
+        group = torch.where(real, self.y + 1, classes + 1)  # without a label, class 0..C-1, padding
+        counts = torch.zeros(classes + 2, dtype=torch.int64, device=device).scatter_add(0, group, real.long())
+        taken = (counts.double() * share + 1e-6).floor().long()  # 28.9999999 is 29 that met floating-point arithmetic
+        key = keys.fold(self.client_key, "part", purpose)
+        order = keys.permutation(key, length, self.n)
+        order = order[torch.argsort(group[order], stable=True)]
+        rank = torch.arange(length, device=device) - (counts.cumsum(0) - counts)[group[order]]
+        aside = torch.zeros_like(real).scatter(0, order, rank < taken[group[order]])
+        most = min(length, int(length * share) + 1)  # more never go aside
+        rest = self._where(real & ~aside, (counts - taken)[1:-1], length)
+        return rest, replace(self._where(aside, taken[1:-1], most), key=keys.fold(self.key, "aside", purpose))
+
+    def unlabelled(self) -> LocalData:
+        """Give the same examples without labels: y is -1, and class counts are 0."""
+        return replace(self, labelled=False, class_counts=torch.zeros_like(self.class_counts))
+
+    def anew(self, key: Tensor) -> LocalData:
+        """Give the same examples with the randomness of another key, and count what is processed from here on."""
+        return replace(self, key=key, meter=Meter())
+
+    def samples(self) -> Tensor:
+        """Count the samples that were processed: () float64, exactly, per view and batch taken. For the loop."""
+        n = self.n if self.padded else torch.tensor(len(self.index))  # on the host, so that nobody waits for a GPU
+        return self.meter.samples(n.to(torch.float64))
+
+    def _labels(self, rows: Tensor) -> Tensor:
+        return self.images.y[rows] if self.labelled else torch.full_like(rows, -1)
+
+    def _epochs(
+        self, epochs: Iterable[int], salt: str, weights: Tensor | None, views: int, size: int
+    ) -> Iterator[Batch]:
+        mask = self.mask
+        for epoch in epochs:
+            order = self._order(keys.fold(self.key, f"{_word(weights)} {salt} {epoch}"), weights)
+            key = keys.fold(self.key, f"augment {salt} {epoch}")
+            for start in self.meter.along(len(order), size, views):
+                part = slice(start, start + size)
+                yield self._batch(order[part], mask[part], key, start, weights is not None, views)
+
+    def _stream(self, steps: int, salt: str, weights: Tensor | None, views: int, size: int) -> Iterator[Batch]:
+        """Do the same for a padded client, of which nobody knows here when an epoch ends: each batch asks anew."""
+        ordering = keys.fold_each(self.key, [f"{_word(weights)} {salt} {epoch}" for epoch in range(steps)])
+        drawing = keys.fold_each(self.key, [f"augment {salt} {epoch}" for epoch in range(steps)])
+        length, this = len(self.index), object()
+        offset = torch.arange(min(size, length), device=self.index.device)
+        for step in range(steps):
+            passed, turn = _turns(step, self.n, size)
+            place = turn * size + offset
+            order = self._order(ordering[passed[None]][0], weights)
+            weight = (place < self.n).to(torch.float32)
+            self.meter.streams[this] = step + 1, size, views
+            example = order[place.clamp(max=length - 1)]
+            yield self._batch(example, weight, drawing[passed[None]][0], turn * size, weights is not None, views)
+
+    def _order(self, key: Tensor, weights: Tensor | None) -> Tensor:
+        """Give the example at each place of an epoch: (L,) int64, of padding last."""
+        if weights is None:
+            return keys.permutation(key, len(self.index), self.n)
+        mask = self.mask.to(torch.float64)
+        weights = weights.to(torch.float64) * mask
+        return keys.weighted(key, torch.where(weights.sum() > 0, weights, mask), len(weights))
+
+    def _batch(
+        self, example: Tensor, weight: Tensor, key: Tensor, first: int | Tensor, again: bool, views: int
+    ) -> Batch:
+        rows = self.index[example]
+        # An example that comes again is another picture each time.
+        own = first + torch.arange(len(example), device=example.device) if again else example
+        seen = [self.images.augmented(rows, _of_view(key, view), own) for view in range(views)]
+        y = self._labels(rows)
+        if views == 1:
+            return Batch(seen[0], y, weight, example, key, first)
+        y, weight, example = y.repeat(views), weight.repeat(views), example.repeat(views)
+        return Batch(torch.cat(seen), y, weight, example, key, first, views)
+
+    def _where(self, chosen: Tensor, class_counts: Tensor, length: int) -> LocalData:
+        """Give some examples, (L,) bool, as data of their own: cut to `length` where it is padded."""
+        n = chosen.sum()
+        order = torch.argsort(~chosen, stable=True)[: length if self.padded else int(n)]
+        if not self.labelled:
+            class_counts = self.class_counts
+        part = replace(self, index=self.index[order], n=n, class_counts=class_counts, meter=Meter())
+        self.meter.parts.append(part)
+        return part
+
+
+def _word(weights: Tensor | None) -> str:
+    """Name the randomness of an order, so that draws with replacement are unrelated to it."""
+    return "order" if weights is None else "draw"
 
 
 class Uploads:

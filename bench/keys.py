@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -62,29 +63,53 @@ def fold(key: Tensor, *data: int | str | Tensor) -> Tensor:
     """
     for datum in data:
         if isinstance(datum, str):
-            datum = int.from_bytes(hashlib.sha256(datum.encode()).digest()[:8], "little", signed=True)
+            datum = _datum(datum)
         mixed = _mix_host(datum * _GAMMA + _MIX_2) if isinstance(datum, int) else _mix(datum * _GAMMA + _MIX_2)
         key = _mix((key ^ mixed) + _GAMMA)
     return key
 
 
+def fold_each(key: Tensor, names: Sequence[str]) -> Tensor:
+    """Derive a key for each name, that of `fold(key, name)`: (n,) int64."""
+    data = torch.tensor([_datum(name) for name in names], dtype=torch.int64, device=key.device)
+    return fold(key, data)
+
+
+def _datum(name: str) -> int:
+    """Give the int64 that stands for a name."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
+
+
 def bits(key: Tensor, n: int) -> Tensor:
-    """Draw (n,) int64 whose 64 bits are all random."""
-    return _mix(key + (torch.arange(1, n + 1, device=key.device)) * _GAMMA)
+    """Draw (n,) int64 whose 64 bits are all random; of many keys (..., n)."""
+    return _mix(key[..., None] + torch.arange(1, n + 1, device=key.device) * _GAMMA)
 
 
 def uniform(key: Tensor, *shape: int) -> Tensor:
     """Draw float32 in [0, 1), multiples of 2^-24."""
-    draws = _shift(bits(key, math.prod(shape)), 40)  # 24 bits: exact in float32
-    return (draws.to(torch.float32) * 2.0**-24).reshape(shape)
+    return uniform_rows(key, math.prod(shape)).reshape(shape)
+
+
+def uniform_rows(keys: Tensor, n: int) -> Tensor:
+    """Draw `n` numbers for each of many keys, as `uniform` does for one: (B,) int64 to (B, n) float32.
+
+    A row depends on its key alone: take `batch.keys`, and noise is the same however many stand in a batch.
+    """
+    return _shift(bits(keys, n), 40).to(torch.float32) * 2.0**-24  # 24 bits: exact in float32
 
 
 def normal(key: Tensor, *shape: int) -> Tensor:
     """Draw float32 from the standard normal distribution (Box and Muller 1958), computed in float64."""
-    n = math.prod(shape)
-    draws = (_shift(bits(key, 2 * n), 11).to(torch.float64) + 0.5) * 2.0**-53
-    radius = torch.sqrt(-2.0 * torch.log(draws[:n]))
-    return (radius * torch.cos(2.0 * math.pi * draws[n:])).to(torch.float32).reshape(shape)
+    return normal_rows(key, math.prod(shape)).reshape(shape)
+
+
+def normal_rows(keys: Tensor, n: int) -> Tensor:
+    """Draw `n` numbers for each of many keys, as `normal` does for one: (B,) int64 to (B, n) float32; see
+    `uniform_rows`.
+    """
+    draws = (_shift(bits(keys, 2 * n), 11).to(torch.float64) + 0.5) * 2.0**-53
+    radius = torch.sqrt(-2.0 * torch.log(draws[..., :n]))
+    return (radius * torch.cos(2.0 * math.pi * draws[..., n:])).to(torch.float32)
 
 
 def integers(key: Tensor, high: int, *shape: int) -> Tensor:
@@ -115,3 +140,16 @@ def permutation(key: Tensor, length: int, n: Tensor | int | None = None) -> Tens
 def choice(key: Tensor, population: int, size: int) -> Tensor:
     """Draw `size` different numbers of 0..population-1, ascending: (size,) int64."""
     return permutation(key, population)[:size].sort().values
+
+
+def weighted(key: Tensor, weights: Tensor, size: int) -> Tensor:
+    """Draw `size` of the numbers 0..len(weights)-1 with replacement, each as likely as its weight: (size,) int64.
+
+    Args:
+        key: () int64.
+        weights: (n,), ≥ 0, any scale, not all zero. Zeros behind them change no draw.
+        size: A longer result begins with the shorter one.
+    """
+    ends = weights.to(torch.float64).cumsum(0)
+    draws = _shift(bits(key, size), 11).to(torch.float64) * 2.0**-53  # below 1, so that the last end is not reached
+    return torch.searchsorted(ends, draws * ends[-1:], right=True).clamp(max=len(weights) - 1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench import keys, losses, models, tree
-from bench.data import Batch
+from bench.data import Batch, LocalData
 from bench.models import Model
 from bench.models.layers import Recorder, training
 from bench.optim import Rule, Sgd
@@ -58,6 +58,12 @@ class Task:
     precision: torch.dtype = torch.float32
     stacked: bool = False
     """Set by the stacked engine: gradients by `torch.func`, batches may be padded."""
+    auxiliary: LocalData | None = None
+    """Labelled images at the server, only for algorithms that declare the need "auxiliary", and never at a client."""
+    public: LocalData | None = None
+    """Unlabelled images (y is -1) that everybody has, only for algorithms that declare the need "public". In a round
+    they come in the same batches everywhere.
+    """
 
     def init(self) -> Tree:
         """Give the initial model, the same for every algorithm of a run."""
@@ -263,8 +269,23 @@ class Task:
         return tree.map(torch.Tensor.detach, current), tree.unflatten(velocity)
 
     def at(self, round: int, lr: float) -> Task:
-        """Give the task of a round."""
-        return replace(self, round=round, lr=lr)
+        """Give the task of a round, with batches of its own of the images at the server."""
+        task = replace(self, round=round, lr=lr)
+        if self.auxiliary is not None:
+            task = replace(task, auxiliary=self.auxiliary.anew(task.server_key("auxiliary")))
+        if self.public is not None:
+            task = replace(task, public=self.public.anew(task.server_key("public")))
+        return task
+
+    def at_client(self) -> Task:
+        """Give the same as a client has it: what lies at the server is not there, and what it processes is its own."""
+        task = self if self.auxiliary is None else replace(self, auxiliary=None)
+        return task if task.public is None else replace(task, public=task.public.anew(task.public.key))
+
+    def samples(self) -> Tensor:
+        """Count what was processed of `auxiliary` and `public`: () float64."""
+        held = [data.samples() for data in (self.auxiliary, self.public) if data is not None]
+        return sum(held, torch.zeros((), dtype=torch.float64))
 
 
 def _own(leaf: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ class Options:
     lr: float | None
     model: str | None
     eval_clients: int | None
+    auxiliary: str | None
     weights: Path | None
     set: tuple[str, ...]
     engine: str
@@ -145,6 +146,11 @@ _OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("--lr", "Learning rate.", {"type": float}),
     ("--model", "Network; see 'bench list models'.", {}),
     ("--eval-clients", "Personal models tested: those of so many clients, drawn once; by default all.", {"type": int}),
+    (
+        "--auxiliary",
+        "Images at the server, where an algorithm needs some: N of each class that the tail cut away, or others.",
+        {"metavar": "own:N|DATASET:N"},
+    ),
     ("--weights", "File of weights, trained elsewhere, that the model's body starts from.", {"type": _PATH}),
     (
         "--set",

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from bench.tracking import Mirror
 
 _OF_THE_SETTING = (
-    "partition", "clients", "participation", "rounds", "epochs", "batch_size", "lr", "model", "eval_clients"
+    "partition", "clients", "participation", "rounds", "epochs", "batch_size", "lr", "model", "eval_clients",
+    "auxiliary",
 )  # fmt: skip
 """Options that replace a field of the setting of the same name."""
 

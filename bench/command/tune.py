@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 _OF_RUN = (
     "--algos", "--dataset", "--imbalance", "--alpha", "--seeds", "--plugin", "--setting", "--partition", "--clients",
-    "--participation", "--rounds", "--epochs", "--batch-size", "--lr", "--model", "--eval-clients", "--weights",
+    "--participation", "--rounds", "--epochs", "--batch-size", "--lr", "--model", "--eval-clients",
+    "--auxiliary", "--weights",
     "--set", "--engine", "--precision", "--device", "--jobs", "--ray", "--out", "--data-root", "--from", "--json",
 )  # fmt: skip
 

@@ -26,6 +26,7 @@ from bench.contract import toy
 from bench.data import Uploads
 from bench.dataset import DataDamaged, DataMissing, Dataset
 from bench.registry import ALGORITHMS, DATASETS
+from bench.splits.auxiliary import NEEDS
 from bench.training import engine as engines
 from bench.training.rounds import Run
 from bench.tree import Tree
@@ -91,6 +92,12 @@ def defaults_construct(plugin: type[Algorithm]) -> None:
     _require(again == algorithm, f"eval(repr()) gives {again!r}, not {algorithm!r}")
     extra = set(vars(algorithm)) - {field.name for field in dataclasses.fields(algorithm)}  # type: ignore[arg-type]
     _require(not extra, f"holds {', '.join(sorted(extra))} besides its fields")
+
+
+def tier_is_told(plugin: type[Algorithm]) -> None:
+    """A method with images at the server is of tier A, or of V which says more."""
+    needs = plugin().needs & NEEDS
+    _require(not needs or plugin().tier in ("A", "V"), f"needs {', '.join(sorted(needs))}, which is tier A")
 
 
 def ledger(plugin: type) -> dict[str, set[str]]:
@@ -341,6 +348,7 @@ def learns(plugin: type[Algorithm]) -> None:
 ALGORITHM_PROMISES: dict[str, Callable[[type[Algorithm]], None]] = {
     "the name is the file's name": name_is_file_name,
     "defaults construct, frozen, repr evaluates back": defaults_construct,
+    "its tier says what the server has": tier_is_told,
     "the ledger is true": ledger_is_true,
     "inputs are left alone": inputs_are_left_alone,
     "states keep keys, shapes and dtypes": states_keep_shape,

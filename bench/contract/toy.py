@@ -14,6 +14,7 @@ from bench import keys
 from bench.algorithm import Algorithm, Exchange
 from bench.dataset import Dataset, Splits
 from bench.protocol.settings import Setting
+from bench.splits.auxiliary import NEEDS, Origin, Reserve, part_off
 from bench.splits.split import Split
 from bench.task import Task
 from bench.training import engine as engines
@@ -96,7 +97,17 @@ def run(
     dataset = Toy(garbage=garbage)
     splits = dataset.load()
     dealt = split(_true_labels(splits), sizes)
-    return Run(Job(algorithm, dataset, splits, dealt, setting, seed, engine), checkpoint)
+    job = Job(algorithm, dataset, splits, dealt, setting, seed, engine, reserve=reserve(splits, dealt, algorithm))
+    return Run(job, checkpoint)
+
+
+def reserve(splits: Splits, split: Split, algorithm: Algorithm) -> Reserve | None:
+    """Give an algorithm that needs some the pictures that no client has: ten of each class labelled."""
+    if not algorithm.needs & NEEDS:
+        return None
+    dealt = torch.cat(split.clients).numpy()
+    labelled, public = part_off(Origin(None, 10), algorithm.needs, splits.train_y, dealt, 6)
+    return Reserve(splits.train_x, labelled, splits.train_y[labelled], public)
 
 
 def _true_labels(splits: Splits) -> Splits:

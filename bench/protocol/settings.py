@@ -74,6 +74,10 @@ class Setting:
     """Rounds between evaluations; the last round is always evaluated."""
     eval_clients: int | None = None
     """Clients whose personal models are tested, drawn once by the seed; None: all."""
+    auxiliary: str | None = None
+    """Images at the server: `own:N` (N of each class that the tail cut away) or `DATASET:N`; only for algorithms that
+    need some, and told with them, so that the others' results stand in the same table.
+    """
 
     def __post_init__(self) -> None:
         for name in ("clients", "rounds", "epochs", "batch_size", "eval_every", "eval_clients"):

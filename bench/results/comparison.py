@@ -160,7 +160,8 @@ def entrants(boards: Sequence[Leaderboard]) -> dict[str, list[Row]]:
 
 
 def _key(row: Row) -> tuple[str, str, str]:
-    return row.algorithm, row.call, row.version
+    images = row.label.partition(" #")[0].partition("auxiliary ")[2]  # with others at the server it is another one
+    return row.algorithm, row.call + images, row.version
 
 
 def choose(boards: Sequence[Leaderboard], words: Iterable[str]) -> list[str]:

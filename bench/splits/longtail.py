@@ -89,12 +89,17 @@ def subsample(labels: Tensor, num_classes: int, profile: str, imbalance: float |
     sizes = available
     if imbalance is not None and imbalance > 1 and available.any():
         sizes = np.array(class_sizes(profile, int(available[available > 0].min()), imbalance, num_classes))
-    random = np.random.RandomState(0)
-    kept = []
-    for c, rows in enumerate(by_class(truth, num_classes)):
-        random.shuffle(rows)
-        kept.append(rows[: sizes[c]])
+    kept = [rows[:size] for rows, size in zip(shuffled(labels, num_classes), sizes, strict=True)]
     return np.concatenate(kept).astype(np.int64)
+
+
+def shuffled(labels: Tensor, num_classes: int) -> list[Rows]:
+    """Give for each class its rows in the order in which a tail keeps them, the same for every tail."""
+    random = np.random.RandomState(0)
+    rows = by_class(labels.numpy(), num_classes)
+    for of_class in rows:
+        random.shuffle(of_class)
+    return rows
 
 
 def group_classes(class_counts: Tensor, rule: str) -> dict[str, Tensor]:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench.algorithm import Algorithm
-from bench.dataset import Dataset
+from bench.dataset import Dataset, Labels, Splits
 from bench.models import MODELS, build, has_body
 from bench.models.weights import digest, read
 from bench.protocol.identity import identify
@@ -26,6 +27,8 @@ from bench.protocol.spelling import parse_datasets as parse_datasets
 from bench.protocol.spelling import parse_imbalance as parse_imbalance
 from bench.protocol.spelling import parse_seeds as parse_seeds
 from bench.registry import source_digest
+from bench.splits import auxiliary
+from bench.splits.auxiliary import Reserve
 from bench.splits.split import PARTITIONS
 from bench.training import engine as engines
 from bench.tree import Tree
@@ -67,6 +70,7 @@ class Run:
         """The algorithm as on the command line, and what it was chosen by: `fedrep(head_epochs=5) [tuned, lr 0.02]`."""
         notes = [] if self.preset == "default" else [self.preset]
         notes += [] if self.lr is None else [f"lr {self.lr:g}"]
+        notes += [] if self.setting.auxiliary is None else [f"auxiliary {self.setting.auxiliary}"]
         return label(self.algorithm) + (f" [{', '.join(notes)}]" if notes else "")
 
     def trained_by(self) -> Setting:
@@ -76,8 +80,12 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """Give everything that can change the numbers, and nothing else, as JSON's types."""
         algorithm = describe_plugin(self.algorithm)
+        if self.lr is not None:
+            algorithm["lr"] = self.lr
+        if self.setting.auxiliary is not None:
+            algorithm["auxiliary"] = _describe_origin(self.setting.auxiliary)
         return {
-            "algorithm": algorithm if self.lr is None else {**algorithm, "lr": self.lr},
+            "algorithm": algorithm,
             **self._protocol(),
             "seed": self.seed,
             "engine": self.engine,
@@ -95,10 +103,16 @@ class Run:
         """12 hexadecimal digits of the hash of dataset and setting: results that may stand in one table."""
         return identify(self._protocol())
 
+    def fields(self) -> dict[str, Any]:
+        """Give the setting's fields as they are stored; images at the server are told with the algorithm."""
+        fields = asdict(self.setting)
+        del fields["auxiliary"]
+        return fields
+
     def overrides(self) -> dict[str, object]:
         """Give the fields that differ from the named setting's, and the file of weights if there is one."""
         usual = named(self.setting.name, self.dataset)
-        changed = {key: value for key, value in asdict(self.setting).items() if value != getattr(usual, key)}
+        changed = {key: value for key, value in self.fields().items() if value != getattr(usual, key)}
         return changed if self.weights is None else {**changed, "weights": self.weights.name}
 
     def __str__(self) -> str:
@@ -109,7 +123,7 @@ class Run:
         return f"{cell}, imbalance {spell_imbalance(setting.imbalance)}{alpha}, seed {self.seed}"
 
     def _protocol(self) -> dict[str, Any]:
-        setting = asdict(self.setting)
+        setting = self.fields()
         del setting["name"]
         for key, default in _LATER.items():
             if setting[key] == default:
@@ -128,6 +142,36 @@ class Run:
         dataset, setting = self.dataset, self.setting
         return read(self.weights, build(setting.model, dataset.num_classes, dataset.image_shape, setting.norm))
 
+    def reserved(self, labels: Labels) -> list[Tensor]:
+        """See that there are the images at the server, if the algorithm needs some; errors of `reserve`.
+
+        Args:
+            labels: Of the run's dataset.
+
+        Returns:
+            Official training rows that must be there, besides those of clients.
+        """
+        if self.setting.auxiliary is None:
+            return []
+        origin = auxiliary.parse(self.setting.auxiliary)
+        needs = self.algorithm.needs
+        return auxiliary.rows_wanted(origin, needs, self.dataset, labels, self.setting, self.data_root)
+
+    def reserve(self, splits: Splits) -> Reserve | None:
+        """Find the images at the server, if the algorithm needs some.
+
+        Args:
+            splits: Of the run's dataset, with its official test part.
+
+        Raises:
+            BadConfig: There are not enough.
+            DataMissing, DataDamaged: Those of another dataset cannot be read.
+        """
+        if self.setting.auxiliary is None:
+            return None
+        origin = auxiliary.parse(self.setting.auxiliary)
+        return auxiliary.reserve(origin, self.algorithm.needs, self.dataset, splits, self.setting, self.data_root)
+
 
 def describe_plugin(plugin: Algorithm | Dataset) -> dict[str, Any]:
     """Give name, version and fields of an instance, and the digest of its file if it came with `--plugin`."""
@@ -138,6 +182,12 @@ def describe_plugin(plugin: Algorithm | Dataset) -> dict[str, Any]:
     }
     digest = source_digest(type(plugin))
     return described if digest is None else {**described, "source": digest}
+
+
+def _describe_origin(text: str) -> dict[str, Any]:
+    """Give where images at the server come from, and which dataset that is if it is another one."""
+    dataset = auxiliary.parse(text).dataset
+    return {"images": text, **({} if dataset is None else {"dataset": describe_plugin(dataset)})}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +238,10 @@ class Sweep:
                 for seed, preset, algorithm in itertools.product(self.seeds, self.presets, self.algorithms):
                     run = self._run(algorithm, preset, dataset, setting, seed)
                     runs.setdefault(run.id, run)
+        idle = self.overrides.get("auxiliary")
+        if idle is not None and not any(run.setting.auxiliary for run in runs.values()):
+            names = " or ".join(dict.fromkeys(map(name, self.algorithms)))
+            raise BadConfig(f"--auxiliary {idle}: {names} needs no images at the server; leave the option out")
         return list(runs.values())
 
     def _run(self, asked: Algorithm, preset: Preset, dataset: Dataset, setting: Setting, seed: int) -> Run:
@@ -201,7 +255,7 @@ class Sweep:
         return Run(
             algorithm=algorithm,
             dataset=dataset,
-            setting=setting,
+            setting=_for_server(algorithm, setting),
             seed=seed,
             engine=engines.choose(self.engine, model, self.device),
             precision=self.precision,
@@ -216,6 +270,24 @@ class Sweep:
         )
 
 
+def _for_server(algorithm: Algorithm, setting: Setting) -> Setting:
+    """Leave images at the server to algorithms that need some: for the others the setting is what it was.
+
+    Raises:
+        BadConfig: An algorithm needs some, and there are none of that kind.
+    """
+    needs = algorithm.needs & auxiliary.NEEDS
+    if not needs:
+        return replace(setting, auxiliary=None)
+    if setting.auxiliary is None:
+        raise BadConfig(
+            f"{name(algorithm)} needs images at the server ({' and '.join(sorted(needs))}); say which with "
+            "--auxiliary, such as own:10 for ten of each class that the tail cut away"
+        )
+    auxiliary.check_needs(auxiliary.parse(setting.auxiliary), needs, name(algorithm))
+    return setting
+
+
 def resolve_setting(setting: str, dataset: Dataset, overrides: Mapping[str, object]) -> Setting:
     """Give a named setting for a dataset with some fields replaced.
 
@@ -227,6 +299,10 @@ def resolve_setting(setting: str, dataset: Dataset, overrides: Mapping[str, obje
     typed = check_fields(Setting, overrides, "a setting")
     if "name" in typed:
         raise BadConfig("a setting's name cannot be set; choose one with --setting")
+    if typed.get("auxiliary") is not None:
+        origin = auxiliary.parse(typed["auxiliary"])
+        auxiliary.check(origin, dataset)
+        typed["auxiliary"] = str(origin)
     for key, known in (("model", MODELS), ("partition", PARTITIONS)):
         if key in typed and typed[key] not in known:
             raise BadConfig(f"no {key} is called {typed[key]!r}; {near(typed[key], known)}")

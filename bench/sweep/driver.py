@@ -39,23 +39,25 @@ def check_data(runs: Sequence[Run]) -> None:
     """Make every split that runs will need, from labels alone: what is wrong shows before any work is done.
 
     Raises:
+        BadConfig: There are not enough images for the server of an algorithm that needs some.
         DataMissing: A dataset's files are not there, or a pack lacks images of a split.
         DataDamaged: They are not what they should be.
         PartitionFailed: The data cannot be split so.
         BadWeights: A file of weights is not for a run's model.
     """
     labels: dict[tuple[Dataset, Path], Labels] = {}
-    seen: set[tuple[str, int]] = set()
+    seen: set[tuple[object, ...]] = set()
     for run in runs:
-        if (run.protocol, run.seed) in seen:
+        read = run.protocol, run.seed, run.setting.auxiliary, run.setting.auxiliary and run.algorithm.needs
+        if read in seen:
             continue
-        seen.add((run.protocol, run.seed))
+        seen.add(read)
         key = (run.dataset, run.data_root)
         if key not in labels:
             labels[key] = source.labels(run.dataset, run.data_root)
             source.require(run.dataset, run.data_root, [])
         split = make_split(labels[key], run.dataset.num_classes, run.setting, run.seed)
-        source.require(run.dataset, run.data_root, split.clients)
+        source.require(run.dataset, run.data_root, [*split.clients, *run.reserved(labels[key])])
         run.read_weights()
 
 

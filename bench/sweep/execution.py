@@ -5,7 +5,6 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import lru_cache, partial
 from pathlib import Path
@@ -110,10 +109,10 @@ def job(run: Run) -> Job:
     """Read what a run trains on."""
     splits = _load(run.dataset, run.data_root)
     split = make_split(splits.labels, run.dataset.num_classes, run.setting, run.seed)
-    source.require(run.dataset, run.data_root, split.clients)
+    source.require(run.dataset, run.data_root, [*split.clients, *run.reserved(splits.labels)])
     return Job(
         run.algorithm, run.dataset, splits, split, run.trained_by(), run.seed, run.engine, run.precision, run.device,
-        run.read_weights(),
+        run.read_weights(), run.reserve(splits),
     )  # fmt: skip
 
 
@@ -136,7 +135,7 @@ def document(run: Run, started: str | None) -> dict[str, Any]:
         "imbalance": run.setting.imbalance,
         "alpha": run.setting.alpha,
         "seed": run.seed,
-        "setting": asdict(run.setting),
+        "setting": run.fields(),
         "overrides": run.overrides(),
         "engine": run.engine,
         "precision": run.precision,

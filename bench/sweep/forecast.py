@@ -284,11 +284,11 @@ def probe(run: Run) -> Forecast:
         began = time.perf_counter()
         splits = source.load(run.dataset, run.data_root)
     split = make_split(splits.labels, run.dataset.num_classes, setting, run.seed)
-    source.require(run.dataset, run.data_root, split.clients)
+    source.require(run.dataset, run.data_root, [*split.clients, *run.reserved(splits.labels)])
     seldom = replace(setting, eval_every=setting.rounds)  # evaluations are timed apart from rounds
     job = rounds.Job(
         run.algorithm, run.dataset, splits, split, seldom, run.seed, run.engine, run.precision, run.device,
-        run.read_weights(),
+        run.read_weights(), run.reserve(splits),
     )  # fmt: skip
     going = rounds.Run(job)
     before = time.perf_counter() - began

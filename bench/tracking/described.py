@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -62,7 +62,7 @@ def places(points: Iterable[Point]) -> set[tuple[str, int]]:
 
 def of_run(run: Run) -> Described:
     """Describe a run that is to be done."""
-    return _describe(run.id, run.protocol, run.identity(), asdict(run.setting), run.label)
+    return _describe(run.id, run.protocol, run.identity(), run.fields(), run.label)
 
 
 def of_record(record: Record) -> Described:
@@ -81,8 +81,9 @@ def _describe(
     parts = {"algorithm": identity["algorithm"]["fields"], "dataset": identity["dataset"]["fields"], "setting": setting}
     params = {f"{part}.{key}": _text(value) for part, values in parts.items() for key, value in values.items()}
     params |= {key: _text(identity[key]) for key in ("engine", "precision", "device", "weights") if key in identity}
-    if "lr" in identity["algorithm"]:  # of a preset
-        params["algorithm.lr"] = _text(identity["algorithm"]["lr"])
+    for key in ("lr", "auxiliary"):  # of a preset; images at the server
+        if key in identity["algorithm"]:
+            params[f"algorithm.{key}"] = _text(identity["algorithm"][key])
     concentration = "" if alpha is None else f" alpha {alpha:g}"
     return Described(
         id=run_id,

@@ -137,9 +137,12 @@ def _one_by_one(
     answers = []
     for visit in visits:
         n = torch.tensor(len(visit.index), device=visit.index.device)
-        data = LocalData(images, visit.index, n, visit.key, visit.class_counts, task.batch_size, Meter())
-        result = verb(task, {**shared, **visit.sent}, visit.private, data)
-        answers.append((result, len(visit.index) * data.meter.epochs))
+        data = LocalData(
+            images, visit.index, n, visit.key, visit.class_counts, task.batch_size, Meter(), visit.client_key
+        )
+        here = task.at_client()
+        result = verb(here, {**shared, **visit.sent}, visit.private, data)
+        answers.append((result, float(data.samples() + here.samples())))
     return answers
 
 
@@ -153,11 +156,8 @@ def _stacks(shared: Tree, visits: Sequence[Visit]) -> list[list[int]]:
 def _all_at_once(
     verb: Verb, task: Task, shared: Tree, images: Images, visits: Sequence[Visit]
 ) -> list[tuple[Any, float]]:
-    stack, epochs = _run_group(verb, replace(task, stacked=True), shared, images, visits)
-    return [
-        (None if stack is None else _row(stack, position), len(visit.index) * epochs)
-        for position, visit in enumerate(visits)
-    ]
+    stack, samples = _run_group(verb, replace(task.at_client(), stacked=True), shared, images, visits)
+    return [(None if stack is None else _row(stack, position), count) for position, count in enumerate(samples)]
 
 
 serial = Engine("serial", _alone, _one_by_one)
@@ -183,7 +183,7 @@ def _width(shared: Tree, visits: Sequence[Visit]) -> int:
     return max(1, min(128, 2**28 // max(size, 1)))
 
 
-def _run_group(verb: Verb, task: Task, shared: Tree, images: Images, group: Sequence[Visit]) -> tuple[Any, float]:
+def _run_group(verb: Verb, task: Task, shared: Tree, images: Images, group: Sequence[Visit]) -> tuple[Any, list[float]]:
     length = max(len(visit.index) for visit in group)
     device = group[0].key.device
     index = torch.zeros(len(group), length, dtype=torch.int64, device=device)
@@ -191,24 +191,25 @@ def _run_group(verb: Verb, task: Task, shared: Tree, images: Images, group: Sequ
         row[: len(visit.index)] = visit.index
     images, index = images.gather(index)
     n = torch.tensor([len(visit.index) for visit in group], device=device)
-    meter = Meter()
     absent = False
 
-    def one(sent: Tree, private: Tree, index: Tensor, n: Tensor, key: Tensor, counts: Tensor) -> Any:
+    def one(
+        sent: Tree, private: Tree, index: Tensor, n: Tensor, key: Tensor, client_key: Tensor, counts: Tensor
+    ) -> tuple[Any, Tensor]:
         nonlocal absent
-        data = LocalData(images, index, n, key, counts, task.batch_size, meter)
+        data = LocalData(images, index, n, key, counts, task.batch_size, Meter(), client_key, padded=True)
         result = verb(task, {**shared, **sent}, private, data)
         absent = result is None
-        # vmap must be given at least one tensor back
-        return ({} if absent else result), torch.zeros((), device=device)
+        return ({} if absent else result), data.samples() + task.samples()
 
     try:
-        stack, _ = torch.func.vmap(one, in_dims=0, randomness="error")(
+        stack, samples = torch.func.vmap(one, in_dims=0, randomness="error")(
             tree.stack([visit.sent for visit in group]),
             tree.stack([visit.private for visit in group]),
             index,
             n,
             torch.stack([visit.key for visit in group]),
+            torch.stack([visit.client_key for visit in group]),
             torch.stack([visit.class_counts for visit in group]),
         )
     except RuntimeError as error:
@@ -224,7 +225,7 @@ def _run_group(verb: Verb, task: Task, shared: Tree, images: Images, group: Sequ
                 f"{name} draws from torch's global generator; derive randomness from data.key with bench.keys"
             ) from error
         raise
-    return (None if absent else stack), meter.epochs
+    return (None if absent else stack), samples.tolist()
 
 
 def choose(engine: str, model: Model, device: str) -> str:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from bench import keys
-from bench.data import Images
+from bench.data import Images, LocalData
 from bench.dataset import Dataset, Splits
 from bench.protocol.settings import Setting
+from bench.splits.auxiliary import Reserve
 from bench.splits.split import Split
 from bench.training.visit import Visit
 from bench.tree import Tree
@@ -66,6 +67,7 @@ class Population:
         self.test = Images(splits.test_x, splits.test_y.to(device), *look, "none", dataset.scale)
         self.index = [place[rows].to(device) for rows in split.clients]
         self.tests = [rows.to(device) for rows in split.tests]
+        self._client_keys = keys.fold(self.key.to(device), "client", torch.arange(self.size, device=device))
 
     def cohort(self, round: int) -> tuple[int, ...]:
         """Draw the training clients of a round, ascending."""
@@ -98,7 +100,8 @@ class Population:
         if self._keys[0] != round:  # those of a round are drawn together
             clients = torch.arange(self.size, device=self.device)
             self._keys = round, keys.fold(self.key.to(self.device), f"round {round}", clients)
-        return Visit(private, self.index[client], self._keys[1][client], self.class_counts(client), sent or {})
+        key, client_key = self._keys[1][client], self._client_keys[client]
+        return Visit(private, self.index[client], key, client_key, self.class_counts(client), sent or {})
 
     def pooled_visit(self, round: int, private: Tree) -> Visit:
         """Make the visit of one pseudo-client that holds the union of all training data.
@@ -118,10 +121,43 @@ class Population:
         )
         offset = start - passes.start * len(union)
         index = stream[offset : offset + stop - start]
-        return Visit(private, index, keys.fold(self.key, "pooled round", round).to(self.device), counts)
+        key = keys.fold(self.key, "pooled round", round).to(self.device)
+        return Visit(private, index, key, self._client_keys[0], counts)
 
     def sizes(self, clients: Iterable[int]) -> Tensor:
         """Give the training examples of clients: (K,) float64; -1 stands for the union of all."""
         union = sum(len(index) for index in self.index[: self.training])
         counts = [len(self.index[k]) if k >= 0 else union for k in clients]
         return torch.tensor(counts, dtype=torch.float64, device=self.device)
+
+
+def at_the_server(
+    reserve: Reserve, needs: Set[str], dataset: Dataset, setting: Setting, key: Tensor, device: str
+) -> tuple[LocalData | None, LocalData | None]:
+    """Make of images at the server what a verb is given: auxiliary ones, and public ones without labels.
+
+    Args:
+        reserve: The images.
+        needs: Of the algorithm; what it does not need is None.
+        dataset: Of the run: they are normalised as its own.
+        setting: Augmentation and batch size.
+        key: () int64, of the run.
+        device: Where batches are made.
+    """
+
+    def data(purpose: str, rows: Tensor, y: Tensor) -> LocalData:
+        look = dataset.mean, dataset.std, setting.augment, dataset.scale
+        return LocalData(
+            images=Images(reserve.x, y.to(device), *look, rows),
+            index=torch.arange(len(rows), device=device),
+            n=torch.tensor(len(rows), device=device),
+            key=keys.fold(key, purpose),
+            class_counts=torch.bincount(y, minlength=dataset.num_classes).to(device),
+            batch_size=setting.batch_size,
+            client_key=keys.fold(key, purpose),
+        )
+
+    return (
+        data("auxiliary", reserve.labelled, reserve.y) if "auxiliary" in needs else None,
+        data("public", reserve.public, torch.zeros_like(reserve.public)).unlabelled() if "public" in needs else None,
+    )

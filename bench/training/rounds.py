@@ -22,14 +22,15 @@ from bench.algorithm import Algorithm, Exchange
 from bench.data import LocalData, Uploads
 from bench.dataset import Dataset, Splits
 from bench.models.layers import is_norm_statistic
-from bench.protocol.settings import Setting
+from bench.protocol.settings import BadConfig, Setting
+from bench.splits.auxiliary import NEEDS, Reserve
 from bench.splits.split import Split, group_classes
 from bench.task import Task
 from bench.training import engine as engines
 from bench.training import metrics
 from bench.training.crew import Alone, Crew, Surroundings, visit_all
 from bench.training.evaluation import Counts, Evaluator
-from bench.training.population import Population
+from bench.training.population import Population, at_the_server
 from bench.training.states import StatesUnwritable, store
 from bench.training.visit import Verb
 from bench.tree import Tree
@@ -121,6 +122,8 @@ class Job:
     """Or "cuda"."""
     weights: Tree | None = None
     """Body that models start from; None: drawn by the seed."""
+    reserve: Reserve | None = None
+    """Images at the server; None: there are none."""
 
 
 def train(
@@ -150,7 +153,11 @@ def train(
 
 
 def surroundings(job: Job) -> Surroundings:
-    """Set up what every process of a run has."""
+    """Set up what every process of a run has.
+
+    Raises:
+        BadConfig: The algorithm needs images at the server, and the job has none.
+    """
     algorithm, dataset, split, setting, device = job.algorithm, job.dataset, job.split, job.setting, job.device
     population = Population(dataset, job.splits, split, setting, job.seed, device)
     prior = split.class_counts / split.class_counts.sum() if "prior" in algorithm.needs else None
@@ -171,6 +178,11 @@ def surroundings(job: Job) -> Surroundings:
         weights=None if job.weights is None else tree.to(job.weights, device),
         precision=PRECISIONS[job.precision],
     )
+    if needs := algorithm.needs & NEEDS:
+        if job.reserve is None:
+            raise BadConfig(f"{type(algorithm).__name__} needs images at the server, and this run has none")
+        auxiliary, public = at_the_server(job.reserve, needs, dataset, setting, task.key, device)
+        task = replace(task, auxiliary=auxiliary, public=public).at(0, setting.lr)
     chosen = engines.BY_NAME["serial" if not algorithm.stackable else job.engine]
     return Surroundings(algorithm, population, task, chosen, split.fingerprint)
 
@@ -203,6 +215,8 @@ class Run:
         self.store = store(initial, self.population.size, job.device, file)
         _reset_peak_memory(job.device)
         self.progress = self._load() or Progress(0, server, cost={})
+        if "server_samples" not in self.progress.cost:
+            self._spend_at_server(self.task)
         self.saved = time.perf_counter()
         self.saving = 0.0
 
@@ -213,6 +227,7 @@ class Run:
         task = self.task_at(r)
         self.population.prefetch(r, min(r + 1, self.setting.rounds - 1))
         finite = all([self.exchange(task, exchange) for exchange in self.algorithm.exchanges(task)])
+        self._spend_at_server(task)
         self._synchronise()
         self._spend("device_seconds", (time.perf_counter() - started) * self.crew.size)
         if not (finite and tree.is_finite(self.progress.server)):
@@ -362,6 +377,11 @@ class Run:
 
     def _spend(self, what: str, amount: float) -> None:
         self.progress.cost[what] = self.progress.cost.get(what, 0.0) + amount
+
+    def _spend_at_server(self, task: Task) -> None:
+        """Count what was processed at the server; a cost only of algorithms that have images there."""
+        if self.algorithm.needs & NEEDS:
+            self._spend("server_samples", float(task.samples()))
 
     def _synchronise(self) -> None:
         if self.device == "cuda":

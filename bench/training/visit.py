@@ -26,7 +26,9 @@ class Visit:
     index: Tensor
     """(n,) int64, rows of the resident images."""
     key: Tensor
-    """() int64."""
+    """() int64, of the client and the round."""
+    client_key: Tensor
+    """() int64, of the client in every round."""
     class_counts: Tensor
     """(C,) int64."""
     sent: Tree = field(default_factory=dict)

@@ -127,9 +127,11 @@ def check(studies: Sequence[Study]) -> None:
     Raises:
         BadConfig, DataMissing, DataDamaged, PartitionFailed: As of `selection.set_aside` and `Dataset.labels`.
     """
-    for run, seeds, share in {study.run.protocol: (study.run, study.seeds, study.share) for study in studies}.values():
+    read = {(study.run.protocol, study.run.setting.auxiliary, study.run.algorithm.needs): study for study in studies}
+    for study in read.values():
+        run = study.run
         labels = source.labels(run.dataset, run.data_root)
-        for seed in seeds:
-            split = selection.set_aside(labels, run.dataset.num_classes, run.setting, seed, share)
-            source.require(run.dataset, run.data_root, [*split.clients, *split.tests])
+        for seed in study.seeds:
+            split = selection.set_aside(labels, run.dataset.num_classes, run.setting, seed, study.share)
+            source.require(run.dataset, run.data_root, [*split.clients, *split.tests, *run.reserved(labels)])
         run.read_weights()

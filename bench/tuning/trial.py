@@ -14,6 +14,8 @@ from bench.dataset import Dataset, Splits
 from bench.files import source
 from bench.protocol.settings import BadConfig
 from bench.splits import selection
+from bench.splits.auxiliary import Reserve
+from bench.sweep.config import Run
 from bench.sweep.execution import reason_of
 from bench.training.rounds import Diverged, Job
 from bench.training.rounds import train as train
@@ -45,7 +47,7 @@ def attempt(study: Study, trial: Trial, folder: Path) -> Trial:
             algorithm, setting = study.algorithm(trial.values), _setting(study, trial.lr, len(split.clients))
             job = Job(
                 algorithm, run.dataset, splits, split, setting, seed, run.engine, run.precision, run.device,
-                run.read_weights(),
+                run.read_weights(), _reserve(run),
             )  # fmt: skip
             outcomes.append(train(job, checkpoint=file))
         ended = _scored(study, trial, outcomes)
@@ -86,6 +88,12 @@ def _images(dataset: Dataset, root: Path) -> Splits:
     """Load a dataset, without its official test part."""
     splits = source.load(dataset, root)
     return replace(splits, test_x=torch.empty(0, *splits.train_x.shape[1:]), test_y=splits.test_y[:0], test_users=None)
+
+
+@lru_cache(maxsize=1)
+def _reserve(run: Run) -> Reserve | None:
+    """Find the images at the server; the official test part is looked at only so that none of them is in it."""
+    return None if run.setting.auxiliary is None else run.reserve(source.load(run.dataset, run.data_root))
 
 
 def _load(dataset: Dataset, root: Path, study: Study, seed: int) -> Any:

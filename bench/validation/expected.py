@@ -24,10 +24,11 @@ from bench.contract import toy
 from bench.dataset import Dataset, Labels
 from bench.files import source
 from bench.protocol.identity import canonical, identify
-from bench.protocol.settings import SETTINGS, Setting
+from bench.protocol.settings import SETTINGS, BadConfig, Setting
 from bench.protocol.spelling import label, name
 from bench.registry import ALGORITHMS, DATASETS, BadPlugin, Registry, UnknownPlugin
 from bench.results.record import Record
+from bench.splits import auxiliary
 from bench.splits.split import describe, make_split
 from bench.sweep.config import Run
 from bench.task import Task
@@ -112,6 +113,7 @@ def rebuild(record: Record) -> Asked:
     dataset = _plugin(DATASETS, identity, "dataset", outdated)
     assert algorithm is not None  # only a dataset may stand for a user's own files
     setting = _setting(identity.get("setting"), str(record.setting["name"]))
+    setting = replace(setting, auxiliary=_origin(identity["algorithm"], algorithm))
     asked = Asked(
         record=record,
         algorithm=algorithm,
@@ -155,6 +157,19 @@ def _own_rate(described: object) -> float | None:
     if lr is not None and (type(lr) is not float or lr <= 0):
         raise CannotRebuild("identity.algorithm.lr", f"is {lr!r}, and must be a number above 0")
     return lr
+
+
+def _origin(described: object, algorithm: Algorithm) -> str | None:
+    """Read where images at the server come from, if the algorithm needs some."""
+    key, told = "identity.algorithm.auxiliary", described.get("auxiliary") if isinstance(described, dict) else None
+    if (told is not None) != bool(algorithm.needs & auxiliary.NEEDS):
+        raise CannotRebuild(key, f"is {told!r}, and an algorithm has it if it needs images at the server")
+    if told is None:
+        return None
+    try:
+        return str(auxiliary.parse(told["images"]))
+    except (BadConfig, UnknownPlugin, BadPlugin, KeyError, TypeError) as error:
+        raise CannotRebuild(key, f"is {told!r}, which names no images ({error})") from error
 
 
 def _setting(described: object, called: str) -> Setting:
@@ -352,8 +367,11 @@ def sent(asked: Asked, clients: int) -> Sent | None:
         clients: All clients.
 
     Returns:
-        None where the images' shape is not known here, or the model is too large to be made for this.
+        None where the images' shape is not known here, or the model is too large to be made for this; or where there
+        are images at the server, on which states may depend.
     """
+    if asked.algorithm.needs & auxiliary.NEEDS:
+        return None
     setting, pooled = asked.setting, "pooled" in asked.algorithm.needs
     shapes = None if asked.dataset is None else _shapes(asked.algorithm, asked.dataset, setting, clients)
     if shapes is None:

@@ -15,6 +15,7 @@ import bench
 from bench.dataset import DataDamaged, DataMissing
 from bench.protocol.settings import BadConfig
 from bench.results.record import COUNTS, DOCUMENT, ROUNDS, Record, check
+from bench.splits.auxiliary import NEEDS
 from bench.splits.longtail import group_classes
 from bench.splits.split import PartitionFailed
 from bench.validation import counted
@@ -287,6 +288,8 @@ def _cost(found: Inspected, record: Record, asked: Asked) -> None:
     for key in _SELDOM:
         if key in cost and not cost[key]:
             found.add(DOCUMENT, f"cost.{key}", f"is {cost[key]}, and is left out where there is none")
+    if ("server_samples" in cost) != bool(asked.algorithm.needs & NEEDS):
+        found.add(DOCUMENT, "cost.server_samples", "is of algorithms that need images at the server, and of no other")
     clients = found.clients
     known = None if clients is None or asked.outdated else sent(asked, clients)
     if known is None:

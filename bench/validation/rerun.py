@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from bench.dataset import DataDamaged, DataMissing
+from bench.files import source
 from bench.protocol import provenance
 from bench.protocol.settings import BadConfig
 from bench.results import records
@@ -31,7 +33,7 @@ TOLERANCE = 0.08
 """What accuracies may differ by where bits cannot be compared, as fractions. Training makes much of little rounding:
 with other vector instructions of one processor, ten short runs on FEMNIST (20 rounds) ended up to 0.055 apart.
 """
-_EXACT_COSTS = ("bytes_down", "bytes_up", "samples", "client_state_bytes")
+_EXACT_COSTS = ("bytes_down", "bytes_up", "samples", "server_samples", "client_state_bytes")
 """Costs that depend on neither machine nor hour."""
 _OF_THE_MACHINE = ("machine", "cpu", "gpu", "instructions")
 """Keys of the hardware, as far as a run recorded them, by which bits may differ."""
@@ -71,18 +73,22 @@ def candidates(inspected: Sequence[Inspected], root: Path, plugins: tuple[Path, 
     runs = {}
     for one in inspected:
         asked, record = one.asked, one.record
-        if asked is None or record is None or record.status != "done" or one.dealt is None or not _can(asked):
+        if asked is None or record is None or record.status != "done" or one.dealt is None or not _can(asked, root):
             continue
         runs[record.id] = asked.run(root, plugins)
     return runs
 
 
-def _can(asked: Asked) -> bool:
+def _can(asked: Asked, root: Path) -> bool:
+    if asked.dataset is None or asked.outdated or asked.own_weights:
+        return False
     try:
         resolve_device(asked.record.device)
-    except BadConfig:
+        if asked.setting.auxiliary is not None:
+            asked.run(root).reserved(source.labels(asked.dataset, root))
+    except (BadConfig, DataMissing, DataDamaged):
         return False
-    return asked.dataset is not None and not asked.outdated and not asked.own_weights
+    return True
 
 
 def draw(runs: Sequence[str], n: int, seed: int) -> list[str]:
