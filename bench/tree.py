@@ -171,7 +171,7 @@ def clone(a: Tree) -> Tree:
 
 
 def where(condition: Tensor, a: Tree, b: Tree) -> Tree:
-    """Give a where a () bool is true, and b where it is false: for stacked clients, which cannot branch on a tensor."""
+    """Give `a` if a () bool is true and `b` if it is not, without a branch, which stacked clients cannot take."""
     return map(lambda x, y: torch.where(condition, x, y), a, b)
 
 
@@ -199,6 +199,8 @@ def packed_nbytes(a: Tree, bits: int | None = None) -> int:
         n · b                   all entries
         k · (b + ⌈log2 n⌉)      those that are not zero, each with its place
         n + k · b               a bit an entry, whether it is zero, and those that are not
+
+    What tells the three apart, and k, are not counted.
 
     Args:
         a: What is sent: dense tensors, pruned, masked or quantised ones among them. Not within `torch.func.vmap`.

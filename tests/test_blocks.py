@@ -108,6 +108,8 @@ def test_a_block_is_a_stage_and_its_keys_are_residual_units() -> None:
     assert block_of(model, "body/stage2_2/first/conv/weight") == "stage2"
     assert block_of(model, "body/stem/norm/stats/mean") == "stem"
     assert block_of(model, "head/bias") == "head"
+    with pytest.raises(LookupError, match=r"stage2_3/first/conv/weight is no leaf of resnet18; .* body/stage2_2, "):
+        block_of(model, "body/stage2_3/first/conv/weight")
 
 
 @pytest.mark.parametrize("path", ["body/conv1/weight", "body", "head", "weight", "stem/conv/weight", "body/stage2"])
@@ -221,8 +223,8 @@ class Nested(Algorithm):
 @pytest.mark.parametrize("statistics", ["shared", "personal", "frozen"])
 def test_a_policy_concerns_norm_layers_wherever_a_model_stands(statistics: str, engine: str) -> None:
     setting = replace(toy.SETTING, model="resnet8", norm="batch", statistics=statistics, rounds=2, epochs=1)
-    setting = replace(setting, participation=1.0, batch_size=8, lr=0.01)
-    sizes = (12, 10, 0, 0, 0, 0, 0, 8)
+    setting = replace(setting, participation=1.0, batch_size=4, lr=0.01)
+    sizes = (7, 6, 0, 0, 0, 0, 0, 5)
     plain, nested = (
         finish(toy.run(algorithm, engine, setting=setting, sizes=sizes))
         for algorithm in (ALGORITHMS["fedavg"](), Nested())
@@ -244,6 +246,29 @@ def test_a_policy_concerns_norm_layers_wherever_a_model_stands(statistics: str, 
     assert accuracies[0] == accuracies[1] is not None
     up = nested.progress.cost["bytes_up"] - plain.progress.cost["bytes_up"]
     assert up == 2 * 8 * 4  # a count from each client in each round, and no statistics besides
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watches(Algorithm):
+    """FedAvg whose clients note the statistics that they start a round with."""
+
+    def init_client(self, task: Task) -> Tree:
+        return {"seen": torch.zeros(64)}
+
+    def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
+        seen = shared["body"]["stem"]["norm"]["stats"]["mean"]
+        return task.sgd(task.loss, shared, data.batches(task.epochs)), {"seen": seen}
+
+
+@pytest.mark.parametrize("engine", ["serial", "stacked"])
+def test_statistics_that_stay_at_a_client_go_on_from_round_to_round(engine: str) -> None:
+    setting = replace(toy.SETTING, model="resnet8", norm="batch", statistics="personal", rounds=2, epochs=1)
+    run = toy.run(Watches(), engine, setting=replace(setting, participation=1.0), sizes=(7, 6, 0, 0, 0, 0, 0, 5))
+    run.step()
+    kept = [run.store[k]["statistics"]["body"]["stem"]["norm"]["stats"]["mean"].clone() for k in (0, 1)]
+    assert kept[0].abs().max() > 0 and not torch.equal(*kept)
+    run.step()
+    assert all(torch.equal(run.store[k]["own"]["seen"], kept[k]) for k in (0, 1))
 
 
 # A second network -------------------------------------------------------------------------------------------
@@ -366,7 +391,8 @@ def test_a_condition_chooses_between_trees_for_each_stacked_client() -> None:
 
 
 def test_a_function_of_path_and_leaf_keeps_empty_parts() -> None:
-    start = {"body": {}, "head": {"weight": torch.ones(2), "bias": torch.ones(1)}, "n": torch.ones(())}
+    head = {"weight": torch.ones(2), "bias": torch.ones(1)}
+    start: Tree = {"body": {}, "teacher": {"head": head}, "n": torch.ones(())}
     seen: list[str] = []
 
     def double_weights(path: str, leaf: Tensor) -> Tensor:
@@ -374,9 +400,10 @@ def test_a_function_of_path_and_leaf_keeps_empty_parts() -> None:
         return 2 * leaf if path.endswith("weight") else leaf
 
     after = tree.map_paths(double_weights, start)
-    assert seen == list(tree.flatten(start)) == ["head/weight", "head/bias", "n"]
-    assert list(after) == ["body", "head", "n"] and after["body"] == {}
-    assert after["head"]["weight"].tolist() == [2, 2] and after["head"]["bias"].tolist() == [1]
+    assert seen == list(tree.flatten(start)) == ["teacher/head/weight", "teacher/head/bias", "n"]
+    assert list(after) == ["body", "teacher", "n"] and after["body"] == {}
+    doubled = after["teacher"]["head"]
+    assert doubled["weight"].tolist() == [2, 2] and doubled["bias"].tolist() == [1] and head["weight"].sum() == 2
 
 
 # Packed sizes -----------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The networks by name, which of them fit which images, and what their bodies are made of.
 
 `model.blocks` are the stages of a body, `block_of(model, path)` names the one a leaf belongs to, and `is_norm(path)`
-tells norm layers from the others: tree.split(params, is_norm). Keys of a body, block by block:
+tells norm layers from the others: `tree.split(params, is_norm)`. Keys of a body, block by block:
 
     linear, frozen          none: one block, `flat`, without weights
     mlp                     hidden

@@ -39,7 +39,7 @@ def is_norm(path: str) -> bool:
 def is_norm_statistic(path: str) -> bool:
     """Tell whether a leaf is a running statistic of a norm layer: what a policy is about.
 
-    Other leaves below `stats` are state that is not differentiated, norm layers of a model kept there among them.
+    What else lies below `stats` is state that is not differentiated, and travels whatever the policy.
     """
     return f"/norm/{STATISTICS}/" in f"/{path}"
 

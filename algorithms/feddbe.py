@@ -1,0 +1,103 @@
+"""FedDBE: what is particular in a client's features becomes a bias of its own; their mean is drawn to a common one.
+
+Zhang, Hua, Cao, Wang, Song, Xue, Ma, Guan. Eliminating Domain Bias for Federated Learning in Representation Space.
+NeurIPS 2023. https://arxiv.org/abs/2311.14975 (FedAvg+DBE)
+
+Server keeps   body, head, consensus
+Client keeps   bias
+Down           body, head, consensus
+Up             mean, body, head
+Departs        `mean` is sent once, by all clients before the first round, `body` and `head` in each round; the bias
+               has the setting's momentum and decay, and is clipped by itself (reference: plain SGD); the last,
+               smaller batch of an epoch counts (reference: dropped), also as the newest one of the running mean
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bench import Algorithm, Batch, Exchange, LocalData, Task, Tree, Uploads, register
+from bench.losses import cross_entropy
+
+
+@register("feddbe")
+@dataclass(frozen=True, kw_only=True)
+class FedDBE(Algorithm):
+    """The running mean of features is carried from step to step, and starts at zero in each round."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"body"})
+    space: ClassVar[Mapping[str, tuple[float, float] | list[object]]] = {
+        "pull": (0.5, 500.0),
+        "feature_momentum": (0.1, 1.0),
+    }
+
+    pull: float = 50.0
+    """Strength of the pull towards the consensus, ≥ 0 (paper: kappa; reference: 50)."""
+    feature_momentum: float = 1.0
+    """Share of the newest batch in the running mean, in (0, 1] (paper: mu; reference: 1)."""
+    personal_bias: bool = True
+    """Whether there is a bias; without it only the pull is left (paper: its ablation)."""
+
+    def __post_init__(self) -> None:
+        if self.pull < 0:
+            raise ValueError(f"pull = {self.pull}: must be at least 0")
+        if not 0 < self.feature_momentum <= 1:
+            raise ValueError(f"feature_momentum = {self.feature_momentum}: must be in (0, 1]")
+
+    def init_server(self, task: Task) -> Tree:
+        """Have no consensus yet."""
+        return {**task.init(), "consensus": self._zeros(task)}
+
+    def init_client(self, task: Task) -> Tree:
+        """Start with a bias of zero."""
+        return {"bias": self._zeros(task)}
+
+    def exchanges(self, task: Task) -> tuple[Exchange, ...]:
+        """Let all clients find the consensus before the first round."""
+        prologue = Exchange("measure", "agree", everyone=True)
+        return (prologue, Exchange()) if task.round == 0 else (Exchange(),)
+
+    def measure(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
+        """Train as FedAvg does, and send nothing but the mean of the features that were met."""
+
+        def loss(w: Tree, batch: Batch) -> tuple[Tensor, Tree]:
+            z, mean = self._features(task, w, batch)
+            return cross_entropy(task.model.logits(w["head"], z), batch), {"stats": {"mean": mean}}
+
+        w = {"body": shared["body"], "head": shared["head"], "stats": {"mean": self._zeros(task)}}
+        return {"mean": task.sgd(loss, w, data.batches(task.epochs))["stats"]["mean"]}, private
+
+    def agree(self, task: Task, server: Tree, uploads: Uploads) -> Tree:
+        """Average the means by client size, for good."""
+        return {**server, "consensus": uploads.mean("mean")}
+
+    def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
+        """Train the model and the bias, which is added to features, with the pull on their mean."""
+
+        def loss(w: Tree, batch: Batch) -> tuple[Tensor, Tree]:
+            z, mean = self._features(task, w, batch)
+            entropy = cross_entropy(task.model.logits(w["head"], z + {**private, **w}["bias"]), batch)
+            apart = 0.5 * (mean - shared["consensus"]).square().mean()
+            return entropy + self.pull * apart, {"stats": {"mean": mean}}
+
+        w = {"body": shared["body"], "head": shared["head"], "stats": {"mean": self._zeros(task)}}
+        w |= private if self.personal_bias else {}
+        w = task.sgd(loss, w, data.batches(task.epochs), clip_apart=("bias",))
+        return {"body": w["body"], "head": w["head"]}, {"bias": w.get("bias", private["bias"])}
+
+    def personal_model(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> Tree | None:
+        """Fold the bias into the head's: W (z + b) + c = W z + (W b + c)."""
+        weight, bias = shared["head"]["weight"], shared["head"]["bias"]
+        return {"body": shared["body"], "head": {"weight": weight, "bias": bias + weight @ private["bias"]}}
+
+    def _features(self, task: Task, w: Tree, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Give a batch's features, (B, d), and the running mean that includes them, (d,)."""
+        z = task.model.features(w["body"], batch.x).float()
+        here = (z * batch.weight[:, None]).sum(0) / batch.weight.sum().clamp(min=1)
+        return z, torch.lerp(w["stats"]["mean"], here, self.feature_momentum)
+
+    def _zeros(self, task: Task) -> Tensor:
+        return task.key.new_zeros(task.model.feature_size, dtype=torch.float32)

@@ -1,0 +1,55 @@
+"""FedSAM: clients take the gradient where the loss is worst nearby, and so look for flat minima.
+
+Qu, Li, Duan, Liu, Tang, Lu. Generalized Federated Learning via Sharpness Aware Minimization. ICML 2022.
+https://arxiv.org/abs/2206.02618 (Algorithm 1); Caldarola, Caputo, Ciccone. Improving Generalization in Federated
+Learning by Seeking Flat Minima. ECCV 2022. https://arxiv.org/abs/2203.11834 (FedSAM, FedASAM)
+
+Server keeps   body, head
+Client keeps   nothing
+Down           body, head
+Up             body, head
+Departs        no averaging over late rounds (SWA, Caldarola et al.) and no momentum from the server (MoFedSAM, Qu et
+               al.); running statistics of batch norm move in the first of the two passes only (the reference's
+               loop would move them in both)
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from bench import Algorithm, Batch, LocalData, Task, Tree, register, tree
+
+
+@register("fedsam")
+@dataclass(frozen=True, kw_only=True)
+class FedSAM(Algorithm):
+    """FedAvg but for the gradient of a step, for which an epoch costs two."""
+
+    rho: float = 0.1
+    """How far the worst point lies, ≥ 0 (paper, on CIFAR-10: 0.1; 0.7 for ASAM)."""
+    eta: float | None = None
+    """Makes it ASAM, where distances are relative to a weight's size plus eta, ≥ 0 (paper: 0.2); None: SAM."""
+
+    def __post_init__(self) -> None:
+        if self.rho < 0:
+            raise ValueError(f"rho = {self.rho}: must be at least 0")
+        if self.eta is not None and self.eta < 0:
+            raise ValueError(f"eta = {self.eta}: must be at least 0, or None for SAM")
+
+    def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
+        """Train the model, each step along the gradient at the worst point nearby."""
+
+        def at_the_worst(gradient: Tree, params: Tree, batch: Batch) -> Tree:
+            size = self._size(tree.parameters(params))
+            ascent = tree.map(torch.mul, size, gradient)
+            length = tree.dot(ascent, ascent).sqrt() + 1e-16
+            away = tree.scale(tree.map(torch.mul, size, ascent), self.rho / length)
+            worst = tree.merge(params, tree.add(tree.parameters(params), away))
+            return task.gradient(task.loss, worst, batch)[1]
+
+        return task.sgd(task.loss, shared, data.batches(task.epochs), edit=at_the_worst), private
+
+    def _size(self, params: Tree) -> Tree:
+        """Give what distances are relative to: 1 for SAM, |w| + eta for the weights of ASAM, 1 for its biases."""
+        weights, others = tree.split(params, lambda path: self.eta is not None and path.endswith("weight"))
+        return tree.merge(tree.map(torch.ones_like, others), tree.map(lambda w: w.abs() + self.eta, weights))
