@@ -8,7 +8,7 @@ cohort, one by one or stacked.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,23 +37,87 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Adaptation:
-    """How a personal model is fine-tuned on the client's training data before it is tested, as data.
+    """One stage of how a personal model is tuned on the client's training data before it is tested, as data.
 
-    Every client takes the same path: trained in every round, never sampled, or unseen.
+    Every client takes the same path, whether it is drawn in every round or never; those held out of training may take
+    another (`newcomer_adaptation`). A stage starts with momentum zero. Norm layers of what does not move are in
+    evaluation mode, and keep their running statistics.
     """
 
-    epochs: int
-    """The budget whose model counts as `personal`."""
+    epochs: int = 0
+    """Passes over the client's examples."""
+    steps: int | None = None
+    """Instead of epochs: so many batches, for a client of any size; ≥ 1."""
     parts: tuple[str, ...] = ("body", "head")
-    """Keys of the model that move; the others are fixed."""
+    """Keys of the model that move; the others are fixed. `head` is whatever is not the body where no key is called so.
+    """
     curve: tuple[int, ...] = (0, 1, 5, 10)
-    """Budgets reported besides, as far as they lie below `epochs`; 0 is the model before adaptation."""
+    """Epochs after which the model is reported besides, as far as they lie below the budget; 0 is the model before
+    adaptation. Of several stages the first one's counts, in epochs over all; stages of steps are reported at their end.
+    """
     lr_factor: float = 1.0
     """Learning rate, as a multiple of the round's."""
+    lr: float | None = None
+    """Instead of a multiple: the learning rate itself."""
+    loss: str | None = None
+    """Name of a method to be minimised, (task, model, data, batch) -> (); None: cross-entropy of the algorithm's own
+    `predict`."""
+    labels: bool = True
+    """False: what the loss sees has no labels; y is -1 and class counts are 0."""
 
-    def budgets(self) -> tuple[int, ...]:
-        """Give the budgets that are evaluated, ascending."""
-        return tuple(sorted({*(budget for budget in self.curve if budget < self.epochs), self.epochs}))
+    def __post_init__(self) -> None:
+        for name in ("epochs", "steps"):
+            value, least = getattr(self, name), 1 if name == "steps" else 0
+            if value is not None and value < least:
+                raise ValueError(f"{name} = {value}: a stage has at least {least}")
+        if self.epochs and self.steps is not None:
+            raise ValueError(f"epochs = {self.epochs} and steps = {self.steps}: a stage has one of them; leave one out")
+        if self.lr is not None and self.lr_factor != 1.0:
+            raise ValueError(f"lr_factor = {self.lr_factor} and lr = {self.lr}: a stage has one of them; leave one out")
+        if not self.labels and self.loss is None:
+            raise ValueError("labels = False: cross-entropy needs labels; name a loss of your own that does not")
+
+    def __str__(self) -> str:
+        """Say in words what is done: `5 epochs of body and head at 1 × lr`."""
+        amount, unit = (self.epochs, "epoch") if self.steps is None else (self.steps, "step")
+        rate = f"{self.lr_factor:g} × lr" if self.lr is None else f"lr {self.lr:g}"
+        how = "" if self.loss is None else f" by {self.loss}"
+        known = "" if self.labels else " without labels"
+        return f"{amount} {unit}{'s' * (amount != 1)} of {' and '.join(self.parts)} at {rate}{how}{known}"
+
+
+HEAD_EPOCHS = Adaptation(epochs=5, parts=("head",), curve=())
+"""What clients held out of training do where an algorithm says nothing of its own."""
+
+
+def stages(adaptation: Adaptation | tuple[Adaptation, ...] | None) -> tuple[Adaptation, ...]:
+    """Give the stages of an adaptation, in order; none where there is none."""
+    if isinstance(adaptation, Adaptation):
+        return (adaptation,)
+    return adaptation or ()
+
+
+class Misnamed(ValueError):
+    """An algorithm names a part of a model or a method that is not there; the message says which."""
+
+
+def method_of(algorithm: Algorithm, name: str) -> Callable[..., Tensor]:
+    """Find a method that an algorithm gives by its name, as data: a predictor, or the loss of a stage.
+
+    Raises:
+        Misnamed: It has no such method.
+    """
+    found = getattr(algorithm, name, None)
+    if not callable(found):
+        called = type(algorithm).__name__
+        raise Misnamed(f"{called} names the method {name!r}, and has none that is called so; write it, or name another")
+    method: Callable[..., Tensor] = found
+    return method
+
+
+def is_usual(verb: Callable[..., object], usual: Callable[..., object]) -> bool:
+    """Tell whether an instance's method is the default one of `Algorithm`, whatever else stands around the instance."""
+    return getattr(verb, "__func__", None) is usual
 
 
 class Server:
@@ -145,13 +209,27 @@ class Client(ABC):
         """Give further personal models to be tested and reported beside, by name; none ranks."""
         return {}
 
-    def adaptation(self, task: Task) -> Adaptation | None:
-        """Say how the personal model is fine-tuned before it is tested; by default not at all."""
+    def adaptation(self, task: Task) -> Adaptation | tuple[Adaptation, ...] | None:
+        """Say how the personal model is tuned before it is tested, in stages; by default not at all."""
         return None
+
+    def newcomer(self, task: Task, shared: Tree, data: LocalData) -> Tree:
+        """Make the private state of a client held out of training, anew for each test; by default that of a client
+        which has not yet taken part.
+
+        `data` is its *training* data, and `shared` is not to be changed in place.
+        """
+        return self.init_client(task)
+
+    def newcomer_adaptation(self, task: Task) -> Adaptation | tuple[Adaptation, ...] | None:
+        """Say how the model of a client held out of training is tuned; by default like everybody's, or if they do
+        nothing, five epochs of the head. None: not at all.
+        """
+        return self.adaptation(task) or HEAD_EPOCHS
 
     def predict(self, task: Task, model: Tree, x: Tensor) -> Tensor:
         """Score images: (B, C), larger is likelier. To be overridden only where a model is not a body and a
-        head.
+        head; `predictors` names another one for a variant.
         """
         return task.logits(model, x)
 
@@ -175,6 +253,9 @@ class Algorithm(Client, Server):
     """Fields whose default is not the paper's value, with that value: the preset `paper`."""
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]] | None] = None
     """What `bench tune` chooses among, by field: (lowest, highest) or a list of values; None: around the defaults."""
+    predictors: ClassVar[Mapping[str, str]] = {}
+    """Variants, global or personal, that are scored in another way than by `predict`: name of the variant to name of a
+    method with its arguments and result."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """Capabilities: "body" (a model with a body and a head), "prior" (`task.prior`, the global class
     frequencies), "pooled" (one pseudo-client holds the union of all training data: the centralised

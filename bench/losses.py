@@ -25,8 +25,8 @@ def one_hot(y: Tensor, num_classes: int) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
-    """Mean cross-entropy of (B, C) logits with the batch's labels, computed in float32: ()."""
-    return mean(F.cross_entropy(logits.float(), batch.y, reduction="none"), batch)
+    """Mean cross-entropy of (B, C) logits with the batch's labels, computed in float32: (). It is 0 without labels."""
+    return mean(F.cross_entropy(logits.float(), batch.y, reduction="none", ignore_index=-1), batch)
 
 
 def balanced_softmax(logits: Tensor, batch: Batch, class_counts: Tensor) -> Tensor:

@@ -56,6 +56,8 @@ class Task:
     weights: Tree | None = None
     """Body that every model starts from, trained elsewhere; None: drawn."""
     precision: torch.dtype = torch.float32
+    still: bool = False
+    """Set while models are adapted: norm layers outside the trained parameters are in evaluation mode."""
     stacked: bool = False
     """Set by the stacked engine: gradients by `torch.func`, batches may be padded."""
     auxiliary: LocalData | None = None
@@ -219,7 +221,8 @@ class Task:
 
     def _recorded(self, loss: Loss, params: Tree, statistics: Tree, batch: Batch) -> tuple[Tensor, Tree]:
         """Compute a loss in training mode: its value, and the next running statistics and carried values."""
-        recorder = Recorder(batch.weight, self.stacked, self.frozen_statistics)
+        moving = frozenset(map(id, tree.flatten(statistics).values())) if self.still else None
+        recorder = Recorder(batch.weight, self.stacked, self.frozen_statistics, moving)
         with training(recorder), torch.autocast(batch.x.device.type, self.precision, self._mixed):
             value = loss(params, batch)
         if isinstance(value, Tensor):

@@ -359,6 +359,7 @@ def test_writers_can_be_forgotten_for_a_dirichlet_partition() -> None:
         ({"dataset": "femnist", "overrides": {"partition": "lda"}}, "say among how many clients with --clients"),
         ({"overrides": {"client_test": "own"}}, "needs natural users as clients, not --partition dirichlet"),
         ({"overrides": {"eval_clients": 0}}, "eval_clients = 0: must be at least 1"),
+        ({"overrides": {"unseen_labels": False}}, "unseen_labels = False: no client is held out; say how many with"),
     ],
 )
 def test_what_would_do_nothing_is_refused(options: dict[str, object], said: str) -> None:
@@ -370,6 +371,12 @@ def test_what_would_do_nothing_is_refused(options: dict[str, object], said: str)
 def test_the_clients_that_are_tested_are_part_of_the_identity_only_where_they_are_chosen() -> None:
     assert "eval_clients" not in canonical(only().identity())
     assert only(overrides={"eval_clients": 5}).id != only().id
+
+
+def test_labels_of_newcomers_are_part_of_the_identity_only_where_they_are_taken_away() -> None:
+    assert "unseen_labels" not in canonical(only(overrides={"unseen": 2}).identity())
+    assert only(overrides={"unseen": 2, "unseen_labels": True}).id == only(overrides={"unseen": 2}).id
+    assert only(overrides={"unseen": 2, "unseen_labels": False}).id != only(overrides={"unseen": 2}).id
 
 
 def test_weights_are_told_by_their_contents(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from bench.command.options import DEFAULT_SETTING
 from bench.registry import ALGORITHMS, DATASETS, Registry, UnknownPlugin
 
 if TYPE_CHECKING:
+    from bench.algorithm import Adaptation, Algorithm
     from bench.dataset import Dataset
 
 KINDS = ("algorithms", "datasets", "models", "settings", "partitions")
@@ -61,10 +62,12 @@ def describe(kind: str, name: str, dataset: str) -> dict[str, Any]:
 
     Returns:
         "name", "kind", "documentation", and what the kind has: "fields" (name to value or type and default,
-        and doc), "tier", "needs", "version", "size", "parameters", a dataset's default "setting" and so on.
+        and doc), "tier", "needs", "version", "adaptation", and of "newcomers" where they differ, "size", "parameters",
+        a dataset's default "setting" and so on.
     """
     if kind == "algorithms":
-        return _describe_plugin(kind, name, ALGORITHMS[name], ("tier", "needs", "stackable", "version"))
+        described = _describe_plugin(kind, name, ALGORITHMS[name], ("tier", "needs", "stackable", "version"))
+        return {**described, **_adaptation(ALGORITHMS[name]())}
     if kind == "datasets":
         facts = ("num_classes", "image_shape", "size", "licence", "citation", "source", "revision")
         described = _describe_plugin(kind, name, DATASETS[name], facts)
@@ -83,6 +86,26 @@ def _describe_plugin(kind: str, name: str, plugin: type, facts: tuple[str, ...])
     plain = {fact: sorted(value) if isinstance(value, frozenset) else value for fact, value in values.items()}
     described = {"name": name, "kind": kind, "documentation": documentation, **plain}
     return {**described, "fields": field_descriptions(plugin)}
+
+
+def _adaptation(algorithm: Algorithm) -> dict[str, str | None]:
+    """Say what is tuned before the test, and by clients held out of training where that differs."""
+    from bench.algorithm import stages
+    from bench.contract import toy
+
+    task = toy.task(algorithm)
+    usual, newcomers = stages(algorithm.adaptation(task)), stages(algorithm.newcomer_adaptation(task))
+    described = {"adaptation": _in_words(usual)}
+    return described if newcomers == usual else {**described, "newcomers": _in_words(newcomers)}
+
+
+def _in_words(stages: tuple[Adaptation, ...]) -> str | None:
+    """Say what is done in stages; turns that repeat are said once."""
+    if not stages:
+        return None
+    turns = next(n for n in range(len(stages), 0, -1) if stages == n * stages[: len(stages) // n])
+    said = ", then ".join(map(str, stages[: len(stages) // turns]))
+    return f"before the test: {said}" + (f"; that {turns} times" if turns > 1 else "")
 
 
 def _fact(plugin: object, fact: str) -> object:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from bench import tree
-from bench.algorithm import Algorithm
+from bench.algorithm import Adaptation, Algorithm, is_usual, method_of, stages
 from bench.contract import toy
 from bench.data import Uploads
 from bench.dataset import DataDamaged, DataMissing, Dataset
@@ -179,17 +179,17 @@ def models_fit(plugin: type[Algorithm]) -> None:
     """
     run = toy.run(plugin())
     run.step()
-    if plugin.predict is not Algorithm.predict:
+    if not is_usual(run.algorithm.predict, Algorithm.predict):
         return
     task = run.task_at(0)
     wanted = {path: leaf.shape for path, leaf in tree.flatten(task.init()).items()}
-    visit = run.population.visit(0, 0, run.store[0])
-    personal, _ = engines.serial(
-        run.algorithm.personal_model, task, toy.received(run, 0), run.population.images, [visit]
-    )
+    visit, shared = run.population.visit(0, 0, run.store[0]), toy.received(run, 0)
+    personal, _ = engines.serial(run.algorithm.personal_model, task, shared, run.population.images, [visit])
     models = {"global": run.algorithm.global_model(task, run.progress.server), "personal": personal[0]}
     models |= {
-        f"global {name}": model for name, model in run.algorithm.global_variants(task, run.progress.server).items()
+        f"global {name}": model
+        for name, model in run.algorithm.global_variants(task, run.progress.server).items()
+        if name not in run.algorithm.predictors
     }
     _require(any(model is not None for model in models.values()), "there is neither a global nor a personal model")
     for name, model in models.items():
@@ -314,25 +314,65 @@ def evaluation_is_pure(plugin: type[Algorithm]) -> None:
 
 def test_data_stay_out(plugin: type[Algorithm]) -> None:
     """Garbage as test data changes no state and no adapted model: nothing is trained or chosen on them."""
-    setting = replace(toy.SETTING, rounds=2)
+    setting = replace(toy.SETTING, rounds=2, unseen=1)
     runs = [toy.finish(toy.run(plugin(), setting=setting, garbage=garbage)) for garbage in (False, True)]
     _require(runs[0].outcome().digest == runs[1].outcome().digest, "the final state depends on the test data")
-    a, b = (tested_model(run) for run in runs)
-    _require(tree.largest_difference(a, b) == 0, "the personal model, or its adaptation, depends on the test data")
+    for client in (0, len(toy.SIZES) - 1):
+        a, b = (tested_models(run, client) for run in runs)
+        _require(tree.largest_difference(a, b) == 0, "the personal model, or its adaptation, depends on the test data")
 
 
-def tested_model(run: Run) -> Tree:
-    """Give the personal model of client 0 as it is tested after a run; nothing where there is none."""
+def tested_models(run: Run, client: int) -> dict[str, Tree]:
+    """Give the personal models of a client as they are tested after a run, by name."""
     task = run.task_at(run.setting.rounds - 1)
-    visit = run.population.visit(0, task.round, run.store[0])
-    models, _ = engines.serial(
-        run.algorithm.personal_model, task, toy.received(run, 0, task.round), run.population.images, [visit]
-    )
-    adaptation = run.algorithm.adaptation(task)
-    if models[0] is None or adaptation is None:
-        return models[0] or {}
-    adapted: Tree = run.evaluator.adapt(adaptation, task, [visit], models)[adaptation.epochs][0]
-    return adapted
+    server = run.progress.server
+    named = run.evaluator.models(task, server, run.algorithm.broadcast(task, server), run.store, [client], True)
+    return {name: model for name, (model,) in named.items()}
+
+
+def newcomers_are_served(plugin: type[Algorithm]) -> None:
+    """Clients held out of training, an empty one among them, get finite models, with labels and without; asking for
+    them changes nothing.
+    """
+    for engine, labels in (("serial", True), ("stacked", True), ("stacked", False)):
+        setting = replace(toy.SETTING, rounds=1, unseen=2, unseen_labels=labels)
+        run = toy.finish(toy.run(plugin(), engine, setting=setting))
+        before = tree.clone({**toy.states(run), "initial": run.store.initial})
+        for client in (toy.SIZES.index(0), len(toy.SIZES) - 1):
+            who = f"a newcomer of {toy.SIZES[client]} examples, {'with' if labels else 'without'} labels ({engine}),"
+            models, again = (tree.clone(tested_models(run, client)) for _ in range(2))
+            apart = tree.largest_difference(before, {**toy.states(run), "initial": run.store.initial})
+            _require(apart == 0, f"{who} changes the run's states by {apart:.1e}")
+            _require(tree.is_finite(models), f"{who} gets a model that is not finite")
+            apart = tree.largest_difference(models, again)
+            _require(apart == 0, f"{who} gets another model when asked again, by {apart:.1e}")
+
+
+def adaptation_is_data(plugin: type[Algorithm]) -> None:
+    """What is tuned before a test can be listed before a run: stages that pickle, the same whenever asked."""
+    run = toy.run(plugin())
+    for verb in (run.algorithm.adaptation, run.algorithm.newcomer_adaptation):
+        for round in range(run.setting.rounds):
+            listed, again = (tuple(stages(verb(run.task_at(round)))) for _ in range(2))
+            of = f"{verb.__name__} of round {round}"
+            for stage in listed:
+                _require(isinstance(stage, Adaptation), f"{of} lists {stage!r}, which is no Adaptation")
+            _require(listed == again, f"{of} lists other stages when asked again")
+            _require(pickle.loads(pickle.dumps(listed)) == listed, f"{of} does not survive pickling")
+
+
+def predictors_are_there(plugin: type[Algorithm]) -> None:
+    """`predictors` names variants that are tested, and methods that are there."""
+    run = toy.run(plugin())
+    run.step()
+    task = run.task_at(0)
+    visit, shared = run.population.visit(0, 0, run.store[0]), toy.received(run, 0)
+    (personal,), _ = engines.serial(run.algorithm.personal_variants, task, shared, run.population.images, [visit])
+    variants = {*personal, *run.algorithm.global_variants(task, run.progress.server)}
+    for variant, method in run.algorithm.predictors.items():
+        method_of(run.algorithm, method)
+        there = ", ".join(sorted(variants)) or "none"
+        _require(variant in variants, f"predictors names the variant {variant!r}; there are {there}")
 
 
 def learns(plugin: type[Algorithm]) -> None:
@@ -363,6 +403,9 @@ ALGORITHM_PROMISES: dict[str, Callable[[type[Algorithm]], None]] = {
     "stop and resume equals one go": resumes,
     "evaluation is pure": evaluation_is_pure,
     "test data stay out of training": test_data_stay_out,
+    "newcomers are served": newcomers_are_served,
+    "adaptation is data": adaptation_is_data,
+    "predictors are there": predictors_are_there,
     "learns the toy problem": learns,
 }
 

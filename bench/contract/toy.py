@@ -18,7 +18,7 @@ from bench.splits.auxiliary import NEEDS, Origin, Reserve, part_off
 from bench.splits.split import Split
 from bench.task import Task
 from bench.training import engine as engines
-from bench.training.rounds import Job, Run
+from bench.training.rounds import Job, Run, surroundings
 from bench.tree import Tree
 
 SIZES = (60, 44, 33, 17, 9, 3, 0, 26)
@@ -94,11 +94,19 @@ def run(
     sizes: tuple[int, ...] = SIZES,
 ) -> Run:
     """Set up a run of the toy problem without taking a step."""
+    return Run(_job(algorithm, engine, seed, setting, garbage, sizes), checkpoint)
+
+
+def task(algorithm: Algorithm) -> Task:
+    """Give the toy problem as an algorithm sees it, of no round in particular."""
+    return surroundings(_job(algorithm, "serial", 0, SETTING, False, SIZES)).task
+
+
+def _job(algorithm: Algorithm, engine: str, seed: int, setting: Setting, garbage: bool, sizes: tuple[int, ...]) -> Job:
     dataset = Toy(garbage=garbage)
     splits = dataset.load()
     dealt = split(_true_labels(splits), sizes)
-    job = Job(algorithm, dataset, splits, dealt, setting, seed, engine, reserve=reserve(splits, dealt, algorithm))
-    return Run(job, checkpoint)
+    return Job(algorithm, dataset, splits, dealt, setting, seed, engine, reserve=reserve(splits, dealt, algorithm))
 
 
 def reserve(splits: Splits, split: Split, algorithm: Algorithm) -> Reserve | None:

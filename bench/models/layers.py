@@ -57,8 +57,14 @@ class Recorder:
     """Whether some weights may be 0."""
     frozen: bool
     """Whether statistics keep their values, and are used instead of the batch's."""
+    moving: frozenset[int] | None = None
+    """Identities of the leaves of statistics that may move, the others being as if frozen; None: all."""
     seen: dict[int, Tensor] = field(default_factory=dict)
     """Next value, by the identity of the leaf it replaces."""
+
+    def keeps(self, leaf: Tensor) -> bool:
+        """Tell whether a running statistic keeps its value."""
+        return self.frozen or (self.moving is not None and id(leaf) not in self.moving)
 
     def following(self, statistics: Tree) -> Tree:
         """Give the next value of all statistics; those that were not used keep theirs."""
@@ -102,7 +108,7 @@ def batch_norm(layer: Tree, x: Tensor, momentum: float = 0.1, eps: float = 1e-5)
     weight, bias = layer["weight"], layer["bias"]
     stats = layer[STATISTICS]
     mode = _recorder.get()
-    if mode is None or mode.frozen:
+    if mode is None or mode.keeps(stats["mean"]):
         return F.batch_norm(x, stats["mean"], stats["var"], weight, bias, False, 0.0, eps)
     if not mode.padded:
         mean, var = stats["mean"].detach().clone(), stats["var"].detach().clone()

@@ -38,6 +38,8 @@ class Setting:
     """All clients, held-out ones included; None: as many as the dataset has natural users."""
     unseen: int = 0
     """Clients (the last ones) held out of training, tested after adaptation."""
+    unseen_labels: bool = True
+    """Whether their training images have labels; without, they can only adapt in ways that need none."""
     participation: float = 1.0
     """Share of the training clients drawn in each round, uniformly, without replacement; in (0, 1]."""
     sampling: str = "fixed"

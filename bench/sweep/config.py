@@ -33,7 +33,7 @@ from bench.splits.split import PARTITIONS
 from bench.training import engine as engines
 from bench.tree import Tree
 
-_LATER: Mapping[str, object] = {"eval_clients": None, "sampling": "fixed", "lost": 0.0}
+_LATER: Mapping[str, object] = {"eval_clients": None, "sampling": "fixed", "lost": 0.0, "unseen_labels": True}
 """Fields of a setting that came after results were published: at these values they change no number, and are no part
 of an identity.
 """
@@ -326,6 +326,8 @@ def _reconcile(setting: Setting, dataset: Dataset, given: Mapping[str, Any], usu
         raise BadConfig(f"{said}; leave the option out, or say --imbalance natural")
     if setting.augment != "none" and dataset.image_shape[1:] == (1, 1):
         raise BadConfig(f"augment = {setting.augment}: features are no pictures to shift or mirror; leave it out")
+    if not setting.unseen_labels and not setting.unseen:
+        raise BadConfig("unseen_labels = False: no client is held out; say how many with --set unseen=4")
     if setting.partition in WITHOUT_ALPHA:
         if given.get("alpha") is not None:
             what = "clients are its natural users" if setting.partition == "users" else "images are dealt evenly"

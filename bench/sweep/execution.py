@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from bench.algorithm import Misnamed
 from bench.dataset import Dataset, Labels, Splits
 from bench.files import source
 from bench.protocol import provenance
@@ -30,7 +31,9 @@ from bench.training.engine import CannotStack
 from bench.training.rounds import BadCohort, Diverged, Job, Report, Tally, surroundings, train
 from bench.training.states import StatesUnwritable
 
-_EXPECTED = (BadCohort, Diverged, CannotStack, StatesUnwritable, WorkersDied, BadConfig, records.OutputUnwritable)
+_EXPECTED = (
+    BadCohort, BadConfig, CannotStack, Diverged, Misnamed, StatesUnwritable, WorkersDied, records.OutputUnwritable,
+)  # fmt: skip
 """Errors whose message is a whole sentence."""
 _GOES_ON = (MemoryError, torch.OutOfMemoryError, StatesUnwritable, WorkersDied)
 """Errors after which a run goes on from its checkpoint, with more memory or space."""

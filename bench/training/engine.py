@@ -213,7 +213,9 @@ def _run_group(verb: Verb, task: Task, shared: Tree, images: Images, group: Sequ
             torch.stack([visit.class_counts for visit in group]),
         )
     except RuntimeError as error:
-        inner = verb.args[-1] if isinstance(verb, partial) else verb  # what stands around it is not the author's
+        inner: Any = verb
+        while isinstance(inner, partial):  # what stands around it is not the author's
+            inner = inner.args[-1]
         name = getattr(inner, "__qualname__", repr(inner))
         if "data-dependent control flow" in str(error) or ".item()" in str(error):
             raise CannotStack(

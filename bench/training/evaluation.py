@@ -14,14 +14,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench import tree
-from bench.algorithm import Adaptation, Client
+from bench.algorithm import Adaptation, Client, is_usual, method_of, stages
 from bench.data import LocalData
 from bench.task import Task
+from bench.training import adaptation as tuning
 from bench.training.crew import Crew, Surroundings, visit_all
 from bench.training.states import Store
 from bench.training.visit import Verb, Visit
@@ -29,9 +31,6 @@ from bench.tree import Tree
 
 Counts = dict[str, tuple[Tensor, Tensor]]
 """Model name to (correct, total), each (K, C) int64; (1, C) for a generic model."""
-
-UNSEEN_ADAPTATION = Adaptation(epochs=5, parts=("head",), curve=())
-"""What clients held out of training do where the algorithm has no adaptation of its own."""
 
 _SLICE = 128  # test images a pass: activations stay small
 _CLIENTS, _MODEL_BYTES = 128, 2**29  # clients whose models are held at once: so many, or so much
@@ -57,12 +56,12 @@ class Evaluator:
         counts: Counts = {}
         for name, model in models.items():
             if model is not None:
-                correct, total = self._test_on_all(task, model)
+                correct, total = self._test_on_all(task, model, _predictor(self.here, name))
                 counts[name] = (correct[None], total[None])
         return counts
 
     def personal(self, task: Task, server: Tree, store: Store, clients: Sequence[int], final: bool) -> Counts:
-        """Test each client's own model on its own test images, some clients at a time.
+        """Test each client's own models on its own test images, some clients at a time.
 
         Args:
             task: Of the round.
@@ -85,38 +84,59 @@ class Evaluator:
             for name in parts[0]
         }
 
+    def models(
+        self, task: Task, server: Tree, shared: Tree, store: Store, clients: Sequence[int], final: bool
+    ) -> dict[str, list[Tree]]:
+        """Make the personal models of a few clients, all trained or all held out: by name, one a client.
+
+        Args:
+            task: Of the round.
+            server: The newest state.
+            shared: What is broadcast of it.
+            store: Private states.
+            clients: Which, ascending.
+            final: Whether models are adapted.
+
+        Raises:
+            Misnamed: They cannot be tuned as the algorithm says.
+        """
+        algorithm, population = self.here.algorithm, self.here.population
+        unseen = clients[0] >= population.training
+        labelled = population.setting.unseen_labels or not unseen
+        sent = [algorithm.send(task, server, None if unseen else k) for k in clients]
+        visits = [population.visit(k, task.round, store[k], own) for k, own in zip(clients, sent, strict=True)]
+        ask = partial(self._ask, labelled, task, shared)
+        if unseen and not is_usual(algorithm.newcomer, Client.newcomer):
+            arrived = ask(partial(_arrive, algorithm.newcomer), visits)
+            visits = [replace(visit, private=private) for visit, (_, private) in zip(visits, arrived, strict=True)]
+        named: dict[str, list[Tree]] = {}
+        for k, extra in enumerate([] if unseen else ask(algorithm.personal_variants, visits)):
+            for name, model in extra.items():
+                named.setdefault(f"personal:{name}", [None] * len(visits))[k] = model  # type: ignore[list-item]
+        models = ask(algorithm.personal_model, visits)
+        if models[0] is None:
+            return named
+        listed = stages(algorithm.newcomer_adaptation(task) if unseen else algorithm.adaptation(task))
+        adaptation = tuple(stage for stage in listed if labelled or not stage.labels)
+        tuning.require_possible(algorithm, adaptation, models[0])
+        headline = "unseen" if unseen else "personal"
+        if not adaptation:
+            return {**named, headline: models}
+        if not final:
+            return {**named, f"{headline}:0 epochs": models}
+        adapted = self.adapt(adaptation, task, visits, models)
+        *_, whole = adapted.values()
+        return {**named, **{f"{headline}:{budget}": tuned for budget, tuned in adapted.items()}, headline: whole}
+
     def _some(
         self, task: Task, server: Tree, shared: Tree, store: Store, clients: Sequence[int], final: bool
     ) -> Counts:
-        algorithm, population = self.here.algorithm, self.here.population
-        unseen = clients[0] >= population.training
-        sent = [algorithm.send(task, server, None if unseen else k) for k in clients]
-        visits = [population.visit(k, task.round, store[k], own) for k, own in zip(clients, sent, strict=True)]
-        models = self._ask(algorithm.personal_model, Client.personal_model, task, shared, visits)
-        variants = self._ask(algorithm.personal_variants, Client.personal_variants, task, shared, visits)
-        named: dict[str, list[Tree]] = {}
-        for k, extra in enumerate(variants):
-            for name, model in extra.items():
-                named.setdefault(f"personal:{name}", [None] * len(visits))[k] = model  # type: ignore[list-item]
-        headline = "unseen" if unseen else "personal"
-        if models and models[0] is not None:
-            adaptation = algorithm.adaptation(task) or (UNSEEN_ADAPTATION if unseen else None)
-            if adaptation is None:
-                named[headline] = models
-            elif not final:
-                named[f"{headline}:0 epochs"] = models
-            else:
-                adapted = self.adapt(adaptation, task, visits, models)
-                for budget, tuned in adapted.items():
-                    named[f"{headline}:{budget} epochs"] = tuned
-                named[headline] = adapted[adaptation.epochs]
-        if unseen:
-            named = {name: tested for name, tested in named.items() if name.startswith("unseen")}
         counts: Counts = {}
-        for name, tested in named.items():
-            plain, masked = self._test(task, tested, shared, clients)
+        for name, models in self.models(task, server, shared, store, clients, final).items():
+            plain, masked = self._test(task, models, shared, clients, _predictor(self.here, name))
             counts[name] = plain
-            if name in ("personal", "unseen"):
+            # Which classes a client has not is known of its labels.
+            if name == "personal" or (name == "unseen" and self.here.population.setting.unseen_labels):
                 counts[f"{name}.masked"] = masked
         return counts
 
@@ -125,29 +145,31 @@ class Evaluator:
         self._features.clear()
 
     def adapt(
-        self, adaptation: Adaptation, task: Task, visits: list[Visit], models: list[Tree]
-    ) -> dict[int, list[Tree]]:
-        """Fine-tune models on their clients' training data: for each budget, one model a visit."""
+        self, adaptation: tuple[Adaptation, ...], task: Task, visits: list[Visit], models: list[Tree]
+    ) -> dict[str, list[Tree]]:
+        """Tune models on their clients' training data.
 
+        Returns:
+            By budget, such as "0 epochs" or "3 steps", one model a visit; the last one is the whole adaptation's.
+        """
         tuned, _ = visit_all(
             self.here,
             self.crew,
-            partial(_adapt, adaptation),
+            partial(tuning.adapt, adaptation, self.here.algorithm),
             task,
             {},
             [replace(visit, private=model, sent={}) for visit, model in zip(visits, models, strict=True)],
         )
-        return {budget: [curve[str(budget)] for curve in tuned] for budget in adaptation.budgets()}
+        return {budget: [curve[budget] for curve in tuned] for budget in tuning.budgets(adaptation)}
 
-    def _ask(
-        self, verb: Verb, usual: Callable[..., object], task: Task, shared: Tree, visits: list[Visit]
-    ) -> list[Tree]:
-        """Ask clients for models; where an algorithm says nothing of its own that is not worth sending round."""
-        crew = None if getattr(verb, "__func__", None) is usual else self.crew
-        return visit_all(self.here, crew, self.wrap(verb), task, shared, visits)[0]
+    def _ask(self, labelled: bool, task: Task, shared: Tree, verb: Verb, visits: list[Visit]) -> list[Any]:
+        """Ask clients something; where an algorithm says nothing of its own that is not worth sending round."""
+        usual = any(is_usual(verb, default) for default in (Client.personal_model, Client.personal_variants))
+        verb = verb if labelled else partial(_without_labels, verb)
+        return visit_all(self.here, None if usual else self.crew, self.wrap(verb), task, shared, visits)[0]
 
     def _test(
-        self, task: Task, models: list[Tree], shared: Tree, clients: Sequence[int]
+        self, task: Task, models: list[Tree], shared: Tree, clients: Sequence[int], predictor: str
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         population = self.here.population
         bodies = [_memory(model) for model in models]
@@ -158,27 +180,29 @@ class Evaluator:
         for k, client in enumerate(clients):
             rows, absent = population.tests[client], population.class_counts(client) == 0
             often = bodies[k] == common or bodies.count(bodies[k]) > 1 or bodies[k] in self._features
-            if often and not _predicts(self.here):
+            if often and not _predicts(self.here, predictor):
                 scores = _logits(self.here, models[k], self._features_of(models[k])[rows])
                 found[k] = _count(self.here, scores, rows, absent)
             else:
                 apart.append(k)
                 items.append((models[k], rows, absent))
         sizes = [len(rows) for _, rows, _ in items]
-        for k, answer in zip(apart, self.crew.map(partial(_try, task.round, task.lr), {}, items, sizes), strict=True):
+        work = partial(_try, task.round, task.lr, predictor)
+        for k, answer in zip(apart, self.crew.map(work, {}, items, sizes), strict=True):
             found[k] = answer
         plain, masked, total = (torch.stack(column) for column in zip(*found, strict=True))
         return (plain, total), (masked, total)
 
-    def _test_on_all(self, task: Task, model: Tree) -> tuple[Tensor, Tensor]:
+    def _test_on_all(self, task: Task, model: Tree, predictor: str) -> tuple[Tensor, Tensor]:
         """Test one model on all test images: right answers and images of each class, (C,) int64 twice."""
         everything = torch.arange(len(self.here.population.test), device=self.here.population.device)
-        if not _predicts(self.here):
+        if not _predicts(self.here, predictor):
             scores = _logits(self.here, model, self._features_of(model))
             correct, _, total = _count(self.here, scores, everything, None)
             return correct, total
         items: list[_Item] = [({}, rows, None) for rows in self._portions(everything)]
-        found = self.crew.map(partial(_try, task.round, task.lr), model, items, [len(rows) for _, rows, _ in items])
+        work = partial(_try, task.round, task.lr, predictor)
+        found = self.crew.map(work, model, items, [len(rows) for _, rows, _ in items])
         correct, _, total = (torch.stack(column).sum(0) for column in zip(*found, strict=True))
         return correct, total
 
@@ -205,39 +229,37 @@ _Found = tuple[Tensor, ...]
 """Right answers, right answers among classes that are not absent, and images, of each class: (C,) int64 each."""
 
 
-def _adapt(adaptation: Adaptation, task: Task, shared: Tree, model: Tree, data: LocalData) -> Tree:
-    """Fine-tune one client's model: by budget, as text."""
-    moving = {part: model[part] for part in adaptation.parts}
-    momentum: Tree | None = None
-    reached, done = 0, {}
-    for budget in adaptation.budgets():
-        moving, momentum = task.resume_sgd(
-            lambda p, batch: task.loss({**model, **p}, batch),
-            moving,
-            data.batches(budget - reached, salt=f"adapt {reached}"),
-            momentum,
-            task.lr * adaptation.lr_factor,
-        )
-        reached = budget
-        done[str(budget)] = {**model, **moving}
-    return done
+def _arrive(
+    newcomer: Callable[[Task, Tree, LocalData], Tree], task: Task, shared: Tree, private: Tree, data: LocalData
+) -> tuple[Tree, Tree]:
+    """Make a newcomer's private state, as a local update that sends nothing."""
+    return {}, newcomer(task, shared, data)
 
 
-def _predicts(here: Surroundings) -> bool:
-    """Tell whether an algorithm scores images in a way of its own."""
-    return type(here.algorithm).predict is not Client.predict
+def _without_labels(verb: Verb, task: Task, shared: Tree, private: Tree, data: LocalData) -> Any:
+    return verb(task, shared, private, data.unlabelled())
 
 
-def _try(round: int, lr: float, here: Surroundings, shared: Tree, item: _Item) -> _Found:
+def _predictor(here: Surroundings, model: str) -> str:
+    """Give the name of the method that scores images with a model, given the model's name."""
+    return here.algorithm.predictors.get(model.partition(":")[2], "predict")
+
+
+def _predicts(here: Surroundings, predictor: str) -> bool:
+    """Tell whether a method scores images in another way than by a body and a head."""
+    return not is_usual(method_of(here.algorithm, predictor), Client.predict)
+
+
+def _try(round: int, lr: float, predictor: str, here: Surroundings, shared: Tree, item: _Item) -> _Found:
     """Test a model, the item's or else the shared one, on some test images."""
     own, rows, absent = item
     model = own or shared
-    if not _predicts(here):
+    if not _predicts(here, predictor):
         return _count(here, _logits(here, model, _embed(here, model["body"], rows)), rows, absent)
     task, test = here.task.at(round, lr), here.population.test
+    predict = method_of(here.algorithm, predictor)
     with _inference(here):
-        slices = [here.algorithm.predict(task, model, test.plain(part)) for part in rows.split(_SLICE)]
-        scores = torch.cat(slices).float()
+        scores = torch.cat([predict(task, model, test.plain(part)) for part in rows.split(_SLICE)]).float()
     return _count(here, scores, rows, absent)
 
 

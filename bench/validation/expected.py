@@ -329,14 +329,13 @@ def evaluations(setting: Setting) -> list[int]:
 def tested_models(asked: Asked) -> tuple[frozenset[str], frozenset[str]]:
     """Give the names of the models that are tested after a round, and after the last one: those of the toy problem."""
     setting = asked.setting
-    return _tested_models(asked.algorithm, setting.unseen > 0, setting.norm, setting.statistics)
+    # All that decides which models there are, and which budgets of adaptation: those may follow the setting's epochs.
+    told = {key: getattr(setting, key) for key in ("norm", "statistics", "rounds", "epochs", "unseen_labels")}
+    return _tested_models(asked.algorithm, replace(toy.SETTING, unseen=int(setting.unseen > 0), **told))
 
 
 @cache
-def _tested_models(
-    algorithm: Algorithm, unseen: bool, norm: str, statistics: str
-) -> tuple[frozenset[str], frozenset[str]]:
-    setting = replace(toy.SETTING, unseen=int(unseen), norm=norm, statistics=statistics)
+def _tested_models(algorithm: Algorithm, setting: Setting) -> tuple[frozenset[str], frozenset[str]]:
     names = []
     for last in (False, True):
         run = toy.run(algorithm, setting=setting)
