@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import Algorithm, Batch, LocalData, Task, Tree, keys, register
-from bench.losses import cross_entropy
 
 
 @register("fedloge")
@@ -91,10 +90,11 @@ class FedLoGe(Algorithm):
 
         def loss(w: dict[str, Tree], batch: Batch) -> Tensor:
             z = task.model.features(w["body"], batch.x)
+            still = z.detach()
             return (
-                cross_entropy(logits(etf, z), batch)  # teaches the body
-                + cross_entropy(logits(w["generic"], z.detach()), batch)
-                + cross_entropy(logits(w["personal"], z.detach()), batch)
+                task.criterion(logits(etf, z), z, batch)  # teaches the body
+                + task.criterion(logits(w["generic"], still), still, batch)
+                + task.criterion(logits(w["personal"], still), still, batch)
             )
 
         w = {"body": shared["body"], "generic": shared["head"], "personal": private["head"]}

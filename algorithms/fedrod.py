@@ -25,6 +25,7 @@ class FedRoD(Algorithm):
     """The two losses share no trained parameter, so one SGD on their sum is two optimisers."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"body"})
+    own_loss: ClassVar[bool] = True
 
     def init_client(self, task: Task) -> Tree:
         """Start with a personal head of zero."""
@@ -35,11 +36,14 @@ class FedRoD(Algorithm):
         logits.
         """
 
+        def balanced(logits: Tensor, batch: Batch) -> Tensor:
+            return balanced_softmax(logits, batch, data.class_counts)
+
         def loss(w: dict[str, Tree], batch: Batch) -> Tensor:
             z = task.model.features(w["body"], batch.x)
             generic = task.model.logits(w["generic"], z)
             both = generic.detach() + task.model.logits(w["personal"], z.detach())
-            return balanced_softmax(generic, batch, data.class_counts) + cross_entropy(both, batch)
+            return task.criterion(generic, z, batch, balanced) + cross_entropy(both, batch)
 
         w = {"body": shared["body"], "generic": shared["head"], "personal": private["head"]}
         w = task.sgd(loss, w, data.batches(task.epochs))

@@ -9,7 +9,9 @@ Up             nothing
 Departs        nowhere
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from bench import Algorithm, LocalData, Task, Tree, register
 
@@ -18,6 +20,8 @@ from bench import Algorithm, LocalData, Task, Tree, register
 @dataclass(frozen=True, kw_only=True)
 class Local(Algorithm):
     """Nothing is sent; the model is private state."""
+
+    refuses: ClassVar[Mapping[str, str]] = dict.fromkeys(("channel", "aggregation"), "nothing is sent")
 
     def init_server(self, task: Task) -> Tree:
         """Keep nothing."""

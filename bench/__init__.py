@@ -1,6 +1,6 @@
 """Personalised and long-tailed federated learning, side by side, under one protocol.
 
-The public names are those an algorithm's or a dataset's file imports; they are loaded when first used.
+The public names are those a plug-in's file imports; they are loaded when first used.
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from bench.dataset import Labels as Labels
     from bench.dataset import Splits as Splits
     from bench.models.layers import evaluating as evaluating
+    from bench.part import Aggregation as Aggregation
+    from bench.part import Channel as Channel
+    from bench.part import Correction as Correction
+    from bench.part import Loss as Loss
+    from bench.part import UsesPrior as UsesPrior
     from bench.registry import register as register
     from bench.task import Task as Task
     from bench.tree import Tree as Tree
@@ -40,6 +45,11 @@ _HOMES = {
     "Labels": "dataset",
     "Splits": "dataset",
     "evaluating": "models.layers",
+    "Aggregation": "part",
+    "Channel": "part",
+    "Correction": "part",
+    "Loss": "part",
+    "UsesPrior": "part",
     "register": "registry",
     "Task": "task",
     "Tree": "tree",

@@ -10,12 +10,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor
 
 from bench import tree
 from bench.data import LocalData, Uploads
+from bench.part import Part
 from bench.task import Task
 from bench.tree import Tree
 
@@ -86,11 +87,14 @@ class Adaptation:
         return f"{amount} {unit}{'s' * (amount != 1)} of {' and '.join(self.parts)} at {rate}{how}{known}"
 
 
+Stages: TypeAlias = Adaptation | tuple[Adaptation, ...] | None
+"""One stage, several in order, or none."""
+
 HEAD_EPOCHS = Adaptation(epochs=5, parts=("head",), curve=())
 """What clients held out of training do where an algorithm says nothing of its own."""
 
 
-def stages(adaptation: Adaptation | tuple[Adaptation, ...] | None) -> tuple[Adaptation, ...]:
+def stages(adaptation: Stages) -> tuple[Adaptation, ...]:
     """Give the stages of an adaptation, in order; none where there is none."""
     if isinstance(adaptation, Adaptation):
         return (adaptation,)
@@ -107,12 +111,13 @@ def method_of(algorithm: Algorithm, name: str) -> Callable[..., Tensor]:
     Raises:
         Misnamed: It has no such method.
     """
-    found = getattr(algorithm, name, None)
+    method = algorithm.pieces[0]
+    found = getattr(method, name, None)
     if not callable(found):
-        called = type(algorithm).__name__
+        called = type(method).__name__
         raise Misnamed(f"{called} names the method {name!r}, and has none that is called so; write it, or name another")
-    method: Callable[..., Tensor] = found
-    return method
+    scorer: Callable[..., Tensor] = found
+    return scorer
 
 
 def is_usual(verb: Callable[..., object], usual: Callable[..., object]) -> bool:
@@ -209,7 +214,7 @@ class Client(ABC):
         """Give further personal models to be tested and reported beside, by name; none ranks."""
         return {}
 
-    def adaptation(self, task: Task) -> Adaptation | tuple[Adaptation, ...] | None:
+    def adaptation(self, task: Task) -> Stages:
         """Say how the personal model is tuned before it is tested, in stages; by default not at all."""
         return None
 
@@ -221,7 +226,7 @@ class Client(ABC):
         """
         return self.init_client(task)
 
-    def newcomer_adaptation(self, task: Task) -> Adaptation | tuple[Adaptation, ...] | None:
+    def newcomer_adaptation(self, task: Task) -> Stages:
         """Say how the model of a client held out of training is tuned; by default like everybody's, or if they do
         nothing, five epochs of the head. None: not at all.
         """
@@ -261,3 +266,33 @@ class Algorithm(Client, Server):
     frequencies), "pooled" (one pseudo-client holds the union of all training data: the centralised
     reference), "auxiliary" (`task.auxiliary`, labelled images at the server), "public" (`task.public`, unlabelled ones
     that everybody has)."""
+    refuses: ClassVar[Mapping[str, str]] = {}
+    """Kinds of parts that make no sense on it, each with the reason: {"channel": "nothing is sent"}."""
+    own_loss: ClassVar[bool] = False
+    """True: its paper has a loss other than cross-entropy, which `task.criterion` is given as `usual`."""
+
+    # What a row with parts answers for its method (`bench.protocol.composition`); no method does so itself.
+
+    @property
+    def pieces(self) -> tuple[Algorithm, *tuple[Part, ...]]:
+        """The method, and the parts it is composed with."""
+        return (self,)
+
+    def client_verb(self, name: str) -> Callable[[Task, Tree, Tree, LocalData], Any]:
+        """Find a method of the client half, as an exchange names it; it can be pickled."""
+        found: Callable[[Task, Tree, Tree, LocalData], Any] = getattr(self, name)
+        return found
+
+    def server_verb(self, name: str) -> Callable[[Task, Tree, Uploads], Tree]:
+        """Find a method of the server half, as an exchange names it."""
+        found: Callable[[Task, Tree, Uploads], Tree] = getattr(self, name)
+        return found
+
+    @property
+    def corrects(self) -> frozenset[str]:
+        """Keys of a trained model that parts read before they change it for the test; empty: nobody does."""
+        return frozenset()
+
+    def corrected(self, task: Task, shared: Tree, model: Tree, data: LocalData | None) -> Tree | None:
+        """Give the keys of a trained model that parts change, at a client or (`data` None) the server."""
+        return None

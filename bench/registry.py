@@ -1,8 +1,8 @@
 """Names to plug-in classes, lazily: looking through the names imports nothing, looking one up imports one
 module.
 
-Plug-ins are the files of `algorithms/` and `datasets/`, other distributions' entry points in the groups
-`bench.algorithms` and `bench.datasets`, and files named with `--plugin`.
+Plug-ins are the files of `algorithms/`, `datasets/` and `bench/parts/`, other distributions' entry points in the groups
+`bench.algorithms`, `bench.datasets` and `bench.parts`, and files named with `--plugin`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Registry(Mapping[str, type[P]], Generic[P]):
     """Plug-ins of one kind by name.
 
     Args:
-        kind: "algorithms" or "datasets": names the folder, the entry-point group, and the word in messages.
+        kind: "algorithms", "datasets" or "parts": names the folder, the entry-point group, and the word in messages.
     """
 
     def __init__(self, kind: str) -> None:
@@ -110,18 +110,21 @@ class Registry(Mapping[str, type[P]], Generic[P]):
 
 
 def register(name: str) -> Callable[[T], T]:
-    """Enter an `Algorithm` or `Dataset` class under its file's name."""
+    """Enter an `Algorithm`, `Dataset` or part under its file's name."""
 
     def enter(plugin: T) -> T:
         from bench.algorithm import Algorithm
         from bench.dataset import Dataset
+        from bench.part import Part
 
         if issubclass(plugin, Algorithm):
             ALGORITHMS.add(name, plugin)
         elif issubclass(plugin, Dataset):
             DATASETS.add(name, plugin)
+        elif issubclass(plugin, Part):
+            PARTS.add(name, plugin)
         else:
-            raise BadPlugin(f"{plugin.__qualname__} is neither an Algorithm nor a Dataset")
+            raise BadPlugin(f"{plugin.__qualname__} is neither an Algorithm, a Dataset nor a part")
         return plugin
 
     return enter
@@ -150,7 +153,7 @@ def load_plugin(path: Path) -> list[str]:
             if isinstance(error, BadPlugin):
                 raise
             raise BadPlugin(f"--plugin {path} fails when imported: {type(error).__name__}: {error}") from error
-    names = [name for registry in (ALGORITHMS, DATASETS) for name in registry.registered_by(module)]
+    names = [name for registry in (ALGORITHMS, DATASETS, PARTS) for name in registry.registered_by(module)]
     if not names:
         raise BadPlugin(f"--plugin {path} registers nothing; its class needs @register(...)")
     return names
@@ -164,8 +167,17 @@ def source_digest(plugin: type) -> str | None:
 
 
 def name(plugin: object) -> str:
-    """Give the name that an instance's class is registered under."""
-    for registry in (ALGORITHMS, DATASETS):
+    """Give the name that an instance's class is registered under; of an algorithm with parts all, joined by +."""
+    return "+".join(map(_name, _pieces(plugin)))
+
+
+def _pieces(plugin: object) -> tuple[object, ...]:
+    pieces: tuple[object, ...] = getattr(plugin, "pieces", (plugin,))  # only an algorithm has parts
+    return pieces
+
+
+def _name(plugin: object) -> str:
+    for registry in (ALGORITHMS, DATASETS, PARTS):
         for known in registry.registered_by(type(plugin).__module__):
             if registry[known] is type(plugin):
                 return known
@@ -173,18 +185,22 @@ def name(plugin: object) -> str:
 
 
 def label(plugin: object, *, without: tuple[str, ...] = ()) -> str:
-    """Spell an instance as on the command line, without fields at their defaults: `fedrep(head_epochs=5)`.
+    """Spell an instance as on the command line, without fields at their defaults: `fedrep(head_epochs=5)+topk`.
 
     Args:
-        plugin: An algorithm or a dataset.
+        plugin: An algorithm, a dataset or a part.
         without: Fields that are left out as well.
     """
+    return "+".join(_label(piece, without) for piece in _pieces(plugin))
+
+
+def _label(plugin: object, without: tuple[str, ...]) -> str:
     changed = [
         f"{field.name}={value!r}"
         for field in fields(plugin)  # type: ignore[arg-type]
         if field.name not in without and (value := getattr(plugin, field.name)) != _default(field)
     ]
-    return name(plugin) + (f"({', '.join(changed)})" if changed else "")
+    return _name(plugin) + (f"({', '.join(changed)})" if changed else "")
 
 
 def _default(field: Field[Any]) -> object:
@@ -193,3 +209,4 @@ def _default(field: Field[Any]) -> object:
 
 ALGORITHMS: Registry[Algorithm] = Registry("algorithms")  # type: ignore[name-defined]  # noqa: F821
 DATASETS: Registry[Dataset] = Registry("datasets")  # type: ignore[name-defined]  # noqa: F821
+PARTS: Registry[Part] = Registry("parts")  # type: ignore[name-defined]  # noqa: F821

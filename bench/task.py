@@ -24,6 +24,8 @@ and never differentiated, decayed or clipped.
 """
 Edit = Callable[[Tree, Tree, Batch], Tree]
 """Gradient, the parameters it was taken at, and the batch, to the gradient that the step follows."""
+Criterion = Callable[[Tensor, Batch], Tensor]
+"""(B, C) logits and a batch to a () loss."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Task:
     """Set while models are adapted: norm layers outside the trained parameters are in evaluation mode."""
     stacked: bool = False
     """Set by the stacked engine: gradients by `torch.func`, batches may be padded."""
+    objective: Callable[[Tensor, Tensor | None, Batch], Tensor] | None = None
+    """What a loss part puts in the place of cross-entropy, from logits, features and a batch; None: nothing."""
     auxiliary: LocalData | None = None
     """Labelled images at the server, only for algorithms that declare the need "auxiliary", and never at a client."""
     public: LocalData | None = None
@@ -95,8 +99,25 @@ class Task:
         return self.model.logits(params["head"], self.model.features(params["body"], x))
 
     def loss(self, params: Tree, batch: Batch) -> Tensor:
-        """Mean cross-entropy of a model on a batch: ()."""
-        return losses.cross_entropy(self.logits(params, batch.x), batch)
+        """Mean cross-entropy of a model on a batch, or what a loss part puts in its place: ()."""
+        z = self.model.features(params["body"], batch.x)
+        return self.criterion(self.model.logits(params["head"], z), z, batch)
+
+    def criterion(
+        self, logits: Tensor, features: Tensor | None, batch: Batch, usual: Criterion = losses.cross_entropy
+    ) -> Tensor:
+        """Give the loss of logits: where a paper says cross-entropy, and a loss part may put another loss.
+
+        Args:
+            logits: (B, C).
+            features: (B, d), what the logits are made of; None where there is no such thing.
+            batch: Labels and weights.
+            usual: What the paper has, if it is not cross-entropy; the method then says `own_loss = True`.
+
+        Returns:
+            () mean over the real examples.
+        """
+        return usual(logits, batch) if self.objective is None else self.objective(logits, features, batch)
 
     def gradient(self, loss: Loss, params: Tree, batch: Batch) -> tuple[Tensor, Tree, Tree]:
         """Differentiate a loss in training mode: for methods that take steps of their own.

@@ -16,7 +16,7 @@ FLOORS = {
     # what needs nothing of ours
     0: "tree keys durable dataset",
     # one batch, one client, one model: what an algorithm's author reads
-    1: "data losses models optim task algorithm registry",
+    1: "data losses models optim task part algorithm registry",
     # from files to labels; what a comparison holds equal; from labels to clients
     2: "files protocol splits",
     # one run
@@ -29,6 +29,8 @@ FLOORS = {
 """A file or folder of `bench/` imports from floors below; on its own floor only what stands before it in the line."""
 
 ORDER = [module for line in FLOORS.values() for module in line.split()]
+PLUGINS = {"algorithms": ROOT / "algorithms", "datasets": ROOT / "datasets", "parts": ROOT / "bench" / "parts"}
+"""Folders of plug-ins, each imported as `bench.NAME`."""
 HOMES = {
     "ray": "sweep tuning",
     "mlflow": "tracking",
@@ -49,7 +51,7 @@ def modules() -> Iterator[tuple[str, Path]]:
     """Every file of `bench/` and its place: the module's name, or its package's."""
     for file in sorted((ROOT / "bench").rglob("*.py")):
         place = file.relative_to(ROOT / "bench").parts[0].removesuffix(".py")
-        if place not in ("__init__", "__main__", "algorithms", "datasets"):
+        if place not in ("__init__", "__main__", *PLUGINS):
             yield place, file
 
 
@@ -96,10 +98,10 @@ def test_heavy_libraries_have_one_home() -> None:
 
 
 def test_bench_never_names_a_plugin() -> None:
-    plugins = {file.stem for folder in ("algorithms", "datasets") for file in (ROOT / folder).glob("*.py")}
+    plugins = {file.stem for folder in PLUGINS.values() for file in folder.glob("*.py")}
     for _, file in modules():
         for name in imports(file):
-            assert not re.match(r"bench\.(algorithms|datasets)\.", name), f"{file.name} imports {name}"
+            assert not re.match(r"bench\.(algorithms|datasets|parts)\.", name), f"{file.name} imports {name}"
     core = [file for place, file in modules() if ORDER.index(place) <= ORDER.index("training")]
     for file in core:
         strings = {
@@ -107,15 +109,16 @@ def test_bench_never_names_a_plugin() -> None:
             for node in ast.walk(ast.parse(file.read_text()))
             if isinstance(node, ast.Constant) and isinstance(node.value, str)
         }
-        allowed = {"fedloge", "creff", "arrays", "features", "folder"}  # also settings, partitions, and plain words
+        # also settings, partitions, whose prior, and plain words
+        allowed = {"fedloge", "creff", "arrays", "features", "folder", "local"}
         assert not (strings & plugins) - allowed, f"{file.name} names {strings & plugins}"
 
 
-@pytest.mark.parametrize("folder", ["algorithms", "datasets"])
+@pytest.mark.parametrize("folder", PLUGINS)
 def test_plugins_never_import_each_other(folder: str) -> None:
-    for file in (ROOT / folder).glob("*.py"):
+    for file in PLUGINS[folder].glob("*.py"):
         for name in imports(file):
-            assert not re.match(r"bench\.(algorithms|datasets)\b", name), f"{file.name} imports {name}"
+            assert not re.match(r"bench\.(algorithms|datasets|parts)\b", name), f"{file.name} imports {name}"
             place = name.split(".")[1] if name.startswith("bench.") else ""
             assert place not in ORDER or ORDER.index(place) <= ORDER.index("files"), f"{file.name} imports {name}"
 

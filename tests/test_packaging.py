@@ -71,7 +71,8 @@ def test_a_wheel_holds_one_top_level_package_with_the_plugins_inside(tmp_path: P
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"bench"}
-    assert {"bench/algorithms/fedloge.py", "bench/datasets/cifar10.py", "bench/py.typed"} <= set(names)
+    assert {"bench/algorithms/fedloge.py", "bench/datasets/cifar10.py", "bench/parts/focal.py"} <= set(names)
+    assert "bench/py.typed" in names
     assert {"bench/site/templates/index.html", "bench/site/static/site.js"} <= set(names)
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")

@@ -1,4 +1,4 @@
-"""Algorithms and datasets from elsewhere: by path, by entry point, and written by `bench new`."""
+"""Algorithms, parts and datasets from elsewhere: by path, by entry point, and written by `bench new`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from bench.command import scaffold
 from bench.command.main import main
 from bench.protocol.settings import BadConfig
-from bench.registry import ALGORITHMS, DATASETS
+from bench.registry import ALGORITHMS, DATASETS, PARTS
 
 OFF = ("--ray", "off", "--tracking-uri", "off", "--json")
 
@@ -25,7 +25,7 @@ Bench = Callable[..., tuple[str, str]]
 def bench(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     """Call the command in this process, in an empty folder, and forget the plug-ins afterwards."""
     monkeypatch.chdir(tmp_path)
-    known = [dict(registry._classes) for registry in (ALGORITHMS, DATASETS)]
+    known = [dict(registry._classes) for registry in (ALGORITHMS, DATASETS, PARTS)]
 
     def call(*words: object, status: int = 0) -> tuple[str, str]:
         forget()  # as a process of its own would not know what an earlier one loaded
@@ -36,7 +36,7 @@ def bench(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytes
         return printed.out, printed.err
 
     def forget() -> None:
-        for registry, classes in zip((ALGORITHMS, DATASETS), known, strict=True):
+        for registry, classes in zip((ALGORITHMS, DATASETS, PARTS), known, strict=True):
             mine = [name for name, kind in registry._classes.items() if kind.__module__.startswith("bench_plugin_")]
             for name in mine:
                 del registry._classes[name]
@@ -74,6 +74,35 @@ def test_a_new_dataset_passes_the_check_and_runs(bench: Bench) -> None:
     assert "✗" not in checked
     out, _ = bench("run", "--dataset", "leaves", "--algos", "fedavg", "--rounds", "2", *OFF, *plugin)
     assert len(digest(out)) == 64
+
+
+def test_a_new_part_passes_the_check_and_runs_on_any_method(bench: Bench) -> None:
+    out, _ = bench("new", "part", "smooth")
+    assert "bench run --algos fedavg+smooth --plugin smooth.py" in out
+    plugin = ("--plugin", "smooth.py")
+    checked, _ = bench("check", "smooth", *plugin)
+    assert "✗" not in checked and checked.count("✓") >= 20
+    run = ("run", "--rounds", "1", *OFF, *plugin, "--algos")
+    mine, theirs, off = (
+        bench(*run, f"fedrep(head_epochs=1){part}")[0] for part in ("+smooth", "", "+smooth(smoothing=0)")
+    )
+    assert digest(mine) != digest(theirs)
+    ids = [json.loads(each)["runs"][0]["id"] for each in (mine, theirs, off)]
+    assert ids[0] != ids[1] == ids[2]
+    stored = json.loads(Path("runs", ids[0], "run.json").read_text())
+    assert len(stored["identity"]["algorithm"]["parts"][0]["source"]) == 64
+    assert stored["call"] == "FedRep(head_epochs=1, body_epochs=1) + Smooth(smoothing=0.1)"
+
+
+def test_a_name_of_two_kinds_is_said_to_be_one(bench: Bench, tmp_path: Path) -> None:
+    bench("new", "algorithm", "mine")
+    (tmp_path / "focal.py").write_text((tmp_path / "mine.py").read_text().replace("mine", "focal"))
+    plugin = ("--plugin", "focal.py")
+    _, err = bench("check", "focal", *plugin)
+    assert err == "focal is also one of the parts: bench check focal --kind parts\n"
+    run = ("run", "--rounds", "1", "--dry-run", "--no-probe", *OFF, *plugin, "--algos")
+    (row,) = json.loads(bench(*run, "focal+focal")[0])["runs"]
+    assert row["call"] == "focal+focal"
 
 
 def test_an_edited_plugin_file_is_another_run(bench: Bench, tmp_path: Path) -> None:
@@ -121,7 +150,10 @@ def test_an_entry_point_of_another_distribution_is_found(tmp_path: Path) -> None
     (site / "third-1.0.dist-info").mkdir(parents=True)
     assert scaffold.write("algorithm", "third", site) == site / "third.py"
     (site / "third-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: third\nVersion: 1.0\n")
-    (site / "third-1.0.dist-info" / "entry_points.txt").write_text("[bench.algorithms]\nthird = third:Third\n")
+    assert scaffold.write("part", "fourth", site) == site / "fourth.py"
+    (site / "third-1.0.dist-info" / "entry_points.txt").write_text(
+        "[bench.algorithms]\nthird = third:Third\n[bench.parts]\nfourth = fourth:Fourth\n"
+    )
 
     def answer(*words: str) -> object:
         done = subprocess.run(
@@ -129,7 +161,7 @@ def test_an_entry_point_of_another_distribution_is_found(tmp_path: Path) -> None
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(site)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))},
             timeout=300,
         )
         assert done.returncode == 0, done.stderr
@@ -137,7 +169,7 @@ def test_an_entry_point_of_another_distribution_is_found(tmp_path: Path) -> None
 
     listed = answer("list", "algorithms", "--json")
     assert isinstance(listed, list) and "third" in listed and "third" not in list(ALGORITHMS)
-    document = answer("run", "--algos", "third(extra_epochs=1)", "--rounds", "1", *OFF)
+    document = answer("run", "--algos", "third(extra_epochs=1)+fourth", "--rounds", "1", *OFF)
     assert isinstance(document, dict) and len(digest(json.dumps(document))) == 64
 
 
@@ -147,6 +179,7 @@ def test_new_never_overwrites_and_refuses_names_that_cannot_be(tmp_path: Path) -
     for kind, name, said in (
         ("dataset", "mine", "is there already"),
         ("algorithm", "fedavg", "already; choose another name"),
+        ("part", "focal", "already; choose another name"),
         ("dataset", "digits", "already; choose another name"),
         ("algorithm", "class", "cannot name"),
         ("algorithm", "1st", "cannot name"),
@@ -160,7 +193,7 @@ def test_new_never_overwrites_and_refuses_names_that_cannot_be(tmp_path: Path) -
         scaffold.write("algorithm", "other", file / "below")
 
 
-@pytest.mark.parametrize("kind", ["algorithm", "dataset"])
+@pytest.mark.parametrize("kind", ["algorithm", "part", "dataset"])
 def test_what_new_writes_passes_the_linter_of_this_repository(tmp_path: Path, kind: str) -> None:
     file = scaffold.write(kind, "mine", tmp_path)
     configuration = Path(__file__).parents[1] / "pyproject.toml"

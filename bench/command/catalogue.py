@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.command.options import DEFAULT_SETTING
-from bench.registry import ALGORITHMS, DATASETS, Registry, UnknownPlugin
+from bench.registry import ALGORITHMS, DATASETS, PARTS, Registry, UnknownPlugin
 
 if TYPE_CHECKING:
     from bench.algorithm import Adaptation, Algorithm
     from bench.dataset import Dataset
 
-KINDS = ("algorithms", "datasets", "models", "settings", "partitions")
+KINDS = ("algorithms", "parts", "datasets", "models", "settings", "partitions")
+PLUGINS: Mapping[str, Registry[Any]] = {"algorithms": ALGORITHMS, "parts": PARTS, "datasets": DATASETS}
 
 
 def summaries(kind: str) -> dict[str, str]:
@@ -30,20 +31,21 @@ def summaries(kind: str) -> dict[str, str]:
     Args:
         kind: One of `KINDS`.
     """
-    if kind in ("algorithms", "datasets"):
-        registry: Registry[Any] = ALGORITHMS if kind == "algorithms" else DATASETS
-        return {name: _first_line(_module_docstring(kind, name)) for name in registry}
+    if kind in PLUGINS:
+        return {name: _first_line(_module_docstring(kind, name)) for name in PLUGINS[kind]}
     return {name: _first_line(documentation) for name, documentation in _builtins(kind).items()}
 
 
 def find(name: str) -> list[str]:
-    """Tell of which kinds a name is: an algorithm and a setting may share one.
+    """Tell of which kinds a name is: an algorithm and a setting may share one. A method with parts is an algorithm.
 
     Raises:
         UnknownPlugin: Of none; the message offers near ones.
     """
     from bench.protocol.spelling import near
 
+    if "+" in name:
+        return ["algorithms"]
     known = {kind: list(summaries(kind)) for kind in KINDS}
     kinds = [kind for kind, names in known.items() if {name, name.replace("-", "_")} & set(names)]
     if kinds:
@@ -57,17 +59,19 @@ def describe(kind: str, name: str, dataset: str) -> dict[str, Any]:
 
     Args:
         kind: One of `KINDS`.
-        name: As `summaries` has it.
+        name: As `summaries` has it, or a method with parts.
         dataset: That a setting's values are shown for.
 
     Returns:
         "name", "kind", "documentation", and what the kind has: "fields" (name to value or type and default,
         and doc), "tier", "needs", "version", "adaptation", and of "newcomers" where they differ, "size", "parameters",
-        a dataset's default "setting" and so on.
+        a dataset's default "setting" and so on; of a method with parts "pieces", each with the values it has there.
     """
-    if kind == "algorithms":
-        described = _describe_plugin(kind, name, ALGORITHMS[name], ("tier", "needs", "stackable", "version"))
-        return {**described, **_adaptation(ALGORITHMS[name]())}
+    if "+" in name:
+        return _describe_composed(name)
+    if kind in ("algorithms", "parts"):
+        described = _describe_plugin(kind, name, PLUGINS[kind][name], _FACTS[kind])
+        return described if kind == "parts" else {**described, **_adaptation(ALGORITHMS[name]())}
     if kind == "datasets":
         facts = ("num_classes", "image_shape", "size", "licence", "citation", "source", "revision")
         described = _describe_plugin(kind, name, DATASETS[name], facts)
@@ -78,12 +82,35 @@ def describe(kind: str, name: str, dataset: str) -> dict[str, Any]:
     return {**described, "parameters": _count_parameters(name)} if kind == "models" else described
 
 
+_FACTS = {
+    "algorithms": ("tier", "needs", "stackable", "version"),
+    "parts": ("tier", "needs", "neutral", "stackable", "version"),
+}
+
+
+def _describe_composed(text: str) -> dict[str, Any]:
+    from bench.protocol.spelling import label, name, parse_algorithms
+
+    (algorithm,) = parse_algorithms(text)
+    pieces = []
+    for piece in algorithm.pieces:
+        kind = "algorithms" if piece is algorithm.pieces[0] else "parts"
+        described = _describe_plugin(kind, name(piece), type(piece), _FACTS[kind])
+        values = {field: {**each, "value": getattr(piece, field)} for field, each in described["fields"].items()}
+        pieces.append({**described, "fields": values})
+    facts = {"tier": algorithm.tier, "needs": sorted(algorithm.needs), "stackable": algorithm.stackable}
+    said = f"{' and '.join(each['name'] for each in pieces)}, as one algorithm."
+    return {"name": label(algorithm), "kind": "algorithms", "documentation": said, **facts, "pieces": pieces}
+
+
 def _describe_plugin(kind: str, name: str, plugin: type, facts: tuple[str, ...]) -> dict[str, Any]:
     name = name.replace("-", "_")
     texts = (inspect.getmodule(plugin).__doc__, plugin.__doc__)
     documentation = "\n\n".join(inspect.cleandoc(text) for text in texts if text)
     values = {fact: _fact(plugin(), fact) for fact in facts}  # of its defaults: some depend on options
     plain = {fact: sorted(value) if isinstance(value, frozenset) else value for fact, value in values.items()}
+    if isinstance(neutral := plain.get("neutral"), Mapping):
+        plain["neutral"] = [f"{field} = {value!r}" for field, value in neutral.items()]
     described = {"name": name, "kind": kind, "documentation": documentation, **plain}
     return {**described, "fields": field_descriptions(plugin)}
 

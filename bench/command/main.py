@@ -16,7 +16,7 @@ import bench
 
 _VERBS = {
     "run": ("bench.command.run", "Compare algorithms; with no options, five of them on scikit-learn's digits."),
-    "list": ("bench.command.show", "List algorithms, datasets, models, settings, partitions."),
+    "list": ("bench.command.show", "List algorithms, parts, datasets, models, settings, partitions."),
     "show": ("bench.command.show", "Say what a plug-in, model, setting or partition is, and what it takes."),
     "data": ("bench.command.data", "Fetch, check and look at datasets and how they are split."),
     "tune": ("bench.command.tune", "Choose hyper-parameters on training data, with one budget for every algorithm."),
@@ -27,9 +27,9 @@ _VERBS = {
     "site": ("bench.command.site", "Build a static site of stored results."),
     "validate": ("bench.command.publish", "Check whether published results hold together."),
     "submit": ("bench.command.publish", "Pack finished runs for a pull request."),
-    "check": ("bench.command.plugin", "Check that an algorithm or dataset keeps the contract."),
+    "check": ("bench.command.plugin", "Check that an algorithm, a part or a dataset keeps the contract."),
     "speed": ("bench.command.plugin", "Measure images/s of federated training against the bare loop."),
-    "new": ("bench.command.plugin", "Write an algorithm or dataset to start from."),
+    "new": ("bench.command.plugin", "Write an algorithm, a part or a dataset to start from."),
 }
 """Verb to the module that has the command of that name, and what it does, for `bench --help`."""
 

@@ -125,7 +125,7 @@ def _one_of(*values: str) -> dict[str, Any]:
 
 
 _OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("--algos", "Algorithms, with parameters as in fedrep(head_epochs=5).", _shown(DEFAULT_ALGORITHMS)),
+    ("--algos", "Algorithms, with parameters and parts as in fedrep(head_epochs=5)+topk.", _shown(DEFAULT_ALGORITHMS)),
     (
         "--preset",
         "Fields and learning rates of the algorithms: default, paper, or what 'bench tune' wrote; several at once.",
@@ -135,7 +135,7 @@ _OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("--imbalance", "Largest class over smallest, e.g. 10,50; the setting's by default.", {}),
     ("--alpha", "Concentration of the partition, e.g. 0.1,0.5; small is more skewed.", {}),
     ("--seeds", "A count (3 is 0,1,2), or seeds with a comma (0,4,7 or 3407,).", _shown("1")),
-    ("--plugin", "File with an algorithm or a dataset; repeatable.", {"type": _PATH, "multiple": True}),
+    ("--plugin", "File with an algorithm, a part or a dataset; repeatable.", {"type": _PATH, "multiple": True}),
     ("--setting", "Named protocol; the next options replace parts of it.", _shown(DEFAULT_SETTING)),
     ("--partition", "How images are dealt to clients; see 'bench list partitions'.", {}),
     ("--clients", "Number of clients.", {"type": int}),

@@ -1,4 +1,4 @@
-"""`bench new`, `bench check` and `bench speed`: for who writes an algorithm, a dataset, or the engine."""
+"""`bench new`, `bench check` and `bench speed`: for who writes an algorithm, a part, a dataset, or the engine."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 import click
 
 _FILE = click.Path(path_type=Path)
+_RUN = {"algorithm": "--algos {}", "part": "--algos fedavg+{}", "dataset": "--dataset {}"}
 
 
 @click.command("new")
-@click.argument("kind", type=click.Choice(["algorithm", "dataset"]))
+@click.argument("kind", type=click.Choice(list(_RUN)))
 @click.argument("name")
 @click.option("--out", type=_FILE, default=Path("."), show_default=True, help="Folder of the new file.")
 def new_command(kind: str, name: str, out: Path) -> None:
@@ -22,40 +23,53 @@ def new_command(kind: str, name: str, out: Path) -> None:
 
     \b
     bench new algorithm mine
+    bench new part mine
     bench new dataset leaves --out plugins
     """
     from bench.command import scaffold
 
     file = scaffold.write(kind, name, out)
     plugin = shlex.quote(str(file))
-    option = "--algos" if kind == "algorithm" else "--dataset"
     click.echo(f"wrote {file}; next:")
     click.echo(f"  bench check {file.stem} --plugin {plugin}")
-    click.echo(f"  bench run {option} {file.stem} --plugin {plugin}")
+    click.echo(f"  bench run {_RUN[kind].format(file.stem)} --plugin {plugin}")
 
 
 @click.command("check")
 @click.argument("name")
-@click.option("--plugin", type=_FILE, help="File that the algorithm or dataset is defined in.")
+@click.option("--plugin", type=_FILE, help="File that the name is defined in.")
+@click.option(
+    "--kind", type=click.Choice([f"{kind}s" for kind in _RUN]), help="Which is meant, if several have the name."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def check_command(name: str, plugin: Path | None, as_json: bool) -> None:
-    """Check that the algorithm or dataset NAME keeps the contract; exit status 1 if a promise is broken.
+def check_command(name: str, plugin: Path | None, kind: str | None, as_json: bool) -> None:
+    """Check that the algorithm, part or dataset NAME keeps the contract; exit status 1 if a promise is broken.
 
     \b
     bench check fedrep
+    bench check focal
     bench check mine --plugin mine.py
     """
     import torch
 
-    from bench.contract import checks
-    from bench.registry import ALGORITHMS, DATASETS, load_plugin
+    from bench.command.catalogue import PLUGINS
+    from bench.contract import checks, parts
+    from bench.protocol.spelling import near
+    from bench.registry import UnknownPlugin, load_plugin
 
     if plugin is not None:
         load_plugin(plugin)
     torch.set_num_threads(1)  # the toy problem is too small for more; they would wait for each other
-    found = DATASETS[name] if name in DATASETS else ALGORITHMS[name]
+    kinds = [each for each, registry in PLUGINS.items() if name in registry and kind in (None, each)]
+    if not kinds:
+        raise UnknownPlugin(
+            f"no {kind or 'plug-in'} is called {name!r}; {near(name, [n for r in PLUGINS.values() for n in r])}"
+        )
+    for other in kinds[1:]:
+        click.echo(f"{name} is also one of the {other}: bench check {name} --kind {other}", err=True)
+    check = parts.check if kinds[0] == "parts" else checks.check
     findings = []
-    for finding in checks.check(found):
+    for finding in check(PLUGINS[kinds[0]][name]):
         findings.append(finding)
         if not as_json:
             broken = "" if finding.problem is None else f": {finding.problem}"

@@ -31,7 +31,7 @@ _OPTIONS = (
         "plugins",
         type=click.Path(path_type=Path),
         multiple=True,
-        help="File with an algorithm or a dataset of some runs; repeatable.",
+        help="File with an algorithm, a part or a dataset of some runs; repeatable.",
     ),
 )
 _MOST = 200

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import keyword
 from pathlib import Path
+from typing import Any
 
 from bench.protocol.settings import BadConfig
-from bench.registry import ALGORITHMS, DATASETS
+from bench.registry import ALGORITHMS, DATASETS, PARTS, Registry
 
 _ALGORITHM = '''"""{Class}: one line on what it does that others do not.
 
@@ -35,6 +36,46 @@ class {Class}(Algorithm):
     def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
         """Train the received model on the client's examples; give what is sent, and what the client keeps."""
         return task.sgd(task.loss, shared, data.batches(task.epochs + self.extra_epochs)), private
+'''
+
+_PART = '''"""{Class}: one line on what it changes in any method; as written, label smoothing.
+
+Authors. Title. Venue year. https://link (equation)
+
+Kind           loss
+Learns         nothing beyond updates
+Departs        nowhere
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench import Batch, Loss, Task, register
+from bench.losses import mean
+
+
+@register("{name}")
+@dataclass(frozen=True, kw_only=True)
+class {Class}(Loss):
+    """A loss takes the place of cross-entropy; the other kinds are `Correction`, `Aggregation` and `Channel`."""
+
+    neutral: ClassVar[Mapping[str, object]] = {{"smoothing": 0.0}}
+
+    smoothing: float = 0.1
+    """Share of the label that all classes have alike, in [0, 1): `{name}(smoothing=0.2)` sets it."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"smoothing = {{self.smoothing}}: must be in [0, 1)")
+
+    def loss(self, task: Task, logits: Tensor, features: Tensor | None, batch: Batch, counts: Tensor) -> Tensor:
+        """Give the mean over the real examples of a batch; `counts` are the client's class counts, (C,)."""
+        apart = F.cross_entropy(logits.float(), batch.y, reduction="none", label_smoothing=self.smoothing)
+        return mean(apart, batch)
 '''
 
 _DATASET = '''"""{Class}: one line on what the images show.
@@ -82,14 +123,18 @@ class {Class}(Dataset):
         return (255 * (0.5 * patterns[labels] + 0.5 * noise)).to(torch.uint8), labels
 '''
 
-_TEMPLATES = {"algorithm": _ALGORITHM, "dataset": _DATASET}
+_TEMPLATES: dict[str, tuple[str, Registry[Any]]] = {
+    "algorithm": (_ALGORITHM, ALGORITHMS),
+    "part": (_PART, PARTS),
+    "dataset": (_DATASET, DATASETS),
+}
 
 
 def write(kind: str, name: str, folder: Path) -> Path:
     """Write a plug-in file.
 
     Args:
-        kind: "algorithm" or "dataset".
+        kind: "algorithm", "part" or "dataset".
         name: Of the plug-in and its file; "-" is written "_".
         folder: Made if it is not there.
 
@@ -99,10 +144,11 @@ def write(kind: str, name: str, folder: Path) -> Path:
     name = name.replace("-", "_")
     if not name.isidentifier() or keyword.iskeyword(name) or name != name.lower() or name.startswith("_"):
         raise BadConfig(f"{name!r} cannot name a file and a class; use lower-case letters, digits and _")
-    if name in (ALGORITHMS if kind == "algorithm" else DATASETS):
+    template, taken = _TEMPLATES[kind]
+    if name in taken:
         raise BadConfig(f"there is a {kind} called {name!r} already; choose another name")
     file = folder / f"{name}.py"
-    content = _TEMPLATES[kind].format(name=name, Class="".join(map(str.capitalize, name.split("_"))))
+    content = template.format(name=name, Class="".join(map(str.capitalize, name.split("_"))))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with file.open("x", encoding="utf-8") as stream:

@@ -13,7 +13,7 @@ import click
 from bench.command.options import DEFAULT_DATASET
 
 _WIDTH = 120  # of the documentation beside it
-_KINDS = ("algorithms", "datasets", "models", "settings", "partitions")
+_KINDS = ("algorithms", "parts", "datasets", "models", "settings", "partitions")
 
 
 @click.command("list")
@@ -47,10 +47,11 @@ def list_command(kind: str | None, as_json: bool) -> None:
 @click.option("--dataset", default=DEFAULT_DATASET, show_default=True, help="Show a setting as it is for this.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def show_command(name: str, plugin: Path | None, kind: str | None, dataset: str, as_json: bool) -> None:
-    """Say what an algorithm, dataset, model, setting or partition is, and which parameters it takes.
+    """Say what an algorithm, part, dataset, model, setting or partition is, and which parameters it takes.
 
     \b
     bench show fedloge
+    bench show "fedrep+topk(share=0.05)"
     bench show cifar10 --json
     bench show quick --dataset cifar10
     bench show fedloge --kind settings
@@ -74,7 +75,7 @@ def show_command(name: str, plugin: Path | None, kind: str | None, dataset: str,
 
 def _prose(described: Mapping[str, Any]) -> str:
     """Write a description for a person."""
-    known = ("name", "kind", "documentation", "fields", "setting")
+    known = ("name", "kind", "documentation", "fields", "setting", "pieces")
     lines = [f"{described['name']} ({described['kind'].removesuffix('s')})", "", described["documentation"]]
     if described.get("fields"):
         lines += ["", "Fields"]
@@ -87,7 +88,8 @@ def _prose(described: Mapping[str, Any]) -> str:
         title = f"Setting {described['setting']['name']}, the default (others: bench list settings)"
         lines += ["", title, textwrap.fill(values, _WIDTH, initial_indent="  ", subsequent_indent="  ")]
     rest = {key: value for key, value in described.items() if key not in known}
-    return "\n".join((*lines, "", *(f"{key:<14} {_value(value)}" for key, value in rest.items())))
+    lines += ["", *(f"{key:<14} {_value(value)}" for key, value in rest.items())]
+    return "\n".join((*lines, *("\n\n" + _prose(piece) for piece in described.get("pieces", ()))))
 
 
 def _value(value: Any) -> str:

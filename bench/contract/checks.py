@@ -1,5 +1,5 @@
 """The contract: what every algorithm and dataset promises, each promise a function, for built-in and
-third-party ones alike.
+third-party ones alike. What parts promise is in `bench.contract.parts`.
 
 `bench check NAME` and the test suite run them on a toy problem: eight clients with 0 to 60 examples of six
 classes, a small dense model, seconds on a CPU.
@@ -13,7 +13,7 @@ import math
 import pickle
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ import torch
 
 from bench import tree
 from bench.algorithm import Adaptation, Algorithm, is_usual, method_of, stages
-from bench.contract import toy
+from bench.contract import probes, toy
 from bench.data import Uploads
 from bench.dataset import DataDamaged, DataMissing, Dataset
+from bench.protocol.composition import refusal
 from bench.registry import ALGORITHMS, DATASETS
 from bench.splits.auxiliary import NEEDS
 from bench.training import engine as engines
@@ -50,9 +51,14 @@ class Finding:
 
 def check(plugin: type[Algorithm] | type[Dataset]) -> Iterator[Finding]:
     """Run every check of an algorithm's or a dataset's contract, one after the other."""
-    promises: dict[str, Callable[[Any], None]] = (
+    promises: Mapping[str, Callable[[Any], None]] = (
         ALGORITHM_PROMISES if issubclass(plugin, Algorithm) else DATASET_PROMISES
     )
+    return findings(plugin, promises)
+
+
+def findings(plugin: type, promises: Mapping[str, Callable[[Any], None]]) -> Iterator[Finding]:
+    """Say of each promise whether a plug-in keeps it."""
     for promise, keep in promises.items():
         try:
             keep(plugin)
@@ -81,7 +87,7 @@ def name_is_file_name(plugin: type[Algorithm]) -> None:
     _require(names == [stem], f"registered as {names}, but the file is {stem}.py")
 
 
-def defaults_construct(plugin: type[Algorithm]) -> None:
+def defaults_construct(plugin: type[Any]) -> None:
     """The class is a frozen, keyword-only dataclass whose defaults suffice and whose repr evaluates back to
     it.
     """
@@ -90,7 +96,7 @@ def defaults_construct(plugin: type[Algorithm]) -> None:
     algorithm = plugin()
     again = eval(repr(algorithm), {plugin.__name__: plugin})
     _require(again == algorithm, f"eval(repr()) gives {again!r}, not {algorithm!r}")
-    extra = set(vars(algorithm)) - {field.name for field in dataclasses.fields(algorithm)}  # type: ignore[arg-type]
+    extra = set(vars(algorithm)) - {field.name for field in dataclasses.fields(algorithm)}
     _require(not extra, f"holds {', '.join(sorted(extra))} besides its fields")
 
 
@@ -136,7 +142,7 @@ def ledger_is_true(plugin: type[Algorithm]) -> None:
         _require(entries[title] == keys_found, f"the ledger says {title}: {said}; found: {seen}")
 
 
-def inputs_are_left_alone(plugin: type[Algorithm]) -> None:
+def inputs_are_left_alone(plugin: Callable[[], Algorithm]) -> None:
     """Nothing that is passed in is changed in place."""
     run = toy.run(plugin(), setting=SHORT)
     for task, exchange in toy.trips(run):
@@ -144,7 +150,7 @@ def inputs_are_left_alone(plugin: type[Algorithm]) -> None:
         before = tree.clone({"server": server, "private": private})
         upload, _ = toy.upload_once(run, 0, task, exchange)
         sent = tree.clone(upload)
-        verb = getattr(run.algorithm, exchange.server)
+        verb = run.algorithm.server_verb(exchange.server)
         verb(task, server, Uploads([upload, upload], torch.ones(2, dtype=torch.float64)))
         run.algorithm.global_model(task, server)
         run.evaluate(task, 1, True)
@@ -155,7 +161,7 @@ def inputs_are_left_alone(plugin: type[Algorithm]) -> None:
         _require(tree.largest_difference(sent, upload) == 0, "the upload was changed in place by the server")
 
 
-def states_keep_shape(plugin: type[Algorithm]) -> None:
+def states_keep_shape(plugin: Callable[[], Algorithm]) -> None:
     """Server and private states keep their keys, shapes and dtypes from round to round."""
     run = toy.run(plugin())
     first = {"server": run.progress.server, "private": run.store.initial}
@@ -173,13 +179,13 @@ def states_keep_shape(plugin: type[Algorithm]) -> None:
         )
 
 
-def models_fit(plugin: type[Algorithm]) -> None:
+def models_fit(plugin: Callable[[], Algorithm]) -> None:
     """Global and personal models are absent, or a body and a head of the architecture (unless `predict` is
     overridden).
     """
     run = toy.run(plugin())
     run.step()
-    if not is_usual(run.algorithm.predict, Algorithm.predict):
+    if not is_usual(run.algorithm.pieces[0].predict, Algorithm.predict):
         return
     task = run.task_at(0)
     wanted = {path: leaf.shape for path, leaf in tree.flatten(task.init()).items()}
@@ -198,9 +204,9 @@ def models_fit(plugin: type[Algorithm]) -> None:
             _require(found == wanted, f"the {name} model has {sorted(found)}, the architecture {sorted(wanted)}")
 
 
-def engines_agree(plugin: type[Algorithm]) -> None:
+def engines_agree(plugin: Callable[[], Algorithm]) -> None:
     """Serial and stacked engines give the same states, unequal and empty clients included."""
-    if not plugin.stackable:
+    if not plugin().stackable:
         return
     setting = replace(toy.SETTING, rounds=1, participation=1.0, weight_decay=1e-3, clip=5.0)
     one, other = (
@@ -211,7 +217,7 @@ def engines_agree(plugin: type[Algorithm]) -> None:
     _require(apart <= engines.TOLERANCE, f"states of the serial and the stacked engine differ by {apart:.1e}")
 
 
-def seed_decides(plugin: type[Algorithm]) -> None:
+def seed_decides(plugin: Callable[[], Algorithm]) -> None:
     """The same seed gives the same bits, another seed others; torch's global generator has no say."""
     digests = []
     for seed, noise in ((0, 1), (0, 2), (1, 1)):
@@ -225,21 +231,21 @@ def seed_decides(plugin: type[Algorithm]) -> None:
     _require(digests[0] != digests[2], "two seeds give the same bits")
 
 
-def client_order_is_irrelevant(plugin: type[Algorithm]) -> None:
+def client_order_is_irrelevant(plugin: Callable[[], Algorithm]) -> None:
     """The server's result does not depend on the order in which clients are listed."""
     run = toy.run(plugin(), setting=SHORT)
     clients = torch.tensor([0, 1, 2, 4])
     sizes = torch.tensor([60.0, 44.0, 33.0, 9.0], dtype=torch.float64)
     for task, exchange in toy.trips(run):
         uploads = [toy.upload_once(run, k, task, exchange)[0] for k in clients.tolist()]
-        server = getattr(run.algorithm, exchange.server)
+        server = run.algorithm.server_verb(exchange.server)
         forward = server(task, run.progress.server, Uploads(uploads, sizes, clients))
         backward = server(task, run.progress.server, Uploads(uploads[::-1], sizes.flip(0), clients.flip(0)))
         apart = tree.largest_difference(forward, backward)
         _require(apart < 1e-4, f"listing the clients backwards changes the server's state by {apart:.1e}")
 
 
-def what_is_sent_has_one_form(plugin: type[Algorithm]) -> None:
+def what_is_sent_has_one_form(plugin: Callable[[], Algorithm]) -> None:
     """Every client is sent the same keys and shapes, held-out ones too; what is called constant is."""
     run = toy.run(plugin())
     task, server = run.task_at(0), run.progress.server
@@ -258,14 +264,14 @@ def what_is_sent_has_one_form(plugin: type[Algorithm]) -> None:
     _require(apart == 0, f"what is called constant changes by {apart:.1e}")
 
 
-def lost_uploads_are_harmless(plugin: type[Algorithm]) -> None:
+def lost_uploads_are_harmless(plugin: Callable[[], Algorithm]) -> None:
     """Rounds in which nobody takes part, or some uploads do not arrive, leave everything finite."""
     setting = replace(toy.SETTING, sampling="independent", participation=0.2, lost=0.4)
     run = toy.finish(toy.run(plugin(), setting=setting))
     _require(tree.is_finite(toy.states(run)), "lost uploads end in a state that is not finite")
 
 
-def small_clients_are_harmless(plugin: type[Algorithm]) -> None:
+def small_clients_are_harmless(plugin: Callable[[], Algorithm]) -> None:
     """An empty client changes nothing; clients of one example or one class leave everything finite."""
     for sizes in ((60, 0, 0, 0, 0, 0, 0, 0), (1, 1, 2, 1, 60, 5, 0, 1)):
         for engine in ("serial", "stacked"):
@@ -276,21 +282,21 @@ def small_clients_are_harmless(plugin: type[Algorithm]) -> None:
                 f"clients of {sizes} examples ({engine}) end in a state that is not finite",
             )
     run = toy.run(plugin())
-    if "pooled" not in plugin.needs:
+    if "pooled" not in run.algorithm.needs:
         upload, private = toy.upload_once(run, toy.SIZES.index(0))
         apart = tree.largest_difference(run.store.initial, private)
         _require(apart == 0, f"a client without examples changes its private state by {apart:.1e}")
         _require(tree.is_finite(upload), "a client without examples sends something that is not finite")
 
 
-def pickles_small(plugin: type[Algorithm]) -> None:
+def pickles_small(plugin: Callable[[], Algorithm]) -> None:
     """An algorithm pickles by reference, to less than 500 bytes."""
     packed = pickle.dumps(plugin())
     _require(len(packed) < 500, f"pickles to {len(packed)} bytes")
     _require(pickle.loads(packed) == plugin(), "does not survive pickling")
 
 
-def resumes(plugin: type[Algorithm]) -> None:
+def resumes(plugin: Callable[[], Algorithm]) -> None:
     """Stopping after a round and going on in a new process gives the bits of one go."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "checkpoint.pt"
@@ -305,14 +311,14 @@ def resumes(plugin: type[Algorithm]) -> None:
     _require(resumed.metrics == whole.metrics, "a resumed run ends with other metrics than an uninterrupted one")
 
 
-def evaluation_is_pure(plugin: type[Algorithm]) -> None:
+def evaluation_is_pure(plugin: Callable[[], Algorithm]) -> None:
     """Testing between rounds leaves training as it is."""
     often = toy.finish(toy.run(plugin())).outcome().digest
     once = toy.finish(toy.run(plugin(), setting=replace(toy.SETTING, eval_every=toy.SETTING.rounds))).outcome().digest
     _require(often == once, "testing after each round changes the final state")
 
 
-def test_data_stay_out(plugin: type[Algorithm]) -> None:
+def test_data_stay_out(plugin: Callable[[], Algorithm]) -> None:
     """Garbage as test data changes no state and no adapted model: nothing is trained or chosen on them."""
     setting = replace(toy.SETTING, rounds=2, unseen=1)
     runs = [toy.finish(toy.run(plugin(), setting=setting, garbage=garbage)) for garbage in (False, True)]
@@ -330,7 +336,7 @@ def tested_models(run: Run, client: int) -> dict[str, Tree]:
     return {name: model for name, (model,) in named.items()}
 
 
-def newcomers_are_served(plugin: type[Algorithm]) -> None:
+def newcomers_are_served(plugin: Callable[[], Algorithm]) -> None:
     """Clients held out of training, an empty one among them, get finite models, with labels and without; asking for
     them changes nothing.
     """
@@ -348,7 +354,7 @@ def newcomers_are_served(plugin: type[Algorithm]) -> None:
             _require(apart == 0, f"{who} gets another model when asked again, by {apart:.1e}")
 
 
-def adaptation_is_data(plugin: type[Algorithm]) -> None:
+def adaptation_is_data(plugin: Callable[[], Algorithm]) -> None:
     """What is tuned before a test can be listed before a run: stages that pickle, the same whenever asked."""
     run = toy.run(plugin())
     for verb in (run.algorithm.adaptation, run.algorithm.newcomer_adaptation):
@@ -361,7 +367,7 @@ def adaptation_is_data(plugin: type[Algorithm]) -> None:
             _require(pickle.loads(pickle.dumps(listed)) == listed, f"{of} does not survive pickling")
 
 
-def predictors_are_there(plugin: type[Algorithm]) -> None:
+def predictors_are_there(plugin: Callable[[], Algorithm]) -> None:
     """`predictors` names variants that are tested, and methods that are there."""
     run = toy.run(plugin())
     run.step()
@@ -375,7 +381,7 @@ def predictors_are_there(plugin: type[Algorithm]) -> None:
         _require(variant in variants, f"predictors names the variant {variant!r}; there are {there}")
 
 
-def learns(plugin: type[Algorithm]) -> None:
+def learns(plugin: Callable[[], Algorithm]) -> None:
     """The toy problem is learnt: over 80 % personal (masked) accuracy, or generic where there is no personal
     model.
     """
@@ -383,6 +389,24 @@ def learns(plugin: type[Algorithm]) -> None:
     reached = outcome.metrics.get("personal.masked")
     reached = outcome.metrics.get("generic") if reached is None else reached
     _require(reached is not None and reached > 0.8, f"reaches {reached}, a working method over 0.8")
+
+
+def parts_act(plugin: type[Algorithm]) -> None:
+    """A part of each kind changes something, or the method refuses the kind with a reason. Plain cross-entropy changes
+    something where the method says that it has a loss of its own.
+    """
+    algorithm = plugin()
+    unknown = set(algorithm.refuses) - {probe.kind for probe in probes.PROBES}
+    _require(not unknown, f"it refuses {', '.join(sorted(unknown))}, which is no kind of a part")
+    allowed = [probe for probe in probes.PROBES if refusal(algorithm, probe) is None]
+    plain = probes.Plain()
+    silent = probes.silent(algorithm, [*allowed, plain])
+    kinds = ", ".join(probe.kind for probe in silent if probe is not plain)
+    how = "train by task.loss or task.criterion, take means of body and head by uploads.mean"
+    _require(not kinds, f"a part of the kind {kinds} changes nothing; {how}, or say why: refuses = {{kind: reason}}")
+    own = plain not in silent
+    _require(own == algorithm.own_loss, f"own_loss = {algorithm.own_loss}, and cross-entropy in its place changes "
+             f"{'something' if own else 'nothing'}; say own_loss = {own}")  # fmt: skip
 
 
 ALGORITHM_PROMISES: dict[str, Callable[[type[Algorithm]], None]] = {
@@ -407,6 +431,7 @@ ALGORITHM_PROMISES: dict[str, Callable[[type[Algorithm]], None]] = {
     "adaptation is data": adaptation_is_data,
     "predictors are there": predictors_are_there,
     "learns the toy problem": learns,
+    "parts act, or are refused": parts_act,
 }
 
 

@@ -1,4 +1,6 @@
-"""A small made-up problem for checks and tests: eight clients of 0-60 noisy 8×8 pictures of six classes."""
+"""A small made-up problem for checks and tests: eight clients of 0-60 noisy 8×8 pictures of six classes, and a method
+of our own that carries parts.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from torch import Tensor
 
 from bench import keys
 from bench.algorithm import Algorithm, Exchange
+from bench.data import Batch, LocalData
 from bench.dataset import Dataset, Splits
+from bench.losses import cross_entropy
 from bench.protocol.settings import Setting
 from bench.splits.auxiliary import NEEDS, Origin, Reserve, part_off
 from bench.splits.split import Split
@@ -70,6 +74,26 @@ class Toy(Dataset):
             test_y = test_y[keys.permutation(key, self.test)]
             test_x = test_x.flip(0)
         return Splits(*part("train", self.train), test_x, test_y)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host(Algorithm):
+    """One model, trained by cross-entropy and averaged."""
+
+    scale: float = 1.0
+    """Times cross-entropy is its loss: one of its own, if this is not 1."""
+
+    def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
+        """Train the model on the client's examples."""
+
+        def scaled(logits: Tensor, batch: Batch) -> Tensor:
+            return self.scale * cross_entropy(logits, batch)
+
+        def loss(params: Tree, batch: Batch) -> Tensor:
+            z = task.model.features(params["body"], batch.x)
+            return task.criterion(task.model.logits(params["head"], z), z, batch, scaled)
+
+        return task.sgd(loss, shared, data.batches(task.epochs)), private
 
 
 def split(splits: Splits, sizes: tuple[int, ...] = SIZES) -> Split:
@@ -166,7 +190,7 @@ def upload_once(
         visit = population.pooled_visit(task.round, run.store[-1])
     else:
         visit = population.visit(client, task.round, run.store[client])
-    verb, shared = getattr(run.algorithm, exchange.client), received(run, client, task.round)
+    verb, shared = run.algorithm.client_verb(exchange.client), received(run, client, task.round)
     results, _ = engines.serial(verb, task, shared, population.images, [visit])
     upload, private = results[0]
     return upload, private

@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from bench.algorithm import Algorithm
+from bench.protocol.composition import prefixed, with_values
 from bench.protocol.settings import BadConfig
 from bench.protocol.spelling import parse_algorithms, split_list
 from bench.registry import label
@@ -78,13 +79,19 @@ class Preset:
             raise BadConfig(f"preset {self.name} has no {asked}; it has {known}: leave others out, or tune them too")
         choice = self.algorithms[asked]
         chosen = parse_algorithms(choice.call)
-        if len(chosen) != 1 or type(chosen[0]) is not type(algorithm):
+        if len(chosen) != 1 or not _same(chosen[0], algorithm):
             raise BadConfig(f"preset {self.name} has {choice.call!r} for {asked}; a call of that algorithm is wanted")
         return chosen[0], choice.lr
 
     def budget(self) -> dict[str, object]:
         """Give all that must be equal for choices to stand in one preset."""
         return {key: value for key, value in asdict(self).items() if key not in ("name", "algorithms")}
+
+
+def _same(chosen: Algorithm, asked: Algorithm) -> bool:
+    """Tell whether two are of one method, and a choice has no part that was not asked for; one may be off."""
+    kinds, known = ([type(piece) for piece in each.pieces] for each in (chosen, asked))
+    return kinds[0] is known[0] and set(kinds) <= set(known)
 
 
 class _Default(Preset):
@@ -94,13 +101,15 @@ class _Default(Preset):
 
 class _Paper(Preset):
     def choose(self, algorithm: Algorithm) -> tuple[Algorithm, float | None]:
-        """Replace fields at their defaults by the paper's values."""
-        usual = {each.name: each.default for each in fields(algorithm)}  # type: ignore[arg-type]
-        missing = set(algorithm.paper) - set(usual)
-        if missing:
-            raise BadConfig(f"{label(algorithm)}: its `paper` names {', '.join(sorted(missing))}, which is no field")
-        values = {key: value for key, value in algorithm.paper.items() if getattr(algorithm, key) == usual[key]}
-        return replace(algorithm, **values), None  # type: ignore[type-var]
+        """Replace fields at their defaults by the papers' values."""
+        values: dict[str, object] = {}
+        for prefix, piece in prefixed(algorithm):
+            usual = {each.name: each.default for each in fields(piece)}  # type: ignore[arg-type]
+            missing = set(piece.paper) - set(usual)
+            if missing:
+                raise BadConfig(f"{label(piece)}: its `paper` names {', '.join(sorted(missing))}, which is no field")
+            values |= {prefix + key: new for key, new in piece.paper.items() if getattr(piece, key) == usual[key]}
+        return with_values(algorithm, values), None
 
 
 DEFAULT: Preset = _Default(name="default")

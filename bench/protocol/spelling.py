@@ -1,6 +1,7 @@
-"""How things are spelt on the command line: algorithms as Python calls, lists, seeds, fields of a setting.
+"""How things are spelt on the command line: algorithms as Python calls, their parts after a plus, lists, seeds, fields
+of a setting.
 
-fedloge,fedrep(head_epochs=5)      0.5,0.1      3 (seeds 0, 1, 2)      0,4,7      momentum=0.9
+fedloge,fedrep(head_epochs=5)+topk      0.5,0.1      3 (seeds 0, 1, 2)      0,4,7      momentum=0.9
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from bench.algorithm import Algorithm
 from bench.dataset import Dataset
+from bench.protocol.composition import compose
 from bench.protocol.settings import BadConfig
-from bench.registry import ALGORITHMS, DATASETS, Registry
+from bench.registry import ALGORITHMS, DATASETS, PARTS, Registry
 from bench.registry import label as label
 from bench.registry import name as name
 
@@ -31,6 +33,11 @@ _MOST_SEEDS = 1000
 
 def split_list(text: str) -> list[str]:
     """Split at commas that stand in no bracket and no quotes; empty items are left out."""
+    return [item for item in split_at(",", text) if item]
+
+
+def split_at(separator: str, text: str) -> list[str]:
+    """Split at a character where it stands in no bracket and no quotes; one item more than there are such places."""
     items, item, depth, quote = [], "", 0, ""
     for character in text:
         if quote:
@@ -41,12 +48,12 @@ def split_list(text: str) -> list[str]:
             depth += 1
         elif character in ")]}":
             depth -= 1
-        if character == "," and depth == 0 and not quote:
+        if character == separator and depth == 0 and not quote:
             items.append(item)
             item = ""
         else:
             item += character
-    return [item.strip() for item in (*items, item) if item.strip()]
+    return [item.strip() for item in (*items, item)]
 
 
 def near(name: str, known: Iterable[str]) -> str:
@@ -60,18 +67,25 @@ def near(name: str, known: Iterable[str]) -> str:
 
 
 def parse_algorithms(text: str) -> list[Algorithm]:
-    """Read a comma list such as `fedloge,fedrep(head_epochs=5)`.
+    """Read a comma list such as `fedloge,fedrep(head_epochs=5)+focal(gamma=1)+topk`.
 
     Raises:
-        UnknownPlugin: No algorithm has that name.
-        BadConfig: The list is empty, or a parameter is unknown, of the wrong type or out of range.
+        UnknownPlugin: No algorithm, or no part, has that name.
+        BadConfig: The list is empty, a parameter is unknown, of the wrong type or out of range, or a part makes no
+            sense on its method.
     """
-    return _parse(text, ALGORITHMS, "--algos")
+    items = split_list(text)
+    if not items:
+        raise BadConfig(f"--algos is empty; there are {', '.join(ALGORITHMS)}")
+    return [_algorithm(item) for item in items]
 
 
 def parse_datasets(text: str) -> list[Dataset]:
     """Read a comma list of datasets; same syntax and errors as `parse_algorithms`."""
-    return _parse(text, DATASETS, "--dataset")
+    items = split_list(text)
+    if not items:
+        raise BadConfig(f"--dataset is empty; there are {', '.join(DATASETS)}")
+    return [_construct(item, DATASETS) for item in items]
 
 
 def parse_dataset(text: str) -> Dataset:
@@ -82,11 +96,18 @@ def parse_dataset(text: str) -> Dataset:
     return datasets[0]
 
 
-def _parse(text: str, registry: Registry[P], option: str) -> list[P]:
-    items = split_list(text)
-    if not items:
-        raise BadConfig(f"{option} is empty; there are {', '.join(registry)}")
-    return [_construct(item, registry) for item in items]
+def _algorithm(text: str) -> Algorithm:
+    method, *parts = items = split_at("+", text)
+    if not all(items):
+        raise BadConfig(f"{text!r}: a method and parts are wanted, with a plus between them")
+    names = [item.partition("(")[0].strip() for item in items]
+    if names[0] not in ALGORITHMS and names[0] in PARTS:
+        methods = [item for item, called in zip(items, names, strict=True) if called in ALGORITHMS]
+        raise BadConfig(f"{names[0]} is a part; write {(*methods, 'METHOD')[0]}+{method}")
+    for called in names[1:]:
+        if called not in PARTS and called in ALGORITHMS:
+            raise BadConfig(f"{text}: {called} is an algorithm, and after a plus stand parts: {', '.join(PARTS)}")
+    return compose(_construct(method, ALGORITHMS), [_construct(part, PARTS) for part in parts])
 
 
 def _construct(text: str, registry: Registry[P]) -> P:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from bench.protocol.settings import BadConfig
-from bench.protocol.spelling import near
+from bench.protocol.spelling import near, split_at
 from bench.results.layout import resolution, title
 from bench.results.leaderboard import Leaderboard, Row, measured
 from bench.results.statistics import LEVEL, Pair, Ranking, Scores, pairwise, rank
@@ -207,7 +207,12 @@ def _fields(row: Row) -> dict[str, str]:
 
 
 def _call(text: str) -> tuple[str, dict[str, str]]:
-    """Take `name(field=1)` apart: the name, and each field's value as Python writes it."""
+    """Take `name(field=1)+part` apart: the names, and each field's value as Python writes it."""
+    names, fields = zip(*(_piece(item, place) for place, item in enumerate(split_at("+", text))), strict=True)
+    return "+".join(names), {field: value for each in fields for field, value in each.items()}
+
+
+def _piece(text: str, place: int) -> tuple[str, dict[str, str]]:
     try:
         tree = ast.parse(text.strip().replace("-", "_", text.partition("(")[0].count("-")), mode="eval").body
     except (SyntaxError, ValueError) as error:
@@ -216,7 +221,7 @@ def _call(text: str) -> tuple[str, dict[str, str]]:
         return tree.id, {}
     if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name) or tree.args:
         raise BadConfig(f"{text!r} is not a name or a call such as name(parameter=1)")
-    return tree.func.id, {str(keyword.arg): ast.unparse(keyword.value) for keyword in tree.keywords}
+    return tree.func.id, {f"{place} {keyword.arg}": ast.unparse(keyword.value) for keyword in tree.keywords}
 
 
 def _tables(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from bench.protocol.identity import canonical, identify
 from bench.results.record import Record
@@ -24,7 +25,7 @@ class Row:
     call: str
     """The algorithm with all its fields."""
     version: str
-    """Of the algorithm; empty if not recorded."""
+    """Of the algorithm, and of its parts after a plus; empty if not recorded."""
     tier: str
     seeds: tuple[int, ...]
     """Finished ones, ascending."""
@@ -207,13 +208,14 @@ def _rows(records: Sequence[Record], metric: str) -> tuple[Row, ...]:
 def _row(label: str, records: Sequence[Record]) -> Row:
     done = sorted((record for record in records if record.status == "done"), key=lambda record: record.seed)
     failed = sorted((record.seed, record.reason or "") for record in records if record.status == "failed")
-    identity = records[0].identity.get("algorithm")
+    method: Any = records[0].identity.get("algorithm")
+    pieces = [method, *method.get("parts", ())] if isinstance(method, dict) else []
     values = _by_key([record.metrics for record in done])
     return Row(
         label=label,
         algorithm=records[0].algorithm,
         call=records[0].call,
-        version=str(identity.get("version", "")) if isinstance(identity, dict) else "",
+        version="+".join(str(piece.get("version", "")) for piece in pieces),
         tier=records[0].tier,
         seeds=tuple(record.seed for record in done),
         splits=tuple(record.fingerprint or "" for record in done),

@@ -16,6 +16,7 @@ from bench.algorithm import Algorithm
 from bench.dataset import Dataset, Labels, Splits
 from bench.models import MODELS, build, has_body
 from bench.models.weights import digest, read
+from bench.part import Part
 from bench.protocol.identity import identify
 from bench.protocol.presets import DEFAULT, Preset
 from bench.protocol.settings import SETTINGS, WITHOUT_ALPHA, BadConfig, Setting, named
@@ -174,7 +175,15 @@ class Run:
 
 
 def describe_plugin(plugin: Algorithm | Dataset) -> dict[str, Any]:
-    """Give name, version and fields of an instance, and the digest of its file if it came with `--plugin`."""
+    """Give name, version and fields of an instance, and the digest of its file if it came with `--plugin`; the same of
+    its "parts", if there are some.
+    """
+    method, *parts = plugin.pieces if isinstance(plugin, Algorithm) else (plugin,)
+    described = _describe(method)
+    return {**described, "parts": [_describe(part) for part in parts]} if parts else described
+
+
+def _describe(plugin: Algorithm | Dataset | Part) -> dict[str, Any]:
     described = {
         "name": name(plugin),
         "version": plugin.revision if isinstance(plugin, Dataset) else plugin.version,

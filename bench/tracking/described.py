@@ -76,14 +76,18 @@ def _describe(
 ) -> Described:
     dataset, seed = identity["dataset"]["name"], str(identity["seed"])
     imbalance, alpha = spell_imbalance(setting["imbalance"]), setting["alpha"]
-    cell = {"algorithm": identity["algorithm"]["name"], "dataset": dataset, "setting": setting["name"], "seed": seed}
+    method = identity["algorithm"]
+    pieces = [method, *method.get("parts", ())]
+    called = "+".join(piece["name"] for piece in pieces)
+    cell = {"algorithm": called, "dataset": dataset, "setting": setting["name"], "seed": seed}
     cell |= {"imbalance": imbalance} | ({} if alpha is None else {"alpha": f"{alpha:g}"})
-    parts = {"algorithm": identity["algorithm"]["fields"], "dataset": identity["dataset"]["fields"], "setting": setting}
+    parts = {"algorithm": method["fields"], "dataset": identity["dataset"]["fields"], "setting": setting}
+    parts |= {f"algorithm.{piece['name']}": piece["fields"] for piece in pieces[1:]}
     params = {f"{part}.{key}": _text(value) for part, values in parts.items() for key, value in values.items()}
     params |= {key: _text(identity[key]) for key in ("engine", "precision", "device", "weights") if key in identity}
     for key in ("lr", "auxiliary"):  # of a preset; images at the server
-        if key in identity["algorithm"]:
-            params[f"algorithm.{key}"] = _text(identity["algorithm"][key])
+        if key in method:
+            params[f"algorithm.{key}"] = _text(method[key])
     concentration = "" if alpha is None else f" alpha {alpha:g}"
     return Described(
         id=run_id,

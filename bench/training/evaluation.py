@@ -53,6 +53,9 @@ class Evaluator:
         algorithm = self.here.algorithm
         models = {"generic": algorithm.global_model(task, server)}
         models |= {f"generic:{name}": m for name, m in algorithm.global_variants(task, server).items()}
+        if algorithm.corrects and (trained := models["generic"]) is not None:
+            changed = algorithm.corrected(task, algorithm.broadcast(task, server), trained, None)
+            models |= {name: each for name, (each,) in _beside("generic", [trained], [changed]).items()}
         counts: Counts = {}
         for name, model in models.items():
             if model is not None:
@@ -120,13 +123,16 @@ class Evaluator:
         adaptation = tuple(stage for stage in listed if labelled or not stage.labels)
         tuning.require_possible(algorithm, adaptation, models[0])
         headline = "unseen" if unseen else "personal"
-        if not adaptation:
-            return {**named, headline: models}
-        if not final:
+        if adaptation and not final:
             return {**named, f"{headline}:0 epochs": models}
-        adapted = self.adapt(adaptation, task, visits, models)
-        *_, whole = adapted.values()
-        return {**named, **{f"{headline}:{budget}": tuned for budget, tuned in adapted.items()}, headline: whole}
+        if adaptation:
+            adapted = self.adapt(adaptation, task, visits, models)
+            named |= {f"{headline}:{budget}": tuned for budget, tuned in adapted.items()}
+            *_, models = adapted.values()
+        named[headline] = models
+        if algorithm.corrects:
+            named |= _beside(headline, models, self._corrected(labelled, task, shared, visits, models))
+        return named
 
     def _some(
         self, task: Task, server: Tree, shared: Tree, store: Store, clients: Sequence[int], final: bool
@@ -161,6 +167,16 @@ class Evaluator:
             [replace(visit, private=model, sent={}) for visit, model in zip(visits, models, strict=True)],
         )
         return {budget: [curve[budget] for curve in tuned] for budget in tuning.budgets(adaptation)}
+
+    def _corrected(
+        self, labelled: bool, task: Task, shared: Tree, visits: list[Visit], models: list[Tree]
+    ) -> list[Any]:
+        """Ask clients what their parts change of trained models; a body that nobody reads is not sent round."""
+        algorithm = self.here.algorithm
+        read = [{key: model[key] for key in sorted(algorithm.corrects) if key in model} for model in models]
+        asked = [replace(visit, private=mine) for visit, mine in zip(visits, read, strict=True)]
+        verb: Verb = algorithm.corrected if labelled else partial(_without_labels, algorithm.corrected)
+        return visit_all(self.here, self.crew, verb, task, shared, asked)[0]
 
     def _ask(self, labelled: bool, task: Task, shared: Tree, verb: Verb, visits: list[Visit]) -> list[Any]:
         """Ask clients something; where an algorithm says nothing of its own that is not worth sending round."""
@@ -238,6 +254,14 @@ def _arrive(
 
 def _without_labels(verb: Verb, task: Task, shared: Tree, private: Tree, data: LocalData) -> Any:
     return verb(task, shared, private, data.unlabelled())
+
+
+def _beside(name: str, trained: list[Tree], changed: Sequence[Tree | None]) -> dict[str, list[Tree]]:
+    """Name corrected models, and beside them those as they were trained; nothing where nothing was changed."""
+    if changed[0] is None:
+        return {}
+    corrected = [{**model, **(change or {})} for model, change in zip(trained, changed, strict=True)]
+    return {name: corrected, f"{name}:uncorrected": trained}
 
 
 def _predictor(here: Surroundings, model: str) -> str:

@@ -203,7 +203,8 @@ class Run:
         self.evaluator = Evaluator(here, self.crew)
         if self.own_statistics:
             self.evaluator.wrap = _with_own_statistics
-        self.fingerprint = f"{algorithm!r} {algorithm.version} {setting!r} {job.seed} {job.split.fingerprint}"
+        versions = " ".join(str(piece.version) for piece in algorithm.pieces)
+        self.fingerprint = f"{algorithm!r} {versions} {setting!r} {job.seed} {job.split.fingerprint}"
         server = algorithm.init_server(self.task)
         initial = algorithm.init_client(self.task)
         if self.own_statistics:
@@ -289,7 +290,7 @@ class Run:
             visits = [population.visit(k, task.round, store[k], own) for k, own in zip(clients, sent, strict=True)]
             self._spend("bytes_down", self._bytes_down(task, shared, clients, sent))
         probe = engines.Probe() if "probe_samples" not in self.progress.cost else None
-        verb: Verb = getattr(algorithm, exchange.client)
+        verb: Verb = algorithm.client_verb(exchange.client)
         wrapped = _with_own_statistics(verb) if self.own_statistics else verb
         results, samples = visit_all(self.here, self.crew, wrapped, task, shared, visits, probe)
         self._spend("samples", samples)
@@ -313,7 +314,7 @@ class Run:
 
     def _serve(self, exchange: Exchange, task: Task, server: Tree, uploads: Uploads) -> Tree:
         """Let the server take uploads, and count its operations: those of the first time an exchange is made."""
-        verb = partial(getattr(self.algorithm, exchange.server), task, server, uploads)
+        verb = partial(self.algorithm.server_verb(exchange.server), task, server, uploads)
         probed = f"probe_flops of {exchange}"
         if probed not in self.progress.cost:
             following, self.progress.cost[probed] = engines.counted(verb)
@@ -334,7 +335,8 @@ class Run:
         drawn = population.cohort(task.round)
         if exchange.cohort is None:
             return drawn
-        chosen = sorted(int(k) for k in getattr(self.algorithm, exchange.cohort)(task, self.progress.server, drawn))
+        choose = getattr(self.algorithm.pieces[0], exchange.cohort)
+        chosen = sorted(int(k) for k in choose(task, self.progress.server, drawn))
         if len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(population.training)):
             allowed = f"wanted are different ones of 0..{population.training - 1}"
             raise BadCohort(f"{exchange.cohort} chose the clients {chosen}; {allowed}")

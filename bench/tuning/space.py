@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from bench.algorithm import Algorithm
+from bench.part import Part
+from bench.protocol.composition import prefixed
 from bench.protocol.settings import BadConfig
 from bench.registry import label
 
@@ -23,6 +25,7 @@ def space(algorithm: Algorithm, lr: float, chosen: Collection[str] | None = None
     The learning rate of the setting from a tenth to ten times; of the algorithm's own fields what it declares as
     `space`, else: a float above 0 from a tenth of its value to ten times, an int above 0 from half to twice, a bool
     and a `Literal` over all values. A field that was asked for with another value than its default stays as it is.
+    A part's fields are the same, by `part.field`.
 
     Args:
         algorithm: As asked for.
@@ -32,18 +35,24 @@ def space(algorithm: Algorithm, lr: float, chosen: Collection[str] | None = None
     Raises:
         BadConfig: The algorithm declares a space that is none.
     """
-    found: dict[str, BaseDistribution] = {}
-    hints = get_type_hints(type(algorithm))
-    usual = {each.name: each.default for each in fields(algorithm)}  # type: ignore[arg-type]
-    declared = algorithm.space
-    for name in usual if declared is None else declared:
-        if name not in usual:
-            raise BadConfig(f"{label(algorithm)} declares a space of {name!r}, which is none of its fields")
-        if getattr(algorithm, name) == usual[name]:
-            one = _around(usual[name], hints[name]) if declared is None else _declared(algorithm, name, hints[name])
-            found |= {} if one is None else {name: one}
+    found = {prefix + name: one for prefix, piece in prefixed(algorithm) for name, one in _own(piece).items()}
     found.setdefault(LR, _range(lr, 10.0))
     return {name: one for name, one in found.items() if chosen is None or name in chosen}
+
+
+def _own(piece: Algorithm | Part) -> dict[str, BaseDistribution]:
+    """Say what is tuned of a method's or a part's own fields."""
+    found: dict[str, BaseDistribution] = {}
+    hints = get_type_hints(type(piece))
+    usual = {each.name: each.default for each in fields(piece)}  # type: ignore[arg-type]
+    declared = piece.space
+    for name in usual if declared is None else declared:
+        if name not in usual:
+            raise BadConfig(f"{label(piece)} declares a space of {name!r}, which is none of its fields")
+        if getattr(piece, name) == usual[name]:
+            one = _around(usual[name], hints[name]) if declared is None else _declared(piece, name, hints[name])
+            found |= {} if one is None else {name: one}
+    return found
 
 
 def _around(value: Any, hint: Any) -> BaseDistribution | None:
@@ -62,9 +71,9 @@ def _range(value: float, factor: float) -> BaseDistribution:
     return FloatDistribution(rounded(value / factor), rounded(value * factor), log=True)
 
 
-def _declared(algorithm: Algorithm, name: str, hint: Any) -> BaseDistribution:
-    assert algorithm.space is not None
-    values = algorithm.space[name]
+def _declared(piece: Algorithm | Part, name: str, hint: Any) -> BaseDistribution:
+    assert piece.space is not None
+    values = piece.space[name]
     try:
         if isinstance(values, list):
             return CategoricalDistribution(values)  # type: ignore[arg-type]
@@ -72,7 +81,7 @@ def _declared(algorithm: Algorithm, name: str, hint: Any) -> BaseDistribution:
         kind = IntDistribution if hint is int else FloatDistribution
         return kind(low, high, log=low > 0)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
-        said = f"{label(algorithm)}: its space of {name} is {values!r}"
+        said = f"{label(piece)}: its space of {name} is {values!r}"
         raise BadConfig(f"{said}; (lowest, highest) or a list of values is wanted ({error})") from error
 
 

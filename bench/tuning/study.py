@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ import optuna
 from optuna.distributions import BaseDistribution, distribution_to_json
 
 from bench.algorithm import Algorithm
+from bench.protocol.composition import values_of, with_values
 from bench.protocol.identity import identify
 from bench.registry import label
 from bench.sweep.config import Run
@@ -22,7 +23,7 @@ WORST = 0.0
 """What the sampler is told of a trial that failed: no accuracy is lower."""
 
 Values = dict[str, Any]
-"""By name of a field, or "lr"."""
+"""By name of a field, of a part's as "focal.gamma", or "lr"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,7 @@ class Study:
 
     def value(self, name: str, trial: Trial) -> Any:
         """Give what a trial tried, or what holds where it tried nothing."""
-        usual = self.run.setting.lr if name == LR else getattr(self.run.algorithm, name)
+        usual = self.run.setting.lr if name == LR else values_of(self.run.algorithm)[name]
         return trial.values.get(name, usual)
 
     def models(self) -> tuple[str, str]:
@@ -109,8 +110,7 @@ class Study:
         Raises:
             ValueError: It refuses them.
         """
-        own = {name: value for name, value in values.items() if name != LR}
-        return replace(self.run.algorithm, **own)  # type: ignore[type-var]
+        return with_values(self.run.algorithm, {name: value for name, value in values.items() if name != LR})
 
     def begun(self, values: Values, number: int) -> Trial:
         """Describe a trial of which nothing is known yet."""

@@ -23,10 +23,11 @@ from bench.algorithm import Algorithm
 from bench.contract import toy
 from bench.dataset import Dataset, Labels
 from bench.files import source
+from bench.protocol.composition import compose
 from bench.protocol.identity import canonical, identify
 from bench.protocol.settings import SETTINGS, BadConfig, Setting
 from bench.protocol.spelling import label, name
-from bench.registry import ALGORITHMS, DATASETS, BadPlugin, Registry, UnknownPlugin
+from bench.registry import ALGORITHMS, DATASETS, PARTS, BadPlugin, Registry, UnknownPlugin
 from bench.results.record import Record
 from bench.splits import auxiliary
 from bench.splits.split import describe, make_split
@@ -109,9 +110,8 @@ def rebuild(record: Record) -> Asked:
         if getattr(record, key) != identity[key]:
             raise CannotRebuild(key, f"is {getattr(record, key)!r}, and the identity says {identity[key]!r}")
     outdated: dict[str, str] = {}
-    algorithm = _plugin(ALGORITHMS, identity, "algorithm", outdated)
-    dataset = _plugin(DATASETS, identity, "dataset", outdated)
-    assert algorithm is not None  # only a dataset may stand for a user's own files
+    algorithm = _algorithm(identity, outdated)
+    dataset = _plugin(DATASETS, identity.get("dataset"), "dataset", outdated)
     setting = _setting(identity.get("setting"), str(record.setting["name"]))
     setting = replace(setting, auxiliary=_origin(identity["algorithm"], algorithm))
     asked = Asked(
@@ -126,8 +126,24 @@ def rebuild(record: Record) -> Asked:
     return asked
 
 
-def _plugin(registry: Registry[P], identity: Mapping[str, object], part: str, outdated: dict[str, str]) -> P | None:
-    key, described = f"identity.{part}", identity.get(part)
+def _algorithm(identity: Mapping[str, object], outdated: dict[str, str]) -> Algorithm:
+    """Make the method, and put its parts on it."""
+    method = _plugin(ALGORITHMS, identity.get("algorithm"), "algorithm", outdated)
+    assert method is not None  # only a dataset may stand for a user's own files
+    described = identity["algorithm"].get("parts", [])  # type: ignore[attr-defined]
+    if not isinstance(described, list):
+        raise CannotRebuild("identity.algorithm.parts", "is no list")
+    old: dict[str, str] = {}
+    parts = [_plugin(PARTS, each, f"algorithm.parts.{place}", old) for place, each in enumerate(described)]
+    outdated |= {"algorithm": ", ".join((*outdated.values(), *old.values()))} if old else {}
+    try:
+        return compose(method, [part for part in parts if part is not None])
+    except BadConfig as error:
+        raise CannotRebuild("identity.algorithm.parts", f"cannot be: {error}") from error
+
+
+def _plugin(registry: Registry[P], described: object, part: str, outdated: dict[str, str]) -> P | None:
+    key = f"identity.{part}"
     if not isinstance(described, dict) or not isinstance(described.get("name"), str):
         raise CannotRebuild(key, "names no plug-in")
     called, version = described["name"], described.get("version")

@@ -1,0 +1,1 @@
+"""Built-in parts, a file each; found by name through `bench.registry.PARTS`."""

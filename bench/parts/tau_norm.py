@@ -1,0 +1,39 @@
+"""Tau-normalisation: rows of a trained head are divided by a power of their norm, which is larger for frequent classes.
+
+Kang, Xie, Rohrbach, Yan, Gordo, Feng, Kalantidis. Decoupling Representation and Classifier for Long-Tailed Recognition.
+ICLR 2020. https://arxiv.org/abs/1910.09217 (eq. 3)
+
+Kind           correction
+Learns         nothing beyond updates
+Departs        nowhere; tau is an argument (paper: chosen on validation data)
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bench import Correction, Task, Tree, register
+
+
+@register("tau_norm")
+@dataclass(frozen=True, kw_only=True)
+class TauNorm(Correction):
+    """The bias is dropped, so that even tau = 0 changes something."""
+
+    space: ClassVar[Mapping[str, tuple[float, float] | list[object]] | None] = {"tau": (0.0, 1.0)}
+
+    tau: float = 1.0
+    """Power of the norm, in [0, 1]; at 1 all rows have norm 1."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tau <= 1:
+            raise ValueError(f"tau = {self.tau}: must be in [0, 1]")
+
+    def correct(self, task: Task, model: Tree, counts: Tensor | None) -> Tree | None:
+        """Rescale the rows; one of zeros stays."""
+        weight, bias = model["head"]["weight"], model["head"]["bias"]
+        norm = weight.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        return {"head": {"weight": weight / norm**self.tau, "bias": torch.zeros_like(bias)}}

@@ -1,0 +1,308 @@
+"""A method and its parts as one algorithm: for what runs, stores and tests it nothing else has changed.
+
+What parts keep and send lies under the key `parts` of the server's state, of the broadcast, of uploads and of private
+states; the method never sees it. A client's verb is: the loss bound to this client's counts, the method's verb, the
+channels in order. A server's verb is: the channels in reverse, `Uploads` whose mean is the rule, the method's verb.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import keys, tree
+from bench.algorithm import Algorithm, Exchange, Stages
+from bench.data import LocalData, Uploads
+from bench.part import Aggregation, Channel, Correction, Loss, Part, UsesPrior
+from bench.protocol.settings import BadConfig
+from bench.task import Task
+from bench.tree import Tree
+
+PARTS = "parts"
+"""Key of what belongs to parts."""
+_MODEL = ("body", "head")
+
+
+@dataclass(frozen=True, repr=False)
+class Composed(Algorithm):
+    """A method with parts; `bench.protocol.composition.compose` makes it, and says what cannot be."""
+
+    method: Algorithm
+    parts: tuple[Part, ...]
+
+    def __repr__(self) -> str:
+        return " + ".join(map(repr, self.pieces))
+
+    @property
+    def pieces(self) -> tuple[Algorithm, *tuple[Part, ...]]:
+        """The method, and its parts in order."""
+        return (self.method, *self.parts)
+
+    @property
+    def stackable(self) -> bool:  # type: ignore[override]
+        """Whether all pieces are."""
+        return all(piece.stackable for piece in self.pieces)
+
+    @property
+    def tier(self) -> str:  # type: ignore[override]
+        """The worst of all pieces."""
+        return max((piece.tier for piece in self.pieces), key="SLAV".index)
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """What any piece needs."""
+        return frozenset[str]().union(*(piece.needs for piece in self.pieces))
+
+    @property
+    def constant(self) -> frozenset[str]:  # type: ignore[override]
+        """The method's."""
+        return self.method.constant
+
+    @property
+    def predictors(self) -> Mapping[str, str]:  # type: ignore[override]
+        """The method's."""
+        return self.method.predictors
+
+    @property
+    def _channels(self) -> list[Channel]:
+        return [part for part in self.parts if isinstance(part, Channel)]
+
+    @property
+    def _estimates(self) -> bool:
+        return any(isinstance(part, UsesPrior) and part.prior == "estimated" for part in self.parts)
+
+    # The server's half --------------------------------------------------------------------------------------
+
+    def init_server(self, task: Task) -> Tree:
+        """Add the sum of the class counts that clients sent, where a part asks for it."""
+        server = self.method.init_server(task)
+        counts = torch.zeros(task.num_classes, device=task.key.device)
+        return {**server, PARTS: {"counts": counts}} if self._estimates else server
+
+    def exchanges(self, task: Task) -> tuple[Exchange, ...]:
+        """List the method's."""
+        return self.method.exchanges(task)
+
+    def broadcast(self, task: Task, server: Tree) -> Tree:
+        """Send what the method sends, and the sum of class counts."""
+        own, kept = _part(server)
+        return _join(self.method.broadcast(task, own), kept)
+
+    def send(self, task: Task, server: Tree, client: int | None) -> Tree:
+        """Send what the method sends."""
+        return self.method.send(task, _part(server)[0], client)
+
+    def payload_bytes(self, task: Task, payload: Tree) -> int:
+        """Count the method's part as it says, that of parts by its tensors."""
+        own, sent = _part(payload)
+        return self.method.payload_bytes(task, own) + tree.nbytes(sent)
+
+    def aggregate(self, task: Task, server: Tree, uploads: Uploads) -> Tree:
+        """Do what an exchange that names `aggregate` does."""
+        return self.server_verb("aggregate")(task, server, uploads)
+
+    def server_verb(self, name: str) -> Callable[[Task, Tree, Uploads], Tree]:
+        """Put decoding and the rule before the method's verb."""
+        return partial(self._take, name)
+
+    def _take(self, verb: str, task: Task, server: Tree, uploads: Uploads) -> Tree:
+        own, kept = _part(server)
+        shared = self.method.broadcast(task, own)
+        opened = [_part(upload) for upload in uploads.trees]
+        received = copy.copy(uploads)
+        received.trees = [
+            self._decode(task, {**shared, **self.method.send(task, own, client)}, upload, sent)
+            for client, (upload, sent) in zip(uploads.clients.tolist(), opened, strict=True)
+        ]
+        for rule in (part for part in self.parts if isinstance(part, Aggregation)):
+            received = _Combined(received, rule, task, shared)
+        following = self.method.server_verb(verb)(task, own, received)
+        if isinstance(received, _Combined) and not received.known and len(self.exchanges(task)) == 1:
+            raise BadConfig(
+                f"{self}: nothing is combined, as the method asks for no mean of a body or head that it sent"
+            )
+        if self._estimates:
+            kept = {"counts": torch.stack([kept["counts"], *(sent["counts"] for _, sent in opened)]).sum(0)}
+        return _join(following, kept)
+
+    def _decode(self, task: Task, shared: Tree, upload: Tree, sent: Tree) -> Tree:
+        """Put into an upload what its channels carried."""
+        if "update" not in sent:
+            return upload
+        like = _there(tree.split(upload, _moves(shared))[0], shared)
+        update: Tree = sent["update"]
+        for channel, shape in reversed(list(zip(self._channels, self._shapes(task, like), strict=True))):
+            update = channel.receive(task, update, shape)
+        return tree.merge(upload, tree.add(like, update))
+
+    def _shapes(self, task: Task, update: Tree) -> list[Tree]:
+        """Give what each channel is given for an update of these shapes."""
+        shapes = [update]
+        for channel in self._channels[:-1]:
+            shapes.append(channel.send(task, shapes[-1], channel.init(task, shapes[-1]), task.key)[0])
+        return shapes
+
+    def global_model(self, task: Task, server: Tree) -> Tree | None:
+        """Give the method's."""
+        return self.method.global_model(task, _part(server)[0])
+
+    def global_variants(self, task: Task, server: Tree) -> dict[str, Tree]:
+        """Give the method's."""
+        return self.method.global_variants(task, _part(server)[0])
+
+    # The client's half --------------------------------------------------------------------------------------
+
+    def init_client(self, task: Task) -> Tree:
+        """Add what channels keep, for all that the method may send back."""
+        if not self._channels:
+            return self.method.init_client(task)
+        server = self.method.init_server(task)
+        shared = {**self.method.broadcast(task, server), **self.method.send(task, server, None)}
+        shapes = self._shapes(task, tree.split(shared, _moves(shared))[0])
+        kept = [channel.init(task, shape) for channel, shape in zip(self._channels, shapes, strict=True)]
+        return _join(self.method.init_client(task), {f"{place}": state for place, state in enumerate(kept) if state})
+
+    def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
+        """Do what an exchange that names `local_update` does."""
+        answer: tuple[Tree, Tree] = self.client_verb("local_update")(task, shared, private, data)
+        return answer
+
+    def client_verb(self, name: str) -> Callable[[Task, Tree, Tree, LocalData], Any]:
+        """Put the loss before the method's verb, and the channels after it."""
+        return partial(_do, name, self)
+
+    def _bind(self, task: Task, given: Tree, data: LocalData) -> Task:
+        """Have `task.criterion` give the loss part, with this client's counts."""
+        for part in self.parts:
+            if isinstance(part, Loss):
+                counts = part.counts(task, data.class_counts.float(), given.get("counts"))
+                assert counts is not None  # only the server has none
+                return replace(task, objective=partial(part.loss, task, counts=counts))
+        return task
+
+    def _encode(self, task: Task, shared: Tree, upload: Tree, kept: Tree, key: Tensor) -> tuple[Tree, Tree, Tree]:
+        """Send an update through the channels: the upload without it, what travels, and what is kept."""
+        update, _ = tree.split(upload, _moves(shared))
+        if not update:
+            if len(self.exchanges(task)) == 1:
+                raise BadConfig(
+                    f"{self}: nothing goes through the channel, as no body or head comes back that was sent"
+                )
+            return upload, {}, kept
+        # Of what travels otherwise the upload still says that it is there, in no byte.
+        upload = tree.merge(upload, tree.map(lambda leaf: leaf.new_empty(0), update))
+        update = tree.sub(update, shared)
+        for place, channel in enumerate(self._channels):
+            before = kept.get(f"{place}", {})
+            update, after = channel.send(task, update, before, keys.fold(key, place))
+            kept = {**kept, f"{place}": tree.merge(before, after)} if after else kept
+        return upload, {"update": update}, kept
+
+    def personal_model(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> Tree | None:
+        """Give the method's."""
+        return self.method.personal_model(task, _part(shared)[0], _part(private)[0], data)
+
+    def personal_variants(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> dict[str, Tree]:
+        """Give the method's."""
+        return self.method.personal_variants(task, _part(shared)[0], _part(private)[0], data)
+
+    def adaptation(self, task: Task) -> Stages:
+        """Give the method's: a loss part has no say in it, or two effects would stand in one column."""
+        return self.method.adaptation(task)
+
+    def newcomer(self, task: Task, shared: Tree, data: LocalData) -> Tree:
+        """Make the method's; its channels have carried nothing yet."""
+        kept = _part(self.init_client(task))[1]
+        return _join(self.method.newcomer(task, _part(shared)[0], data), kept)
+
+    def newcomer_adaptation(self, task: Task) -> Stages:
+        """Give the method's."""
+        return self.method.newcomer_adaptation(task)
+
+    def predict(self, task: Task, model: Tree, x: Tensor) -> Tensor:
+        """Score as the method does."""
+        return self.method.predict(task, model, x)
+
+    # Before the test ----------------------------------------------------------------------------------------
+
+    @property
+    def corrects(self) -> frozenset[str]:
+        """What corrections read."""
+        return frozenset[str]().union(*(part.reads for part in self.parts if isinstance(part, Correction)))
+
+    def corrected(self, task: Task, shared: Tree, model: Tree, data: LocalData | None) -> Tree | None:
+        """Let corrections change a trained model, one after the other."""
+        own, estimated = None if data is None else data.class_counts.float(), _part(shared)[1].get("counts")
+        changed: Tree = {}
+        for part in self.parts:
+            if isinstance(part, Correction):
+                if missing := part.reads - model.keys():
+                    raise BadConfig(f"{self}: the correction reads {', '.join(sorted(missing))}, which the model lacks")
+                changed |= part.correct(task, {**model, **changed}, part.counts(task, own, estimated)) or {}
+        return changed or None
+
+
+def _do(verb: str, composed: Composed, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
+    """Do the client's work of an exchange."""
+    (shared, given), (private, kept) = _part(shared), _part(private)
+    method = composed.method.client_verb(verb)
+    upload, private = method(composed._bind(task, given, data), shared, private, data)
+    sent: Tree = {"counts": data.class_counts.float()} if composed._estimates else {}
+    if composed._channels:
+        key = keys.fold(data.key, "channel", verb)
+        upload, update, kept = composed._encode(task, shared, upload, kept, key)
+        sent |= update
+    return _join(upload, sent), _join(private, kept)
+
+
+class _Combined(Uploads):
+    """Uploads whose mean of body and head is a rule's, of both together whoever asks for one of them."""
+
+    def __init__(self, uploads: Uploads, rule: Aggregation, task: Task, shared: Tree) -> None:
+        vars(self).update(vars(uploads))
+        self.rule, self.task, self.shared = rule, task, shared
+        self.known: dict[tuple[float, ...], Tree] = {}
+        """By weights, the combined model."""
+
+    def mean(self, key: str | None = None, weights: Tensor | Tree | None = None) -> Any:
+        """Give the rule's result where it is one of models, and the plain mean of all else."""
+        plain = super().mean(key, weights)
+        weights = self.sizes if weights is None else weights
+        if isinstance(weights, dict) or weights.ndim > 1 or key not in (None, *_MODEL):
+            return plain
+        weights = weights.to(torch.float64)
+        models = [tree.split(upload, _moves(self.shared))[0] for upload in self.trees]
+        known = tuple(weights.tolist())
+        if models[0] and known not in self.known:
+            start = _there(models[0], self.shared)
+            shares = weights / weights.sum() if weights.sum() > 0 else torch.full_like(weights, 1 / len(weights))
+            update = self.rule.combine(self.task, [tree.sub(model, start) for model in models], shares)
+            self.known[known] = tree.add(start, update)
+        combined = self.known.get(known, {})
+        return tree.merge(plain, combined if key is None else combined.get(key, {}))
+
+
+def _part(values: Tree) -> tuple[Tree, Tree]:
+    """Take apart what is the method's and what belongs to parts."""
+    return {key: value for key, value in values.items() if key != PARTS}, values.get(PARTS, {})
+
+
+def _join(own: Tree, parts: Tree) -> Tree:
+    return {**own, PARTS: parts} if parts else own
+
+
+def _moves(shared: Tree) -> Callable[[str], bool]:
+    """Tell paths of what updates are of: parameters below body and head that were sent."""
+    models = {key: shared[key] for key in _MODEL if key in shared}
+    return {path for path in tree.flatten(models) if not tree.is_statistic(path)}.__contains__
+
+
+def _there(some: Tree, shared: Tree) -> Tree:
+    """Give what was sent, for the leaves of a tree."""
+    return tree.map(lambda _, leaf: leaf, some, shared)
