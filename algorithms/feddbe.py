@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bench import Algorithm, Batch, Exchange, LocalData, Task, Tree, Uploads, register
-from bench.losses import cross_entropy
+from bench.losses import mean
 
 
 @register("feddbe")
@@ -64,8 +64,8 @@ class FedDBE(Algorithm):
         """Train as FedAvg does, and send nothing but the mean of the features that were met."""
 
         def loss(w: Tree, batch: Batch) -> tuple[Tensor, Tree]:
-            z, mean = self._features(task, w, batch)
-            return cross_entropy(task.model.logits(w["head"], z), batch), {"stats": {"mean": mean}}
+            z, met = self._features(task, w, batch)
+            return task.criterion(task.model.logits(w["head"], z), z, batch), {"stats": {"mean": met}}
 
         w = {"body": shared["body"], "head": shared["head"], "stats": {"mean": self._zeros(task)}}
         return {"mean": task.sgd(loss, w, data.batches(task.epochs))["stats"]["mean"]}, private
@@ -78,10 +78,11 @@ class FedDBE(Algorithm):
         """Train the model and the bias, which is added to features, with the pull on their mean."""
 
         def loss(w: Tree, batch: Batch) -> tuple[Tensor, Tree]:
-            z, mean = self._features(task, w, batch)
-            entropy = cross_entropy(task.model.logits(w["head"], z + {**private, **w}["bias"]), batch)
-            apart = 0.5 * (mean - shared["consensus"]).square().mean()
-            return entropy + self.pull * apart, {"stats": {"mean": mean}}
+            z, met = self._features(task, w, batch)
+            own = z + (w["bias"] if self.personal_bias else private["bias"])
+            entropy = task.criterion(task.model.logits(w["head"], own), own, batch)
+            apart = 0.5 * (met - shared["consensus"]).square().mean()
+            return entropy + self.pull * apart, {"stats": {"mean": met}}
 
         w = {"body": shared["body"], "head": shared["head"], "stats": {"mean": self._zeros(task)}}
         w |= private if self.personal_bias else {}
@@ -96,8 +97,7 @@ class FedDBE(Algorithm):
     def _features(self, task: Task, w: Tree, batch: Batch) -> tuple[Tensor, Tensor]:
         """Give a batch's features, (B, d), and the running mean that includes them, (d,)."""
         z = task.model.features(w["body"], batch.x).float()
-        here = (z * batch.weight[:, None]).sum(0) / batch.weight.sum().clamp(min=1)
-        return z, torch.lerp(w["stats"]["mean"], here, self.feature_momentum)
+        return z, torch.lerp(w["stats"]["mean"], mean(z, batch), self.feature_momentum)
 
     def _zeros(self, task: Task) -> Tensor:
         return task.key.new_zeros(task.model.feature_size, dtype=torch.float32)

@@ -16,6 +16,7 @@ Departs        no averaging over late rounds (SWA, Caldarola et al.) and no mome
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from bench import Algorithm, Batch, LocalData, Task, Tree, register, tree
 
@@ -51,5 +52,8 @@ class FedSAM(Algorithm):
 
     def _size(self, params: Tree) -> Tree:
         """Give what distances are relative to: 1 for SAM, |w| + eta for the weights of ASAM, 1 for its biases."""
-        weights, others = tree.split(params, lambda path: self.eta is not None and path.endswith("weight"))
-        return tree.merge(tree.map(torch.ones_like, others), tree.map(lambda w: w.abs() + self.eta, weights))
+
+        def size(path: str, w: Tensor) -> Tensor:
+            return torch.ones_like(w) if self.eta is None or not path.endswith("weight") else w.abs() + self.eta
+
+        return tree.map_paths(size, params)

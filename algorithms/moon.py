@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import Algorithm, Batch, LocalData, Task, Tree, evaluating, register, tree
-from bench.losses import cross_entropy, mean
+from bench.losses import mean
 
 
 @register("moon")
@@ -61,7 +61,7 @@ class Moon(Algorithm):
                 received, last = features(shared["body"], batch.x), features(private["body"], batch.x)
             # -log(e^a / (e^a + e^b)) = log(1 + e^(b - a))
             contrast = F.softplus((cosine(z, last) - cosine(z, received)) / self.temperature)
-            entropy = cross_entropy(task.model.logits(params["head"], z), batch)
+            entropy = task.criterion(task.model.logits(params["head"], z), z, batch)
             return entropy + mu * mean(contrast, batch)
 
         model = task.sgd(loss, shared, data.batches(task.epochs))

@@ -12,8 +12,9 @@ from bench.tree import Tree
 
 
 def mean(values: Tensor, batch: Batch) -> Tensor:
-    """Average (B,) over the real examples; 0 for a batch of padding only."""
-    return (values * batch.weight).sum() / batch.weight.sum().clamp(min=1.0)
+    """Average (B, ...) over the real examples: (...); 0 for a batch of padding only."""
+    weight = batch.weight.reshape(-1, *[1] * (values.ndim - 1))
+    return (values * weight).sum(0) / batch.weight.sum().clamp(min=1.0)
 
 
 def one_hot(y: Tensor, num_classes: int) -> Tensor:
