@@ -29,7 +29,8 @@ from bench.files import prepared, unfinished
 from bench.protocol.settings import Setting
 from bench.splits.split import Split, make_split
 from bench.task import Task
-from bench.training.rounds import Job, Run, peak_memory
+from bench.training.memory import peak_memory
+from bench.training.rounds import Job, Run
 from bench.tree import Tree
 
 CLIENTS, IMAGES_EACH, CLASSES = 10_000, 5, 100

@@ -20,8 +20,8 @@ import torch
 from bench.protocol.settings import BadConfig
 from bench.sweep.cluster import MODELS_BYTES, Payload, WorkersDied, import_ray, need_ray, packed, session, unpacked
 from bench.training.crew import Alone, Answer, Crew, Item, Surroundings
+from bench.training.memory import peak_memory
 from bench.training.parcel import Memory, Parcel, addresses, pack, unpack
-from bench.training.rounds import peak_memory
 from bench.tree import Tree
 
 Make = Callable[[], Surroundings]

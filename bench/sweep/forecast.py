@@ -37,7 +37,7 @@ from bench.registry import load_plugin
 from bench.splits.split import make_split
 from bench.sweep.config import Run
 from bench.sweep.schedule import Forecast, average, cell, cell_of, order, wall_seconds
-from bench.training import rounds
+from bench.training import memory, rounds
 from bench.training.states import IN_MEMORY_BYTES
 
 FILE = "forecast.json"
@@ -301,7 +301,7 @@ def probe(run: Run) -> Forecast:
     if setting.rounds > 1:
         going.progress.round = setting.rounds - 1
         seconds += _timed(going.step)
-    peak = rounds.peak_memory(run.device)
+    peak = memory.peak_memory(run.device)
     if peak is not None:
         peak += _states_to_come(going, run.device)
     return Forecast(seconds=before + seconds / run.workers, peak_bytes=peak, how="probed")

@@ -12,14 +12,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench import keys, models, tree
 from bench.algorithm import Algorithm, Exchange
-from bench.data import LocalData, Uploads
+from bench.data import Uploads
 from bench.dataset import Dataset, Splits
 from bench.models.layers import is_norm_statistic
 from bench.protocol.settings import BadConfig, Setting
@@ -30,8 +29,10 @@ from bench.training import engine as engines
 from bench.training import metrics
 from bench.training.crew import Alone, Crew, Surroundings, visit_all
 from bench.training.evaluation import Counts, Evaluator
+from bench.training.memory import peak_memory, reset_peak_memory
 from bench.training.population import Population, at_the_server
 from bench.training.states import StatesUnwritable, store
+from bench.training.statistics import with_own_statistics
 from bench.training.visit import Verb
 from bench.tree import Tree
 
@@ -202,7 +203,7 @@ class Run:
         self.own_statistics = setting.norm == "batch" and setting.statistics == "personal"
         self.evaluator = Evaluator(here, self.crew)
         if self.own_statistics:
-            self.evaluator.wrap = _with_own_statistics
+            self.evaluator.wrap = with_own_statistics
         versions = " ".join(str(piece.version) for piece in algorithm.pieces)
         self.fingerprint = f"{algorithm!r} {versions} {setting!r} {job.seed} {job.split.fingerprint}"
         server = algorithm.init_server(self.task)
@@ -214,7 +215,7 @@ class Run:
             }
         file = None if checkpoint is None else checkpoint.with_suffix(".states")
         self.store = store(initial, self.population.size, job.device, file)
-        _reset_peak_memory(job.device)
+        reset_peak_memory(job.device)
         self.progress = self._load() or Progress(0, server, cost={})
         if "server_samples" not in self.progress.cost:
             self._spend_at_server(self.task)
@@ -291,7 +292,7 @@ class Run:
             self._spend("bytes_down", self._bytes_down(task, shared, clients, sent))
         probe = engines.Probe() if "probe_samples" not in self.progress.cost else None
         verb: Verb = algorithm.client_verb(exchange.client)
-        wrapped = _with_own_statistics(verb) if self.own_statistics else verb
+        wrapped = with_own_statistics(verb) if self.own_statistics else verb
         results, samples = visit_all(self.here, self.crew, wrapped, task, shared, visits, probe)
         self._spend("samples", samples)
         if probe is not None and probe.samples:
@@ -429,55 +430,3 @@ class Run:
             return None
         counts = [Tally(**{**tally, "rows": tally["rows"].cpu()}) for tally in saved.pop("counts")]
         return Progress(**saved, counts=counts)
-
-
-def _with_own_statistics(verb: Verb) -> Verb:
-    """Keep running statistics of norm layers at the client: put its own in before, take them out after.
-
-    That is those of the models in the first broadcast, under whatever names. What goes up under another name, or below
-    `stats` and in no norm layer, is a value like any other.
-    """
-    return partial(_put_in_and_take_out, verb)
-
-
-def _put_in_and_take_out(verb: Verb, task: Task, shared: Tree, private: Tree, data: LocalData) -> Any:
-    statistics = private["statistics"]
-    result = verb(task, _put_in(shared, statistics), private["own"], data)
-    if not isinstance(result, tuple):
-        return result
-    upload, own = result
-    moved, rest = tree.split(upload, tree.flatten(statistics).__contains__)
-    return rest, {"own": own, "statistics": tree.merge(statistics, moved)}
-
-
-def _put_in(shared: Tree, statistics: Tree) -> Tree:
-    """Put statistics into the norm layers that were sent in this round."""
-    sent = tree.flatten(shared)
-    own, _ = tree.split(statistics, lambda path: path.rpartition(tree.STATISTICS)[0] + "weight" in sent)
-    return tree.merge(shared, own)
-
-
-def _reset_peak_memory(device: str) -> None:
-    """Start to measure peak memory anew, where the system allows it."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def peak_memory(device: str) -> float | None:
-    """Give the largest resident memory of this process (CPU) or of its tensors on the GPU, in bytes."""
-    if device == "cuda":
-        return float(torch.cuda.max_memory_allocated())
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        try:
-            import resource
-        except ImportError:  # Windows
-            return None
-        return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
