@@ -100,6 +100,10 @@ def test_a_stream_that_is_cut_short_is_counted_by_batches() -> None:
         list(itertools.islice(data.batches(3), 6))  # an epoch of 4, 4, 4, 1 (and padding), and more
         list(itertools.islice(data.plain_batches(size=5), 2))
         list(data.batches(1))
+        assert float(client(13, padding).samples()) == 0
+        some = client(13, padding)
+        list(itertools.islice(some.batches(steps=9), 3))
+        assert float(some.samples()) == 12
         assert float(data.samples()) == pytest.approx((13 + 2 * 4 if not padding else 13 + 4) + 10 / 3 + 13)
 
 
@@ -161,11 +165,9 @@ def test_draws_are_unrelated_to_the_order_of_epochs_and_to_other_salts() -> None
     assert sorted(orders[0].tolist()) == list(range(40)) != sorted(orders[1].tolist())
     first = keys.permutation(keys.fold(data.key, "order  0"), 40)
     assert torch.equal(orders[0], first)  # the stream that published results were trained on
-    ranks = torch.argsort(torch.argsort(orders[0])).float()
+    ranks = torch.argsort(orders[0]).float()  # of each example: as its random bits are
     assert abs(float(torch.corrcoef(torch.stack([ranks, orders[1].float()]))[0, 1])) < 0.5
     assert not torch.equal(orders[1], orders[2])
-    uniform = (keys.bits(keys.fold(data.key, "order  0"), 40) >> 11).double()
-    assert not torch.equal(torch.argsort(uniform, stable=True), torch.argsort(orders[1], stable=True))
 
 
 def test_weights_by_class_that_were_not_laid_out_are_refused() -> None:
@@ -236,10 +238,13 @@ def test_keys_of_names_are_folded_together() -> None:
     assert keys.fold_each(keys.key(5), []).shape == (0,)
 
 
-def test_draws_by_weight_do_not_change_with_what_stands_behind_them() -> None:
+def test_draws_by_weight_do_not_change_with_what_stands_behind_them(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = torch.tensor([0.0, 3.0, 0.0, 1.0])
     drawn = keys.weighted(keys.key(2), weights, 50)
     assert set(drawn.tolist()) == {1, 3}
+    monkeypatch.setattr(keys, "bits", lambda key, n: torch.zeros(n, dtype=torch.int64))
+    assert keys.weighted(keys.key(2), weights, 2).tolist() == [1, 1]  # the lowest draw is of no weight of zero
+    monkeypatch.undo()
     longer = keys.weighted(keys.key(2), torch.cat([weights, torch.zeros(9)]), 60)
     assert torch.equal(longer[:50], drawn)
 
@@ -283,6 +288,16 @@ def test_a_part_is_set_aside_class_by_class(n: int, share: float) -> None:
             assert padding or len(part.index) == part.n
         assert sorted(kept(rest) + kept(aside)) == sorted(kept(whole))
         assert [kept(part) for part in client(n).part(share, "validation")] == [kept(rest), kept(aside)]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_share_is_what_a_person_means_by_it(padded: bool) -> None:
+    images = Images(torch.zeros(100, 1, 2, 2, dtype=torch.uint8), torch.zeros(100).long(), (0.5,), (0.2,))
+    everything = images, torch.arange(100), torch.tensor(100), keys.key(0), torch.tensor([100])
+    data = LocalData(*everything, batch_size=SIZE, padded=padded)
+    for percent in range(101):
+        rest, aside = data.part(percent / 100, "validation")
+        assert (int(aside.n), int(rest.n)) == (percent, 100 - percent) and len(aside.index) >= percent
 
 
 def test_a_part_is_the_same_in_every_round_and_no_other_clients_or_purposes() -> None:

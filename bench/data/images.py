@@ -1,0 +1,133 @@
+"""Images by number, and how batches are made of them.
+
+Images stay uint8, in one resident tensor or in a file that batches are read from. Normalisation and augmentation are
+tensor operations on whole batches, keyed by (client, round, epoch, example), hence the same in every engine.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from bench import keys
+from bench.dataset import Streamed
+
+AUGMENTATIONS = ("none", "crop", "crop_flip", "batch_crop_flip")
+"""`crop` and `crop_flip` draw for each image (black padding of 4 pixels, an eighth of images above 32);
+`batch_crop_flip` draws once for a whole batch and pads with the mean colour, which is what the CReFF family of codes
+does."""
+
+
+class Images:
+    """Images by number, and how to make batches of them on one device.
+
+    Args:
+        x: (N, channels, height, width) uint8: a tensor stays resident on its device, a file is read batch by batch.
+        y: (N,) int64, on the device.
+        mean: Per channel, of pixels in [0, 1].
+        std: Per channel, likewise.
+        augment: One of `AUGMENTATIONS`.
+        scale: The pixel value that stands for 1.0 (255, or 16 for digits).
+        rows: (N,) int64, the row of `x` of each number, where the two are not the same.
+    """
+
+    def __init__(
+        self,
+        x: Tensor | Streamed,
+        y: Tensor,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        augment: str = "none",
+        scale: float = 255.0,
+        rows: Tensor | None = None,
+    ) -> None:
+        self.y, self.augment, self.shape, self.rows = y, augment, tuple(x.shape[1:]), rows
+        self.device = y.device
+        self.pad = 0 if augment == "none" else max(4, self.shape[1] // 8)
+        colour = torch.tensor(mean) if augment.startswith("batch") else torch.zeros(len(mean))
+        self.colour = (colour * scale).round().to(x.dtype).to(self.device)
+        self.factor = (1.0 / (scale * torch.tensor(std))).to(self.device)
+        self.offset = (-torch.tensor(mean) / torch.tensor(std)).to(self.device)
+        self.streamed = None if isinstance(x, Tensor) else x
+        # Padded once for all: a crop is then one gather.
+        self.x = self._padded(x if rows is None else x[rows]) if isinstance(x, Tensor) else None
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def gather(self, index: Tensor) -> tuple[Images, Tensor]:
+        """Make images resident: for code that cannot read a file, such as a mapped one.
+
+        Args:
+            index: Any shape, int64, the numbers that will be asked for.
+
+        Returns:
+            Images with at least these, and the index of the same shape for them.
+        """
+        if self.streamed is None:
+            return self, index
+        numbers, places = index.unique(return_inverse=True)
+        resident = copy.copy(self)
+        resident.y, resident.rows, resident.streamed = self.y[numbers], None, None
+        resident.x = self._padded(self._read(numbers))
+        return resident, places
+
+    def prefetch(self, index: Tensor) -> None:
+        """Tell which images will be asked for soon, in this order; those in memory are there already."""
+        if self.streamed is not None:
+            self.streamed.prefetch(self._rows(index))
+
+    def plain(self, index: Tensor) -> Tensor:
+        """Give images without augmentation: (B, channels, height, width) float32."""
+        if self.x is None:
+            return self._normalise(self._read(index).permute(0, 2, 3, 1))
+        _, height, width = self.shape
+        inner = self.x[:, self.pad : self.pad + height, self.pad : self.pad + width]
+        return self._normalise(inner[index])
+
+    def augmented(self, index: Tensor, key: Tensor, example: Tensor) -> Tensor:
+        """Give randomly shifted and flipped images.
+
+        Args:
+            index: (B,) rows.
+            key: () int64, of the client, round and epoch.
+            example: (B,) what each draw depends on: the number of the example within its client, or its place in the
+                epoch where an example may come twice.
+        """
+        if self.augment == "none":
+            return self.plain(index)
+        if self.augment.startswith("batch"):
+            key, example = keys.fold(key, example[0]), torch.zeros_like(example)
+        draws = keys.fold(key, example)
+        _, height, width = self.shape
+        down, right = (draws >> 8) & 0xFFFF, (draws >> 24) & 0xFFFF
+        column = torch.arange(width, device=index.device)
+        if self.augment.endswith("flip"):
+            column = torch.where(((draws >> 40) & 1).bool()[:, None], width - 1 - column, column)
+        row = torch.arange(height, device=index.device) + (down % (2 * self.pad + 1))[:, None]
+        column = column + (right % (2 * self.pad + 1))[:, None]
+        pixels = self.x
+        if pixels is None:
+            pixels, index = self._padded(self._read(index)), torch.arange(len(index), device=index.device)
+        return self._normalise(pixels[index[:, None, None], row[:, :, None], column[:, None, :]])
+
+    def _rows(self, index: Tensor) -> Tensor:
+        return index.cpu() if self.rows is None else self.rows[index.cpu()]
+
+    def _read(self, index: Tensor) -> Tensor:
+        """Read (B, channels, height, width) from the file."""
+        assert self.streamed is not None
+        return self.streamed[self._rows(index)].to(self.device)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """Give images channels last, with a border: (B, height + 2 pad, width + 2 pad, channels)."""
+        channels, height, width = self.shape
+        size = (len(x), height + 2 * self.pad, width + 2 * self.pad, channels)
+        padded = self.colour.expand(size).clone(memory_format=torch.contiguous_format)
+        padded[:, self.pad : self.pad + height, self.pad : self.pad + width] = x.permute(0, 2, 3, 1)
+        return padded
+
+    def _normalise(self, pixels: Tensor) -> Tensor:
+        return (pixels.to(torch.float32) * self.factor + self.offset).permute(0, 3, 1, 2)

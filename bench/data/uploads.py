@@ -1,0 +1,77 @@
+"""What the clients of a cohort sent, and sums of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import tree
+from bench.tree import Tree
+
+
+class Uploads:
+    """What the clients of a cohort sent, as far as it arrived, in the order of their ids.
+
+    Args:
+        trees: One upload a client, all of one structure; at least one.
+        sizes: (K,) training examples of each client.
+        clients: (K,) int64, their ids, ascending; 0..K-1 by default.
+    """
+
+    def __init__(self, trees: Sequence[Tree], sizes: Tensor, clients: Tensor | None = None) -> None:
+        self.trees, self.sizes = trees, sizes
+        self.clients = torch.arange(len(trees), device=sizes.device) if clients is None else clients
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, key: str) -> Tree:
+        """Stack an upload that is a tree: every leaf (K, ...)."""
+        return tree.stack([upload[key] for upload in self.trees])
+
+    def tensor(self, key: str) -> Tensor:
+        """Stack an upload that is a single tensor: (K, ...)."""
+        return torch.stack([upload[key] for upload in self.trees])
+
+    def mean(self, key: str | None = None, weights: Tensor | Tree | None = None) -> Any:
+        """Average over the clients, in float64 and in the order of their ids.
+
+        Args:
+            key: Which upload, a tree or a tensor; all of them, as a tree, when None.
+            weights: (K,), or (K, C) for a mean per class over leaves (C, ...), or a tree of (K, ...) tensors, for each
+                leaf its own; by default the clients' sizes. They need not sum to one. Where all weights are zero the
+                plain mean is taken.
+        """
+
+        def shares(weights: Tensor) -> Tensor:
+            weights = weights.to(torch.float64)
+            total = weights.sum(0, keepdim=True)
+            return torch.where(total > 0, weights / total.clamp(min=1e-300), torch.ones_like(weights) / len(weights))
+
+        weights = self.sizes if weights is None else weights
+        return self._combine(key, tree.map(shares, weights) if isinstance(weights, dict) else shares(weights))
+
+    def sum(self, key: str | None = None, weights: Tensor | Tree | None = None) -> Any:
+        """Add up over the clients, like `mean` but with the weights as they are; by default 1 each."""
+        return self._combine(key, torch.ones_like(self.sizes) if weights is None else weights)
+
+    def _combine(self, key: str | None, weights: Tensor | Tree) -> Any:
+        def combine(weights: Tensor, *leaves: Tensor) -> Tensor:
+            weights = weights.to(torch.float64)
+            if weights.ndim > 1:
+                w = weights.reshape(weights.shape + (1,) * (leaves[0].ndim + 1 - weights.ndim))
+                return (torch.stack(leaves).to(torch.float64) * w).sum(0).to(leaves[0].dtype)
+            result = torch.zeros_like(leaves[0], dtype=torch.float64)
+            for leaf, weight in zip(leaves, weights.tolist(), strict=True):
+                result.add_(leaf, alpha=weight)  # one after the other: K models are never held twice
+            return result.to(leaves[0].dtype)
+
+        sent = self.trees if key is None else [upload[key] for upload in self.trees]
+        if isinstance(weights, dict):
+            return tree.map(combine, weights, *sent)
+        if isinstance(sent[0], Tensor):
+            return combine(weights, *sent)
+        return tree.map(lambda *leaves: combine(weights, *leaves), *sent)
