@@ -21,6 +21,7 @@ from bench import Adaptation, Algorithm, Batch, LocalData, Task, Tree, tree
 from bench.algorithm import HEAD_EPOCHS, Client, Misnamed, is_usual, stages
 from bench.command import catalogue
 from bench.contract import checks, toy
+from bench.contract.promises import ContractBroken
 from bench.losses import cross_entropy
 from bench.models import layers
 from bench.protocol.settings import Setting
@@ -717,7 +718,7 @@ class AnyOld(Plain):
     ],
 )  # fmt: skip
 def test_broken_promises_are_said(broken: type[Algorithm], promise: str, said: str) -> None:
-    with pytest.raises(checks.ContractBroken) as caught:
+    with pytest.raises(ContractBroken) as caught:
         checks.ALGORITHM_PROMISES[promise](broken)
     assert said in str(caught.value)
 

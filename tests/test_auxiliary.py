@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bench import Algorithm, LocalData, Splits, Task, Tree, tree
 from bench.contract import checks, toy
+from bench.contract.promises import ContractBroken
 from bench.data import Uploads
 from bench.dataset import DataMissing
 from bench.files import pack
@@ -285,7 +286,7 @@ def test_a_method_with_images_at_the_server_says_so_in_its_tier() -> None:
     class Modest(Looks):
         tier: ClassVar[str] = "S"
 
-    with pytest.raises(checks.ContractBroken, match="tier A"):
+    with pytest.raises(ContractBroken, match="tier A"):
         checks.ALGORITHM_PROMISES["its tier says what the server has"](Modest)
 
 

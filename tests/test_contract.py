@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from bench import Algorithm, LocalData, Task, Tree, tree
-from bench.contract import checks, toy
+from bench.contract import checks, datasets, toy
+from bench.contract.promises import ContractBroken
 from bench.registry import ALGORITHMS, DATASETS
 
 GOLDEN = Path(__file__).parent / "golden.json"
@@ -26,10 +27,10 @@ def test_an_algorithm_keeps(name: str, promise: str) -> None:
     checks.ALGORITHM_PROMISES[promise](ALGORITHMS[name])
 
 
-@pytest.mark.parametrize("promise", checks.DATASET_PROMISES)
+@pytest.mark.parametrize("promise", datasets.PROMISES)
 @pytest.mark.parametrize("name", list(DATASETS))
 def test_a_dataset_keeps(name: str, promise: str) -> None:
-    checks.DATASET_PROMISES[promise](DATASETS[name])
+    datasets.PROMISES[promise](DATASETS[name])
 
 
 def golden(name: str) -> dict[str, float | None]:
@@ -146,7 +147,7 @@ def test_a_false_ledger_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         module, "__doc__", str(module.__doc__).replace("Up             body", "Up             body, head")
     )
-    with pytest.raises(checks.ContractBroken, match="the ledger says Up: body, head; found: body"):
+    with pytest.raises(ContractBroken, match="the ledger says Up: body, head; found: body"):
         checks.ledger_is_true(fedrep)
 
 
@@ -159,7 +160,7 @@ def test_a_head_that_leaks_upward_is_caught() -> None:
             return {**upload, **private}, private
 
     Leaky.__module__ = fedrep.__module__
-    with pytest.raises(checks.ContractBroken, match="found: body, head"):
+    with pytest.raises(ContractBroken, match="found: body, head"):
         checks.ledger_is_true(Leaky)
 
 

@@ -32,7 +32,9 @@ from bench import (
     keys,
     tree,
 )
+from bench.algorithm import Exchange
 from bench.contract import checks, parts, probes, toy
+from bench.contract.promises import ContractBroken, findings
 from bench.data import Batch
 from bench.losses import cross_entropy, mean
 from bench.part import Part
@@ -50,7 +52,7 @@ from bench.sweep.config import Sweep, parse_datasets
 from bench.sweep.pool import InProcess
 from bench.tracking import described
 from bench.training import engine as engines
-from bench.training import rounds
+from bench.training import evaluation, rounds
 from bench.tuning.space import space
 from bench.tuning.study import Study
 from bench.validation import expected
@@ -138,6 +140,11 @@ def test_the_slope_of_focal_loss_goes_through_its_weight_or_not() -> None:
     assert slopes[1] == pytest.approx(-((1 - p) ** 3) * (1 + 2 * p * 2.407606 / (1 - p)), rel=1e-5)
 
 
+def test_focal_loss_has_a_slope_where_a_model_is_sure() -> None:
+    value, slope = parts._loss(PARTS["focal"](gamma=0.5), rows=5, padding=0, scale=200.0)
+    assert bool(value.isfinite()) and bool(slope.isfinite().all())
+
+
 def test_tau_norm_divides_rows_by_a_power_of_their_norm() -> None:
     head = {"weight": torch.tensor([[3.0, 4.0], [0.0, 1.0], [0.6, 0.8], [0.0, 0.0]]), "bias": torch.ones(4)}
     part = PARTS["tau_norm"](tau=0.5)
@@ -191,6 +198,8 @@ def test_topk_sends_the_largest_first_of_equals_and_small_tensors_whole() -> Non
     assert kept["body"]["long"].nonzero().flatten().tolist() == [7, 250, 251]
     again, _ = channel.send(task, tree.zeros_like(update), kept, task.key)  # what was kept is due the next time
     assert sorted(again["body"]["long"]["index"].tolist()) == [7, 250, 251]
+    level = {"body": {"long": torch.ones(300)}}
+    assert channel.send(task, level, tree.zeros_like(level), task.key)[0]["body"]["long"]["index"].tolist() == [0, 1, 2]
 
 
 # Priors
@@ -452,21 +461,63 @@ def test_bytes_are_those_of_what_is_sent() -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HalfOfNumbers(probes.Halving):
-    """Of what travels, numbers are halved, and positions are not."""
+class Packs(Channel):
+    """All leaves in one tensor."""
 
     def send(self, task: Task, update: Tree, kept: Tree, key: Tensor) -> tuple[Tree, Tree]:
-        return tree.map(lambda leaf: leaf / 2 if leaf.is_floating_point() else leaf, update), {}
+        return {"all": torch.cat([leaf.flatten().double() for leaf in tree.flatten(update).values()])}, {}
+
+    def receive(self, task: Task, sent: Tree, like: Tree) -> Tree:
+        leaves = iter(sent["all"].split([leaf.numel() for leaf in tree.flatten(like).values()]))
+        return tree.map(lambda leaf: next(leaves).to(leaf.dtype).reshape(leaf.shape), like)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("method", ["fedavg", "fedbabu"])
 def test_of_two_channels_the_second_is_given_what_the_first_sends(method: str, engine: str) -> None:
-    whole = PARTS["topk"](share=1.0)
-    half = ran(on(method, probes.Halving()), engine)
-    assert apart(half, ran(method, engine)) > engines.TOLERANCE
-    for those in ((probes.Halving(), whole), (whole, HalfOfNumbers())):
-        assert apart(ran(on(method, *those), engine), half) <= engines.TOLERANCE
+    topk = PARTS["topk"]()
+    alone = ran(on(method, topk), engine)
+    assert apart(alone, ran(method, engine)) > engines.TOLERANCE
+    both = ran(on(method, topk, Packs()), engine)
+    assert apart(both, alone) == 0.0
+    assert tree.largest_difference(both.store[0], alone.store[0]) == 0.0
+    assert both.progress.cost["bytes_up"] == 2 * alone.progress.cost["bytes_up"]  # doubles for floats and indices
+    if method == "fedavg":
+        whole = ran(on(method, Packs(), PARTS["topk"](share=1.0)), engine)
+        assert apart(whole, ran(method, engine)) <= engines.TOLERANCE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Twice(toy.Host):
+    """Two trips a round."""
+
+    def exchanges(self, task: Task) -> tuple[Exchange, ...]:
+        return (Exchange(), Exchange(client="again"))
+
+    def again(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
+        return self.local_update(task, shared, private, data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listens(probes.Halving):
+    heard: ClassVar[list[int]] = []
+
+    def send(self, task: Task, update: Tree, kept: Tree, key: Tensor) -> tuple[Tree, Tree]:
+        self.heard.append(int(key))
+        return super().send(task, update, kept, key)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListensToo(Listens):
+    """The same in the second place."""
+
+
+def test_a_channels_key_is_of_client_round_trip_and_place_and_of_nobody_else() -> None:
+    Listens.heard.clear()
+    run = ran(Composed(Twice(), (Listens(), ListensToo())), participation=1.0)
+    Listens.heard[:] = [key for key in Listens.heard if key != int(run.task.key)]  # for shapes
+    assert len(set(Listens.heard)) == len(Listens.heard) == 2 * 2 * 2 * run.population.training
+    assert not {int(run.population.visit(k, r, {}).key) for k in range(8) for r in range(2)} & set(Listens.heard)
 
 
 def test_a_channel_draws_for_each_client_and_round_and_alike_in_both_engines() -> None:
@@ -628,8 +679,13 @@ def test_a_linear_head_is_corrected_only_where_one_predicts(monkeypatch: pytest.
     with pytest.raises(BadConfig, match="it corrects a linear head, and this method predicts in its own way"):
         made("fedavg+tau_norm")
     assert made("fedavg+topk").pieces[0] == made("fedavg")
-    run = ran("fedavg+topk")  # and is scored in that way
-    assert metrics(run)["generic"] is not None
+    assert refusal(made("fedavg"), OfPrototypes()) is None
+    run = ran("fedavg+topk")
+    assert evaluation._predicts(run.here, "predict") and metrics(run)["generic"] is not None  # scored in that way
+
+
+def test_a_linear_head_is_scored_as_one_with_parts_too() -> None:
+    assert not evaluation._predicts(toy.run(made("fedavg+tau_norm")).here, "predict")
 
 
 def test_which_methods_of_ours_refuse_what() -> None:
@@ -654,8 +710,8 @@ class SendsSteps(Algorithm):
 @pytest.mark.parametrize(
     ("part", "said"),
     [
-        (PARTS["topk"](), "nothing goes through the channel, as no body or head comes back that was sent"),
-        (PARTS["trimmed_mean"](), "nothing is combined, as the method asks for no mean of a body or head that it sent"),
+        (PARTS["topk"](), "nothing is carried, as no body or head comes back that was sent"),
+        (PARTS["trimmed_mean"](), "nothing is combined, as no mean of a body or head that was sent is asked for"),
     ],
 )
 def test_a_part_that_meets_nothing_says_so_in_the_first_round(part: Part, said: str) -> None:
@@ -1054,7 +1110,7 @@ class Idle(Correction):
     ],
 )
 def test_the_contract_of_parts_catches(broken: type[Part], promise: str, said: str) -> None:
-    (finding,) = checks.findings(broken, {promise: parts.PROMISES[promise]})
+    (finding,) = findings(broken, {promise: parts.PROMISES[promise]})
     assert finding.problem is not None and said in finding.problem
 
 
@@ -1069,7 +1125,7 @@ def test_the_contract_of_parts_catches(broken: type[Part], promise: str, said: s
 def test_a_docstring_that_is_not_true_is_caught(old: str, new: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules[PARTS["cross_entropy"].__module__]
     monkeypatch.setattr(module, "__doc__", str(module.__doc__).replace(old, new))
-    with pytest.raises(checks.ContractBroken, match=said):
+    with pytest.raises(ContractBroken, match=said):
         parts.docstring_says_it(PARTS["cross_entropy"])
 
 
@@ -1110,8 +1166,8 @@ class Misspelt(toy.Host):
     ("broken", "said"),
     [
         (TrainsByItself, "a part of the kind loss changes nothing; train by task.loss or task.criterion"),
-        (AveragesByItself, "nothing is combined, as the method asks for no mean of a body or head"),
-        (SendsSteps, "nothing goes through the channel"),
+        (AveragesByItself, "nothing is combined, as no mean of a body or head"),
+        (SendsSteps, "nothing is carried"),
         (ClaimsALoss, "own_loss = True, and cross-entropy in its place changes nothing; say own_loss = False"),
         (HidesALoss, "own_loss = False, and cross-entropy in its place changes something; say own_loss = True"),
         (Misspelt, "it refuses losses, which is no kind of a part"),
@@ -1119,7 +1175,7 @@ class Misspelt(toy.Host):
 )
 def test_a_method_that_parts_do_not_reach_is_caught(broken: type[Algorithm], said: str) -> None:
     promise = "parts act, or are refused"
-    (finding,) = checks.findings(broken, {promise: checks.ALGORITHM_PROMISES[promise]})
+    (finding,) = findings(broken, {promise: checks.ALGORITHM_PROMISES[promise]})
     assert finding.problem is not None and said in finding.problem
 
 

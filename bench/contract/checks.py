@@ -1,5 +1,5 @@
 """The contract: what every algorithm and dataset promises, each promise a function, for built-in and
-third-party ones alike. What parts promise is in `bench.contract.parts`.
+third-party ones alike. What datasets and parts promise is in files beside this one.
 
 `bench check NAME` and the test suite run them on a toy problem: eight clients with 0 to 60 examples of six
 classes, a small dense model, seconds on a CPU.
@@ -14,7 +14,7 @@ import pickle
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ import torch
 
 from bench import tree
 from bench.algorithm import Adaptation, Algorithm, is_usual, method_of, stages
-from bench.contract import probes, toy
+from bench.contract import datasets, probes, toy
+from bench.contract.promises import Finding, findings, require
 from bench.data import Uploads
-from bench.dataset import DataDamaged, DataMissing, Dataset
+from bench.dataset import Dataset
 from bench.protocol.composition import refusal
-from bench.registry import ALGORITHMS, DATASETS
+from bench.registry import ALGORITHMS
 from bench.splits.auxiliary import NEEDS
 from bench.training import engine as engines
 from bench.training.rounds import Run
@@ -36,43 +37,12 @@ SHORT = replace(toy.SETTING, rounds=2)
 """A first round and a last one."""
 
 
-class ContractBroken(AssertionError):
-    """A promise is not kept; the message says which and how."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a check found."""
-
-    promise: str
-    problem: str | None
-    """None where the promise is kept."""
-
-
 def check(plugin: type[Algorithm] | type[Dataset]) -> Iterator[Finding]:
     """Run every check of an algorithm's or a dataset's contract, one after the other."""
     promises: Mapping[str, Callable[[Any], None]] = (
-        ALGORITHM_PROMISES if issubclass(plugin, Algorithm) else DATASET_PROMISES
+        ALGORITHM_PROMISES if issubclass(plugin, Algorithm) else datasets.PROMISES
     )
     return findings(plugin, promises)
-
-
-def findings(plugin: type, promises: Mapping[str, Callable[[Any], None]]) -> Iterator[Finding]:
-    """Say of each promise whether a plug-in keeps it."""
-    for promise, keep in promises.items():
-        try:
-            keep(plugin)
-        except ContractBroken as broken:
-            yield Finding(promise, str(broken))
-        except Exception as error:  # a plug-in may fail in any way, and the other promises are still of interest
-            yield Finding(promise, f"{type(error).__name__}: {error}")
-        else:
-            yield Finding(promise, None)
-
-
-def _require(kept: bool, problem: str) -> None:
-    if not kept:
-        raise ContractBroken(problem)
 
 
 # Promises of an algorithm -------------------------------------------------------------------------
@@ -84,7 +54,7 @@ def name_is_file_name(plugin: type[Algorithm]) -> None:
     assert module is not None
     stem = Path(module.__file__ or "").stem
     names = [name for name in ALGORITHMS if ALGORITHMS[name] is plugin]
-    _require(names == [stem], f"registered as {names}, but the file is {stem}.py")
+    require(names == [stem], f"registered as {names}, but the file is {stem}.py")
 
 
 def defaults_construct(plugin: type[Any]) -> None:
@@ -92,18 +62,18 @@ def defaults_construct(plugin: type[Any]) -> None:
     it.
     """
     parameters = getattr(plugin, "__dataclass_params__", None)
-    _require(parameters is not None and parameters.frozen, "not a frozen dataclass")
+    require(parameters is not None and parameters.frozen, "not a frozen dataclass")
     algorithm = plugin()
     again = eval(repr(algorithm), {plugin.__name__: plugin})
-    _require(again == algorithm, f"eval(repr()) gives {again!r}, not {algorithm!r}")
+    require(again == algorithm, f"eval(repr()) gives {again!r}, not {algorithm!r}")
     extra = set(vars(algorithm)) - {field.name for field in dataclasses.fields(algorithm)}
-    _require(not extra, f"holds {', '.join(sorted(extra))} besides its fields")
+    require(not extra, f"holds {', '.join(sorted(extra))} besides its fields")
 
 
 def tier_is_told(plugin: type[Algorithm]) -> None:
     """A method with images at the server is of tier A, or of V which says more."""
     needs = plugin().needs & NEEDS
-    _require(not needs or plugin().tier in ("A", "V"), f"needs {', '.join(sorted(needs))}, which is tier A")
+    require(not needs or plugin().tier in ("A", "V"), f"needs {', '.join(sorted(needs))}, which is tier A")
 
 
 def ledger(plugin: type) -> dict[str, set[str]]:
@@ -125,7 +95,7 @@ def ledger_is_true(plugin: type[Algorithm]) -> None:
     entries = ledger(plugin)
     text = inspect.getdoc(sys.modules[plugin.__module__]) or ""
     missing = [t for t in ("Server keeps", "Client keeps", "Down", "Up", "Departs") if f"\n{t} " not in f"\n{text}"]
-    _require(not missing, f"the module's docstring has no line {', '.join(missing)}")
+    require(not missing, f"the module's docstring has no line {', '.join(missing)}")
     run = toy.run(plugin(), setting=SHORT)
     found: dict[str, set[str]] = {
         "Server keeps": set(run.progress.server),
@@ -139,7 +109,7 @@ def ledger_is_true(plugin: type[Algorithm]) -> None:
     for title, keys_found in found.items():
         said = ", ".join(sorted(entries[title])) or "nothing"
         seen = ", ".join(sorted(keys_found)) or "nothing"
-        _require(entries[title] == keys_found, f"the ledger says {title}: {said}; found: {seen}")
+        require(entries[title] == keys_found, f"the ledger says {title}: {said}; found: {seen}")
 
 
 def inputs_are_left_alone(plugin: Callable[[], Algorithm]) -> None:
@@ -154,11 +124,11 @@ def inputs_are_left_alone(plugin: Callable[[], Algorithm]) -> None:
         verb(task, server, Uploads([upload, upload], torch.ones(2, dtype=torch.float64)))
         run.algorithm.global_model(task, server)
         run.evaluate(task, 1, True)
-        _require(
+        require(
             tree.largest_difference(before, {"server": server, "private": private}) == 0,
             "server or private state was changed in place",
         )
-        _require(tree.largest_difference(sent, upload) == 0, "the upload was changed in place by the server")
+        require(tree.largest_difference(sent, upload) == 0, "the upload was changed in place by the server")
 
 
 def states_keep_shape(plugin: Callable[[], Algorithm]) -> None:
@@ -170,10 +140,10 @@ def states_keep_shape(plugin: Callable[[], Algorithm]) -> None:
     client = run.store.clients()[0]
     second = {"server": run.progress.server, "private": run.store[client]}
     a, b = tree.flatten(first), tree.flatten(second)
-    _require(a.keys() == b.keys(), f"keys changed: {sorted(a.keys() ^ b.keys())}")
+    require(a.keys() == b.keys(), f"keys changed: {sorted(a.keys() ^ b.keys())}")
     for path, leaf in a.items():
         now = b[path]
-        _require(
+        require(
             (leaf.shape, leaf.dtype) == (now.shape, now.dtype),
             f"{path} was {tuple(leaf.shape)} {leaf.dtype}, is {tuple(now.shape)} {now.dtype}",
         )
@@ -197,11 +167,11 @@ def models_fit(plugin: Callable[[], Algorithm]) -> None:
         for name, model in run.algorithm.global_variants(task, run.progress.server).items()
         if name not in run.algorithm.predictors
     }
-    _require(any(model is not None for model in models.values()), "there is neither a global nor a personal model")
+    require(any(model is not None for model in models.values()), "there is neither a global nor a personal model")
     for name, model in models.items():
         if model is not None:
             found = {path: leaf.shape for path, leaf in tree.flatten(model).items()}
-            _require(found == wanted, f"the {name} model has {sorted(found)}, the architecture {sorted(wanted)}")
+            require(found == wanted, f"the {name} model has {sorted(found)}, the architecture {sorted(wanted)}")
 
 
 def engines_agree(plugin: Callable[[], Algorithm]) -> None:
@@ -214,7 +184,7 @@ def engines_agree(plugin: Callable[[], Algorithm]) -> None:
         toy.finish(toy.run(plugin(), "stacked", setting=setting)),
     )
     apart = tree.largest_difference(toy.states(one), toy.states(other))
-    _require(apart <= engines.TOLERANCE, f"states of the serial and the stacked engine differ by {apart:.1e}")
+    require(apart <= engines.TOLERANCE, f"states of the serial and the stacked engine differ by {apart:.1e}")
 
 
 def seed_decides(plugin: Callable[[], Algorithm]) -> None:
@@ -227,8 +197,8 @@ def seed_decides(plugin: Callable[[], Algorithm]) -> None:
             toy.finish(toy.run(plugin(), seed=seed, setting=replace(toy.SETTING, rounds=2))).outcome().digest
         )
         torch.random.set_rng_state(state)
-    _require(digests[0] == digests[1], "two runs of one seed differ")
-    _require(digests[0] != digests[2], "two seeds give the same bits")
+    require(digests[0] == digests[1], "two runs of one seed differ")
+    require(digests[0] != digests[2], "two seeds give the same bits")
 
 
 def client_order_is_irrelevant(plugin: Callable[[], Algorithm]) -> None:
@@ -242,7 +212,7 @@ def client_order_is_irrelevant(plugin: Callable[[], Algorithm]) -> None:
         forward = server(task, run.progress.server, Uploads(uploads, sizes, clients))
         backward = server(task, run.progress.server, Uploads(uploads[::-1], sizes.flip(0), clients.flip(0)))
         apart = tree.largest_difference(forward, backward)
-        _require(apart < 1e-4, f"listing the clients backwards changes the server's state by {apart:.1e}")
+        require(apart < 1e-4, f"listing the clients backwards changes the server's state by {apart:.1e}")
 
 
 def what_is_sent_has_one_form(plugin: Callable[[], Algorithm]) -> None:
@@ -252,23 +222,23 @@ def what_is_sent_has_one_form(plugin: Callable[[], Algorithm]) -> None:
     broadcast = run.algorithm.broadcast(task, server)
     sent = [run.algorithm.send(task, server, k) for k in (0, 1, None)]
     forms = [{path: leaf.shape for path, leaf in tree.flatten(each).items()} for each in sent]
-    _require(forms[0] == forms[1] == forms[2], f"clients are sent different things: {forms}")
+    require(forms[0] == forms[1] == forms[2], f"clients are sent different things: {forms}")
     doubled = set(broadcast) & set(sent[0])
-    _require(not doubled, f"{', '.join(sorted(doubled))}: sent to all and to one")
+    require(not doubled, f"{', '.join(sorted(doubled))}: sent to all and to one")
     unknown = run.algorithm.constant - set(broadcast)
-    _require(not unknown, f"constant names {', '.join(sorted(unknown))}, which is not broadcast")
+    require(not unknown, f"constant names {', '.join(sorted(unknown))}, which is not broadcast")
     first = {key: broadcast[key] for key in run.algorithm.constant}
     toy.finish(run)
     last = run.algorithm.broadcast(run.task_at(run.setting.rounds - 1), run.progress.server)
     apart = tree.largest_difference(first, {key: last[key] for key in first})
-    _require(apart == 0, f"what is called constant changes by {apart:.1e}")
+    require(apart == 0, f"what is called constant changes by {apart:.1e}")
 
 
 def lost_uploads_are_harmless(plugin: Callable[[], Algorithm]) -> None:
     """Rounds in which nobody takes part, or some uploads do not arrive, leave everything finite."""
     setting = replace(toy.SETTING, sampling="independent", participation=0.2, lost=0.4)
     run = toy.finish(toy.run(plugin(), setting=setting))
-    _require(tree.is_finite(toy.states(run)), "lost uploads end in a state that is not finite")
+    require(tree.is_finite(toy.states(run)), "lost uploads end in a state that is not finite")
 
 
 def small_clients_are_harmless(plugin: Callable[[], Algorithm]) -> None:
@@ -277,7 +247,7 @@ def small_clients_are_harmless(plugin: Callable[[], Algorithm]) -> None:
         for engine in ("serial", "stacked"):
             run = toy.run(plugin(), engine, setting=replace(toy.SETTING, rounds=2, participation=1.0), sizes=sizes)
             toy.finish(run)
-            _require(
+            require(
                 tree.is_finite(toy.states(run)),
                 f"clients of {sizes} examples ({engine}) end in a state that is not finite",
             )
@@ -285,15 +255,15 @@ def small_clients_are_harmless(plugin: Callable[[], Algorithm]) -> None:
     if "pooled" not in run.algorithm.needs:
         upload, private = toy.upload_once(run, toy.SIZES.index(0))
         apart = tree.largest_difference(run.store.initial, private)
-        _require(apart == 0, f"a client without examples changes its private state by {apart:.1e}")
-        _require(tree.is_finite(upload), "a client without examples sends something that is not finite")
+        require(apart == 0, f"a client without examples changes its private state by {apart:.1e}")
+        require(tree.is_finite(upload), "a client without examples sends something that is not finite")
 
 
 def pickles_small(plugin: Callable[[], Algorithm]) -> None:
     """An algorithm pickles by reference, to less than 500 bytes."""
     packed = pickle.dumps(plugin())
-    _require(len(packed) < 500, f"pickles to {len(packed)} bytes")
-    _require(pickle.loads(packed) == plugin(), "does not survive pickling")
+    require(len(packed) < 500, f"pickles to {len(packed)} bytes")
+    require(pickle.loads(packed) == plugin(), "does not survive pickling")
 
 
 def resumes(plugin: Callable[[], Algorithm]) -> None:
@@ -304,28 +274,28 @@ def resumes(plugin: Callable[[], Algorithm]) -> None:
         first.saved = -math.inf  # save after this round, however quick it was
         first.step()
         second = toy.run(plugin(), checkpoint=checkpoint)
-        _require(second.progress.round == 1, "the checkpoint was not taken up")
+        require(second.progress.round == 1, "the checkpoint was not taken up")
         resumed = toy.finish(second).outcome()
     whole = toy.finish(toy.run(plugin())).outcome()
-    _require(resumed.digest == whole.digest, "a resumed run ends in another state than an uninterrupted one")
-    _require(resumed.metrics == whole.metrics, "a resumed run ends with other metrics than an uninterrupted one")
+    require(resumed.digest == whole.digest, "a resumed run ends in another state than an uninterrupted one")
+    require(resumed.metrics == whole.metrics, "a resumed run ends with other metrics than an uninterrupted one")
 
 
 def evaluation_is_pure(plugin: Callable[[], Algorithm]) -> None:
     """Testing between rounds leaves training as it is."""
     often = toy.finish(toy.run(plugin())).outcome().digest
     once = toy.finish(toy.run(plugin(), setting=replace(toy.SETTING, eval_every=toy.SETTING.rounds))).outcome().digest
-    _require(often == once, "testing after each round changes the final state")
+    require(often == once, "testing after each round changes the final state")
 
 
 def test_data_stay_out(plugin: Callable[[], Algorithm]) -> None:
     """Garbage as test data changes no state and no adapted model: nothing is trained or chosen on them."""
     setting = replace(toy.SETTING, rounds=2, unseen=1)
     runs = [toy.finish(toy.run(plugin(), setting=setting, garbage=garbage)) for garbage in (False, True)]
-    _require(runs[0].outcome().digest == runs[1].outcome().digest, "the final state depends on the test data")
+    require(runs[0].outcome().digest == runs[1].outcome().digest, "the final state depends on the test data")
     for client in (0, len(toy.SIZES) - 1):
         a, b = (tested_models(run, client) for run in runs)
-        _require(tree.largest_difference(a, b) == 0, "the personal model, or its adaptation, depends on the test data")
+        require(tree.largest_difference(a, b) == 0, "the personal model, or its adaptation, depends on the test data")
 
 
 def tested_models(run: Run, client: int) -> dict[str, Tree]:
@@ -348,10 +318,10 @@ def newcomers_are_served(plugin: Callable[[], Algorithm]) -> None:
             who = f"a newcomer of {toy.SIZES[client]} examples, {'with' if labels else 'without'} labels ({engine}),"
             models, again = (tree.clone(tested_models(run, client)) for _ in range(2))
             apart = tree.largest_difference(before, {**toy.states(run), "initial": run.store.initial})
-            _require(apart == 0, f"{who} changes the run's states by {apart:.1e}")
-            _require(tree.is_finite(models), f"{who} gets a model that is not finite")
+            require(apart == 0, f"{who} changes the run's states by {apart:.1e}")
+            require(tree.is_finite(models), f"{who} gets a model that is not finite")
             apart = tree.largest_difference(models, again)
-            _require(apart == 0, f"{who} gets another model when asked again, by {apart:.1e}")
+            require(apart == 0, f"{who} gets another model when asked again, by {apart:.1e}")
 
 
 def adaptation_is_data(plugin: Callable[[], Algorithm]) -> None:
@@ -362,9 +332,9 @@ def adaptation_is_data(plugin: Callable[[], Algorithm]) -> None:
             listed, again = (tuple(stages(verb(run.task_at(round)))) for _ in range(2))
             of = f"{verb.__name__} of round {round}"
             for stage in listed:
-                _require(isinstance(stage, Adaptation), f"{of} lists {stage!r}, which is no Adaptation")
-            _require(listed == again, f"{of} lists other stages when asked again")
-            _require(pickle.loads(pickle.dumps(listed)) == listed, f"{of} does not survive pickling")
+                require(isinstance(stage, Adaptation), f"{of} lists {stage!r}, which is no Adaptation")
+            require(listed == again, f"{of} lists other stages when asked again")
+            require(pickle.loads(pickle.dumps(listed)) == listed, f"{of} does not survive pickling")
 
 
 def predictors_are_there(plugin: Callable[[], Algorithm]) -> None:
@@ -378,7 +348,7 @@ def predictors_are_there(plugin: Callable[[], Algorithm]) -> None:
     for variant, method in run.algorithm.predictors.items():
         method_of(run.algorithm, method)
         there = ", ".join(sorted(variants)) or "none"
-        _require(variant in variants, f"predictors names the variant {variant!r}; there are {there}")
+        require(variant in variants, f"predictors names the variant {variant!r}; there are {there}")
 
 
 def learns(plugin: Callable[[], Algorithm]) -> None:
@@ -388,7 +358,7 @@ def learns(plugin: Callable[[], Algorithm]) -> None:
     outcome = toy.finish(toy.run(plugin(), "stacked", setting=replace(toy.SETTING, rounds=12, eval_every=12))).outcome()
     reached = outcome.metrics.get("personal.masked")
     reached = outcome.metrics.get("generic") if reached is None else reached
-    _require(reached is not None and reached > 0.8, f"reaches {reached}, a working method over 0.8")
+    require(reached is not None and reached > 0.8, f"reaches {reached}, a working method over 0.8")
 
 
 def parts_act(plugin: type[Algorithm]) -> None:
@@ -397,15 +367,15 @@ def parts_act(plugin: type[Algorithm]) -> None:
     """
     algorithm = plugin()
     unknown = set(algorithm.refuses) - {probe.kind for probe in probes.PROBES}
-    _require(not unknown, f"it refuses {', '.join(sorted(unknown))}, which is no kind of a part")
+    require(not unknown, f"it refuses {', '.join(sorted(unknown))}, which is no kind of a part")
     allowed = [probe for probe in probes.PROBES if refusal(algorithm, probe) is None]
     plain = probes.Plain()
     silent = probes.silent(algorithm, [*allowed, plain])
     kinds = ", ".join(probe.kind for probe in silent if probe is not plain)
     how = "train by task.loss or task.criterion, take means of body and head by uploads.mean"
-    _require(not kinds, f"a part of the kind {kinds} changes nothing; {how}, or say why: refuses = {{kind: reason}}")
+    require(not kinds, f"a part of the kind {kinds} changes nothing; {how}, or say why: refuses = {{kind: reason}}")
     own = plain not in silent
-    _require(own == algorithm.own_loss, f"own_loss = {algorithm.own_loss}, and cross-entropy in its place changes "
+    require(own == algorithm.own_loss, f"own_loss = {algorithm.own_loss}, and cross-entropy in its place changes "
              f"{'something' if own else 'nothing'}; say own_loss = {own}")  # fmt: skip
 
 
@@ -432,85 +402,4 @@ ALGORITHM_PROMISES: dict[str, Callable[[type[Algorithm]], None]] = {
     "predictors are there": predictors_are_there,
     "learns the toy problem": learns,
     "parts act, or are refused": parts_act,
-}
-
-
-# Promises of a dataset ----------------------------------------------------------------------------
-
-
-def dataset_name_is_file_name(plugin: type[Dataset]) -> None:
-    """The registered name is the name of the file."""
-    stem = Path(inspect.getfile(plugin)).stem
-    names = [name for name in DATASETS if DATASETS[name] is plugin]
-    _require(names == [stem], f"registered as {names}, but the file is {stem}.py")
-
-
-def dataset_describes_itself(plugin: type[Dataset]) -> None:
-    """Classes, image shape, mean and standard deviation are stated, and agree in the number of channels."""
-    dataset = plugin()
-    try:
-        channels, classes = dataset.image_shape[0], dataset.num_classes
-    except DataMissing:  # a user's own files say it
-        return
-    _require(classes >= 2, f"num_classes = {classes}")
-    _require(
-        len(dataset.mean) == channels == len(dataset.std),
-        f"mean and std need {channels} values, one a channel",
-    )
-    _require(all(s > 0 for s in dataset.std), f"std = {dataset.std}: must be above 0")
-
-
-def dataset_loads(plugin: type[Dataset]) -> None:
-    """Images are uint8 of the stated shape, labels int64 in range; every class has training and test images."""
-    dataset, root = plugin(), _root()
-    try:
-        splits = dataset.load(root)
-    except DataMissing as missing:
-        _require(len(str(missing)) > 20, "DataMissing should say what to fetch and where to put it")
-        return
-    for part, x, y in (("train", splits.train_x, splits.train_y), ("test", splits.test_x, splits.test_y)):
-        _require(
-            x.dtype == torch.uint8 and tuple(x.shape[1:]) == dataset.image_shape,
-            f"{part} images are {x.dtype} {tuple(x.shape)}",
-        )
-        _require(y.dtype == torch.int64 and y.shape == x.shape[:1], f"{part} labels are {y.dtype} {tuple(y.shape)}")
-        counts = torch.bincount(y, minlength=dataset.num_classes)
-        _require(
-            len(counts) == dataset.num_classes and bool((counts > 0).all()),
-            f"{part} images of each class: {counts.tolist()}",
-        )
-    labels = dataset.labels(root)
-    _require(
-        torch.equal(labels.train, splits.train_y) and torch.equal(labels.test, splits.test_y),
-        "labels() differ from load()",
-    )
-    again = plugin().load(root)
-    few = torch.arange(min(len(splits.train_y), 1000))
-    _require(torch.equal(again.train_x[few], splits.train_x[few]), "loading twice gives two results")
-
-
-def dataset_says_what_is_missing(plugin: type[Dataset]) -> None:
-    """Where files are needed and there are none, the error is DataMissing, in a sentence that says what to
-    do.
-    """
-    with tempfile.TemporaryDirectory() as empty:
-        try:
-            plugin().load(Path(empty))
-        except DataMissing as missing:
-            _require(len(str(missing)) > 20, "the message should say what to fetch and where to put it")
-        except DataDamaged:
-            raise ContractBroken("an empty folder is missing data, not damaged data") from None
-
-
-def _root() -> Path:
-    from bench.files import data_root
-
-    return data_root(None)
-
-
-DATASET_PROMISES: dict[str, Callable[[type[Dataset]], None]] = {
-    "the name is the file's name": dataset_name_is_file_name,
-    "it describes itself": dataset_describes_itself,
-    "it loads what it says": dataset_loads,
-    "it says what is missing": dataset_says_what_is_missing,
 }

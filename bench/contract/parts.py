@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench import keys, tree
 from bench.contract import checks, toy
-from bench.contract.checks import Finding, _require
+from bench.contract.promises import Finding, findings, require
 from bench.data import Batch
 from bench.part import Aggregation, Channel, Correction, Loss, Part, UsesPrior
 from bench.protocol.composed import Composed
@@ -28,7 +28,7 @@ from bench.tree import Tree
 
 def check(part: type[Part]) -> Iterator[Finding]:
     """Run every check of a part's contract, one after the other."""
-    return checks.findings(part, PROMISES)
+    return findings(part, PROMISES)
 
 
 def hosted(part: Part, host: toy.Host = toy.Host()) -> partial[Composed]:  # noqa: B008 - a value
@@ -48,7 +48,7 @@ def name_is_file_name(part: type[Part]) -> None:
     """The registered name is the name of the file."""
     stem = Path(inspect.getfile(part)).stem
     names = [name for name in PARTS if PARTS[name] is part]
-    _require(names == [stem], f"registered as {names}, but the file is {stem}.py")
+    require(names == [stem], f"registered as {names}, but the file is {stem}.py")
 
 
 def docstring_says_it(part: type[Part]) -> None:
@@ -58,10 +58,10 @@ def docstring_says_it(part: type[Part]) -> None:
         title: line[len(title) :].strip() for line in text.splitlines() for title in _SAYS if line.startswith(title)
     }
     missing = [title for title in _SAYS if not said.get(title)]
-    _require(not missing, f"the module's docstring has no line {', '.join(missing)}")
-    _require(said["Kind"] == part.kind, f"the docstring says {said['Kind']}, and it is of the kind {part.kind}")
+    require(not missing, f"the module's docstring has no line {', '.join(missing)}")
+    require(said["Kind"] == part.kind, f"the docstring says {said['Kind']}, and it is of the kind {part.kind}")
     kept = part().tier != "S" or said["Learns"].startswith("nothing") or issubclass(part, Channel)
-    _require(kept, f"the server learns {said['Learns']}, and the tier is S")
+    require(kept, f"the server learns {said['Learns']}, and the tier is S")
 
 
 _SAYS = ("Kind", "Learns", "Departs")
@@ -69,19 +69,19 @@ _SAYS = ("Kind", "Learns", "Departs")
 
 def changes_what_it_says(part: type[Part]) -> None:
     """A loss, a rule and a channel change what is trained or sent, a correction only what is tested."""
-    _require(not is_neutral(part()), f"its defaults are those at which it changes nothing: {dict(part.neutral)}")
+    require(not is_neutral(part()), f"its defaults are those at which it changes nothing: {dict(part.neutral)}")
     different = []
     for host in (toy.Host(), toy.Host(scale=0.5)):  # cross-entropy is a change where the loss is another one
         plain, mine = (_run(algorithm) for algorithm in (host, hosted(part(), host)()))
         apart = plain.outcome().digest != mine.outcome().digest
         if issubclass(part, Correction):
-            _require(not apart, "a correction changes what is trained")
+            require(not apart, "a correction changes what is trained")
             apart = any(
                 tree.largest_difference(was, {**was, **now}) > 0
                 for was, now in zip(*_corrected(mine, "serial"), strict=True)
             )
         different.append(apart or plain.progress.cost["bytes_up"] != mine.progress.cost["bytes_up"])
-    _require(any(different), "nothing differs from the method without it")
+    require(any(different), "nothing differs from the method without it")
 
 
 def neutral_is_off(part: type[Part]) -> None:
@@ -89,13 +89,13 @@ def neutral_is_off(part: type[Part]) -> None:
     if not part.neutral:
         return
     off = part(**part.neutral)
-    _require(compose(toy.Host(), [off]) == toy.Host(), "at its neutral values it is not left out")
+    require(compose(toy.Host(), [off]) == toy.Host(), "at its neutral values it is not left out")
     plain, mine = (_run(algorithm) for algorithm in (toy.Host(), hosted(off)()))
     pairs = [(plain.progress.server, mine.progress.server)]
     if issubclass(part, Correction):
         pairs += [(was, {**was, **now}) for was, now in zip(*_corrected(mine, "serial"), strict=True)]
     apart = max(tree.largest_difference(a, {key: b[key] for key in a}) for a, b in pairs)
-    _require(apart <= engines.TOLERANCE, f"at its neutral values a model changes by {apart:.1e}")
+    require(apart <= engines.TOLERANCE, f"at its neutral values a model changes by {apart:.1e}")
 
 
 def every_prior_works(part: type[Part]) -> None:
@@ -106,7 +106,7 @@ def every_prior_works(part: type[Part]) -> None:
         made = part(prior=prior)
         checks.engines_agree(hosted(made))
         learns = prior in ("global", "estimated")
-        _require(made.tier == ("L" if learns else "S"), f"with prior {prior} its tier is {made.tier}")
+        require(made.tier == ("L" if learns else "S"), f"with prior {prior} its tier is {made.tier}")
         if isinstance(made, Correction):
             _corrected(_run(hosted(made)()), "serial")
 
@@ -121,11 +121,11 @@ def loss_is_a_mean(part: type[Part]) -> None:
     whole, slope = _loss(part(), rows=8, padding=3)
     alone, cut = _loss(part(), rows=5, padding=0)
     apart = max(float((whole - alone).abs()), float((slope[:5] - cut).abs().max()), float(slope[5:].abs().max()))
-    _require(apart < 1e-6, f"padding changes the loss or its gradient by {apart:.1e}")
+    require(apart < 1e-6, f"padding changes the loss or its gradient by {apart:.1e}")
     rough, _ = _loss(part(), rows=5, padding=0, dtype=torch.bfloat16)
-    _require(rough.shape == () and rough.dtype == torch.float32, f"it gives {tuple(rough.shape)} {rough.dtype}")
+    require(rough.shape == () and rough.dtype == torch.float32, f"it gives {tuple(rough.shape)} {rough.dtype}")
     fine, _ = _loss(part(), rows=5, padding=0, rounded=True)
-    _require(torch.equal(rough, fine), "bfloat16 logits are not taken to float32 first")
+    require(torch.equal(rough, fine), "bfloat16 logits are not taken to float32 first")
 
 
 def loss_is_finite(part: type[Part]) -> None:
@@ -140,7 +140,7 @@ def loss_is_finite(part: type[Part]) -> None:
     ):
         scale = 200.0 if what == "with sure logits" else 1.0
         value, slope = _loss(part(), 5, padding, counts=torch.tensor(counts), scale=scale)
-        _require(bool(value.isfinite() and slope.isfinite().all()), f"a client {what} makes the loss {float(value)}")
+        require(bool(value.isfinite() and slope.isfinite().all()), f"a client {what} makes the loss {float(value)}")
 
 
 def _loss(
@@ -152,14 +152,14 @@ def _loss(
     counts: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Give the loss of made-up logits, and its gradient (rows, 6)."""
+    """Give the loss of made-up logits, the first of which is right, and its gradient (rows, 6)."""
     task, key = toy.run(toy.Host()).task, keys.key(5)
     counts = torch.tensor([5, 4, 3, 2, 1, 1]) if counts is None else counts
     present = counts.nonzero().flatten().tolist() or [0]
-    logits = scale * keys.normal(key, 8, 6)[:rows]
+    y = torch.tensor([present[k % len(present)] for k in range(rows)])
+    logits = scale * (keys.normal(key, 8, 6)[:rows] + 9 * torch.eye(6)[y] * (torch.arange(rows) == 0)[:, None])
     logits = (logits.bfloat16().float() if rounded else logits.to(dtype)).requires_grad_()
     features = keys.normal(keys.fold(key, "z"), 8, task.model.feature_size)[:rows]
-    y = torch.tensor([present[k % len(present)] for k in range(rows)])
     batch = Batch(torch.zeros(rows, 1, 8, 8), y, (torch.arange(rows) < rows - padding).float())
     value = part.loss(task, logits, features, batch, counts.float())
     (slope,) = torch.autograd.grad(value, logits)
@@ -178,12 +178,12 @@ def correction_keeps_shapes(part: type[Part]) -> None:
     for was, now in zip(trained, corrected, strict=True):
         read = {path: (leaf.shape, leaf.dtype) for path, leaf in tree.flatten(was).items()}
         found = {path: (leaf.shape, leaf.dtype) for path, leaf in tree.flatten({**was, **now}).items()}
-        _require(found == read, f"a model of {sorted(read)} becomes one of {sorted(found)}, or in other shapes")
-        _require(tree.is_finite(now), "a corrected model is not finite")
+        require(found == read, f"a model of {sorted(read)} becomes one of {sorted(found)}, or in other shapes")
+        require(tree.is_finite(now), "a corrected model is not finite")
     if run.algorithm.stackable:
         _, stacked = _corrected(run, "stacked")
         apart = max(tree.largest_difference(a, b) for a, b in zip(corrected, stacked, strict=True))
-        _require(apart <= engines.TOLERANCE, f"corrected models of the two engines differ by {apart:.1e}")
+        require(apart <= engines.TOLERANCE, f"corrected models of the two engines differ by {apart:.1e}")
 
 
 def _corrected(run: Run, engine: str) -> tuple[list[Tree], list[Tree]]:
@@ -195,7 +195,7 @@ def _corrected(run: Run, engine: str) -> tuple[list[Tree], list[Tree]]:
     visits = [replace(run.population.visit(k, 0, {}), private=model) for k in range(run.population.size)]
     changed, _ = engines.BY_NAME[engine](run.algorithm.corrected, task, shared, run.population.images, visits)
     changed = [run.algorithm.corrected(task, shared, model, None), *changed]
-    _require(tree.largest_difference(before, model) == 0, "a model is changed in place")
+    require(tree.largest_difference(before, model) == 0, "a model is changed in place")
     return [model] * len(changed), [each or {} for each in changed]
 
 
@@ -218,8 +218,8 @@ def rule_combines(part: type[Part]) -> None:
         ("updates, afterwards,", {f"{k}": each for k, each in enumerate(updates)}, before),
     ):
         apart = tree.largest_difference(found, wanted)
-        _require(apart < 1e-5, f"{what}: the result is {apart:.1e} away from what it should be")
-    _require({leaf.dtype for leaf in tree.flatten(forward).values()} == {torch.float32}, "the dtype is another one")
+        require(apart < 1e-5, f"{what}: the result is {apart:.1e} away from what it should be")
+    require({leaf.dtype for leaf in tree.flatten(forward).values()} == {torch.float32}, "the dtype is another one")
 
 
 def _update(name: str, parts: tuple[str, ...] = ("body", "head")) -> Tree:
@@ -246,17 +246,15 @@ def channel_carries(part: type[Part]) -> None:
             update = _update(f"{r}", parts)
             sent, after = channel.send(task, update, kept, keys.fold(keys.key(0), r))
             decoded = channel.receive(task, sent, tree.zeros_like(update))
-            _require(
+            require(
                 tree.largest_difference(decoded, channel.receive(task, sent, update)) == 0,
                 "what arrives depends on the values of `like`",
             )
-            _require(
-                tree.nbytes(sent) <= tree.nbytes(update), f"{tree.nbytes(update)} bytes become {tree.nbytes(sent)}"
-            )
+            require(tree.nbytes(sent) <= tree.nbytes(update), f"{tree.nbytes(update)} bytes become {tree.nbytes(sent)}")
             total, arrived, kept = tree.add(total, update), tree.add(arrived, decoded), tree.merge(kept, after)
         if tree.flatten(total).keys() <= tree.flatten(kept).keys():
             apart = tree.largest_difference(total, tree.map(torch.add, arrived, kept))
-            _require(apart < 1e-5, f"what arrived and what is kept differ from what was sent by {apart:.1e}")
+            require(apart < 1e-5, f"what arrived and what is kept differ from what was sent by {apart:.1e}")
 
 
 def _run(algorithm: Any) -> Run:

@@ -77,13 +77,10 @@ class Composed(Algorithm):
     def _estimates(self) -> bool:
         return any(isinstance(part, UsesPrior) and part.prior == "estimated" for part in self.parts)
 
-    # The server's half --------------------------------------------------------------------------------------
-
     def init_server(self, task: Task) -> Tree:
         """Add the sum of the class counts that clients sent, where a part asks for it."""
-        server = self.method.init_server(task)
-        counts = torch.zeros(task.num_classes, device=task.key.device)
-        return {**server, PARTS: {"counts": counts}} if self._estimates else server
+        counts = {"counts": torch.zeros(task.num_classes, device=task.key.device)}
+        return _join(self.method.init_server(task), counts if self._estimates else {})
 
     def exchanges(self, task: Task) -> tuple[Exchange, ...]:
         """List the method's."""
@@ -105,7 +102,7 @@ class Composed(Algorithm):
 
     def aggregate(self, task: Task, server: Tree, uploads: Uploads) -> Tree:
         """Do what an exchange that names `aggregate` does."""
-        return self.server_verb("aggregate")(task, server, uploads)
+        return self._take("aggregate", task, server, uploads)
 
     def server_verb(self, name: str) -> Callable[[Task, Tree, Uploads], Tree]:
         """Put decoding and the rule before the method's verb."""
@@ -120,13 +117,11 @@ class Composed(Algorithm):
             self._decode(task, {**shared, **self.method.send(task, own, client)}, upload, sent)
             for client, (upload, sent) in zip(uploads.clients.tolist(), opened, strict=True)
         ]
-        for rule in (part for part in self.parts if isinstance(part, Aggregation)):
-            received = _Combined(received, rule, task, shared)
+        for part in self.parts:
+            received = _Combined(received, part, task, shared) if isinstance(part, Aggregation) else received
         following = self.method.server_verb(verb)(task, own, received)
         if isinstance(received, _Combined) and not received.known and len(self.exchanges(task)) == 1:
-            raise BadConfig(
-                f"{self}: nothing is combined, as the method asks for no mean of a body or head that it sent"
-            )
+            raise BadConfig(f"{self}: nothing is combined, as no mean of a body or head that was sent is asked for")
         if self._estimates:
             kept = {"counts": torch.stack([kept["counts"], *(sent["counts"] for _, sent in opened)]).sum(0)}
         return _join(following, kept)
@@ -156,8 +151,6 @@ class Composed(Algorithm):
         """Give the method's."""
         return self.method.global_variants(task, _part(server)[0])
 
-    # The client's half --------------------------------------------------------------------------------------
-
     def init_client(self, task: Task) -> Tree:
         """Add what channels keep, for all that the method may send back."""
         if not self._channels:
@@ -170,8 +163,7 @@ class Composed(Algorithm):
 
     def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
         """Do what an exchange that names `local_update` does."""
-        answer: tuple[Tree, Tree] = self.client_verb("local_update")(task, shared, private, data)
-        return answer
+        return _do("local_update", self, task, shared, private, data)
 
     def client_verb(self, name: str) -> Callable[[Task, Tree, Tree, LocalData], Any]:
         """Put the loss before the method's verb, and the channels after it."""
@@ -191,9 +183,7 @@ class Composed(Algorithm):
         update, _ = tree.split(upload, _moves(shared))
         if not update:
             if len(self.exchanges(task)) == 1:
-                raise BadConfig(
-                    f"{self}: nothing goes through the channel, as no body or head comes back that was sent"
-                )
+                raise BadConfig(f"{self}: nothing is carried, as no body or head comes back that was sent")
             return upload, {}, kept
         # Of what travels otherwise the upload still says that it is there, in no byte.
         upload = tree.merge(upload, tree.map(lambda leaf: leaf.new_empty(0), update))
@@ -228,8 +218,6 @@ class Composed(Algorithm):
     def predict(self, task: Task, model: Tree, x: Tensor) -> Tensor:
         """Score as the method does."""
         return self.method.predict(task, model, x)
-
-    # Before the test ----------------------------------------------------------------------------------------
 
     @property
     def corrects(self) -> frozenset[str]:
