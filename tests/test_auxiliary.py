@@ -72,6 +72,10 @@ class Tuned(Algorithm):
     tier: ClassVar[str] = "A"
     needs: ClassVar[frozenset[str]] = frozenset({"auxiliary"})
     steps: int = 3
+    warm: bool = False
+
+    def init_server(self, task):
+        return task.sgd(task.loss, task.init(), task.auxiliary.batches(1)) if self.warm else task.init()
 
     def local_update(self, task, shared, private, data):
         assert task.auxiliary is None, "what lies at the server is not at a client"
@@ -407,6 +411,7 @@ def test_images_of_another_dataset_are_none_of_the_runs_own() -> None:
         ("own:1", {"imbalance": 1.0}, "of class 0 there are 0; use those of another dataset"),
         ("own:0", {"imbalance": 1.0}, "no public image is left"),
         ("paired:99", {}, "99 images of each class are wanted"),
+        ("paired", {}, "no public image is left"),
     ],
 )  # fmt: skip
 def test_too_few_images_are_said_from_labels_alone(text: str, changes: dict[str, Any], said: str) -> None:
@@ -444,6 +449,12 @@ def test_a_dataset_is_spelt_in_one_way() -> None:
 def test_a_dataset_of_another_kind_is_refused(text: str, said: str) -> None:
     with pytest.raises(BadConfig, match=said):
         only(auxiliary=text)
+
+
+def test_pixels_of_another_scale_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DATASETS["paired"], "scale", 255.0)
+    with pytest.raises(BadConfig, match=r"its scale is 255\.0, that of digits 16\.0"):
+        only(auxiliary="paired:3")
 
 
 # Runs that need them, and runs that do not ------------------------------------------------------------------
@@ -502,11 +513,20 @@ def test_too_few_are_said_before_anything_runs() -> None:
             driver.check_data(runs)
 
 
+def test_another_dataset_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(dataset: object, root: Path) -> None:
+        raise DataMissing("its photographs are not prepared")
+
+    monkeypatch.setattr(DATASETS["paired"], "require", missing)
+    with pytest.raises(DataMissing, match="not prepared"):
+        driver.check_data(sweep("tuned", auxiliary="paired:3").expand())
+
+
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory, plugins: dict[str, Path]) -> Path:
     """Real runs on digits: one without, two with images at the server, one with those of another dataset."""
     out = tmp_path_factory.mktemp("published")
-    runs = sweep("fedavg,tuned,distilled").expand() + sweep("tuned", auxiliary="paired:3").expand()
+    runs = sweep("fedavg,tuned,tuned(warm=True),distilled").expand() + sweep("tuned", auxiliary="paired:3").expand()
     assert {result.status for result in driver.run(runs, out, pool=InProcess())} == {"done"}
     return out
 
@@ -527,6 +547,7 @@ def test_their_results_stand_in_one_table_and_hold_together(published: Path) -> 
     assert {row.label: row.tier for row in board.rows} == {
         "fedavg": "S",
         "tuned [auxiliary own:4]": "A",
+        "tuned(warm=True) [auxiliary own:4]": "A",
         "tuned [auxiliary paired:3]": "A",
         "distilled [auxiliary own:4]": "A",
     }
@@ -540,7 +561,7 @@ def test_their_results_stand_in_one_table_and_hold_together(published: Path) -> 
 def test_published_runs_can_be_run_again(published: Path) -> None:
     inspected = validate(published, NO_DATA, sorted(path for path in published.iterdir() if path.is_dir())).inspected
     runs = candidates(inspected, NO_DATA)
-    assert len(runs) == 4
+    assert len(runs) == 5
     for one in inspected:
         if one.record is not None and one.record.label == "tuned [auxiliary own:4]":
             assert rerun(one.record, runs[one.record.id]).agrees
@@ -597,8 +618,14 @@ def test_a_pack_must_hold_them_too(tmp_path: Path) -> None:
     pack.write(tmp_path / "tail.npz", dataset, splits, kept, "exponential", 10.0)
     pack.write(tmp_path / "whole.npz", dataset, splits, torch.arange(len(splits.train_y)), "exponential", None)
     driver.check_data(sweep("fedavg", auxiliary=None, data_root=tmp_path / "tail.npz").expand())
-    with pytest.raises(DataMissing, match="lacks 40 images of this run"):
-        driver.check_data(sweep("tuned", data_root=tmp_path / "tail.npz").expand())
+    for look in (driver.check_data, lambda runs: execution.job(runs[0])):
+        with pytest.raises(DataMissing, match="lacks 40 images of this run"):
+            look(sweep("tuned", data_root=tmp_path / "tail.npz").expand())
+    rows = torch.cat([kept, chosen("own:4", splits).labelled])
+    pack.write(tmp_path / "some.npz", dataset, splits, rows, "exponential", 10.0)
+    driver.check_data(sweep("fedavg,tuned", data_root=tmp_path / "some.npz").expand())
+    with pytest.raises(DataMissing, match="lacks"):
+        driver.check_data(sweep("tuned,distilled", data_root=tmp_path / "some.npz").expand())
     for algos in ("tuned", "distilled"):
         packed, plain = only(algos, data_root=tmp_path / "whole.npz"), only(algos)
         driver.check_data([packed])
@@ -616,7 +643,7 @@ def test_a_run_that_needs_some_can_be_probed() -> None:
 
 def test_states_differ_where_the_server_has_other_images(published: Path) -> None:
     found = {record.label: record.document["digest"] for record in records.read_all(published)[0]}
-    assert len(set(found.values())) == 4
+    assert len(set(found.values())) == 5
 
 
 def test_engines_agree_on_a_real_split() -> None:
@@ -650,5 +677,6 @@ def test_the_command_runs_tells_and_tunes(bench: Bench, plugins: dict[str, Path]
     asked = ("tune", "--algos", "tuned", "--auxiliary", "own:4", "--trials", "2", "--fields", "steps", *given)
     out, _ = bench(*asked, "--ray", "off", "--json")
     assert "tuned" in out
-    _, refused = bench(*asked[:4], "own:5", *asked[5:], "--ray", "off", "--json", status=2)
+    both = ("tune", "--algos", "tuned,fedavg", "--auxiliary", "own:5", "--trials", "2", *given)
+    _, refused = bench(*both, "--ray", "off", "--json", status=2)
     assert "of class 0 there are 4" in refused

@@ -32,10 +32,11 @@ def data_of(run: Run, client: int) -> LocalData:
 
 
 def model_of(run: Run, client: int) -> Tree:
-    task, server = run.task_at(run.setting.rounds - 1), run.progress.server
-    name = "personal" if client < run.population.training else "unseen"
-    (model,) = run.evaluator.models(task, server, server, run.store, [client], True)[name]
-    return model
+    """A client's model, made together with those of all others: stacked ones are padded."""
+    task, server, training = run.task_at(run.setting.rounds - 1), run.progress.server, run.population.training
+    name, clients = ("personal", range(training)) if client < training else ("unseen", range(training, 8))
+    models = run.evaluator.models(task, server, server, run.store, clients, True)[name]
+    return models[clients.index(client)]
 
 
 def hidden(model: Tree, x: Tensor) -> Tensor:
@@ -101,6 +102,13 @@ def test_alone_the_nearest_example_answers_for_itself() -> None:
         assert torch.equal(run.algorithm.predict(run.task, model_of(run, client), x).argmax(1), data.y)
 
 
+def test_neighbours_that_differ_little_beside_their_length_are_told_apart() -> None:
+    algorithm: Any = ALGORITHMS["knnper"](neighbours=1)
+    features, labels = 1000 + 0.01 * torch.arange(40.0)[:, None].expand(40, 64), torch.arange(40) % 6
+    votes = algorithm._votes(run_of().task, features, {"features": features, "labels": labels})
+    assert torch.equal(votes.argmax(1), labels)
+
+
 def test_of_very_many_alike_neighbours_the_votes_are_label_frequencies() -> None:
     run = toy.finish(run_of(neighbours=1000, scale=1e9, share=1.0))
     counts = run.population.class_counts(0)
@@ -125,17 +133,23 @@ def test_the_order_of_the_memory_is_irrelevant_and_padding_is_no_neighbour(far: 
 
 @BOTH
 @pytest.mark.parametrize(
-    ("fields", "expected"),
-    [({}, [0.7, 0.5, 0.5, 0.5, 0.6]), ({"neighbours": 1000}, [1.0, 0.8, 1.0, 0.6, 0.7])],
-    ids=["ten neighbours", "all"],
+    ("lr", "louder", "mixed", "fields", "expected"),
+    [
+        (0.05, 1, False, {}, [0.5, 0.5, 0.5, 0.5, 0.5]),
+        (1e-6, 20, False, {}, [0.7, 0.5, 0.5, 0.5, 0.6]),
+        (1e-6, 20, False, {"neighbours": 1000}, [1.0, 0.8, 1.0, 0.6, 0.7]),
+        (0.05, 1, True, {"neighbours": 5}, [0.5, 0.1, 0.5, 0.5, 0.3]),
+    ],
+    ids=["of equals a half", "an untrained model, sure of itself", "many neighbours", "labels in disorder"],
 )
 def test_each_client_chooses_the_share_that_is_best_on_examples_outside_its_memory(
-    engine: str, fields: dict[str, Any], expected: list[float]
+    engine: str, lr: float, louder: float, mixed: bool, fields: dict[str, Any], expected: list[float]
 ) -> None:
-    """The model has learnt nothing and is sure of itself, so that a half is too little for some."""
-    run = toy.finish(run_of(engine, replace(SETTING, rounds=1, lr=1e-6), **fields))
-    head = run.progress.server["head"]
-    run.progress.server = {**run.progress.server, "head": {key: 20 * leaf for key, leaf in head.items()}}
+    run = toy.finish(run_of(engine, replace(SETTING, rounds=1, lr=lr), **fields))
+    head, images = run.progress.server["head"], run.population.images
+    run.progress.server = {**run.progress.server, "head": {key: louder * leaf for key, leaf in head.items()}}
+    if mixed:
+        images.y = images.y[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
     chosen = []
     for client in (0, 1, 2, 3, 7):
         model, data = model_of(run, client), data_of(run, client)

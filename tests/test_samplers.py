@@ -440,7 +440,7 @@ class Few(Algorithm):
 def test_engines_agree_where_padding_would_move_the_statistics_of_norm_layers() -> None:
     setting = replace(toy.SETTING, model="resnet8", norm="batch", rounds=1, participation=1.0)
     one, other = (toy.finish(toy.run(Few(), engine, setting=setting)) for engine in ("serial", "stacked"))
-    assert tree.largest_difference(toy.states(one), toy.states(other)) < engines.TOLERANCE
+    assert tree.largest_difference(toy.states(one), toy.states(other)) < 5e-3  # with padding in serial 5e-2 and more
 
 
 def test_the_randomness_of_a_client_is_the_same_in_every_round_and_travels() -> None:

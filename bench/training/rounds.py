@@ -183,7 +183,7 @@ def surroundings(job: Job) -> Surroundings:
         if job.reserve is None:
             raise BadConfig(f"{type(algorithm).__name__} needs images at the server, and this run has none")
         auxiliary, public = at_the_server(job.reserve, needs, dataset, setting, task.key, device)
-        task = replace(task, auxiliary=auxiliary, public=public).at(0, setting.lr)
+        task = replace(task, auxiliary=auxiliary, public=public)
     chosen = engines.BY_NAME["serial" if not algorithm.stackable else job.engine]
     return Surroundings(algorithm, population, task, chosen, split.fingerprint)
 
