@@ -36,6 +36,7 @@ from bench.sweep import driver, execution, forecast
 from bench.sweep.config import Run, Sweep
 from bench.sweep.pool import InProcess
 from bench.sweep.schedule import cell
+from bench.tracking.described import of_record, of_run
 from bench.training.crew import Surroundings
 from bench.training.rounds import Job, surroundings
 from bench.training.rounds import Run as Going
@@ -558,13 +559,27 @@ def test_their_results_stand_in_one_table_and_hold_together(published: Path) -> 
         assert rebuild(record).run(NO_DATA).id == record.id
 
 
-def test_published_runs_can_be_run_again(published: Path) -> None:
+def test_published_runs_can_be_run_again(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inspected = validate(published, NO_DATA, sorted(path for path in published.iterdir() if path.is_dir())).inspected
     runs = candidates(inspected, NO_DATA)
     assert len(runs) == 5
     for one in inspected:
         if one.record is not None and one.record.label == "tuned [auxiliary own:4]":
             assert rerun(one.record, runs[one.record.id]).agrees
+
+    def missing(dataset: object, root: Path) -> None:
+        raise DataMissing("its photographs are not prepared")
+
+    monkeypatch.setattr(DATASETS["paired"], "require", missing)
+    assert len(candidates(inspected, NO_DATA)) == 4
+
+
+def test_a_tracked_run_says_which_images(published: Path) -> None:
+    for record in records.read_all(published)[0]:
+        described = of_record(record)
+        assert described == of_run(rebuild(record).run(NO_DATA))
+        images = described.params.get("algorithm.auxiliary", "")
+        assert ("own:4" in images or "paired:3" in images) == (record.algorithm != "fedavg")
 
 
 @pytest.mark.parametrize(

@@ -172,19 +172,20 @@ def hired(make: Callable[[], Surroundings], size: int = 3, **how: Any) -> tuple[
 
 def toys(plugin: str | type[Algorithm], engine: str, setting: Setting) -> Surroundings:
     """Set up another process of a run of the toy problem."""
+    return surroundings(_job(plugin, engine, setting))
+
+
+def _job(plugin: str | type[Algorithm], engine: str, setting: Setting) -> Job:
+    algorithm: Algorithm = ALGORITHMS[plugin]() if isinstance(plugin, str) else plugin()
     splits = toy.Toy().load()
-    return surroundings(Job(_made(plugin), toy.Toy(), splits, toy.split(splits), setting, 0, engine))
-
-
-def _made(plugin: str | type[Algorithm]) -> Algorithm:
-    return ALGORITHMS[plugin]() if isinstance(plugin, str) else plugin()
+    split = toy.split(splits)
+    return Job(algorithm, toy.Toy(), splits, split, setting, 0, engine, reserve=toy.reserve(splits, split, algorithm))
 
 
 def toy_run(
     plugin: str | type[Algorithm], engine: str = "serial", setting: Setting = SETTING, crew: OnActors | None = None
 ) -> Run:
-    splits = toy.Toy().load()
-    return Run(Job(_made(plugin), toy.Toy(), splits, toy.split(splits), setting, 0, engine), crew=crew)
+    return Run(_job(plugin, engine, setting), crew=crew)
 
 
 def left(run: Run) -> tuple[object, ...]:
