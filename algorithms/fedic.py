@@ -117,4 +117,4 @@ def calibrated(calibrator: Tree, features: Tensor, logits: Tensor, tuned: Tensor
     trust = torch.sigmoid(logits.float() @ clients["weight"] + clients["bias"])[..., None]
     ensemble = classes["weight"] * (trust * logits).sum(0) / trust.sum(0) + classes["bias"]
     share = torch.sigmoid(features.float().mean(0) @ gate["weight"] + gate["bias"])[:, None]
-    return torch.lerp(tuned.float(), ensemble, share)
+    return torch.lerp(tuned.float(), ensemble.float(), share.float())

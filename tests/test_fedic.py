@@ -254,6 +254,18 @@ def test_engines_agree_under_batch_norm(statistics: str) -> None:
     assert largest_difference(*(toy.states(toy.finish(run)) for run in runs)) < 2e-4
 
 
+def test_statistics_that_stay_at_clients_are_those_of_the_server() -> None:
+    run = run_of("fedic", setting=BATCH_NORM, steps=2)
+    task, server = run.task_at(0), run.progress.server
+    statistics = tree.split(run.algorithm.broadcast(task, server), tree.is_statistic)[0]
+    without = [tree.parameters(toy.upload_once(run, k)[0]) for k in (0, 1)]
+    assert not any(tree.is_statistic(path) for path in tree.flatten(without[0]))
+    sent = [Uploads(trees, torch.ones(2)) for trees in (without, [tree.merge(each, statistics) for each in without])]
+    found, expected = (run.algorithm.aggregate(task, server, each) for each in sent)
+    assert tree.flatten(found).keys() == tree.flatten(server).keys()
+    assert largest_difference(found, tree.merge(found, expected)) == 0.0
+
+
 def test_without_images_at_the_server_it_says_so() -> None:
     splits = toy.Toy().load()
     job = Job(ALGORITHMS["fedic"](), toy.Toy(), splits, toy.split(splits), toy.SETTING, 0, "serial")

@@ -188,6 +188,16 @@ def engines_agree(plugin: Callable[[], Algorithm]) -> None:
     require(apart <= engines.TOLERANCE, f"states of the serial and the stacked engine differ by {apart:.1e}")
 
 
+def mixed_precision_works(plugin: Callable[[], Algorithm]) -> None:
+    """With `--precision bf16` states stay float32 and finite, in both engines."""
+    for engine in ("serial", "stacked"):
+        run = toy.finish(toy.run(plugin(), engine, setting=replace(toy.SETTING, rounds=1), precision="bf16"))
+        states = toy.states(run)
+        require(tree.is_finite(states), f"bf16 ({engine}) ends in a state that is not finite")
+        half = [path for path, leaf in tree.flatten(states).items() if leaf.dtype == torch.bfloat16]
+        require(not half, f"bf16 ({engine}) leaves {', '.join(half[:3])} in half precision")
+
+
 def seed_decides(plugin: Callable[[], Algorithm]) -> None:
     """The same seed gives the same bits, another seed others; torch's global generator has no say."""
     digests = []
@@ -389,6 +399,7 @@ ALGORITHM_PROMISES: dict[str, Callable[[type[Algorithm]], None]] = {
     "states keep keys, shapes and dtypes": states_keep_shape,
     "models fit the architecture": models_fit,
     "engines agree": engines_agree,
+    "mixed precision works": mixed_precision_works,
     "the seed decides, and nothing else": seed_decides,
     "the order of clients is irrelevant": client_order_is_irrelevant,
     "small and empty clients are harmless": small_clients_are_harmless,

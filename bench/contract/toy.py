@@ -116,9 +116,11 @@ def run(
     garbage: bool = False,
     checkpoint: Path | None = None,
     sizes: tuple[int, ...] = SIZES,
+    precision: str = "fp32",
 ) -> Run:
     """Set up a run of the toy problem without taking a step."""
-    return Run(_job(algorithm, engine, seed, setting, garbage, sizes), checkpoint)
+    job = _job(algorithm, engine, seed, setting, garbage, sizes)
+    return Run(job if precision == "fp32" else replace(job, precision=precision), checkpoint)
 
 
 def task(algorithm: Algorithm) -> Task:
