@@ -114,7 +114,7 @@ def calibrated(calibrator: Tree, features: Tensor, logits: Tensor, tuned: Tensor
     (K, B, d) features and (K, B, C) logits of the clients, (B, C) tuned logits -> (B, C).
     """
     clients, classes, gate = (calibrator[key] for key in ("clients", "classes", "gate"))
-    trust = torch.sigmoid(logits.float() @ clients["weight"] + clients["bias"])[..., None]
+    trust = torch.sigmoid((logits.float() * clients["weight"]).sum(2, keepdim=True) + clients["bias"])
     ensemble = classes["weight"] * (trust * logits).sum(0) / trust.sum(0) + classes["bias"]
-    share = torch.sigmoid(features.float().mean(0) @ gate["weight"] + gate["bias"])[:, None]
-    return torch.lerp(tuned.float(), ensemble.float(), share.float())
+    share = torch.sigmoid((features.float().mean(0) * gate["weight"]).sum(1, keepdim=True) + gate["bias"])
+    return torch.lerp(tuned.float(), ensemble, share)

@@ -279,6 +279,16 @@ def test_images_that_the_server_trains_on_are_counted() -> None:
 
 
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
+def test_it_learns_in_mixed_precision(engine: str) -> None:
+    dataset, setting = toy.Toy(), replace(toy.SETTING, rounds=6, eval_every=6)
+    algorithm, splits = ALGORITHMS["fedic"](steps=20), dataset.load()
+    split = toy.split(splits)
+    reserve = toy.reserve(splits, split, algorithm)
+    job = Job(algorithm, dataset, splits, split, setting, 0, engine, "bf16", reserve=reserve)
+    assert toy.finish(Run(job)).outcome().metrics["generic"] > 0.8  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("engine", ["serial", "stacked"])
 def test_a_client_held_out_gets_a_model_that_knows_its_classes(engine: str) -> None:
     setting = replace(toy.SETTING, rounds=6, unseen=1, eval_every=6)
     metrics = toy.finish(run_of("fedic", engine, setting, steps=20)).outcome().metrics
