@@ -471,7 +471,7 @@ def test_a_method_that_needs_some_is_refused_without() -> None:
 
 
 def test_what_nobody_needs_is_refused() -> None:
-    with pytest.raises(BadConfig, match="--auxiliary own:4: fedavg or ditto needs no images at the server"):
+    with pytest.raises(BadConfig, match="--auxiliary own:4: nothing that is run needs images at the server"):
         sweep("fedavg,ditto").expand()
 
 

@@ -39,7 +39,7 @@ class Meter:
         self.epochs += worth
 
     def samples(self, n: Tensor) -> Tensor:
-        """Give how many samples were processed if `n` examples are real: () float64 both, of many clients alike."""
+        """Give how many samples were processed if `n` examples are real; both () float64."""
         total = n * self.epochs
         for seen, worth in self.begun.values():
             total = total + worth * n.clamp(max=seen)
@@ -81,6 +81,7 @@ class LocalData:
     padded: bool = False
     """Whether n may be less than L: no shape may then depend on it. Otherwise all L are real."""
     labelled: bool = True
+    """Whether labels are known."""
 
     @property
     def y(self) -> Tensor:

@@ -249,8 +249,7 @@ class Sweep:
                     runs.setdefault(run.id, run)
         idle = self.overrides.get("auxiliary")
         if idle is not None and not any(run.setting.auxiliary for run in runs.values()):
-            names = " or ".join(dict.fromkeys(map(name, self.algorithms)))
-            raise BadConfig(f"--auxiliary {idle}: {names} needs no images at the server; leave the option out")
+            raise BadConfig(f"--auxiliary {idle}: nothing that is run needs images at the server; leave the option out")
         return list(runs.values())
 
     def _run(self, asked: Algorithm, preset: Preset, dataset: Dataset, setting: Setting, seed: int) -> Run:
