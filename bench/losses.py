@@ -13,7 +13,7 @@ from bench.tree import Tree
 
 def mean(values: Tensor, batch: Batch) -> Tensor:
     """Average (B, ...) over the real examples: (...); 0 for a batch of padding only."""
-    weight = batch.weight.reshape(-1, *[1] * (values.ndim - 1))
+    weight = batch.weight if values.ndim == 1 else batch.weight.reshape(-1, *[1] * (values.ndim - 1))
     return (values * weight).sum(0) / batch.weight.sum().clamp(min=1.0)
 
 

@@ -306,10 +306,9 @@ class Task:
         task = self if self.auxiliary is None else replace(self, auxiliary=None)
         return task if task.public is None else replace(task, public=task.public.anew(task.public.key))
 
-    def samples(self) -> Tensor:
-        """Count what was processed of `auxiliary` and `public`: () float64."""
-        held = [data.samples() for data in (self.auxiliary, self.public) if data is not None]
-        return sum(held, torch.zeros((), dtype=torch.float64))
+    def samples(self) -> float:
+        """Count what was processed of `auxiliary` and `public`."""
+        return sum(float(data.samples()) for data in (self.auxiliary, self.public) if data is not None)
 
 
 def _own(leaf: Tensor) -> Tensor:

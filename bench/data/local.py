@@ -38,12 +38,13 @@ class Meter:
         self.begun.pop(this, None)
         self.epochs += worth
 
-    def samples(self, n: Tensor) -> Tensor:
-        """Give how many samples were processed if `n` examples are real; both () float64."""
+    def samples(self, n: Tensor | float) -> Tensor | float:
+        """Give how many samples were processed if `n` examples are real: both () float64, or numbers."""
         total = n * self.epochs
         for seen, worth in self.begun.values():
-            total = total + worth * n.clamp(max=seen)
+            total = total + worth * (n.clamp(max=seen) if isinstance(n, Tensor) else min(n, seen))
         for taken, size, worth in self.streams.values():
+            assert isinstance(n, Tensor)  # only padded clients have such
             passes, rest = _turns(taken, n, size)
             total = total + worth * (passes * n + rest * size)  # the last batch of a pass ends it: it is no rest
         for part in self.parts:
@@ -207,10 +208,11 @@ class LocalData:
         """Give the same examples with the randomness of another key, and count what is processed from here on."""
         return replace(self, key=key, meter=Meter())
 
-    def samples(self) -> Tensor:
-        """Count the samples that were processed: () float64, exactly, per view and batch taken. For the loop."""
-        n = self.n if self.padded else torch.tensor(len(self.index))  # on the host, so that nobody waits for a GPU
-        return self.meter.samples(n.to(torch.float64))
+    def samples(self) -> Tensor | float:
+        """Count the samples that were processed, exactly, per view and batch taken: () float64 for a padded client, a
+        number for any other, so that nobody waits for a GPU. For the loop.
+        """
+        return self.meter.samples(self.n.to(torch.float64) if self.padded else float(len(self.index)))
 
     def _labels(self, rows: Tensor) -> Tensor:
         return self.images.y[rows] if self.labelled else torch.full_like(rows, -1)

@@ -200,7 +200,9 @@ def _run_group(verb: Verb, task: Task, shared: Tree, images: Images, group: Sequ
         data = LocalData(images, index, n, key, counts, task.batch_size, Meter(), client_key, padded=True)
         result = verb(task, {**shared, **sent}, private, data)
         absent = result is None
-        return ({} if absent else result), data.samples() + task.samples()
+        samples = data.samples() + task.samples()
+        assert isinstance(samples, Tensor)  # vmap must be given at least one tensor back
+        return ({} if absent else result), samples
 
     try:
         stack, samples = torch.func.vmap(one, in_dims=0, randomness="error")(
