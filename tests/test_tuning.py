@@ -826,8 +826,8 @@ def test_ray_tune_makes_the_same_choices_though_a_worker_dies(tmp_path: Path) ->
 
 
 def test_an_interruption_keeps_what_was_done_and_says_how_to_go_on(tmp_path: Path) -> None:
-    line = ("tune", "--algos", "fedavg,fedprox", "--trials", 6, "--rounds", 10, "--clients", 6, "--jobs", 2)
-    running = command(tmp_path, *line, "--ray", "local")
+    line = ("tune", "--algos", "fedavg,fedprox", "--trials", 6, "--rounds", 60, "--clients", 6, "--jobs", 2)
+    running = command(tmp_path, *line, "--ray", "local")  # trials so long that it cannot be through before the signal
     patience = time.monotonic() + 120
     while len(trials_of(tmp_path / "runs")) < 3:
         assert time.monotonic() < patience and running.poll() is None
