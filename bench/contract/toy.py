@@ -120,7 +120,7 @@ def run(
 ) -> Run:
     """Set up a run of the toy problem without taking a step."""
     job = _job(algorithm, engine, seed, setting, garbage, sizes)
-    return Run(job if precision == "fp32" else replace(job, precision=precision), checkpoint)
+    return Run(replace(job, precision=precision), checkpoint)
 
 
 def task(algorithm: Algorithm) -> Task:

@@ -114,7 +114,9 @@ class Composed(Algorithm):
         opened = [_part(upload) for upload in uploads.trees]
         received = copy.copy(uploads)
         received.trees = [
-            self._decode(task, {**shared, **self.method.send(task, own, client)}, upload, sent)
+            self._decode(task, {**shared, **self.method.send(task, own, client)}, upload, sent["update"])
+            if "update" in sent
+            else upload
             for client, (upload, sent) in zip(uploads.clients.tolist(), opened, strict=True)
         ]
         for part in self.parts:
@@ -126,12 +128,9 @@ class Composed(Algorithm):
             kept = {"counts": torch.stack([kept["counts"], *(sent["counts"] for _, sent in opened)]).sum(0)}
         return _join(following, kept)
 
-    def _decode(self, task: Task, shared: Tree, upload: Tree, sent: Tree) -> Tree:
+    def _decode(self, task: Task, shared: Tree, upload: Tree, update: Tree) -> Tree:
         """Put into an upload what its channels carried."""
-        if "update" not in sent:
-            return upload
         like = _there(tree.split(upload, _moves(shared))[0], shared)
-        update: Tree = sent["update"]
         for channel, shape in reversed(list(zip(self._channels, self._shapes(task, like), strict=True))):
             update = channel.receive(task, update, shape)
         return tree.merge(upload, tree.add(like, update))

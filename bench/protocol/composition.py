@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from bench.algorithm import Algorithm
+from bench.algorithm import Algorithm, is_usual
 from bench.part import Aggregation, Channel, Correction, Loss, Part
 from bench.protocol.composed import Composed
 from bench.protocol.settings import BadConfig
@@ -52,7 +52,7 @@ def refusal(method: Algorithm, part: Part) -> str | None:
     """Say why a part makes no sense on a method; None: it does."""
     if "pooled" in method.needs and isinstance(part, Channel | Aggregation):
         return "the data are pooled, and nothing is sent"
-    if isinstance(part, Correction) and "head" in part.reads and type(method).predict is not Algorithm.predict:
+    if isinstance(part, Correction) and "head" in part.reads and not is_usual(method.predict, Algorithm.predict):
         return "it corrects a linear head, and this method predicts in its own way"
     return method.refuses.get(part.kind)
 
