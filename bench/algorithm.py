@@ -57,7 +57,7 @@ class Adaptation:
     adaptation. Of several stages the first one's counts, in epochs over all; stages of steps are reported at their end.
     """
     lr_factor: float = 1.0
-    """Learning rate, as a multiple of the round's."""
+    """Learning rate, as a multiple of the setting's, which no schedule lowers."""
     lr: float | None = None
     """Instead of a multiple: the learning rate itself."""
     loss: str | None = None
@@ -99,6 +99,10 @@ def stages(adaptation: Stages) -> tuple[Adaptation, ...]:
     if isinstance(adaptation, Adaptation):
         return (adaptation,)
     return adaptation or ()
+
+
+MODEL = ("body", "head")
+"""Keys of a model in what is sent."""
 
 
 class Misnamed(ValueError):
@@ -210,6 +214,13 @@ class Client(ABC):
         """
         return {"body": shared["body"], "head": shared["head"]}
 
+    def after_training(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
+        """Give what a client has right after its local work, for the view `personal:after`: what it was sent, with what
+        it trained in its place, and its next private state. To be overridden where an upload is no model.
+        """
+        upload, private = self.local_update(task, shared, private, data)
+        return tree.merge(shared, {key: upload[key] for key in MODEL if key in shared and key in upload}), private
+
     def personal_variants(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> dict[str, Tree]:
         """Give further personal models to be tested and reported beside, by name; none ranks."""
         return {}
@@ -219,8 +230,8 @@ class Client(ABC):
         return None
 
     def newcomer(self, task: Task, shared: Tree, data: LocalData) -> Tree:
-        """Make the private state of a client held out of training, anew for each test; by default that of a client
-        which has not yet taken part.
+        """Make the private state of a client that has not taken part, never drawn or held out of training, anew for
+        each test; by default the initial one.
 
         `data` is its *training* data, and `shared` is not to be changed in place.
         """

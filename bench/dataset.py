@@ -118,6 +118,13 @@ class Dataset(ABC):
         """C."""
 
     @property
+    def groups(self) -> str:
+        """Rule of many / medium / few: "thirds" of the classes by size, or by "count" where classes are hundreds. A
+        dataset of ten classes has no class of under 20 images at any usual imbalance.
+        """
+        return "thirds" if self.num_classes < 300 else "count"
+
+    @property
     @abstractmethod
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height, width."""

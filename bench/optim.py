@@ -47,6 +47,8 @@ class Sgd:
     """Largest Euclidean norm of a gradient, before weight decay; None for no clipping."""
     clip_apart: tuple[str, ...] = ()
     """Keys of the parameters that are clipped each by itself; all others together."""
+    decay_vectors: bool = True
+    """Whether weight decay pulls at biases and norm layers, which are vectors, as torch has it."""
 
     def start(self, params: Tree) -> Tree:
         """Start from a momentum of zero; without momentum nothing is kept."""
@@ -57,10 +59,14 @@ class Sgd:
         if self.clip is not None:
             gradient = self._clipped(gradient, self.clip)
         if self.weight_decay:
-            gradient = tree.add(gradient, params, self.weight_decay)
+            gradient = tree.map(lambda g, w: g + self.weight_decay * w if self.decays(w) else g, gradient, params)
         if self.momentum:
             gradient = kept = tree.add(gradient, kept, self.momentum)
         return tree.add(params, gradient, -self.lr), kept
+
+    def decays(self, leaf: Tensor) -> bool:
+        """Tell whether weight decay pulls at a leaf."""
+        return self.decay_vectors or leaf.ndim > 1
 
     def _clipped(self, gradient: Tree, clip: float) -> Tree:
         together = {key: part for key, part in gradient.items() if key not in self.clip_apart}

@@ -44,8 +44,12 @@ class Task:
     """Learning rate of this round."""
     key: Tensor
     """() int64, randomness of the run."""
+    initial_lr: float | None = None
+    """Learning rate before any schedule, which tuning before the test is a multiple of; None: `lr`."""
     momentum: float = 0.0
     weight_decay: float = 0.0
+    decay_vectors: bool = True
+    """Whether weight decay pulls at biases and norm layers too."""
     clip: float | None = None
     """Largest Euclidean norm of a gradient, before weight decay; None for no clipping."""
     round: int = 0
@@ -178,7 +182,8 @@ class Task:
 
     def optimiser(self, lr: float | None = None, clip_apart: tuple[str, ...] = ()) -> Sgd:
         """Give the setting's rule of a step, at the round's learning rate or another."""
-        return Sgd(self.lr if lr is None else lr, self.momentum, self.weight_decay, self.clip, clip_apart)
+        lr = self.lr if lr is None else lr
+        return Sgd(lr, self.momentum, self.weight_decay, self.clip, clip_apart, self.decay_vectors)
 
     def train(
         self,
@@ -261,6 +266,8 @@ class Task:
         values, velocities = list(leaves.values()), list(velocity.values())
         apart = [[k for k, path in enumerate(leaves) if path.split("/")[0] == key] for key in rule.clip_apart]
         together = [k for k in range(len(values)) if not any(k in group for group in apart)]
+        pulled = [k for k, leaf in enumerate(values) if rule.decays(leaf)]
+        decayed = [values[k] for k in pulled]
         for leaf in values:
             leaf.requires_grad_()
         statistics = tree.split(params, tree.is_statistic)[0]
@@ -279,8 +286,8 @@ class Task:
                         if parts:
                             total = torch.stack(torch._foreach_norm(parts)).norm()
                             torch._foreach_mul_(parts, (rule.clip / (total + 1e-6)).clamp(max=1.0))
-                if rule.weight_decay and values:
-                    torch._foreach_add_(gradient, values, alpha=rule.weight_decay)
+                if rule.weight_decay and decayed:
+                    torch._foreach_add_([gradient[k] for k in pulled], decayed, alpha=rule.weight_decay)
                 if rule.momentum and values:
                     torch._foreach_mul_(velocities, rule.momentum)
                     torch._foreach_add_(velocities, gradient)

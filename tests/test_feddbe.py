@@ -94,7 +94,7 @@ def test_the_prologue_asks_all_training_clients_and_moves_nothing(share: float, 
     assert largest_difference({"it": consensus}, {"it": expected}) < 1e-5 and float(consensus.max()) > 0.1
     assert largest_difference(before, model(run)) == 0.0
     assert run.progress.cost["bytes_up"] == 7 * 64 * 4
-    assert run.progress.cost["samples"] == 2 * sum(toy.SIZES[:7])
+    assert run.progress.cost["train_samples"] == 2 * sum(toy.SIZES[:7])
     toy.finish(run)
     assert torch.equal(run.progress.server["consensus"], consensus)  # for good
 

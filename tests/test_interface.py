@@ -373,7 +373,7 @@ def test_a_trip_without_clients_is_none() -> None:
     before = tree.digest([run.progress.server])
     toy.finish(run)
     assert tree.digest([run.progress.server]) == before
-    assert run.progress.cost.get("bytes_down", 0) == run.progress.cost.get("samples", 0) == 0
+    assert run.progress.cost.get("bytes_down", 0) == run.progress.cost.get("train_samples", 0) == 0
 
 
 @pytest.mark.parametrize("chosen", [(1, 1), (3, 8), (-1,)])

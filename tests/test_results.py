@@ -141,6 +141,7 @@ def rows_of(counts: Mapping[str, tuple[Tensor, Tensor]], completed: int = 1) -> 
             "class": label,
             "correct": int(correct[client, label]),
             "total": int(total[client, label]),
+            "drawn": -1,
         }
         for model, (correct, total) in counts.items()
         for client, label in torch.nonzero(total).tolist()
@@ -154,7 +155,7 @@ def test_stored_rows_give_the_same_metrics_again(
     counts = {"personal": personal, "generic": generic}
     rows = rows_of(counts)
     expected = metrics.summarise(counts, GROUPS)
-    assert metrics.summarise(metrics.from_rows(reversed(rows), 4), GROUPS) == expected
+    assert metrics.summarise(metrics.from_rows(reversed(rows), 4)[0], GROUPS) == expected
 
 
 # Identity ---------------------------------------------------------------------------------------------------

@@ -414,7 +414,7 @@ def test_a_method_that_samples_keeps(promise: str) -> None:
 def test_engines_process_the_same_samples() -> None:
     setting = replace(toy.SETTING, participation=1.0, rounds=2)
     runs = [toy.finish(toy.run(Sampling(), engine, setting=setting)) for engine in ("serial", "stacked")]
-    found = [run.outcome().cost["samples"] for run in runs]
+    found = [run.outcome().cost["train_samples"] for run in runs]
     expected = 0.0
     for k in range(len(toy.SIZES)):
         visit = runs[0].population.visit(k, 0, {})

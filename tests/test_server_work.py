@@ -22,7 +22,7 @@ from bench.sweep import driver
 from bench.sweep.config import Sweep, parse_algorithms, parse_datasets
 from bench.sweep.pool import InProcess
 from bench.training.engine import counted
-from bench.training.rounds import Run
+from bench.training.rounds import WORK, Run
 from bench.validation.report import validate
 from bench.validation.rerun import candidates, rerun
 from tests.test_validation import ROOT, Forger, write_table
@@ -107,10 +107,11 @@ def test_a_resumed_run_counts_the_same(tmp_path: Path) -> None:
     assert [round for round, _, looking in Multiplies.watched if looking] == [2, 2]
 
 
-def test_a_server_that_only_averages_says_nothing_of_its_work() -> None:
+def test_a_server_that_only_averages_does_no_work() -> None:
     cost = finish(toy.run(ALGORITHMS["fedavg"]())).outcome().cost
+    assert cost["server_flops"] == cost["server_samples"] == 0.0
     assert set(cost) == {
-        *("bytes_down", "bytes_up", "samples", "train_flops", "device_seconds", "wall_seconds"),
+        *("bytes_down", "bytes_up", *WORK, "device_seconds", "wall_seconds"),
         *("peak_memory_bytes", "client_state_bytes"),
     }
 
@@ -139,7 +140,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_published_work_of_a_server_is_compared_by_a_rerun(published: Path, tmp_path: Path) -> None:
-    def differs(change: Callable[[dict[str, float]], object]) -> tuple[str, str]:
+    def differs(change: Callable[[dict[str, float | None]], object]) -> tuple[str, str]:
         out = Path(shutil.copytree(published, tmp_path / "changed", dirs_exist_ok=True))
         (found,) = records.read_all(out)[0]
         forger = Forger(found.folder)
@@ -151,10 +152,9 @@ def test_the_published_work_of_a_server_is_compared_by_a_rerun(published: Path, 
         return "; ".join(map(str, report.problems)), "; ".join(again.differs)
 
     assert differs(lambda cost: cost["server_flops"]) == ("", "")
-    assert differs(lambda cost: cost.pop("server_flops")) == ("", "")  # as early versions left it
     problems, others = differs(lambda cost: cost.update(server_flops=1e6))
     assert not problems and others.startswith("cost.server_flops ")
-    problems, _ = differs(lambda cost: cost.update(server_flops=0.0))
-    assert "cost.server_flops is 0.0, and is left out where there is none" in problems
+    problems, _ = differs(lambda cost: cost.update(server_flops=None))
+    assert "cost.server_flops is absent, and what was not done counts 0" in problems
     problems, _ = differs(lambda cost: cost.update(server_flops=-1.0))
     assert "cost.server_flops is -1.0, and no cost is below 0" in problems

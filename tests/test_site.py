@@ -83,7 +83,7 @@ def plant(
                 rows.append({"model": model, "client": client, "class": place, "correct": right, "total": total})
     groups = GROUPS if len(counts) == 4 else {"many": list(range(len(counts))), "medium": [], "few": []}
     tensors = {name: torch.tensor(members, dtype=torch.int64) for name, members in groups.items()}
-    measured = metrics.summarise(metrics.from_rows(rows, len(counts)), tensors)
+    measured = metrics.summarise(metrics.from_rows(rows, len(counts))[0], tensors)
     if unseen:
         measured["unseen"] = strength - 0.1
     cell_of = {"engine": "serial", "precision": "fp32", "device": "cpu"}

@@ -69,7 +69,7 @@ def searched(out: Path, *studies: Study, trials: int = 3) -> dict[str, list[Tria
 
 def timeless(trial: Trial) -> Trial:
     """Take away what no two runs have in common."""
-    kept = ("samples", "bytes_up", "bytes_down")
+    kept = ("train_samples", "bytes_up", "bytes_down")
     return replace(trial, cost=[{key: each[key] for key in kept} for each in trial.cost])
 
 
@@ -294,7 +294,10 @@ def test_every_algorithm_has_the_same_number_of_trials_and_the_first_is_as_it_wa
     assert all("body_epochs=2" in trial.call for trial in found[fedrep.id])
     stored = [json.loads(line) for line in (tmp_path / "tuning" / fedrep.id / "trials.jsonl").read_text().splitlines()]
     assert [each["number"] for each in stored] == [0, 1, 2]
-    assert all(each["score"] == each["metrics"][0]["personal"] and each["cost"][0]["samples"] > 0 for each in stored)
+    assert all(
+        each["score"] == each["metrics"][0]["personal.balanced"] and each["cost"][0]["train_samples"] > 0
+        for each in stored
+    )
 
 
 def test_an_algorithm_with_nothing_to_tune_has_one_trial(tmp_path: Path) -> None:
@@ -364,7 +367,12 @@ def test_the_mean_over_seeds_is_what_counts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("algorithm", "target", "model"),
-    [("fedavg", "personal", "personal"), ("fedavg", "generic", "generic"), ("fedrep", "generic", "personal")],
+    [
+        ("fedavg", "personal", "personal"),
+        ("fedavg", "balanced", "personal.balanced"),
+        ("fedavg", "generic", "generic"),
+        ("fedrep", "generic", "personal.balanced"),
+    ],
 )
 def test_the_model_that_is_asked_for_is_scored_if_there_is_one(
     algorithm: str, target: str, model: str, tmp_path: Path

@@ -32,6 +32,7 @@ class Options:
     clients: int | None
     participation: float | None
     rounds: int | None
+    match: str | None
     epochs: int | None
     batch_size: int | None
     lr: float | None
@@ -141,6 +142,12 @@ _OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("--clients", "Number of clients.", {"type": int}),
     ("--participation", "Share of the clients that train in a round, in (0, 1].", {"type": float}),
     ("--rounds", "Rounds of communication.", {"type": int}),
+    (
+        "--match",
+        "What is equal for all: rounds (the default), or samples: each has the rounds in which it processes about what "
+        "plain local training processes in --rounds.",
+        {"type": click.Choice(["rounds", "samples"])},
+    ),
     ("--epochs", "Local epochs of a round.", {"type": int}),
     ("--batch-size", "Examples of an optimiser step.", {"type": int}),
     ("--lr", "Learning rate.", {"type": float}),

@@ -96,7 +96,7 @@ class Display:
         name = " ".join((run.label, *(_cell(run)[i] for i in self.varying)))
         if run.id in self.tasks:  # begun anew
             self.bars.remove_task(self.tasks.pop(run.id))
-        self.tasks[run.id] = self.bars.add_task(name, total=run.setting.rounds, unit="rounds", note="", end=None)
+        self.tasks[run.id] = self.bars.add_task(name, total=run.trained_by().rounds, unit="rounds", note="", end=None)
         self._look_ahead(run)
         if not self.live:
             self._say(f"started: {run}")

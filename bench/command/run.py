@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _OF_THE_SETTING = (
     "partition", "clients", "participation", "rounds", "epochs", "batch_size", "lr", "model", "eval_clients",
-    "auxiliary",
+    "auxiliary", "match",
 )  # fmt: skip
 """Options that replace a field of the setting of the same name."""
 
@@ -193,6 +193,14 @@ def _say_overrides(asked: Sweep, runs: Sequence[Run]) -> None:
         changed = {key: value for run in runs if run.dataset == dataset for key, value in run.overrides().items()}
         replaced = f", with other {', '.join(changed)}" if changed else ""
         click.echo(f"setting {asked.setting} on {label(dataset)}{replaced}", err=True)
+    for setting in dict.fromkeys(run.setting for run in runs if run.setting.match == "samples"):
+        rounds = {label(run.algorithm): run.trained_by().rounds for run in runs if run.setting == setting}
+        told = ", ".join(f"{each} {number}" for each, number in rounds.items())
+        click.echo(
+            f"samples are matched: {setting.rounds} rounds of plain local training are the budget, and clients process "
+            f"about as many samples, tuning included, in these rounds: {told}",
+            err=True,
+        )
     for sentence in remarks(asked.presets, {run.protocol for run in runs}):
         click.echo(sentence, err=True)
 

@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from importlib.util import find_spec
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _OF_RUN = (
     "--algos", "--dataset", "--imbalance", "--alpha", "--seeds", "--plugin", "--setting", "--partition", "--clients",
-    "--participation", "--rounds", "--epochs", "--batch-size", "--lr", "--model", "--eval-clients",
+    "--participation", "--rounds", "--match", "--epochs", "--batch-size", "--lr", "--model", "--eval-clients",
     "--auxiliary", "--weights",
     "--set", "--engine", "--precision", "--device", "--jobs", "--ray", "--out", "--data-root", "--from", "--json",
 )  # fmt: skip
@@ -35,10 +35,10 @@ _OF_RUN = (
 @click.option(
     "--for",
     "target",
-    type=click.Choice(["personal", "generic"]),
-    default="personal",
+    type=click.Choice(["balanced", "personal", "generic"]),
+    default="balanced",
     show_default=True,
-    help="Whose accuracy is maximised; the other model's for algorithms that do not have it.",
+    help="What is maximised: personal.balanced, personal or generic; generic, or else balanced, where that is absent.",
 )
 @click.option("--fields", help="Tune only these, e.g. lr,head_epochs; by default the learning rate and all fields.")
 @click.option(
@@ -51,6 +51,9 @@ _OF_RUN = (
 @click.option("--name", default="tuned", show_default=True, help="Of the preset, beside the algorithms in tables.")
 def tune_command(trials: int, target: str, fields: str | None, validation: float, name: str, **values: Any) -> None:
     """Give every algorithm the same number of trials, and write what was best as a preset for `bench run`.
+
+    With --match samples every trial has as many rounds as make its samples those of all others: then the budgets are
+    equal in samples too.
 
     Trial 0 is the algorithm as it is written; the others are chosen by Optuna's sampler (TPE), told of those before.
     What is tuned: the learning rate (a tenth to ten times the setting's) and the algorithm's fields that are not given
@@ -227,7 +230,7 @@ def _print(book: Book) -> None:
     from bench.tuning.choice import best, scored_by
 
     table = Table(title="accuracy (%) on training images that were set aside", title_justify="left")
-    for heading in ("algorithm", "model", "as written", "tuned", "chosen", "trials", "failed", "images trained on"):
+    for heading in ("algorithm", "model", "as written", "tuned", "chosen", "trials", "failed", "samples"):
         table.add_column(heading, overflow="fold")
     for study in book.studies:
         trials = book.within(study)
@@ -240,12 +243,16 @@ def _print(book: Book) -> None:
             chosen,
             str(len(trials)),
             str(sum(trial.score is None for trial in trials)),
-            f"{sum(each['samples'] or 0 for trial in trials for each in trial.cost if trial.same_as is None):,.0f}",
+            f"{sum(_processed(each) for trial in trials for each in trial.cost if trial.same_as is None):,.0f}",
         )
     console = Console()
     if not console.is_terminal:
         console.width = 160  # a file has no width, and 80 columns would cut
     console.print(table)
+
+
+def _processed(cost: Mapping[str, float | None]) -> float:
+    return (cost["train_samples"] or 0.0) + (cost["adaptation_samples"] or 0.0)
 
 
 def _as_json(book: Book, file: Path | None) -> dict[str, Any]:

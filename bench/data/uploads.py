@@ -19,10 +19,14 @@ class Uploads:
         trees: One upload a client, all of one structure; at least one.
         sizes: (K,) training examples of each client.
         clients: (K,) int64, their ids, ascending; 0..K-1 by default.
+        weights: (K,), how much each counts in a mean by the setting; the sizes by default.
     """
 
-    def __init__(self, trees: Sequence[Tree], sizes: Tensor, clients: Tensor | None = None) -> None:
+    def __init__(
+        self, trees: Sequence[Tree], sizes: Tensor, clients: Tensor | None = None, weights: Tensor | None = None
+    ) -> None:
         self.trees, self.sizes = trees, sizes
+        self.weights = sizes if weights is None else weights
         self.clients = torch.arange(len(trees), device=sizes.device) if clients is None else clients
 
     def __len__(self) -> int:
@@ -42,8 +46,8 @@ class Uploads:
         Args:
             key: Which upload, a tree or a tensor; all of them, as a tree, when None.
             weights: (K,), or (K, C) for a mean per class over leaves (C, ...), or a tree of (K, ...) tensors, for each
-                leaf its own; by default the clients' sizes. They need not sum to one. Where all weights are zero the
-                plain mean is taken.
+                leaf its own; by default the setting's (`client_weights`). They need not sum to one. Where all weights
+                are zero the plain mean is taken.
         """
 
         def shares(weights: Tensor) -> Tensor:
@@ -51,7 +55,7 @@ class Uploads:
             total = weights.sum(0, keepdim=True)
             return torch.where(total > 0, weights / total.clamp(min=1e-300), torch.ones_like(weights) / len(weights))
 
-        weights = self.sizes if weights is None else weights
+        weights = self.weights if weights is None else weights
         return self._combine(key, tree.map(shares, weights) if isinstance(weights, dict) else shares(weights))
 
     def sum(self, key: str | None = None, weights: Tensor | Tree | None = None) -> Any:

@@ -197,6 +197,12 @@ class Composed(Algorithm):
         """Give the method's."""
         return self.method.personal_model(task, _part(shared)[0], _part(private)[0], data)
 
+    def after_training(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
+        """Give the method's, by the loss of its part; nothing passes a channel."""
+        (own, given), (kept, parts) = _part(shared), _part(private)
+        seen, following = self.method.after_training(self._bind(task, given, data), own, kept, data)
+        return _join(seen, given), _join(following, parts)
+
     def personal_variants(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> dict[str, Tree]:
         """Give the method's."""
         return self.method.personal_variants(task, _part(shared)[0], _part(private)[0], data)
@@ -260,7 +266,7 @@ class _Combined(Uploads):
     def mean(self, key: str | None = None, weights: Tensor | Tree | None = None) -> Any:
         """Give the rule's result where it is one of models, and the plain mean of all else."""
         plain = super().mean(key, weights)
-        weights = self.sizes if weights is None else weights
+        weights = self.weights if weights is None else weights
         if isinstance(weights, dict) or weights.ndim > 1 or key not in (None, *_MODEL):
             return plain
         weights = weights.to(torch.float64)

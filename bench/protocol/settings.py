@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
@@ -17,8 +18,14 @@ class BadConfig(ValueError):
 
 PROFILES = ("exponential", "step", "pareto")
 SAMPLINGS = ("fixed", "independent")
-CLIENT_TESTS = ("matched", "fedloge", "own")
-GROUP_RULES = ("count", "cumulative")
+CLIENT_TESTS = ("matched", "fedloge", "balanced", "global", "own")
+GROUP_RULES = ("thirds", "count", "cumulative")
+BEYOND_TRAINING = ("global", "own")
+"""Client tests that may have classes which the client never trained on: ruling those out would rule out right answers.
+"""
+CLIENT_WEIGHTS = ("size", "uniform")
+DECAYED = ("all", "weights")
+MATCHED = ("rounds", "samples")
 WITHOUT_ALPHA = ("iid", "users")
 """Partitions that no concentration shapes."""
 
@@ -47,15 +54,31 @@ class Setting:
     cohorts differ in size and may be empty."""
     lost: float = 0.0
     """Probability that what a client sends in a round does not reach the server; in [0, 1)."""
+    client_weights: str = "size"
+    """Whose model counts how much where a server averages: "size", by training examples, or "uniform", all alike that
+    have any."""
     rounds: int
+    match: str = "rounds"
+    """What is equal for all algorithms: "rounds", or "samples": each does so many rounds that it processes about the
+    samples that plain local training processes in `rounds` rounds, tuning before the test included."""
+    final_visit: bool = False
+    """Whether after the last round every training client does its local work once more on the final broadcast, keeps
+    its private state, and sends nothing: FedRep's last round, for every algorithm alike."""
     epochs: int
     """Local epochs of a round."""
     batch_size: int
     lr: float
     lr_decay: float = 1.0
     """Factor on the learning rate after each round."""
+    lr_steps: tuple[tuple[float, float], ...] = ()
+    """Further factors, each from a share of the rounds on: ((0.5, 0.1), (0.75, 0.1)) is a tenth from half of the rounds
+    on and a hundredth in the last quarter."""
+    lr_cosine: bool = False
+    """Whether the learning rate falls besides as half a cosine, to zero after the last round."""
     momentum: float = 0.0
     weight_decay: float = 0.0
+    decayed: str = "all"
+    """What weight decay pulls at: "all" parameters, or "weights", which leaves out biases and norm layers."""
     clip: float | None = None
     """Largest gradient norm; None for no clipping."""
     augment: str = "none"
@@ -68,10 +91,15 @@ class Setting:
     """Name in `bench.splits.split.PARTITIONS`."""
     alpha: float | None = 0.5
     """Dirichlet concentration, or classes per client for "shards"; None for partitions that have none."""
+    split_seed: int | None = None
+    """Seed of the partition and the clients' test images; None: the run's, so that both change together."""
     client_test: str = "matched"
-    """How client test sets are drawn: "matched", "fedloge", or "own", the users' own test images."""
-    groups: str = "count"
-    """Rule of many / medium / few: "count" (> 100, 20-100, < 20) or "cumulative" (75 %, 95 %)."""
+    """How client test sets are drawn: "matched" (distributed as the client's training images), "fedloge" (the same,
+    rounded down), "balanced" (as many of each class that the client has), "global" (as all clients' training images
+    together), or "own", the users' own test images."""
+    groups: str = "thirds"
+    """Rule of many / medium / few: "thirds" of the classes by size, "count" (> 100, 20-100, < 20) or "cumulative"
+    (75 %, 95 %)."""
     eval_every: int = 1
     """Rounds between evaluations; the last round is always evaluated."""
     eval_clients: int | None = None
@@ -95,6 +123,13 @@ class Setting:
             _require((value is None and name == "alpha") or value > 0, name, value, "must be above 0")
         _require(0 <= self.lost < 1, "lost", self.lost, "must be in [0, 1)")
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "must be in [0, 1)")
+        for share, factor in self.lr_steps:
+            fits = 0 < share < 1 and factor > 0
+            _require(
+                fits, "lr_steps", self.lr_steps, "must be pairs of a share of the rounds in (0, 1) and a factor > 0"
+            )
+        _require(self.split_seed is None or 0 <= self.split_seed < 2**32, "split_seed", self.split_seed,
+                 "must be in 0..2^32-1")  # fmt: skip
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must be at least 0")
         _require(self.clip is None or self.clip > 0, "clip", self.clip, "must be above 0")
         _require(
@@ -112,6 +147,9 @@ class Setting:
             ("client_test", CLIENT_TESTS),
             ("sampling", SAMPLINGS),
             ("groups", GROUP_RULES),
+            ("client_weights", CLIENT_WEIGHTS),
+            ("match", MATCHED),
+            ("decayed", DECAYED),
         ):
             _require(
                 getattr(self, name) in allowed,
@@ -131,7 +169,15 @@ class Setting:
 
     def cohort_size(self, clients: int) -> int:
         """Give how many of all clients take part in a round: at least one."""
-        return max(int(self.participation * self.training_clients(clients)), 1)
+        exactly = round(self.participation * self.training_clients(clients), 9)  # 0.29 x 100 is 28.999999999999996
+        return max(int(exactly), 1)
+
+    def lr_at(self, round: int) -> float:
+        """Give the learning rate of a round, 0..rounds-1."""
+        lr = self.lr * self.lr_decay**round
+        for share, factor in self.lr_steps:
+            lr *= factor if round >= share * self.rounds - 1e-9 else 1.0
+        return lr * (1 + math.cos(math.pi * round / self.rounds)) / 2 if self.lr_cosine else lr
 
 
 def _require(holds: bool, name: str, value: object, rule: str) -> None:
@@ -169,6 +215,7 @@ def quick(dataset: Dataset) -> Setting:
         imbalance=10.0,
         partition="dirichlet",
         alpha=0.5,
+        groups=dataset.groups,
         eval_every=1 if side <= 8 else 5,
     )
     return replace(setting, **dataset.quick)  # type: ignore[arg-type]
@@ -232,6 +279,7 @@ def creff(dataset: Dataset) -> Setting:
         imbalance=50.0,
         partition="feddf_recut",
         alpha=0.5,
+        groups=dataset.groups,
         eval_every=10,
     )
 
@@ -259,6 +307,7 @@ def gbme(dataset: Dataset) -> Setting:
         imbalance=100.0,
         partition="lda",
         alpha=0.1,
+        groups=dataset.groups,
         eval_every=20,
     )
 
@@ -286,6 +335,7 @@ def redgrape(dataset: Dataset) -> Setting:
         imbalance=100.0,
         partition="lda",
         alpha=1.0,
+        groups=dataset.groups,
         eval_every=10,
     )
 

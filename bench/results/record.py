@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     import pandas
     from pydantic import TypeAdapter
 
-FORMAT = 1
+FORMAT = 2
 """Of run.json; raised when a reader of the old one would misread the new one."""
 DOCUMENT, ROUNDS, COUNTS = "run.json", "rounds.parquet", "clients.parquet"
-_OF_A_FINISHED_RUN = ("fingerprint", "metrics", "cost", "groups", "class_counts")
+_OF_A_FINISHED_RUN = ("fingerprint", "metrics", "cost", "groups", "class_counts", "tested")
 
 
 class DamagedResult(ValueError):
@@ -70,7 +70,9 @@ class Record:
     class_counts: list[int] = field(default_factory=list, repr=False)
     """Training images of each class."""
     clients: int | None = None
-    """All clients; None in results of versions that did not say, where the setting does."""
+    """All clients; None if the run failed before there was a split."""
+    tested: dict[str, int | list[int] | None] = field(default_factory=dict)
+    """On what the personal metrics rest, as `bench.training.rounds.Outcome` has it. Empty if the run failed."""
     files: dict[str, str] = field(default_factory=dict, repr=False)
     """SHA-256 of the Parquet files."""
     reason: str | None = None
@@ -88,7 +90,8 @@ class Record:
         return self._frame(ROUNDS)
 
     def counts(self) -> pandas.DataFrame:
-        """Read what each model got right: columns round, model, client (-1: generic), class, correct, total.
+        """Read what each model got right: columns round, model, client (-1: generic), class, correct, total, and drawn
+        (1 where the client had taken part in training by then, 0, or -1 where that is no question).
 
         Raises:
             DamagedResult: As for `rounds`.
@@ -109,7 +112,8 @@ class Record:
         frame = frame[frame["round"] == frame["round"].max()]
         rows = [{str(key): cell for key, cell in row.items()} for row in frame.to_dict("records")]
         groups = {name: torch.tensor(classes, dtype=torch.int64) for name, classes in self.groups.items()}
-        return metrics.summarise(metrics.from_rows(rows, len(self.class_counts)), groups)
+        counts, drawn = metrics.from_rows(rows, len(self.class_counts))
+        return metrics.summarise(counts, groups, drawn)
 
     def _frame(self, name: str) -> pandas.DataFrame:
         import pandas

@@ -1,7 +1,7 @@
 """One folder per run: written once, read for ever.
 
     OUT/<id>/rounds.parquet    the curves: a row an evaluated round
-    OUT/<id>/clients.parquet   a row per round, model, client and class: correct and total
+    OUT/<id>/clients.parquet   a row per round, model, client and class: correct, total, and whether it took part
     OUT/<id>/run.json          everything else; written last, so that a folder without it is unfinished
 
 Every file appears whole or not at all, whenever the process is killed. `run.json` holds the SHA-256 of its
@@ -24,7 +24,7 @@ from bench.results.record import read as read
 from bench.results.storage import OutputUnwritable as OutputUnwritable
 from bench.results.storage import prepare as prepare
 
-_COUNT_COLUMNS = ("round", "model", "client", "class", "correct", "total")
+_COUNT_COLUMNS = ("round", "model", "client", "class", "correct", "total", "drawn")
 
 Status = Literal["done", "failed", "partial", "absent"]
 
@@ -64,7 +64,7 @@ def write(
         run_id: First 12 hexadecimal digits of the SHA-256 of `document["identity"]`.
         document: What run.json is to hold; "format", "id", "status" and "files" are put in here.
         rounds: A row an evaluated round, with a "round"; not all need the same keys. None and NaN are absent.
-        counts: Columns round, model, client (-1: generic), class, correct and total, all of one length.
+        counts: Columns round, model, client (-1: generic), class, correct, total and drawn, all of one length.
         replace: Whether a finished or damaged result may be overwritten.
 
     Returns:

@@ -107,7 +107,8 @@ def group_classes(class_counts: Tensor, rule: str) -> dict[str, Tensor]:
 
     Args:
         class_counts: (C,) int64, of the global long-tailed training set.
-        rule: "count": above 100, 20 to 100, below 20 images. "cumulative": classes by size, largest first;
+        rule: "thirds": of the classes by size, largest first, equal ones in their order; 4, 3 and 3 of ten. "count":
+            above 100, 20 to 100, below 20 images. "cumulative": classes by size, largest first;
             the head ends with the class in which 75 % of all images are reached, the middle with the one in
             which 95 % are.
 
@@ -120,7 +121,12 @@ def group_classes(class_counts: Tensor, rule: str) -> dict[str, Tensor]:
     Source: "count" Liu et al. 2019, https://arxiv.org/abs/1904.05160; "cumulative" the released code of
     Fed-GraB and FedLoGe, which counts the clients' test images instead.
     """
-    if rule == "count":
+    if rule == "thirds":
+        place = torch.empty_like(class_counts)
+        place[torch.sort(class_counts, descending=True, stable=True).indices] = torch.arange(len(class_counts))
+        third, rest = divmod(len(class_counts), 3)
+        many, few = place < third + (rest > 0), place >= len(class_counts) - third
+    elif rule == "count":
         few, many = class_counts < FEW, class_counts > MANY
     elif rule == "cumulative":
         order = torch.sort(class_counts, descending=True, stable=True).indices
@@ -130,7 +136,7 @@ def group_classes(class_counts: Tensor, rule: str) -> dict[str, Tensor]:
         total = class_counts.sum()
         many, few = 100 * before < HEAD_PERCENT * total, 100 * before >= MIDDLE_PERCENT * total
     else:
-        raise ValueError(f"groups = {rule!r}: must be one of count, cumulative")
+        raise ValueError(f"groups = {rule!r}: must be one of thirds, count, cumulative")
     return {
         "many": many.nonzero().flatten(),
         "medium": (~many & ~few).nonzero().flatten(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,13 +31,9 @@ from bench.registry import source_digest
 from bench.splits import auxiliary
 from bench.splits.auxiliary import Reserve
 from bench.splits.split import PARTITIONS
+from bench.sweep.matching import matched_rounds
 from bench.training import engine as engines
 from bench.tree import Tree
-
-_LATER: Mapping[str, object] = {"eval_clients": None, "sampling": "fixed", "lost": 0.0, "unseen_labels": True}
-"""Fields of a setting that came after results were published: at these values they change no number, and are no part
-of an identity.
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +57,8 @@ class Run:
     """Files that a worker must load before it can unpickle the rest."""
     lr: float | None = None
     """Learning rate of this algorithm alone, where a preset has one; None: the setting's."""
+    rounds: int | None = None
+    """Rounds of this algorithm alone, where samples are matched; None: the setting's."""
     preset: str = "default"
     """What the algorithm's fields and its learning rate were chosen by; changes no number."""
     workers: int = 1
@@ -71,18 +69,22 @@ class Run:
         """The algorithm as on the command line, and what it was chosen by: `fedrep(head_epochs=5) [tuned, lr 0.02]`."""
         notes = [] if self.preset == "default" else [self.preset]
         notes += [] if self.lr is None else [f"lr {self.lr:g}"]
+        notes += [] if self.rounds is None else [f"{self.rounds} round{'s' * (self.rounds != 1)}"]
         notes += [] if self.setting.auxiliary is None else [f"auxiliary {self.setting.auxiliary}"]
         return label(self.algorithm) + (f" [{', '.join(notes)}]" if notes else "")
 
     def trained_by(self) -> Setting:
-        """Give the setting that this run trains by: the protocol, with the learning rate of its own if it has one."""
-        return self.setting if self.lr is None else replace(self.setting, lr=self.lr)
+        """Give the setting that this run trains by: the protocol, with a learning rate and rounds of its own."""
+        lr, rounds = self.lr or self.setting.lr, self.rounds or self.setting.rounds
+        return replace(self.setting, lr=lr, rounds=rounds)
 
     def identity(self) -> dict[str, Any]:
         """Give everything that can change the numbers, and nothing else, as JSON's types."""
         algorithm = describe_plugin(self.algorithm)
         if self.lr is not None:
             algorithm["lr"] = self.lr
+        if self.rounds is not None:
+            algorithm["rounds"] = self.rounds
         if self.setting.auxiliary is not None:
             algorithm["auxiliary"] = _describe_origin(self.setting.auxiliary)
         return {
@@ -126,9 +128,6 @@ class Run:
     def _protocol(self) -> dict[str, Any]:
         setting = self.fields()
         del setting["name"]
-        for key, default in _LATER.items():
-            if setting[key] == default:
-                del setting[key]
         protocol = {"dataset": describe_plugin(self.dataset), "setting": setting}
         return protocol if self.weights is None else {**protocol, "weights": digest(self.weights)}
 
@@ -260,10 +259,12 @@ class Sweep:
             others = ", ".join(known for known in MODELS if known != setting.model)
             needs = f"{name(algorithm)} needs a model with a body and a head"
             raise BadConfig(f"{needs}, and {setting.model} has no body; choose among {others}")
+        rounds = matched_rounds(algorithm, setting) if setting.match == "samples" else setting.rounds
         return Run(
             algorithm=algorithm,
             dataset=dataset,
             setting=_for_server(algorithm, setting),
+            rounds=None if rounds == setting.rounds else rounds,
             seed=seed,
             engine=engines.choose(self.engine, model, self.device),
             precision=self.precision,
@@ -304,7 +305,7 @@ def resolve_setting(setting: str, dataset: Dataset, overrides: Mapping[str, obje
     """
     if setting not in SETTINGS:
         raise BadConfig(f"no setting is called {setting!r}; {near(setting, SETTINGS)}")
-    typed = check_fields(Setting, overrides, "a setting")
+    typed = check_fields(Setting, {key: _pairs(key, value) for key, value in overrides.items()}, "a setting")
     if "name" in typed:
         raise BadConfig("a setting's name cannot be set; choose one with --setting")
     if typed.get("auxiliary") is not None:
@@ -315,6 +316,21 @@ def resolve_setting(setting: str, dataset: Dataset, overrides: Mapping[str, obje
         if key in typed and typed[key] not in known:
             raise BadConfig(f"no {key} is called {typed[key]!r}; {near(typed[key], known)}")
     return _reconcile(replace(named(setting, dataset), **typed), dataset, typed, SETTINGS[setting](dataset).alpha)
+
+
+def _pairs(field: str, value: object) -> object:
+    """Let steps of the learning rate be written as a person does: {0.5: 0.1, 0.75: 0.1}."""
+    if field != "lr_steps":
+        return value
+    items = value.items() if isinstance(value, Mapping) else value
+    if not isinstance(items, Iterable) or isinstance(items, str):
+        return value
+    pairs = [tuple(item) if isinstance(item, list | tuple) else item for item in items]
+    return tuple(tuple(map(float, pair)) if _numbers(pair) else pair for pair in sorted(pairs, key=repr))
+
+
+def _numbers(pair: object) -> bool:
+    return isinstance(pair, tuple) and all(type(number) in (int, float) for number in pair)
 
 
 def _reconcile(setting: Setting, dataset: Dataset, given: Mapping[str, Any], usual: float | None) -> Setting:

@@ -94,6 +94,7 @@ def _execute(run: Run, out: Path, report: Callable[[Report], None] | None, force
             described |= _describe_split(run, needed.splits.labels, needed.split)
             outcome = train(needed, checkpoint=out / run.id / "checkpoint.pt", report=tell, crew=crew)
         described |= {"metrics": outcome.metrics, "cost": outcome.cost, "digest": outcome.digest}
+        described["tested"] = outcome.tested
         _write(out, run, described, outcome.rounds, _columns(outcome.counts), force)
     except records.OutputUnwritable:
         raise
@@ -171,13 +172,14 @@ def _load(dataset: Dataset, root: Path) -> Splits:
 
 def _columns(tallies: Sequence[Tally]) -> dict[str, list[Any]]:
     """Lay tallies out as columns, a row for each model, client and class."""
-    columns: dict[str, list[Any]] = {"round": [], "model": [], "client": [], "class": [], "correct": [], "total": []}
+    cells = ("client", "class", "correct", "total", "drawn")
+    columns: dict[str, list[Any]] = {column: [] for column in ("round", "model", *cells)}
     for tally in tallies:
         n = tally.rows.shape[1]
         columns["round"] += [tally.round] * n
         columns["model"] += [tally.model] * n
-        for column, cells in zip(("client", "class", "correct", "total"), tally.rows.tolist(), strict=True):
-            columns[column] += cells
+        for column, values in zip(cells, tally.rows.tolist(), strict=True):
+            columns[column] += values
     return columns
 
 

@@ -111,7 +111,7 @@ class Journal:
         states: tuple[tuple[State, Sequence[Run]], ...] = (("cached", cached), ("waiting", runs))
         for state, several in states:
             for run in several:
-                entry = Entry(title=str(run), cell=cell(run), rounds=run.setting.rounds, state=state)
+                entry = Entry(title=str(run), cell=cell(run), rounds=run.trained_by().rounds, state=state)
                 self.sweep.runs[run.id] = entry
         with suppress(OSError):
             self.file.parent.mkdir(parents=True, exist_ok=True)

@@ -92,7 +92,7 @@ def adapt(
             {part: model[part] for part in _moving(stage, model)},
             seen.batches(epochs, stretch.salt, steps=stage.steps),
             None if stretch.first else momentum,
-            task.lr * stage.lr_factor if stage.lr is None else stage.lr,
+            (task.initial_lr or task.lr) * stage.lr_factor if stage.lr is None else stage.lr,
         )
         model = {**model, **moving}
         if stretch.reported:

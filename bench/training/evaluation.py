@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from bench import tree
-from bench.algorithm import Adaptation, Client, is_usual, method_of, stages
+from bench.algorithm import Adaptation, Algorithm, Client, is_usual, method_of, stages
 from bench.data import LocalData
+from bench.protocol.settings import BEYOND_TRAINING
 from bench.task import Task
 from bench.training import adaptation as tuning
 from bench.training.crew import Crew, Surroundings, visit_all
@@ -42,6 +43,8 @@ class Evaluator:
 
     here: Surroundings
     crew: Crew
+    work: Callable[[str, Verb, Task, Tree, Sequence[Visit]], list[Any]]
+    """Runs a verb, (name, verb, task, shared, visits), whose samples and operations count as adaptation."""
     wrap: Callable[[Verb], Verb] = lambda verb: verb
     """Put around the verbs of personal models: where statistics stay at the client, it puts them in."""
     _features: dict[tuple[int, ...], tuple[Tree, Tensor]] = field(default_factory=dict)
@@ -69,10 +72,11 @@ class Evaluator:
         Args:
             task: Of the round.
             server: The newest state.
-            store: Private states.
+            store: Private states; clients that have none start as newcomers do.
             clients: Which, ascending; beyond `population.training` they are held out of training and counted as
                 `unseen`.
-            final: Adaptation is costly, so adapted models are tested after the last round only.
+            final: Adaptation is costly, so adapted models, and those right after local training, are tested after the
+                last round only.
         """
         shared = self.here.algorithm.broadcast(task, server)
         first = clients[0] if clients[0] < self.here.population.training else None
@@ -88,7 +92,13 @@ class Evaluator:
         }
 
     def models(
-        self, task: Task, server: Tree, shared: Tree, store: Store, clients: Sequence[int], final: bool
+        self,
+        task: Task,
+        server: Tree,
+        shared: Tree,
+        store: Store,
+        clients: Sequence[int],
+        final: bool,
     ) -> dict[str, list[Tree]]:
         """Make the personal models of a few clients, all trained or all held out: by name, one a client.
 
@@ -96,9 +106,9 @@ class Evaluator:
             task: Of the round.
             server: The newest state.
             shared: What is broadcast of it.
-            store: Private states.
+            store: Private states; clients that have none start as newcomers do.
             clients: Which, ascending.
-            final: Whether models are adapted.
+            final: Whether models are adapted, and trained once more.
 
         Raises:
             Misnamed: They cannot be tuned as the algorithm says.
@@ -109,16 +119,22 @@ class Evaluator:
         sent = [algorithm.send(task, server, None if unseen else k) for k in clients]
         visits = [population.visit(k, task.round, store[k], own) for k, own in zip(clients, sent, strict=True)]
         ask = partial(self._ask, labelled, task, shared)
-        if unseen and not is_usual(algorithm.newcomer, Client.newcomer):
-            arrived = ask(partial(_arrive, algorithm.newcomer), visits)
-            visits = [replace(visit, private=private) for visit, (_, private) in zip(visits, arrived, strict=True)]
+        count = self.work if final else None
+        drawn = set(store.clients())
+        new = [place for place, k in enumerate(clients) if k not in drawn]
+        if new and not is_usual(algorithm.newcomer, Client.newcomer):
+            arrived = ask(partial(_arrive, algorithm.newcomer), [visits[place] for place in new], count)
+            for place, (_, private) in zip(new, arrived, strict=True):
+                visits[place] = replace(visits[place], private=private)
         named: dict[str, list[Tree]] = {}
         for k, extra in enumerate([] if unseen else ask(algorithm.personal_variants, visits)):
             for name, model in extra.items():
                 named.setdefault(f"personal:{name}", [None] * len(visits))[k] = model  # type: ignore[list-item]
-        models = ask(algorithm.personal_model, visits)
+        models = ask(algorithm.personal_model, visits, count)
         if models[0] is None:
             return named
+        if final and not unseen:
+            named["personal:after"] = ask(partial(_after, algorithm), visits)
         listed = stages(algorithm.newcomer_adaptation(task) if unseen else algorithm.adaptation(task))
         adaptation = tuple(stage for stage in listed if labelled or not stage.labels)
         tuning.require_possible(algorithm, adaptation, models[0])
@@ -135,14 +151,22 @@ class Evaluator:
         return named
 
     def _some(
-        self, task: Task, server: Tree, shared: Tree, store: Store, clients: Sequence[int], final: bool
+        self,
+        task: Task,
+        server: Tree,
+        shared: Tree,
+        store: Store,
+        clients: Sequence[int],
+        final: bool,
     ) -> Counts:
         counts: Counts = {}
+        setting = self.here.population.setting
         for name, models in self.models(task, server, shared, store, clients, final).items():
             plain, masked = self._test(task, models, shared, clients, _predictor(self.here, name))
             counts[name] = plain
-            # Which classes a client has not is known of its labels.
-            if name == "personal" or (name == "unseen" and self.here.population.setting.unseen_labels):
+            # Which classes a client has not is known of its labels; its test may have others nevertheless.
+            known = name == "personal" or (name == "unseen" and setting.unseen_labels)
+            if known and setting.client_test not in BEYOND_TRAINING:
                 counts[f"{name}.masked"] = masked
         return counts
 
@@ -158,14 +182,9 @@ class Evaluator:
         Returns:
             By budget, such as "0 epochs" or "3 steps", one model a visit; the last one is the whole adaptation's.
         """
-        tuned, _ = visit_all(
-            self.here,
-            self.crew,
-            partial(tuning.adapt, adaptation, self.here.algorithm),
-            task,
-            {},
-            [replace(visit, private=model, sent={}) for visit, model in zip(visits, models, strict=True)],
-        )
+        verb: Verb = partial(tuning.adapt, adaptation, self.here.algorithm)
+        asked = [replace(visit, private=model, sent={}) for visit, model in zip(visits, models, strict=True)]
+        tuned = self.work(f"adapt {adaptation}", verb, task, {}, asked)
         return {budget: [curve[budget] for curve in tuned] for budget in tuning.budgets(adaptation)}
 
     def _corrected(
@@ -178,11 +197,22 @@ class Evaluator:
         verb: Verb = algorithm.corrected if labelled else partial(_without_labels, algorithm.corrected)
         return visit_all(self.here, self.crew, verb, task, shared, asked)[0]
 
-    def _ask(self, labelled: bool, task: Task, shared: Tree, verb: Verb, visits: list[Visit]) -> list[Any]:
+    def _ask(
+        self,
+        labelled: bool,
+        task: Task,
+        shared: Tree,
+        verb: Verb,
+        visits: list[Visit],
+        count: Callable[[str, Verb, Task, Tree, Sequence[Visit]], list[Any]] | None = None,
+    ) -> list[Any]:
         """Ask clients something; where an algorithm says nothing of its own that is not worth sending round."""
         usual = any(is_usual(verb, default) for default in (Client.personal_model, Client.personal_variants))
-        verb = verb if labelled else partial(_without_labels, verb)
-        return visit_all(self.here, None if usual else self.crew, self.wrap(verb), task, shared, visits)[0]
+        name = getattr(verb, "__name__", "newcomer")
+        verb = self.wrap(verb if labelled else partial(_without_labels, verb))
+        if count is not None and not usual:
+            return count(name, verb, task, shared, visits)
+        return visit_all(self.here, None if usual else self.crew, verb, task, shared, visits)[0]
 
     def _test(
         self, task: Task, models: list[Tree], shared: Tree, clients: Sequence[int], predictor: str
@@ -250,6 +280,11 @@ def _arrive(
 ) -> tuple[Tree, Tree]:
     """Make a newcomer's private state, as a local update that sends nothing."""
     return {}, newcomer(task, shared, data)
+
+
+def _after(algorithm: Algorithm, task: Task, shared: Tree, private: Tree, data: LocalData) -> Tree | None:
+    """Give the model that a client would use right after its local work."""
+    return algorithm.personal_model(task, *algorithm.after_training(task, shared, private, data), data)
 
 
 def _without_labels(verb: Verb, task: Task, shared: Tree, private: Tree, data: LocalData) -> Any:

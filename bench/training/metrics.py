@@ -1,8 +1,9 @@
 """What is measured: functions of how many test images of each class each model got right.
 
-The words are those of the table. `generic` is the one global model on the balanced official test set,
-`personal` client k's own model on client k's test data, `personal.masked` the same with the classes that the
-client never trained on left out of the arg-max, `unseen` the personal models of clients held out of training.
+The words are those of the table. `generic` is the one global model on the official test set, a mean over classes,
+`personal` client k's own model on client k's test data, `personal.balanced` the mean over the classes that are there,
+and then over clients, `personal.masked` the first with the classes that the client never trained on left out of the
+arg-max, `unseen` the personal models of clients held out of training.
 All values are fractions 0-1. What was not measured is None, never a number.
 
 Sums are exactly rounded (`math.fsum`), so a metric depends neither on the machine nor on the clients' order.
@@ -23,17 +24,24 @@ STANDARD = ("generic", "personal", "personal.masked", "unseen", "unseen.masked")
 """The models of every result; one that an algorithm does not have is reported as absent."""
 
 
-def summarise(counts: Counts, groups: Mapping[str, Tensor]) -> dict[str, float | None]:
+FOLLOWED = ("generic", "personal", "personal.balanced", "personal.masked")
+"""Metrics of which the mean of the last ten evaluations, `@last10`, and the best one, `@best`, are known too."""
+
+
+def summarise(counts: Counts, groups: Mapping[str, Tensor], drawn: Tensor | None = None) -> dict[str, float | None]:
     """Turn counts into metrics.
 
     Args:
         counts: The standard models, as far as there are any, and further ones as "generic:NAME" and
             "personal:NAME".
         groups: "many", "medium", "few" to (n,) int64 class indices, possibly none.
+        drawn: (K,) bool, which of the clients with personal models had taken part in training; None: that is no
+            question, or not known.
 
     Returns:
-        For a generic model NAME and NAME.GROUP; for a personal one also NAME.weighted, NAME.std and
-        NAME.worst_decile; for unseen clients the mean only.
+        For a generic model NAME and NAME.GROUP; for a personal one also NAME.balanced, NAME.drawn and NAME.never (means
+        over the clients that had taken part, and had not), NAME.weighted, NAME.std and NAME.worst_decile; for unseen
+        clients NAME and NAME.balanced.
 
     Raises:
         ValueError: A model's name begins with none of generic, personal and unseen.
@@ -47,9 +55,10 @@ def summarise(counts: Counts, groups: Mapping[str, Tensor]) -> dict[str, float |
             case "generic":
                 metrics |= _generic(name, correct, total, groups)
             case "personal" | "personal.masked":
-                metrics |= _personal(name, correct, total, groups)
+                metrics |= _personal(name, correct, total, groups, drawn)
             case "unseen" | "unseen.masked":
                 metrics[name] = _mean(_accuracies(correct.sum(1), total.sum(1)))
+                metrics[f"{name}.balanced"] = _balanced(correct, total)
             case _:
                 raise ValueError(f"model name {name!r} begins with neither generic, personal nor unseen")
     return metrics
@@ -64,16 +73,27 @@ def _generic(name: str, correct: Tensor, total: Tensor, groups: Mapping[str, Ten
     return metrics
 
 
-def _personal(name: str, correct: Tensor, total: Tensor, groups: Mapping[str, Tensor]) -> dict[str, float | None]:
+def _personal(
+    name: str, correct: Tensor, total: Tensor, groups: Mapping[str, Tensor], drawn: Tensor | None
+) -> dict[str, float | None]:
     """Average over clients with test images: each weighs the same, whatever its size."""
     accuracies = _accuracies(correct.sum(1), total.sum(1))
-    metrics = {name: _mean(accuracies)}
+    metrics = {name: _mean(accuracies), f"{name}.balanced": _balanced(correct, total)}
+    for word, those in (("drawn", drawn), ("never", None if drawn is None else ~drawn)):
+        some = None if those is None or not len(correct) else (correct[those].sum(1), total[those].sum(1))
+        metrics[f"{name}.{word}"] = None if some is None else _mean(_accuracies(*some))
     for group, classes in groups.items():
         metrics[f"{name}.{group}"] = _mean(_accuracies(correct[:, classes].sum(1), total[:, classes].sum(1)))
     metrics[f"{name}.weighted"] = _mean(_accuracies(correct.sum()[None], total.sum()[None]))
     metrics[f"{name}.std"] = _deviation(accuracies)
     metrics[f"{name}.worst_decile"] = _mean(sorted(accuracies)[: math.ceil(len(accuracies) / 10)])
     return metrics
+
+
+def _balanced(correct: Tensor, total: Tensor) -> float | None:
+    """Average over the classes that a client has test images of, then over clients."""
+    means = (_mean(_accuracies(*row)) for row in zip(correct, total, strict=True))
+    return _mean([mean for mean in means if mean is not None])
 
 
 def _accuracies(correct: Tensor, total: Tensor) -> list[float]:
@@ -99,15 +119,23 @@ def last_mean(rows: Sequence[Mapping[str, object]], key: str, n: int = 10) -> fl
 
     Args:
         rows: One mapping per evaluated round, in the order of the rounds.
-        key: Name of the metric; None and NaN are absent and do not count.
+        key: Name of the metric; None and NaN are absent.
         n: Evaluations, ≥ 1.
+
+    Returns:
+        None unless each of these evaluations has the metric: models that are tuned are tested in the last round only,
+        and one evaluation is no mean of ten.
     """
-    return _mean(_measured(rows[-n:], key))
+    values = _measured(rows[-n:], key)
+    return _mean(values) if len(values) == len(rows[-n:]) else None
 
 
 def best(rows: Sequence[Mapping[str, object]], key: str) -> float | None:
-    """Give a metric's largest value over all evaluations: chosen on test data, hence optimistic."""
-    return max(_measured(rows, key), default=None)
+    """Give a metric's largest value over all evaluations: chosen on test data, hence optimistic. None unless each
+    evaluation has it.
+    """
+    values = _measured(rows, key)
+    return max(values, default=None) if len(values) == len(rows) else None
 
 
 def _measured(rows: Iterable[Mapping[str, object]], key: str) -> list[float]:
@@ -115,17 +143,20 @@ def _measured(rows: Iterable[Mapping[str, object]], key: str) -> list[float]:
     return [float(value) for value in values if isinstance(value, int | float) and not math.isnan(value)]
 
 
-def from_rows(rows: Iterable[Mapping[str, str | int]], num_classes: int) -> Counts:
+def from_rows(rows: Iterable[Mapping[str, str | int]], num_classes: int) -> tuple[Counts, Tensor | None]:
     """Rebuild the counts of one evaluation from stored rows, so that any metric can be computed later.
 
     Args:
-        rows: Mappings with "model", "client" (-1: generic), "class", "correct" and "total", all of one round;
-            a row without test images may be missing.
+        rows: Mappings with "model", "client" (-1: generic), "class", "correct", "total" and "drawn" (1, 0, or -1 where
+            it is no question), all of one round; a row without test images may be missing.
         num_classes: C.
 
     Returns:
-        Model name to a pair of (K, C) int64; clients ascend, and those without any row are left out.
+        Model name to a pair of (K, C) int64; clients ascend, and those without any row are left out. And which of the
+        clients with personal models had taken part, as `summarise` has it.
     """
+    rows = list(rows)
+    took_part = {int(row["client"]): int(row["drawn"]) for row in rows if str(row["model"]).startswith("personal")}
     cells: dict[str, dict[int, list[list[int]]]] = {}
     for row in rows:
         empty = [[0] * num_classes, [0] * num_classes]
@@ -135,4 +166,5 @@ def from_rows(rows: Iterable[Mapping[str, str | int]], num_classes: int) -> Coun
     for model, clients in cells.items():
         table = torch.tensor([clients[client] for client in sorted(clients)])  # (K, 2, C)
         counts[model] = (table[:, 0], table[:, 1])
-    return counts
+    told = [took_part[client] for client in sorted(took_part)]
+    return counts, torch.tensor(told) == 1 if told and min(told) >= 0 else None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+import math
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 
 import torch
@@ -34,6 +35,28 @@ def draw_cohort(setting: Setting, clients: int, key: Tensor, round: int) -> tupl
     if size == training:
         return tuple(range(training))
     return tuple(keys.choice(keys.fold(key, "cohort", round), training, size).tolist())
+
+
+def rests_on(
+    images: Mapping[int, int], classes: Mapping[int, int], drawn: Iterable[int] | None
+) -> dict[str, int | list[int] | None]:
+    """Say on what personal metrics rest: see `bench.training.rounds.Outcome`.
+
+    Args:
+        images: Test images of each client whose models are tested.
+        classes: Of their training images.
+        drawn: Clients that took part in training; None: that is no question.
+    """
+    tested = [k for k, number in images.items() if number]
+    took_part = None if drawn is None else len(set(tested) & set(drawn))
+    return {
+        "clients": len(tested),
+        "images": [min(images[k] for k in tested), max(images[k] for k in tested)] if tested else None,
+        "worst_decile": math.ceil(len(tested) / 10),
+        "one_class": sum(classes[k] == 1 for k in tested),
+        "drawn": took_part,
+        "never": None if took_part is None else len(tested) - took_part,
+    }
 
 
 class Population:
@@ -90,6 +113,17 @@ class Population:
             return tuple(clients)
         chosen = keys.choice(keys.fold(self.key, "evaluated"), len(clients), self.setting.eval_clients)
         return tuple(clients[k] for k in chosen.tolist())
+
+    def tested(self, clients: Sequence[int], drawn: Sequence[int] | None) -> dict[str, int | list[int] | None]:
+        """Say on what the personal metrics rest: see `Outcome.tested`.
+
+        Args:
+            clients: Whose models are tested.
+            drawn: Clients that took part; None: that is no question.
+        """
+        images = {k: len(self.tests[k]) for k in clients}
+        classes = {k: int((self.class_counts(k) > 0).sum()) for k in clients}
+        return rests_on(images, classes, drawn)
 
     def class_counts(self, client: int) -> Tensor:
         """Count a client's training images of each class: (C,) int64."""

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,10 +34,14 @@ from bench.training.memory import peak_memory, reset_peak_memory
 from bench.training.population import Population, at_the_server
 from bench.training.states import StatesUnwritable, store
 from bench.training.statistics import with_own_statistics
-from bench.training.visit import Verb
+from bench.training.visit import Verb, Visit
 from bench.tree import Tree
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WORK = tuple(f"{whose}_{what}" for what in ("samples", "flops") for whose in ("train", "adaptation", "server"))
+"""Costs of computing: in training, in making the tested models of trained states, and at the server."""
+_RATE = "flops of "
+"""Begins the operations a sample, or of one time at the server, among what a checkpoint knows of costs."""
 
 Row = dict[str, float | int | None]
 
@@ -70,7 +75,8 @@ class Tally:
     """Rounds completed."""
     model: str
     rows: Tensor
-    """(4, n) int32: client (-1: generic), class, correct, total; no row without test images."""
+    """(5, n) int32: client (-1: generic), class, correct, total, and whether the client had taken part in training: 1,
+    0, or -1 where that is no question; no row without test images."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,9 @@ class Outcome:
     cost: dict[str, float | None]
     digest: str
     """SHA-256 over the server's and all clients' final states."""
+    tested: dict[str, int | list[int] | None]
+    """On what the personal metrics rest: "clients" that have test images, "images" of the one with fewest and most,
+    clients in the "worst_decile", with "one_class" only in training, "drawn" in training and "never"."""
 
 
 @dataclass
@@ -98,6 +107,8 @@ class Progress:
     rows: list[Row] = field(default_factory=list)
     counts: list[Tally] = field(default_factory=list)
     cost: dict[str, float] = field(default_factory=dict)
+    drawn: list[int] = field(default_factory=list)
+    """Clients that took part in training, ascending, as of the last evaluation."""
 
 
 @dataclass(frozen=True)
@@ -170,9 +181,11 @@ def surroundings(job: Job) -> Surroundings:
         epochs=setting.epochs,
         batch_size=setting.batch_size,
         lr=setting.lr,
+        initial_lr=setting.lr,
         key=keys.fold(keys.key(job.seed), "run").to(device),
         momentum=setting.momentum,
         weight_decay=setting.weight_decay,
+        decay_vectors=setting.decayed == "all",
         clip=setting.clip,
         prior=None if prior is None else prior.float().to(device),
         frozen_statistics=setting.statistics == "frozen",
@@ -201,7 +214,7 @@ class Run:
         self.crew.join(here)
         self.groups = group_classes(job.split.class_counts, setting.groups)
         self.own_statistics = setting.norm == "batch" and setting.statistics == "personal"
-        self.evaluator = Evaluator(here, self.crew)
+        self.evaluator = Evaluator(here, self.crew, partial(self.work, "adaptation"))
         if self.own_statistics:
             self.evaluator.wrap = with_own_statistics
         versions = " ".join(str(piece.version) for piece in algorithm.pieces)
@@ -217,8 +230,8 @@ class Run:
         self.store = store(initial, self.population.size, job.device, file)
         reset_peak_memory(job.device)
         self.progress = self._load() or Progress(0, server, cost={})
-        if "server_samples" not in self.progress.cost:
-            self._spend_at_server(self.task)
+        if not self.progress.cost:
+            self._spend("server_samples", float(self.task.samples()))
         self.saved = time.perf_counter()
         self.saving = 0.0
 
@@ -229,7 +242,7 @@ class Run:
         task = self.task_at(r)
         self.population.prefetch(r, min(r + 1, self.setting.rounds - 1))
         finite = all([self.exchange(task, exchange) for exchange in self.algorithm.exchanges(task)])
-        self._spend_at_server(task)
+        self._spend("server_samples", float(task.samples()))
         self._synchronise()
         self._spend("device_seconds", (time.perf_counter() - started) * self.crew.size)
         if not (finite and tree.is_finite(self.progress.server)):
@@ -247,30 +260,33 @@ class Run:
         """Sum up a finished run."""
         rows = self.progress.rows
         final: dict[str, float | None] = {key: value for key, value in rows[-1].items() if key != "round"}
-        for key in ("generic", "personal", "personal.masked"):
+        for key in metrics.FOLLOWED:
             final[f"{key}@last10"] = metrics.last_mean(rows, key)
             final[f"{key}@best"] = metrics.best(rows, key)
-        cost: dict[str, float | None] = {
-            key: value
-            for key, value in self.progress.cost.items()
-            if not key.startswith("probe_flops of ") and (key != "server_flops" or value)  # few servers compute
-        }
+        cost: dict[str, float | None] = {**dict.fromkeys(WORK, 0.0), **self.progress.cost}
+        for key in self.progress.cost:
+            if key.startswith(_RATE):
+                del cost[key]
         if "pooled" in self.algorithm.needs:
             cost["bytes_down"] = cost["bytes_up"] = None  # nothing is sent: there is one place
-        flops, samples = cost.pop("probe_flops", None), cost.pop("probe_samples", None)
-        total = cost["samples"]
-        cost["train_flops"] = flops * total / samples if flops and samples and total else None
         peak = peak_memory(self.device)
         cost["peak_memory_bytes"] = None if peak is None else peak + self.crew.peak_memory()
         cost["client_state_bytes"] = float(self.store.nbytes())
         digest = tree.digest([self.progress.server, *self.store.all()])
-        return Outcome(final, rows, self.progress.counts, cost, digest)
+        return Outcome(final, rows, self.progress.counts, cost, digest, self._tested())
+
+    def _tested(self) -> dict[str, int | list[int] | None]:
+        """Say on what the personal metrics of the last evaluation rest."""
+        population = self.population
+        clients = population.evaluated(range(population.training))
+        took_part = None if "pooled" in self.algorithm.needs else self.progress.drawn
+        return population.tested(clients, took_part)
 
     # A round's parts ------------------------------------------------------------------------------
 
     def task_at(self, r: int) -> Task:
-        """Give the task of a round, its learning rate decayed."""
-        return self.task.at(r, self.setting.lr * self.setting.lr_decay**r)
+        """Give the task of a round, with its learning rate."""
+        return self.task.at(r, self.setting.lr_at(r))
 
     def _first_sent(self, server: Tree) -> Tree:
         """Give all that a client is sent at first."""
@@ -290,14 +306,9 @@ class Run:
             sent = [algorithm.send(knowing, server, k) for k in clients]
             visits = [population.visit(k, task.round, store[k], own) for k, own in zip(clients, sent, strict=True)]
             self._spend("bytes_down", self._bytes_down(task, shared, clients, sent))
-        probe = engines.Probe() if "probe_samples" not in self.progress.cost else None
         verb: Verb = algorithm.client_verb(exchange.client)
         wrapped = with_own_statistics(verb) if self.own_statistics else verb
-        results, samples = visit_all(self.here, self.crew, wrapped, task, shared, visits, probe)
-        self._spend("samples", samples)
-        if probe is not None and probe.samples:
-            self._spend("probe_flops", probe.flops)
-            self._spend("probe_samples", probe.samples)
+        results = self.work("train", exchange.client, wrapped, task, shared, visits)
         arrived, uploads = [], []
         finite = True
         for k, (upload, private) in zip(clients, results, strict=True):
@@ -309,14 +320,36 @@ class Run:
         self._spend("bytes_up", sum(algorithm.payload_bytes(task, upload) for upload in uploads))
         if uploads:
             ids = torch.tensor(arrived, device=population.device)
-            taken = Uploads(uploads, population.sizes(arrived), ids)
+            sizes = population.sizes(arrived)
+            alike = (sizes > 0).double() if self.setting.client_weights == "uniform" else None
+            taken = Uploads(uploads, sizes, ids, alike)
             self.progress.server = self._serve(exchange, knowing, server, taken)
         return finite
+
+    def work(self, purpose: str, name: str, verb: Verb, task: Task, shared: Tree, visits: Sequence[Visit]) -> list[Any]:
+        """Run a verb for every visit, and count its samples and operations: those of its first time, a sample.
+
+        Args:
+            purpose: "train" or "adaptation": what it is counted as.
+            name: Of the verb: what is done under another one takes other operations.
+            verb: What to do.
+            task: Of the round.
+            shared: What every client is sent.
+            visits: One for each client.
+        """
+        rate = f"{_RATE}{purpose} {name}"
+        probe = engines.Probe() if rate not in self.progress.cost else None
+        results, samples = visit_all(self.here, self.crew, verb, task, shared, visits, probe)
+        self._spend(f"{purpose}_samples", samples)
+        if probe is not None and probe.samples:
+            self.progress.cost[rate] = probe.flops / probe.samples
+        self._spend(f"{purpose}_flops", samples * self.progress.cost.get(rate, 0.0))
+        return results
 
     def _serve(self, exchange: Exchange, task: Task, server: Tree, uploads: Uploads) -> Tree:
         """Let the server take uploads, and count its operations: those of the first time an exchange is made."""
         verb = partial(self.algorithm.server_verb(exchange.server), task, server, uploads)
-        probed = f"probe_flops of {exchange}"
+        probed = f"{_RATE}{exchange}"
         if probed not in self.progress.cost:
             following, self.progress.cost[probed] = engines.counted(verb)
         else:
@@ -353,10 +386,27 @@ class Run:
         down += sum(algorithm.payload_bytes(task, own) for own in sent if own)
         return down + (first * algorithm.payload_bytes(task, constant) if constant else 0)
 
+    def _visit_all_once_more(self, task: Task) -> None:
+        """Have all training clients do their local work on the final broadcast, and keep their private states."""
+        population, store, algorithm = self.population, self.store, self.algorithm
+        clients = range(population.training)
+        shared = algorithm.broadcast(task, self.progress.server)
+        sent = [algorithm.send(task, self.progress.server, k) for k in clients]
+        visits = [population.visit(k, self.setting.rounds, store[k], own) for k, own in zip(clients, sent, strict=True)]
+        self._spend("bytes_down", self._bytes_down(task, shared, clients, sent))
+        verb: Verb = algorithm.client_verb("local_update")
+        verb = with_own_statistics(verb) if self.own_statistics else verb
+        results = self.work("adaptation", "local_update", verb, task, shared, visits)
+        for k, (_, private) in zip(clients, results, strict=True):
+            store[k] = private
+
     def evaluate(self, task: Task, completed: int, last: bool) -> dict[str, float | None]:
         """Test all models, note counts and metrics, and give the metrics."""
         server, population = self.progress.server, self.population
         evaluator = self.evaluator
+        self.progress.drawn = [k for k in self.store.clients() if k >= 0]
+        if last and self.setting.final_visit and "pooled" not in self.algorithm.needs:
+            self._visit_all_once_more(task)
         counts: Counts = {}
         tested: dict[str, Sequence[int]] = {"generic": (-1,)}
         if not self.own_statistics:  # a generic model would need statistics that nobody has
@@ -369,22 +419,21 @@ class Run:
             if tested[kind]:
                 counts |= evaluator.personal(task, server, self.store, tested[kind], last)
         evaluator.forget()
-        measured = metrics.summarise(counts, self.groups)
+        drawn = torch.isin(torch.tensor(tested["personal"]), torch.tensor(self.progress.drawn, dtype=torch.int64))
+        pooled = "pooled" in self.algorithm.needs
+        measured = metrics.summarise(counts, self.groups, None if pooled else drawn)
         self.progress.rows.append({"round": completed, **measured})
         for name, (correct, total) in counts.items():
             k, c = torch.nonzero(total, as_tuple=True)
-            client = torch.tensor(tested[name.split(":")[0].split(".")[0]])[k]
-            rows = torch.stack([client, c, correct[k, c], total[k, c]]).to(torch.int32)
+            kind = name.split(":")[0].split(".")[0]
+            client = torch.tensor(tested[kind])[k]
+            known = drawn[k].long() if kind == "personal" and not pooled else torch.full_like(k, -1)
+            rows = torch.stack([client, c, correct[k, c], total[k, c], known]).to(torch.int32)
             self.progress.counts.append(Tally(completed, name, rows))
         return measured
 
     def _spend(self, what: str, amount: float) -> None:
         self.progress.cost[what] = self.progress.cost.get(what, 0.0) + amount
-
-    def _spend_at_server(self, task: Task) -> None:
-        """Count what was processed at the server; a cost only of algorithms that have images there."""
-        if self.algorithm.needs & NEEDS:
-            self._spend("server_samples", float(task.samples()))
 
     def _synchronise(self) -> None:
         if self.device == "cuda":

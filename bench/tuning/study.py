@@ -62,8 +62,9 @@ class Study:
     """What is tuned; nothing, if nothing can be."""
     share: float = 0.2
     """Of the clients' training images that are set aside."""
-    target: str = "personal"
-    """Which model's score counts, "personal" or "generic"; the other one's where an algorithm does not have it."""
+    target: str = "balanced"
+    """Whose accuracy counts: "balanced" (`personal.balanced`, which ranks), "personal" or "generic"; where an algorithm
+    does not have it, "generic", or instead of that "balanced"."""
 
     @cached_property
     def id(self) -> str:
@@ -101,8 +102,10 @@ class Study:
         return trial.values.get(name, usual)
 
     def models(self) -> tuple[str, str]:
-        """Name the models whose accuracy may be the score, the one that is preferred first."""
-        return ("personal", "generic") if self.target == "personal" else ("generic", "personal")
+        """Name the metrics that may be the score, the one that is preferred first."""
+        balanced = "personal.balanced"
+        others = {"balanced": (balanced, "generic"), "personal": ("personal", "generic")}
+        return others.get(self.target, ("generic", balanced))
 
     def algorithm(self, values: Values) -> Algorithm:
         """Give the algorithm with these values.

@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 
+from bench.algorithm import Algorithm
 from bench.dataset import Dataset, Splits
 from bench.files import source
-from bench.protocol.settings import BadConfig
+from bench.protocol.settings import BadConfig, Setting
 from bench.splits import selection
 from bench.splits.auxiliary import Reserve
 from bench.sweep.config import Run
 from bench.sweep.execution import reason_of
+from bench.sweep.matching import matched_rounds
 from bench.training.rounds import Diverged, Job
 from bench.training.rounds import train as train
 from bench.tuning.study import Study, Trial
@@ -44,7 +46,8 @@ def attempt(study: Study, trial: Trial, folder: Path) -> Trial:
     try:
         for seed, file in zip(study.seeds, files, strict=True):
             splits, split = _load(run.dataset, run.data_root, study, seed)
-            algorithm, setting = study.algorithm(trial.values), _setting(study, trial.lr, len(split.clients))
+            algorithm = study.algorithm(trial.values)
+            setting = _setting(study, algorithm, trial.lr, len(split.clients))
             job = Job(
                 algorithm, run.dataset, splits, split, setting, seed, run.engine, run.precision, run.device,
                 run.read_weights(), _reserve(run),
@@ -61,11 +64,12 @@ def attempt(study: Study, trial: Trial, folder: Path) -> Trial:
     return ended
 
 
-def _setting(study: Study, lr: float, clients: int) -> Any:
+def _setting(study: Study, algorithm: Algorithm, lr: float, clients: int) -> Setting:
     """Give the protocol with a trial's learning rate, tested once; held-out clients are not there."""
     setting = study.run.setting
     known = None if setting.clients is None else clients
-    return replace(setting, lr=lr, clients=known, unseen=0, eval_every=setting.rounds)
+    rounds = matched_rounds(algorithm, setting) if setting.match == "samples" else setting.rounds
+    return replace(setting, lr=lr, rounds=rounds, clients=known, unseen=0, eval_every=rounds)
 
 
 def _scored(study: Study, trial: Trial, outcomes: Sequence[Any]) -> Trial:

@@ -11,13 +11,13 @@ import torch
 
 from bench.results.record import COUNTS, DOCUMENT, ROUNDS, DamagedResult, Record
 from bench.training import metrics
-from bench.validation.expected import Cells, evaluations, tested_models
+from bench.validation.expected import Cells, evaluations, tested_models, took_part
 from bench.validation.found import Inspected, brief, close
 
 if TYPE_CHECKING:
     import pandas
 
-COUNT_COLUMNS = ("round", "model", "client", "class", "correct", "total")
+COUNT_COLUMNS = ("round", "model", "client", "class", "correct", "total", "drawn")
 
 
 def look(found: Inspected) -> None:
@@ -67,12 +67,15 @@ def _counts_fit(found: Inspected, record: Record, frame: pandas.DataFrame) -> bo
         | ((kind == "personal") & (client >= 0) & (client < (low or np.inf)))
         | ((kind == "unseen") & (client >= low) & (client < high))
     )
+    pooled = found.asked is not None and "pooled" in found.asked.algorithm.needs
+    asks = (kind == "personal") & (not pooled)
     wrong = {
         "model": (~kind.isin(("generic", "personal", "unseen")), "is of no kind that is tested"),
         "client": (~at_home, "is no client of the model"),
         "class": ((frame["class"] < 0) | (frame["class"] >= classes), f"is none of the {classes} classes"),
         "total": (frame["total"] < 1, "is below 1: what has no test images has no row"),
         "correct": ((frame["correct"] < 0) | (frame["correct"] > frame["total"]), "is not between 0 and total"),
+        "drawn": (asks != frame["drawn"].isin((0, 1)), "does not say whether the client took part in training"),
         "": (frame.duplicated(["round", "model", "client", "class"]), "stands there twice"),
     }
     fits = True
@@ -81,7 +84,7 @@ def _counts_fit(found: Inspected, record: Record, frame: pandas.DataFrame) -> bo
             first = frame[rows].iloc[0]
             place = ", ".join(f"{column} {first[column]}" for column in ("round", "model", "client", "class"))
             found.add(COUNTS, key, f"{what} in {int(rows.sum())} row(s), the first: {place}")
-            fits = fits and key in ("correct", "total", "client")
+            fits = fits and key in ("correct", "total", "client", "drawn")
     return fits
 
 
@@ -89,19 +92,28 @@ def _tests(found: Inspected, frame: pandas.DataFrame) -> None:
     """See that all models were tested, when they should be, on the same images."""
     asked, dealt = found.asked, found.dealt
     if asked is not None:
-        rounds, wanted = sorted(frame["round"].unique().tolist()), evaluations(asked.setting)
+        rounds, wanted = sorted(frame["round"].unique().tolist()), evaluations(asked.trained_by)
         if rounds != wanted:
             found.add(
                 COUNTS, "round", f"has {brief(rounds)}, and by the setting models are tested after {brief(wanted)}"
             )
         each, final = tested_models(asked)
         for round, models in frame.groupby("round")["model"].unique().items():
-            names = final if round == asked.setting.rounds else each
+            names = final if round == asked.trained_by.rounds else each
             if not asked.outdated and set(models) != names:
                 apart = ", ".join(sorted(set(models) ^ names))
                 found.add(
                     COUNTS, "model", f"has not the models of {asked.record.algorithm} after round {round}: {apart}"
                 )
+        known = None if found.clients is None else took_part(asked, found.clients)
+        of_personal = frame[frame["drawn"] != -1]
+        for round in of_personal["round"].unique().tolist() if known is not None else ():
+            assert known is not None
+            rows = of_personal[of_personal["round"] == round]
+            by_then = known[round - 1] if 0 < round <= len(known) else frozenset()
+            if ((rows["drawn"] == 1) != rows["client"].isin(by_then)).any():
+                found.add(COUNTS, "drawn", f"names others than the clients drawn by round {round}")
+                break
     references = dict(dealt.tested) if dealt is not None else {}
     for (round, model), rows in frame.groupby(["round", "model"], sort=False):
         cells = rows[["client", "class", "total"]].to_numpy(dtype=np.int64).T
@@ -143,11 +155,11 @@ def _measured(found: Inspected, record: Record, counts: pandas.DataFrame, curves
     groups = {name: torch.tensor(those, dtype=torch.int64) for name, those in record.groups.items()}
     rows: list[dict[str, float | int | None]] = []
     for round, frame in counts.groupby("round"):
-        rows.append({"round": int(str(round)), **metrics.summarise(tables(frame, classes), groups)})
+        rows.append({"round": int(str(round)), **metrics.summarise(tables(frame, classes), groups, drawn(frame))})
     if curves is not None:
         _curves(found, rows, curves)
     final = {key: value for key, value in rows[-1].items() if key != "round"}
-    for key in ("generic", "personal", "personal.masked"):
+    for key in metrics.FOLLOWED:
         final |= {f"{key}@last10": metrics.last_mean(rows, key), f"{key}@best": metrics.best(rows, key)}
     for key in dict.fromkeys((*final, *record.metrics)):
         if key not in final:
@@ -170,6 +182,12 @@ def tables(frame: pandas.DataFrame, classes: int) -> metrics.Counts:
         pair[:, k, rows["class"].to_numpy()] = rows[["correct", "total"]].to_numpy().T
         counts[str(model)] = (torch.from_numpy(pair[0]), torch.from_numpy(pair[1]))
     return counts
+
+
+def drawn(frame: pandas.DataFrame) -> torch.Tensor | None:
+    """Give which clients with personal models had taken part by one evaluation; None where that is no question."""
+    told = frame[frame["drawn"] != -1].groupby("client")["drawn"].max()
+    return torch.from_numpy(told.to_numpy() == 1) if len(told) else None
 
 
 def _curves(found: Inspected, rows: Sequence[Mapping[str, float | int | None]], frame: pandas.DataFrame) -> None:

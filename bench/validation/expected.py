@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import TypeVar
@@ -32,6 +32,7 @@ from bench.results.record import Record
 from bench.splits import auxiliary
 from bench.splits.split import describe, make_split
 from bench.sweep.config import Run
+from bench.sweep.matching import matched_rounds
 from bench.task import Task
 from bench.training import engine as engines
 from bench.training.population import draw_cohort
@@ -67,6 +68,8 @@ class Asked:
     setting: Setting
     lr: float | None = None
     """Learning rate of this algorithm alone, where a preset had one."""
+    rounds: int | None = None
+    """Rounds of this algorithm alone, where samples were matched."""
     outdated: Mapping[str, str]
     """Which of "algorithm" and "dataset" this code has a later version of, that may give other numbers; in words."""
 
@@ -74,6 +77,11 @@ class Asked:
     def own_weights(self) -> bool:
         """Whether models start from a file of weights."""
         return "weights" in self.record.identity
+
+    @property
+    def trained_by(self) -> Setting:
+        """The setting with the rounds of the algorithm's own."""
+        return self.setting if self.rounds is None else replace(self.setting, rounds=self.rounds)
 
     def run(self, root: Path, plugins: tuple[Path, ...] = ()) -> Run:
         """Give the run; its dataset is a stand-in where there is none."""
@@ -88,6 +96,7 @@ class Asked:
             data_root=root,
             plugins=plugins,
             lr=self.lr,
+            rounds=self.rounds,
             preset=str(self.record.document.get("preset", "default")),  # changes no number, but the label
         )
 
@@ -120,6 +129,7 @@ def rebuild(record: Record) -> Asked:
         dataset=dataset,
         setting=setting,
         lr=_own_rate(identity["algorithm"]),
+        rounds=_own_rounds(identity["algorithm"], algorithm, setting),
         outdated=outdated,
     )
     _require_its_spelling(asked)
@@ -173,6 +183,15 @@ def _own_rate(described: object) -> float | None:
     if lr is not None and (type(lr) is not float or lr <= 0):
         raise CannotRebuild("identity.algorithm.lr", f"is {lr!r}, and must be a number above 0")
     return lr
+
+
+def _own_rounds(described: object, algorithm: Algorithm, setting: Setting) -> int | None:
+    """Read the rounds of an algorithm's own, if it has some."""
+    rounds = described.get("rounds") if isinstance(described, dict) else None
+    wanted = matched_rounds(algorithm, setting) if setting.match == "samples" else setting.rounds
+    if rounds != (None if wanted == setting.rounds else wanted) or isinstance(rounds, float):
+        raise CannotRebuild("identity.algorithm.rounds", f"is {rounds!r}, and by the setting there are {wanted}")
+    return rounds
 
 
 def _origin(described: object, algorithm: Algorithm) -> str | None:
@@ -245,10 +264,8 @@ def description(asked: Asked) -> dict[str, object]:
         "engine": run.engine,
         "precision": run.precision,
         "device": run.device,
-        # A field that came after the run was published need not be there; at its default it says nothing.
-        "setting": {key: value for key, value in asdict(asked.setting).items() if key in record.setting},
+        "setting": run.fields(),
     }
-    told["setting"] = {**identity["setting"], **told["setting"]}  # type: ignore[dict-item]
     if not asked.outdated:
         told |= {"call": repr(asked.algorithm)}
         told |= {"label": run.label} if record.label is not None else {}
@@ -272,6 +289,10 @@ class Dealt:
     """Keys of run.json: fingerprint, clients, class_counts, groups, heterogeneity."""
     tested: Mapping[str, Cells]
     """By "generic", "personal", "unseen": on how many images of which class, client by client."""
+    images: Mapping[int, int]
+    """Test images of each client whose personal models are tested."""
+    classes: Mapping[int, int]
+    """Classes among their training images."""
     visited: int
     """Training images that the cohorts of all rounds hold together."""
 
@@ -285,7 +306,7 @@ def dealt(asked: Asked, root: Path) -> Dealt:
         PartitionFailed: They cannot be split so.
     """
     assert asked.dataset is not None
-    return _dealt(asked.dataset, root, asked.setting, asked.record.seed)
+    return _dealt(asked.dataset, root, asked.trained_by, asked.record.seed)
 
 
 @lru_cache(maxsize=64)
@@ -304,7 +325,12 @@ def _dealt(dataset: Dataset, root: Path, setting: Setting, seed: int) -> Dealt:
     sizes = [len(rows) for rows in split.clients]
     visited = sum(sizes[client] for cohort in cohorts(setting, clients, seed) for client in cohort)
     described = {key: said[key] for key in ("fingerprint", "class_counts", "groups", "heterogeneity")}
-    return Dealt(described={**described, "clients": clients}, tested=tested, visited=visited)
+    chosen = evaluated(setting, kinds["personal"], seed)
+    images = {k: len(split.tests[k]) for k in chosen}
+    classes = {k: int(said["clients"][k]["classes"]) for k in chosen}
+    return Dealt(
+        images=images, classes=classes, described={**described, "clients": clients}, tested=tested, visited=visited
+    )
 
 
 @lru_cache(maxsize=2)
@@ -334,6 +360,19 @@ def evaluated(setting: Setting, clients: range, seed: int) -> list[int]:
     return [clients[k] for k in chosen.tolist()]
 
 
+def took_part(asked: Asked, clients: int) -> list[frozenset[int]] | None:
+    """Give the clients that took part in training by the end of each round; None where the algorithm chooses them."""
+    setting, task = asked.trained_by, toy.task(asked.algorithm)
+    known, found = frozenset[int](), []
+    for round, cohort in enumerate(cohorts(setting, clients, asked.record.seed)):
+        for trip in asked.algorithm.exchanges(replace(task, rounds=setting.rounds, round=round)):
+            if trip.cohort is not None:
+                return None
+            known |= frozenset(range(setting.training_clients(clients))) if trip.everyone else frozenset(cohort)
+        found.append(known)
+    return found
+
+
 # What it tests and sends ------------------------------------------------------------------------------------
 
 
@@ -344,7 +383,7 @@ def evaluations(setting: Setting) -> list[int]:
 
 def tested_models(asked: Asked) -> tuple[frozenset[str], frozenset[str]]:
     """Give the names of the models that are tested after a round, and after the last one: those of the toy problem."""
-    setting = asked.setting
+    setting = asked.trained_by
     # All that decides which models there are, and which budgets of adaptation: those may follow the setting's epochs.
     told = {key: getattr(setting, key) for key in ("norm", "statistics", "rounds", "epochs", "unseen_labels")}
     return _tested_models(asked.algorithm, replace(toy.SETTING, unseen=int(setting.unseen > 0), **told))
@@ -387,7 +426,7 @@ def sent(asked: Asked, clients: int) -> Sent | None:
     """
     if asked.algorithm.needs & auxiliary.NEEDS:
         return None
-    setting, pooled = asked.setting, "pooled" in asked.algorithm.needs
+    setting, pooled = asked.trained_by, "pooled" in asked.algorithm.needs
     shapes = None if asked.dataset is None else _shapes(asked.algorithm, asked.dataset, setting, clients)
     if shapes is None:
         return None
@@ -399,6 +438,10 @@ def sent(asked: Asked, clients: int) -> Sent | None:
         down += len(cohort) * trip.changing + len(set(cohort) - known) * trip.constant
         known.update(cohort)
     chosen = any(trip.chosen for trip in shapes.trips)
+    if setting.final_visit and not pooled:
+        trip, everyone = shapes.trips[-1], set(range(setting.training_clients(clients)))
+        down += len(everyone) * trip.changing + len(everyone - known) * trip.constant
+        known |= everyone
     kept = shapes.private * (1 if pooled else len(known))
     return Sent(
         pooled=pooled,

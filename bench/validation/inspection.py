@@ -18,6 +18,8 @@ from bench.results.record import COUNTS, DOCUMENT, ROUNDS, Record, check
 from bench.splits.auxiliary import NEEDS
 from bench.splits.longtail import group_classes
 from bench.splits.split import PartitionFailed
+from bench.training.population import rests_on
+from bench.training.rounds import WORK
 from bench.validation import counted
 from bench.validation.expected import (
     Asked,
@@ -26,18 +28,14 @@ from bench.validation.expected import (
     description,
     rebuild,
     sent,
+    took_part,
 )
 from bench.validation.found import Inspected, brief, close
 
-COSTS = (
-    "bytes_down", "bytes_up", "samples", "train_flops",
-    "device_seconds", "wall_seconds", "peak_memory_bytes", "client_state_bytes",
-)  # fmt: skip
+COSTS = ("bytes_down", "bytes_up", *WORK, "device_seconds", "wall_seconds", "peak_memory_bytes", "client_state_bytes")
 _WHOLE = ("bytes_down", "bytes_up", "client_state_bytes", "peak_memory_bytes")
-_ALWAYS = ("samples", "device_seconds", "wall_seconds")
+_ALWAYS = ("train_samples", "device_seconds", "wall_seconds")
 """Costs that no run is without."""
-_SELDOM = ("server_flops",)
-"""Costs that a run may be without, and that are above 0 otherwise."""
 
 
 def inspect(folder: Path, root: Path) -> Inspected:
@@ -242,7 +240,7 @@ def _split(found: Inspected, record: Record, asked: Asked, root: Path) -> None:
                                                    f"{brief(classes.tolist())}")  # fmt: skip
     for group in set(record.groups) - set(groups):
         found.add(DOCUMENT, f"groups.{group}", "is no group of classes")
-    if asked.setting.clients is not None and record.clients not in (None, asked.setting.clients):
+    if asked.setting.clients is not None and record.clients != asked.setting.clients:
         found.add(DOCUMENT, "clients", f"is {record.clients}, and the setting has {asked.setting.clients}")
     if "dataset" in asked.outdated:
         return
@@ -257,10 +255,13 @@ def _split(found: Inspected, record: Record, asked: Asked, root: Path) -> None:
     except (DataDamaged, PartitionFailed, BadConfig) as error:
         found.notes.append(f"the split cannot be made anew: {error}")
         return
-    for key, value in found.dealt.described.items():
+    known = took_part(asked, int(str(found.dealt.described["clients"])))
+    pooled = "pooled" in asked.algorithm.needs
+    tested = rests_on(found.dealt.images, found.dealt.classes, None if pooled or known is None else known[-1])
+    if known is None and not pooled:  # the algorithm chose them
+        tested |= {key: record.tested.get(key) for key in ("drawn", "never")}
+    for key, value in {**found.dealt.described, "tested": tested}.items():
         written = record.document.get(key)
-        if key == "clients" and written is None:  # results of early versions do not say
-            continue
         alike = _alike(value, written) if key == "heterogeneity" else _equal(value, written)
         if not alike:
             found.add(DOCUMENT, key, f"is {brief(written)}, and the data give {brief(value)}")
@@ -285,10 +286,12 @@ def _cost(found: Inspected, record: Record, asked: Asked) -> None:
             found.add(DOCUMENT, f"cost.{key}", "is not there")
         elif key in _ALWAYS and not cost[key]:
             found.add(DOCUMENT, f"cost.{key}", f"is {cost[key]}, and no run is without")
-    for key in _SELDOM:
-        if key in cost and not cost[key]:
-            found.add(DOCUMENT, f"cost.{key}", f"is {cost[key]}, and is left out where there is none")
-    if ("server_samples" in cost) != bool(asked.algorithm.needs & NEEDS):
+    for key in WORK:
+        if key in cost and cost[key] is None:
+            found.add(DOCUMENT, f"cost.{key}", "is absent, and what was not done counts 0")
+    for key in set(cost) - set(COSTS):
+        found.add(DOCUMENT, f"cost.{key}", "is no cost")
+    if cost.get("server_samples") and not asked.algorithm.needs & NEEDS:
         found.add(DOCUMENT, "cost.server_samples", "is of algorithms that need images at the server, and of no other")
     clients = found.clients
     known = None if clients is None or asked.outdated else sent(asked, clients)

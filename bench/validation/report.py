@@ -126,7 +126,7 @@ def _digits(value: float | None) -> str | None:
 
 def _a_sample(one: Inspected) -> float | None:
     assert one.record is not None
-    flops, samples = one.record.cost.get("train_flops"), one.record.cost.get("samples")
+    flops, samples = one.record.cost.get("train_flops"), one.record.cost.get("train_samples")
     return flops / samples if flops is not None and samples else None
 
 
@@ -161,13 +161,14 @@ def _oddities(done: Sequence[Inspected]) -> Iterator[str]:
     for members in _grouped([one for one in done if one.dealt is not None], _all_but_seed):
         passes = {one.folder.name: _digits(_passes(one)) for one in members}
         for name in _odd({name: value for name, value in passes.items() if value is not None}):
-            yield f"{name}: cost.samples does not go with that of the other seeds; --rerun tells whether that is so."
+            what = "cost.train_samples does not go with that of the other seeds; --rerun tells whether that is so."
+            yield f"{name}: {what}"
 
 
 def _passes(one: Inspected) -> float | None:
     """Give how often a run processed an image of those that its cohorts hold."""
     assert one.record is not None and one.dealt is not None
-    samples = one.record.cost.get("samples")
+    samples = one.record.cost.get("train_samples")
     return samples / one.dealt.visited if samples is not None and one.dealt.visited else None
 
 

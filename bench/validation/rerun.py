@@ -22,18 +22,21 @@ from bench.results import records
 from bench.results.record import Record
 from bench.sweep import execution
 from bench.sweep.config import Run, resolve_device
+from bench.training.metrics import FOLLOWED
 from bench.training.rounds import Report
 from bench.validation import verification
 from bench.validation.expected import Asked
 from bench.validation.found import Inspected
 from bench.validation.verification import Verification
 
-HEADLINES = ("generic", "personal", "personal.masked")
+HEADLINES = FOLLOWED
 TOLERANCE = 0.08
 """What accuracies may differ by where bits cannot be compared, as fractions. Training makes much of little rounding:
 with other vector instructions of one processor, ten short runs on FEMNIST (20 rounds) ended up to 0.055 apart.
 """
-_EXACT_COSTS = ("bytes_down", "bytes_up", "samples", "server_samples", "client_state_bytes")
+_EXACT_COSTS = (
+    "bytes_down", "bytes_up", "train_samples", "adaptation_samples", "server_samples", "client_state_bytes"
+)  # fmt: skip
 """Costs that depend on neither machine nor hour."""
 _OF_THE_MACHINE = ("machine", "cpu", "gpu", "instructions")
 """Keys of the hardware, as far as a run recorded them, by which bits may differ."""
@@ -167,9 +170,8 @@ def _untouched(record: Record, again: Record, costs: Sequence[str] = _EXACT_COST
 
 
 def _bits(record: Record, again: Record) -> list[str]:
-    # Another library may count operations otherwise; those of a server were not counted by early versions.
-    operations = [key for key in ("train_flops", "server_flops") if key in record.cost]
-    found = _untouched(record, again, (*_EXACT_COSTS, *operations))
+    # Another library may count operations otherwise.
+    found = _untouched(record, again, (*_EXACT_COSTS, "train_flops", "adaptation_flops", "server_flops"))
     if record.document.get("digest") != again.document.get("digest"):
         found.append("the final states have another digest")
     for key in dict.fromkeys((*record.metrics, *again.metrics)):
