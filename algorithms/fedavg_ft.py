@@ -7,10 +7,13 @@ Server keeps   body, head
 Client keeps   nothing
 Down           body, head
 Up             body, head
-Departs        the fine-tuning rate is the round's learning rate; published recipes vary (1e-3, or head only)
+Departs        body and head are fine-tuned, and at the setting's learning rate by default; published recipes vary (a
+               rate of 1e-3, or the head only)
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from bench import Adaptation, Algorithm, LocalData, Task, Tree, register
 
@@ -20,10 +23,21 @@ from bench import Adaptation, Algorithm, LocalData, Task, Tree, register
 class FedAvgFT(Algorithm):
     """FedAvg's training; the personal model is a fine-tuned copy, thrown away after the test."""
 
+    space: ClassVar[Mapping[str, tuple[float, float] | list[object]]] = {
+        "finetune_epochs": (1, 10),
+        "finetune_rate": (0.003, 1.0),
+    }
+
     finetune_epochs: int = 5
     """Epochs of the full model on the client's data; accuracy after 0, 1, 5 and 10, as far as below, is
     reported too.
     """
+    finetune_rate: float = 1.0
+    """Learning rate there, as a multiple of the setting's, which no schedule lowers; > 0."""
+
+    def __post_init__(self) -> None:
+        if self.finetune_rate <= 0:
+            raise ValueError(f"finetune_rate = {self.finetune_rate}: must be above 0")
 
     def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
         """Train the model on the client's examples."""
@@ -31,4 +45,6 @@ class FedAvgFT(Algorithm):
 
     def adaptation(self, task: Task) -> Adaptation | None:
         """Fine-tune body and head."""
-        return Adaptation(epochs=self.finetune_epochs) if self.finetune_epochs else None
+        if not self.finetune_epochs:
+            return None
+        return Adaptation(epochs=self.finetune_epochs, lr_factor=self.finetune_rate)
