@@ -7,7 +7,8 @@ Server keeps   body
 Client keeps   head
 Down           body
 Up             body
-Departs        the personal part is the last linear layer (paper: that and up to four residual blocks)
+Departs        the personal part is the last linear layer (paper: that and up to four residual blocks); a client that
+               was never drawn has the common initial head (FedRep's code, by aliasing: a running average of the heads)
 """
 
 from dataclasses import dataclass

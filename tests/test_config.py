@@ -36,7 +36,7 @@ def sweep(algorithms: str = "fedavg", dataset: str = "digits", **more: object) -
 
 def test_an_algorithm_is_written_as_a_python_call() -> None:
     plain, changed = config.parse_algorithms("fedrep, fedrep(head_epochs=5, body_epochs=2)")
-    assert repr(plain) == "FedRep(head_epochs=10, body_epochs=1)"
+    assert repr(plain) == "FedRep(head_epochs=10, body_epochs=None)"
     assert repr(changed) == "FedRep(head_epochs=5, body_epochs=2)"
 
 

@@ -893,16 +893,16 @@ def test_the_papers_values_are_those_of_every_piece(monkeypatch: pytest.MonkeyPa
 
 
 def test_fields_of_parts_are_tuned_under_the_parts_name() -> None:
-    run = run_of("fedrep(head_epochs=2)+balanced_softmax+topk")
+    run = run_of("fedrep(body_epochs=2)+balanced_softmax+topk")
     found = space(run.algorithm, run.setting.lr)
-    assert set(found) == {"body_epochs", "topk.share", "lr"}  # a prior is what the server may know
+    assert set(found) == {"head_epochs", "topk.share", "lr"}  # a prior is what the server may know
     study = Study(run=run, seeds=(0,), space=found)
-    values = {"body_epochs": 2, "topk.share": 0.25, "lr": 0.1}
+    values = {"head_epochs": 5, "topk.share": 0.25, "lr": 0.1}
     tried = study.begun(values, 1)
-    assert tried.call == "fedrep(head_epochs=2, body_epochs=2)+balanced_softmax+topk(share=0.25)"
-    assert [study.value(each, tried) for each in values] == [2, 0.25, 0.1]
-    assert [study.value(each, study.begun({}, 0)) for each in values] == [1, 0.1, run.setting.lr]
-    assert label(study.algorithm({"topk.share": 1.0})) == "fedrep(head_epochs=2)+balanced_softmax"
+    assert tried.call == "fedrep(head_epochs=5, body_epochs=2)+balanced_softmax+topk(share=0.25)"
+    assert [study.value(each, tried) for each in values] == [5, 0.25, 0.1]
+    assert [study.value(each, study.begun({}, 0)) for each in values] == [10, 0.1, run.setting.lr]
+    assert label(study.algorithm({"topk.share": 1.0})) == "fedrep(body_epochs=2)+balanced_softmax"
     assert study.begun({"topk.share": 2.0}, 2).reason == "share = 2.0: must be in (0, 1]"
     assert set(space(made("fedavg+focal"), 0.1)) == {"focal.gamma", "lr"}
     assert set(space(made("fedavg+focal(gamma=1)+trimmed_mean"), 0.1)) == {"trimmed_mean.share", "lr"}

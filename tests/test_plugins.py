@@ -91,7 +91,7 @@ def test_a_new_part_passes_the_check_and_runs_on_any_method(bench: Bench) -> Non
     assert ids[0] != ids[1] == ids[2]
     stored = json.loads(Path("runs", ids[0], "run.json").read_text())
     assert len(stored["identity"]["algorithm"]["parts"][0]["source"]) == 64
-    assert stored["call"] == "FedRep(head_epochs=1, body_epochs=1) + Smooth(smoothing=0.1)"
+    assert stored["call"] == "FedRep(head_epochs=1, body_epochs=None) + Smooth(smoothing=0.1)"
 
 
 def test_a_name_of_two_kinds_is_said_to_be_one(bench: Bench, tmp_path: Path) -> None:

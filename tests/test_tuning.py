@@ -485,7 +485,9 @@ def test_the_first_of_equals_is_chosen() -> None:
 def test_values_that_were_tried_are_not_run_again_and_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran, attempt = [], searching.attempt
     monkeypatch.setattr(searching, "attempt", lambda *what: ran.append(what[1].call) or attempt(*what))  # type: ignore[func-returns-value]
-    each = study("fedrep(head_epochs=1)", chosen=("body_epochs",))
+    (fedrep,) = parse_algorithms("fedrep")
+    monkeypatch.setattr(type(fedrep), "space", {"head_epochs": [1, 10]})
+    each = study("fedrep", chosen=("head_epochs",))
     trials = searched(tmp_path, each, trials=6)[each.id]
     assert len(trials) == 6
     assert len(ran) == len(set(ran)) == len({trial.call for trial in trials}) <= 2
