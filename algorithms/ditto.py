@@ -7,12 +7,17 @@ Server keeps   body, head
 Client keeps   body, head
 Down           body, head
 Up             body, head
-Departs        clients are drawn uniformly and averaged by size, as for every algorithm here (reference: drawn
-               by size, averaged uniformly); the two models of a client train one after the other on the same
-               batches, which changes nothing: they meet only in the anchor, the received model
+Departs        clients are drawn uniformly and averaged with the setting's weights, as for every algorithm here
+               (reference: drawn by size, averaged uniformly); the two models of a client train one after the
+               other on the same batches, which changes nothing: they meet only in the anchor, the received
+               model. A client that has not taken part, never drawn or held out of training, is tested with the
+               received model after one local update of the personal solver, and keeps nothing of it (reference:
+               with the initial model, of those never drawn): when it is first drawn its personal model starts
+               from the initial one, as in the paper
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -24,6 +29,8 @@ from bench.losses import proximal
 @dataclass(frozen=True, kw_only=True)
 class Ditto(Algorithm):
     """FedAvg for the global model; the personal model never leaves the client."""
+
+    version: ClassVar[int] = 2
 
     pull: float = 1.0
     """Strength of the pull towards the received model (paper: lambda, tuned in 0.1, 1, 2)."""
@@ -38,13 +45,25 @@ class Ditto(Algorithm):
 
     def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
         """Train the global model, and the personal one with the pull."""
-
-        def loss(params: Tree, batch: Batch) -> Tensor:
-            return task.loss(params, batch) + self.pull * proximal(params, shared)
-
         trained = task.sgd(task.loss, shared, data.batches(task.epochs))
-        return trained, task.sgd(loss, private, data.batches(task.epochs))
+        return trained, self._solved(task, shared, private, data)
 
     def personal_model(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> Tree | None:
         """Give the client's own model."""
         return private
+
+    def newcomer(self, task: Task, shared: Tree, data: LocalData) -> Tree:
+        """Start from the received model, and solve as long as in a round."""
+        return self._solved(task, shared, shared, data)
+
+    def newcomer_adaptation(self, task: Task) -> None:
+        """Tune nothing more: the solver has seen the client's data."""
+        return None
+
+    def _solved(self, task: Task, anchor: Tree, start: Tree, data: LocalData) -> Tree:
+        """Train a personal model with the pull."""
+
+        def loss(params: Tree, batch: Batch) -> Tensor:
+            return task.loss(params, batch) + self.pull * proximal(params, anchor)
+
+        return task.sgd(loss, start, data.batches(task.epochs))

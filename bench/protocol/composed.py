@@ -212,9 +212,10 @@ class Composed(Algorithm):
         return self.method.adaptation(task)
 
     def newcomer(self, task: Task, shared: Tree, data: LocalData) -> Tree:
-        """Make the method's; its channels have carried nothing yet."""
-        kept = _part(self.init_client(task))[1]
-        return _join(self.method.newcomer(task, _part(shared)[0], data), kept)
+        """Make the method's, by the loss of its part if labels are known; its channels have carried nothing yet."""
+        (own, given), kept = _part(shared), _part(self.init_client(task))[1]
+        bound = self._bind(task, given, data) if data.labelled else task
+        return _join(self.method.newcomer(bound, own, data), kept)
 
     def newcomer_adaptation(self, task: Task) -> Stages:
         """Give the method's."""
