@@ -1,6 +1,9 @@
 """Local: every client trains alone. The lower reference of personalised learning.
 
-Not one paper's; the budget is matched: a client trains in exactly the rounds in which the sampler draws it.
+Not one paper's. Two budgets: matched, where a client trains in exactly the rounds in which the sampler draws it, and
+one that is never drawn has the initial model; and converged, where every client trains in every round, rounds x epochs
+epochs in all. A client held out of training trains the whole initial model for five epochs, for alone there is no body
+to keep.
 
 Server keeps   nothing
 Client keeps   body, head
@@ -11,9 +14,9 @@ Departs        nowhere
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from bench import Algorithm, LocalData, Task, Tree, register
+from bench import Adaptation, Algorithm, Exchange, LocalData, Task, Tree, register
 
 
 @register("local")
@@ -21,7 +24,15 @@ from bench import Algorithm, LocalData, Task, Tree, register
 class Local(Algorithm):
     """Nothing is sent; the model is private state."""
 
+    version: ClassVar[int] = 2
     refuses: ClassVar[Mapping[str, str]] = dict.fromkeys(("channel", "aggregation"), "nothing is sent")
+
+    budget: Literal["matched", "converged"] = "matched"
+    """Who trains in a round: "matched" those drawn, "converged" everybody."""
+
+    def __post_init__(self) -> None:
+        if self.budget not in ("matched", "converged"):
+            raise ValueError(f"budget = {self.budget!r}: must be 'matched' or 'converged'")
 
     def init_server(self, task: Task) -> Tree:
         """Keep nothing."""
@@ -30,6 +41,10 @@ class Local(Algorithm):
     def init_client(self, task: Task) -> Tree:
         """Start from the initial model that all algorithms share."""
         return task.init()
+
+    def exchanges(self, task: Task) -> tuple[Exchange, ...]:
+        """Let those train whose turn it is by the budget."""
+        return (Exchange(everyone=self.budget == "converged"),)
 
     def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
         """Train the client's own model."""
@@ -42,3 +57,7 @@ class Local(Algorithm):
     def personal_model(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> Tree | None:
         """Give the client's own model."""
         return private
+
+    def newcomer_adaptation(self, task: Task) -> Adaptation:
+        """Train the whole model, as long as other methods tune a head."""
+        return Adaptation(epochs=5, curve=())
