@@ -9,10 +9,13 @@ Down           body, head, control
 Up             body, head, control
 Departs        with momentum rho the K of option II is the sum of the weights that K steps give their
                gradients, (K - rho (1 - rho^K) / (1 - rho)) / (1 - rho): the control stays a mean of
-               gradients. Weight decay and clipping enter that mean.
+               gradients. Weight decay and clipping enter that mean. Models are averaged with the setting's
+               weights, as for every algorithm here (paper: all alike, which is `client_weights = uniform`);
+               running statistics are averaged, whatever the step of the server (paper: has none)
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +27,8 @@ from bench import Algorithm, Batch, LocalData, Task, Tree, Uploads, register, tr
 @dataclass(frozen=True, kw_only=True)
 class Scaffold(Algorithm):
     """The correction is a linear term of the loss: its gradient is c - c_k."""
+
+    version: ClassVar[int] = 2
 
     server_lr: float = 1.0
     """Step of the server along the mean update (paper: eta_g = 1)."""
@@ -57,10 +62,9 @@ class Scaffold(Algorithm):
         return {**trained, "control": tree.sub(following, mine)}, {"control": following}
 
     def aggregate(self, task: Task, server: Tree, uploads: Uploads) -> Tree:
-        """Step towards the unweighted mean model; move the control by the share of clients that took part."""
-        equal = (uploads.sizes > 0).double()
-        mean = {"body": uploads.mean("body", equal), "head": uploads.mean("head", equal)}
-        model = tree.map(lambda new, old: old + self.server_lr * (new - old), mean, server)
-        share = len(uploads) / task.num_clients
-        moved = uploads.mean("control", torch.ones_like(equal))
-        return tree.merge(server, {**model, "control": tree.add(server["control"], moved, share)})
+        """Step towards the mean model, take the mean of statistics; move the control by the share that took part."""
+        mean = {"body": uploads.mean("body"), "head": uploads.mean("head")}
+        statistics, arrived = tree.split(mean, tree.is_statistic)
+        model = tree.map(lambda new, old: old + self.server_lr * (new - old), arrived, server)
+        control = tree.add(server["control"], uploads.sum("control"), 1 / task.num_clients)
+        return tree.merge(server, {**tree.merge(model, statistics), "control": control})

@@ -389,7 +389,7 @@ class Notes(Aggregation):
     [
         ("fedavg", [44.0, 33.0], [44 / 77, 33 / 77]),
         ("creff(match_steps=1, head_epochs=1)", [44.0, 33.0], [44 / 77, 33 / 77]),  # asks twice
-        ("scaffold", [44.0, 33.0], [0.5, 0.5]),
+        ("scaffold", [44.0, 33.0], [44 / 77, 33 / 77]),
         ("fedavg", [0.0, 0.0], [0.5, 0.5]),
     ],
 )
