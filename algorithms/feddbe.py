@@ -71,7 +71,7 @@ class FedDBE(Algorithm):
         return {"mean": task.sgd(loss, w, data.batches(task.epochs))["stats"]["mean"]}, private
 
     def agree(self, task: Task, server: Tree, uploads: Uploads) -> Tree:
-        """Average the means by client size, for good."""
+        """Average the means, with the weights of models, for good."""
         return {**server, "consensus": uploads.mean("mean")}
 
     def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:

@@ -1,0 +1,77 @@
+"""Whose model counts how much is the setting's: a fact of every algorithm in the registry."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import Algorithm, Tree, Uploads, tree
+from bench.contract import toy
+from bench.registry import ALGORITHMS
+from bench.tree import largest_difference
+
+CHEAP: dict[str, dict[str, Any]] = {
+    "creff": {"features_per_class": 10, "match_steps": 2, "head_epochs": 1},
+    "fedloge": {"etf_steps": 10},
+    "fedic": {"steps": 2},
+}
+FEDERATED = [name for name in sorted(ALGORITHMS) if "pooled" not in ALGORITHMS[name].needs]
+NO_MEAN_OF_BODIES = {
+    "fedamp": "the server keeps a model for each client",
+    "fedproto": "means of each class travel, over the clients that hold it",
+    "local": "nothing is sent",
+    "pfedhn": "what clients changed goes back through the hypernetwork, each alike; a mean is of statistics only",
+}
+AFTER_THE_MEAN = {"fedic": "the average is trained further at the server"}
+
+
+def made(name: str) -> Algorithm:
+    algorithm: Algorithm = ALGORITHMS[name](**CHEAP.get(name, {}))
+    return algorithm
+
+
+def served(name: str, weights: str, claim: Tensor | None = None) -> Tree:
+    """The server's state after two rounds, in which clients of sizes as they are, or as they claim, take part."""
+    run = toy.run(made(name), setting=replace(toy.SETTING, rounds=2, participation=1.0, client_weights=weights))
+    sizes = run.population.sizes
+    if claim is not None:
+        run.population.sizes = lambda clients: claim[list(clients)]  # type: ignore[method-assign]
+    assert sizes(range(8)).tolist() == list(toy.SIZES)
+    return toy.finish(run).progress.server
+
+
+CLAIM = torch.tensor([1.0, 300.0, 2.0, 17.0, 90.0, 33.0, 0.0, 5.0]).double()
+"""Sizes that have nothing to do with the true ones, but that the empty client is empty."""
+
+
+@pytest.mark.parametrize("name", FEDERATED)
+def test_with_uniform_weights_no_server_looks_at_sizes_and_with_sizes_all_do_that_average(name: str) -> None:
+    """FedPAC's prototypes count by examples of a class, which its clients send, and that is no exception."""
+    assert largest_difference(served(name, "uniform"), served(name, "uniform", CLAIM)) == 0.0
+    assert (largest_difference(served(name, "size"), served(name, "size", CLAIM)) == 0.0) == (name in NO_MEAN_OF_BODIES)
+
+
+@pytest.mark.parametrize("name", [name for name in FEDERATED if name not in NO_MEAN_OF_BODIES | AFTER_THE_MEAN])
+def test_a_mean_of_bodies_has_the_settings_weights(name: str) -> None:
+    """In the first round, where momentum and controls of a server are still nothing."""
+    clients, sizes = torch.tensor([0, 1, 2, 4]), torch.tensor([60.0, 44.0, 33.0, 9.0]).double()
+    found = 0
+    run = toy.run(made(name), setting=replace(toy.SETTING, rounds=1, participation=1.0))
+    for task, exchange in toy.trips(run):
+        sent = [toy.upload_once(run, k, task, exchange)[0] for k in clients.tolist()]
+        if "body" not in sent[0]:
+            continue
+        for weights in (sizes, torch.ones(4).double(), torch.tensor([0.0, 1.0, 0.0, 3.0]).double()):
+            uploads = Uploads(sent, sizes, clients, weights)
+            body = run.algorithm.server_verb(exchange.server)(task, run.progress.server, uploads)["body"]
+            shares = (weights / weights.sum()).tolist()
+            mean = tree.map(
+                lambda *w, s=shares: sum(a * b for a, b in zip(s, w, strict=True)), *(u["body"] for u in sent)
+            )
+            assert largest_difference(body, mean) < 1e-5
+            found += 1
+    assert found == 3
