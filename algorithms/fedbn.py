@@ -9,9 +9,9 @@ Down           body, head
 Up             body, head
 Departs        of the body clients keep the norm layers, and the server all else: on a network without norm layers this
                is FedAvg, without its generic model; weights and biases of group norm stay too (paper: batch norm
-               only); clients are averaged by size (paper: uniformly); a client held out of training trains norm
-               layers of its own under what the server has (paper: takes their average, with statistics of its own;
-               but the server has none)
+               only); clients are averaged with the setting's weights (paper: uniformly); a client held out of
+               training trains norm layers of its own under what the server has (paper: takes their average, with
+               statistics of its own; but the server has none)
 """
 
 from dataclasses import dataclass

@@ -11,7 +11,11 @@ Departs        the ETF is optimised at norm 0.8 and scaled exactly to `etf_norm`
                which it misses by 0.6 %; `faithful` does that) and has no bias (reference: a random frozen
                one; `etf_bias`); absent classes are masked for every algorithm alike, by training labels
                (reference: its own only, by test labels); all personal heads start equal; the scale 1.7 of the
-               realigned head comes from the reference code (paper: 1)
+               realigned head comes from the reference code (paper: 1); the personal model is scored by the paper's
+               rule, P0 (released code: P1, with the personal head added; its README: P2, with the shared one): all
+               three are reported in every evaluation, as is the sum without realignment that the authors' logs
+               show; many, medium and few are cut by training counts (reference: by the clients' test counts, rounded
+               down)
 """
 
 from collections.abc import Mapping
@@ -23,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import Algorithm, Batch, LocalData, Task, Tree, keys, register
+from bench import Algorithm, Batch, LocalData, Task, Tree, keys, register, tree
 
 
 @register("fedloge")
@@ -31,7 +35,9 @@ from bench import Algorithm, Batch, LocalData, Task, Tree, keys, register
 class FedLoGe(Algorithm):
     """Three heads on one body: `etf` teaches it, `head` and the client's own read detached features."""
 
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"body"})
+    constant: ClassVar[frozenset[str]] = frozenset({"etf"})
     paper: ClassVar[Mapping[str, object]] = {"scale": 1.0}
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]]] = {
         "sparsity": (0.1, 0.9),
@@ -55,13 +61,15 @@ class FedLoGe(Algorithm):
     generic_bias: Literal["keep", "drop", "scale"] = "keep"
     """Bias of the realigned generic head: as trained, none, or scaled with its row."""
     personal_rule: Literal["P0", "P1", "P2"] = "P0"
-    """Personal logits: P0 the realigned head (paper), P1 plus the personal head (code), P2 plus the shared
-    head (README).
+    """Personal logits that are ranked: P0 the realigned head (paper), P1 plus the personal head (code), P2 plus the
+    shared head (README).
     """
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity = {self.sparsity}: must be in [0, 1)")
+        if self.personal_rule not in ("P0", "P1", "P2"):
+            raise ValueError(f"personal_rule = {self.personal_rule!r}: must be 'P0', 'P1' or 'P2'")
 
     def init_server(self, task: Task) -> Tree:
         """Build the ETF, once; it never changes."""
@@ -98,7 +106,7 @@ class FedLoGe(Algorithm):
             )
 
         w = {"body": shared["body"], "generic": shared["head"], "personal": private["head"]}
-        w = task.sgd(loss, w, data.batches(task.epochs))
+        w = task.sgd(loss, w, data.batches(task.epochs), clip_apart=("generic", "personal"))
         return {"body": w["body"], "head": w["generic"]}, {"head": w["personal"]}
 
     def global_model(self, task: Task, server: Tree) -> Tree | None:
@@ -121,19 +129,24 @@ class FedLoGe(Algorithm):
 
     def personal_model(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> Tree | None:
         """Realign the shared head by the norms of the client's own rows (eq. 7)."""
-        ours, mine = shared["head"], private["head"]
-        weight, bias = ours["weight"] * mine["weight"].norm(dim=1, keepdim=True), ours["bias"]
-        if self.personal_rule == "P1":
-            weight, bias = weight + mine["weight"], bias + mine["bias"]
-        elif self.personal_rule == "P2":
-            weight, bias = weight + ours["weight"], bias + mine["bias"]
-        return {"body": shared["body"], "head": {"weight": weight, "bias": bias}}
+        return {"body": shared["body"], "head": self._realigned(shared["head"], private["head"])[self.personal_rule]}
 
     def personal_variants(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> dict[str, Tree]:
-        """Give the sum of both heads without realignment: what the authors' logs measure in each round."""
+        """Give the models of all three rules, and the sum of both heads without realignment: what the authors' logs
+        measure in each round.
+        """
         ours, mine = shared["head"], private["head"]
-        both: Tree = {key: ours[key] + mine[key] for key in ("weight", "bias")}
-        return {"unrealigned": {"body": shared["body"], "head": both}}
+        heads = {**self._realigned(ours, mine), "unrealigned": tree.add(ours, mine)}
+        return {name: {"body": shared["body"], "head": head} for name, head in heads.items()}
+
+    def _realigned(self, ours: Tree, mine: Tree) -> dict[str, Tree]:
+        """Give the personal head of each rule; P2 has its own bias in the realigned head's place."""
+        weight, bias = ours["weight"] * mine["weight"].norm(dim=1, keepdim=True), ours["bias"]
+        return {
+            "P0": {"weight": weight, "bias": bias},
+            "P1": {"weight": weight + mine["weight"], "bias": bias + mine["bias"]},
+            "P2": {"weight": weight + ours["weight"], "bias": mine["bias"] + bias},
+        }
 
 
 def sparse_etf(

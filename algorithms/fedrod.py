@@ -22,8 +22,9 @@ from bench.losses import balanced_softmax, cross_entropy
 @register("fedrod")
 @dataclass(frozen=True, kw_only=True)
 class FedRoD(Algorithm):
-    """The two losses share no trained parameter, so one SGD on their sum is two optimisers."""
+    """The two losses share no trained parameter, so one SGD on their sum, clipped apart, is two optimisers."""
 
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"body"})
     own_loss: ClassVar[bool] = True
 
@@ -46,7 +47,7 @@ class FedRoD(Algorithm):
             return task.criterion(generic, z, batch, balanced) + cross_entropy(both, batch)
 
         w = {"body": shared["body"], "generic": shared["head"], "personal": private["head"]}
-        w = task.sgd(loss, w, data.batches(task.epochs))
+        w = task.sgd(loss, w, data.batches(task.epochs), clip_apart=("personal",))
         return {"body": w["body"], "head": w["generic"]}, {"head": w["personal"]}
 
     def personal_model(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> Tree | None:

@@ -266,10 +266,11 @@ def test_fedrods_generic_arm_is_fedavg_where_classes_are_balanced() -> None:
     assert balanced.item() == pytest.approx(losses.cross_entropy(logits, batch).item(), abs=1e-6)
 
 
-def test_fedrods_body_and_generic_head_do_not_see_the_personal_head() -> None:
-    run = toy_run(make("fedrod"))
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_fedrods_body_and_generic_head_do_not_see_the_personal_head(clip: float | None) -> None:
+    run = toy_run(make("fedrod"), setting=replace(toy.SETTING, clip=clip))
     one, _ = upload_once(run)
-    run.store.initial = tree.map(lambda leaf: leaf + 3.0, run.store.initial)
+    run.store.initial = tree.map(lambda leaf: torch.linspace(-3, 3, leaf.numel()).view_as(leaf), run.store.initial)
     other, _ = upload_once(run)
     assert same(one, other)
 
@@ -455,15 +456,17 @@ def test_fedloges_etf_never_changes() -> None:
     assert same(start, finish(run).progress.server["etf"])
 
 
+@pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
-def test_fedloges_upload_does_not_depend_on_the_private_head(engine: str) -> None:
-    runs = [toy_run(make("fedloge", **FAST), engine), toy_run(make("fedloge", **FAST), engine)]
+def test_fedloges_upload_does_not_depend_on_the_private_head(engine: str, clip: float | None) -> None:
+    runs = [toy_run(make("fedloge", **FAST), engine, setting=replace(toy.SETTING, clip=clip)) for _ in range(2)]
     runs[1].store.initial = tree.map(lambda leaf: 2 * leaf + 1.0, runs[1].store.initial)
     assert same(*(finish(run).progress.server for run in runs))
 
 
-def test_fedloges_body_does_not_depend_on_the_shared_head() -> None:
-    runs = [toy_run(make("fedloge", **FAST)), toy_run(make("fedloge", **FAST))]
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_fedloges_body_does_not_depend_on_the_shared_head(clip: float | None) -> None:
+    runs = [toy_run(make("fedloge", **FAST), setting=replace(toy.SETTING, clip=clip)) for _ in range(2)]
     shifted = tree.map(lambda leaf: 2 * leaf + 1.0, runs[1].progress.server["head"])
     runs[1].progress.server = {**runs[1].progress.server, "head": shifted}
     one, other = (finish(run).progress.server for run in runs)
