@@ -1,0 +1,182 @@
+"""CReFF: one whole round re-computed with torch's modules and optimisers, and what its pieces must not do."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench import LocalData, Tree, keys, tree
+from bench.contract import toy
+from bench.registry import ALGORITHMS
+from bench.training.rounds import Run
+from bench.tree import largest_difference
+
+SETTING = replace(toy.SETTING, participation=0.5, rounds=3, momentum=0.9, weight_decay=1e-2)
+CHEAP: dict[str, Any] = {"features_per_class": 10, "match_steps": 5, "head_epochs": 3}
+CLASSES = range(6)
+
+
+def run_of(engine: str = "serial", setting: Any = SETTING, **fields: Any) -> Run:
+    return toy.run(ALGORITHMS["creff"](**{**CHEAP, **fields}), engine, setting=setting)
+
+
+def data_of(run: Run, client: int, round: int) -> LocalData:
+    visit = run.population.visit(client, round, {})
+    n = torch.tensor(len(visit.index))
+    return LocalData(run.population.images, visit.index, n, visit.key, visit.class_counts, run.setting.batch_size)
+
+
+def trained(run: Run, start: Tree, data: LocalData) -> Tree:
+    """torch's SGD on cross-entropy from a momentum of zero, all leaves of the toy's network in their order."""
+    w = [torch.nn.Parameter(leaf.clone()) for leaf in tree.flatten(start).values()]
+    optimiser = torch.optim.SGD(w, run.setting.lr, run.setting.momentum, weight_decay=run.setting.weight_decay)
+    for batch in data.batches(run.setting.epochs):
+        optimiser.zero_grad()
+        F.cross_entropy(F.linear(torch.relu(F.linear(batch.x.flatten(1), *w[:2])), *w[2:]), batch.y).backward()
+        optimiser.step()
+    return tree.unflatten(dict(zip(tree.flatten(start), (p.detach() for p in w), strict=True)))
+
+
+def class_gradients(run: Run, body: Tree, head: Tree, data: LocalData) -> dict[int, tuple[Tensor, ...]]:
+    """Of the mean cross-entropy of each class that a client holds, by the head's weight and bias."""
+    x, y = run.population.images.plain(data.index), data.y
+    z = torch.relu(F.linear(x.flatten(1), *tree.flatten(body).values()))
+    w = [head[name].clone().requires_grad_() for name in ("weight", "bias")]
+    return {
+        int(c): torch.autograd.grad(F.cross_entropy(F.linear(z[y == c], *w), y[y == c]), w) for c in torch.unique(y)
+    }
+
+
+def matched(features: Tensor, head: Tree, targets: dict[int, tuple[Tensor, ...]], steps: int) -> Tensor:
+    """SGD of rate 0.1 on the mismatch of gradients, 1 - cosine of each row of the weight's and of the bias's."""
+    moving = torch.nn.Parameter(features.clone())
+    optimiser = torch.optim.SGD([moving], lr=0.1)
+    for _ in range(steps):
+        apart = torch.zeros(())
+        for c, (weight, bias) in targets.items():
+            w = [head[name].clone().requires_grad_() for name in ("weight", "bias")]
+            entropy = F.cross_entropy(F.linear(moving[c], *w), torch.full((len(moving[c]),), c))
+            mine = torch.autograd.grad(entropy, w, create_graph=True)
+            for a, b in [*zip(mine[0], weight, strict=True), (mine[1], bias)]:
+                apart = apart + 1 - a @ b / (a.norm() * b.norm() + 1e-6)
+        optimiser.zero_grad()
+        apart.backward()
+        optimiser.step()
+    return moving.detach()
+
+
+def retrained(run: Run, features: Tensor, round: int, epochs: int) -> Tree:
+    """A fresh linear layer, trained by SGD of rate 0.01 in batches of 32; the round's own draw says how it starts."""
+    key = keys.fold(run.task.key, "server", "retrain", round)
+    layer = torch.nn.Linear(features.shape[2], len(features))
+    layer.load_state_dict(run.task.model.init(key)["head"])
+    optimiser = torch.optim.SGD(layer.parameters(), lr=0.01)
+    x, y = features.flatten(0, 1), torch.arange(len(features)).repeat_interleave(features.shape[1])
+    for epoch in range(epochs):
+        for rows in keys.permutation(keys.fold(key, epoch), len(x)).split(32):
+            optimiser.zero_grad()
+            F.cross_entropy(layer(x[rows]), y[rows]).backward()
+            optimiser.step()
+    return {name: leaf.detach().clone() for name, leaf in layer.named_parameters()}
+
+
+def a_round(run: Run, server: Tree, round: int) -> Tree:
+    """Algorithm 1, from what the server has before a round to what it has after it."""
+    model = {"body": server["body"], "head": server["head"]}
+    found: dict[int, list[tuple[Tensor, ...]]] = {}
+    models, sizes = [], []
+    for client in run.population.cohort(round):
+        data = data_of(run, client, round)
+        for c, gradient in class_gradients(run, server["body"], server["retrained"], data).items():
+            found.setdefault(c, []).append(gradient)
+        models.append(trained(run, model, data))
+        sizes.append(len(data.index))
+    mean = tree.map(lambda *w: sum(n * leaf for n, leaf in zip(sizes, w, strict=True)) / sum(sizes), *models)
+    targets = {
+        c: tuple(torch.stack(part).mean(0) for part in zip(*those, strict=True)) for c, those in sorted(found.items())
+    }
+    features = matched(server["features"], server["retrained"], targets, CHEAP["match_steps"])
+    return {**mean, "features": features, "retrained": retrained(run, features, round, CHEAP["head_epochs"])}
+
+
+@pytest.mark.parametrize("engine", ["serial", "stacked"])
+def test_a_round_is_the_papers(engine: str) -> None:
+    """From the second on, when the re-trained head is no longer the averaged one."""
+    run = run_of(engine)
+    for round in range(3):
+        before = tree.clone(run.progress.server)
+        run.step()
+        after, wanted = run.progress.server, a_round(run, before, round)
+        assert after.keys() == wanted.keys()
+        for key in wanted:
+            assert largest_difference({key: after[key]}, {key: wanted[key]}) < 2e-4, (key, round)
+        assert float((before["features"] - after["features"]).abs().max()) > 1e-3
+
+
+def test_a_class_counts_once_for_each_client_that_holds_it_however_many_images_it_has() -> None:
+    """The cohort of a round has clients of unequal size that share a class, or the test above says too little."""
+    run = run_of()
+    counts = torch.stack([run.population.class_counts(k) for k in run.population.cohort(1)])
+    shared = (counts > 0).sum(0) > 1
+    assert any(len(counts[:, c][counts[:, c] > 0].unique()) > 1 for c in torch.nonzero(shared).flatten().tolist())
+    assert not bool(((counts > 0).sum(0) > 0).all())  # and some class is absent
+
+
+def test_the_gradient_of_features_is_that_of_their_mean_loss() -> None:
+    """Which only the 1e-6 beside small gradients can tell from their sum."""
+    run = run_of()
+    server = run.progress.server
+    draw = torch.Generator().manual_seed(0)
+    target = {"weight": 1e-6 * torch.randn(6, 6, 64, generator=draw), "bias": 1e-6 * torch.randn(6, 6, generator=draw)}
+    targets: dict[int, tuple[Tensor, ...]] = {c: (target["weight"][c], target["bias"][c]) for c in CLASSES}
+    mine = run.algorithm._match(run.task, server, target, torch.ones(6, dtype=torch.bool))  # type: ignore[attr-defined]
+    wanted = matched(server["features"], server["retrained"], targets, 5)
+    moved = float((wanted - server["features"]).abs().max())
+    assert float((mine - wanted).abs().max()) < 1e-2 * moved
+
+
+def test_each_round_trains_a_head_of_its_own_start() -> None:
+    run = run_of(head_epochs=0)
+    starts = [run.progress.server["retrained"]]
+    for _ in range(2):
+        run.step()
+        starts.append(run.progress.server["retrained"])
+    assert all(largest_difference(a, b) > 0.05 for a, b in itertools.combinations(starts, 2))
+
+
+def test_features_are_drawn_once_and_go_on_from_round_to_round() -> None:
+    run = run_of(match_steps=0)
+    before = run.progress.server["features"].clone()
+    assert before.shape == (6, 10, 64)
+    assert abs(float(before.mean())) < 0.05 and float(before.std()) == pytest.approx(1.0, abs=0.05)
+    assert torch.equal(toy.finish(run).progress.server["features"], before)
+
+
+def test_the_retrained_head_is_what_is_tested_and_never_what_is_trained() -> None:
+    run = toy.finish(run_of())
+    task, server = run.task_at(2), run.progress.server
+    sent = run.algorithm.broadcast(task, server)
+    assert "features" not in sent
+    wanted = {"body": server["body"], "head": server["retrained"]}
+    for model in (
+        run.algorithm.global_model(task, server),
+        run.algorithm.personal_model(task, sent, {}, data_of(run, 0, 2)),
+    ):
+        assert model is not None and largest_difference(model, wanted) == 0.0
+    upload, _ = toy.upload_once(run, 0, task)
+    averaged = {"body": server["body"], "head": server["head"]}
+    assert largest_difference(server["head"], server["retrained"]) > 1e-2
+    mine = {"body": upload["body"], "head": upload["head"]}
+    assert largest_difference(mine, trained(run, averaged, data_of(run, 0, 2))) < 5e-6
+
+
+def test_the_defaults_are_the_references() -> None:
+    creff = ALGORITHMS["creff"]()
+    assert (creff.features_per_class, creff.match_steps, creff.head_epochs) == (100, 100, 300)
+    assert (creff.match_lr, creff.head_lr) == (0.1, 0.01)
