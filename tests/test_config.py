@@ -15,7 +15,7 @@ from bench.models import BadModel
 from bench.protocol import spelling
 from bench.protocol.identity import canonical
 from bench.protocol.presets import DEFAULT, PAPER, Choice, Preset
-from bench.protocol.settings import BadConfig
+from bench.protocol.settings import FIELDS, BadConfig
 from bench.registry import UnknownPlugin
 from bench.sweep import config
 from bench.sweep.config import Run, Sweep
@@ -368,14 +368,12 @@ def test_what_would_do_nothing_is_refused(options: dict[str, object], said: str)
     assert said in str(caught.value)
 
 
-def test_the_clients_that_are_tested_are_part_of_the_identity_only_where_they_are_chosen() -> None:
-    assert "eval_clients" not in canonical(only().identity())
-    assert only(overrides={"eval_clients": 5}).id != only().id
-
-
-def test_labels_of_newcomers_are_part_of_the_identity_only_where_they_are_taken_away() -> None:
-    assert "unseen_labels" not in canonical(only(overrides={"unseen": 2}).identity())
-    assert only(overrides={"unseen": 2, "unseen_labels": True}).id == only(overrides={"unseen": 2}).id
+def test_every_field_of_the_setting_is_part_of_the_identity_and_one_told_at_its_usual_value_changes_nothing() -> None:
+    told = only().identity()["setting"]
+    assert {*told, "name", "auxiliary"} == set(FIELDS)
+    assert all(only(overrides={key: value}).id == only().id for key, value in told.items() if key != "alpha")
+    for changed in ({"eval_clients": 5}, {"split_seed": 3}, {"client_test": "global"}, {"lr_steps": ((0.5, 0.1),)}):
+        assert only(overrides=changed).id != only().id
     assert only(overrides={"unseen": 2, "unseen_labels": False}).id != only(overrides={"unseen": 2}).id
 
 

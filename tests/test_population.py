@@ -98,7 +98,8 @@ def test_a_cohorts_images_and_the_next_ones_are_announced_and_no_others_are_read
     assert isinstance(images, Lent)
     first, second = (set(run.population.images._rows(rows).tolist()) for rows in cohort_rows(run))
     assert [set(rows.tolist()) for rows in images.announced[1:]] == [first | second, second]
-    assert images.read == toy.SETTING.epochs * sum(len(rows) for rows in cohort_rows(run))
+    once_more = sum(toy.SIZES)  # all clients, for the test of models right after local work
+    assert images.read == toy.SETTING.epochs * (sum(len(rows) for rows in cohort_rows(run)) + once_more)
 
 
 def cohort_rows(run: Run) -> list[Tensor]:
@@ -292,6 +293,22 @@ def test_models_tested_a_few_clients_at_a_time_get_the_same_counts(
     parts = stepped(algorithm, unseen=2).outcome()
     assert parts.metrics == whole.metrics
     assert all(torch.equal(a.rows, b.rows) for a, b in zip(parts.counts, whole.counts, strict=True))
+
+
+def test_runs_on_one_split_still_have_cohorts_weights_and_orders_of_their_own() -> None:
+    dataset = toy.Toy()
+    splits = dataset.load()
+
+    def trained(seed: int, setting: Setting) -> tuple[str, str]:
+        split = make_split(splits.labels, dataset.num_classes, setting, seed)
+        job = Job(ALGORITHMS["fedavg"](), dataset, splits, split, setting, seed, "serial")
+        return split.fingerprint, toy.finish(Run(job)).outcome().digest
+
+    free = replace(toy.SETTING, rounds=1, epochs=1)
+    held = [trained(seed, replace(free, split_seed=7)) for seed in (0, 1, 7)]
+    assert len({fingerprint for fingerprint, _ in held}) == 1 and len({digest for _, digest in held}) == 3
+    assert held[2] == trained(7, free)
+    assert trained(0, free)[0] != trained(1, free)[0]
 
 
 def test_a_sample_of_clients_is_tested_the_same_for_every_algorithm_and_round() -> None:

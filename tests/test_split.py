@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import replace
 from fractions import Fraction
@@ -22,14 +23,17 @@ from bench.splits.dealing import Pool, dirichlet_table
 from bench.splits.heterogeneity import gini, measure
 from bench.splits.longtail import class_sizes, subsample
 from bench.splits.partition import PARTITIONS
+from bench.splits.selection import set_aside
 from bench.splits.split import (
     PartitionFailed,
     class_table,
     client_test_sizes,
+    client_tests,
     describe,
     group_classes,
     make_split,
 )
+from bench.training.metrics import summarise
 
 DRAWN = ("iid", "dirichlet", "fedloge", "feddf_recut", "lda")
 """Partitions that take any alpha and no users."""
@@ -211,7 +215,7 @@ def cases(draw: st.DrawFn) -> tuple[Labels, int, Setting, int]:
         partition=partition,
         imbalance=draw(st.floats(1, 20)),
         profile=draw(st.sampled_from(["exponential", "step", "pareto"])),
-        client_test=draw(st.sampled_from(["matched", "fedloge"])),
+        client_test=draw(st.sampled_from(["matched", "fedloge", "balanced", "global"])),
     )
     return Labels(train, test, users), num_classes, chosen, draw(st.integers(0, 2**32 - 1))
 
@@ -254,8 +258,15 @@ def test_any_client_is_tested_on_its_own_distribution(case: tuple[Labels, int, S
                 assert t == most or t <= a * share < t + 1
             continue
         ratio = min([share, *(Fraction(most, a) for a, most in zip(train, available, strict=True) if a)])
-        assert all(a * ratio <= t < a * ratio + 1 for a, t in zip(train, test, strict=True))
-        assert [a > 0 for a in train] == [t > 0 for t in test]  # no class is dropped, none is added
+        matched = [math.ceil(a * ratio) for a in train]
+        if chosen.client_test == "matched":
+            assert test == matched
+            assert [a > 0 for a in train] == [t > 0 for t in test]  # no class is dropped, none is added
+        else:
+            like = split.class_counts.tolist() if chosen.client_test == "global" else [int(a > 0) for a in train]
+            whole = sum(matched), max(sum(like), 1)
+            ratio = min([Fraction(*whole), *(Fraction(m, a) for a, m in zip(like, available, strict=True) if a)])
+            assert test == [math.ceil(a * ratio) for a in like]
 
 
 @pytest.mark.parametrize("partition", [*DRAWN, "shards", "users"])
@@ -266,6 +277,21 @@ def test_another_seed_is_another_split_of_the_same_images(partition: str) -> Non
     assert one.fingerprint != other.fingerprint
     assert not all(map(torch.equal, one.clients, other.clients))
     assert torch.equal(torch.cat(one.clients).sort().values, torch.cat(other.clients).sort().values)
+
+
+@pytest.mark.parametrize("partition", [*DRAWN, "shards", "users"])
+def test_a_seed_of_the_split_takes_the_place_of_the_runs(partition: str) -> None:
+    labels = replace(official(5, 60, 20), users=torch.arange(300) % 9)
+    free = setting(alpha=2.0, imbalance=3, partition=partition)
+    held = replace(free, split_seed=7)
+    splits = [make_split(labels, 5, held, 0), make_split(labels, 5, held, 1), make_split(labels, 5, free, 7)]
+    assert len({split.fingerprint for split in splits}) == 1
+    for split in splits[1:]:
+        assert all(map(torch.equal, split.clients, splits[0].clients))
+        assert all(map(torch.equal, split.tests, splits[0].tests))
+    assert make_split(labels, 5, free, 0).fingerprint != splits[0].fingerprint
+    asides = [set_aside(labels, 5, *one, 0.2) for one in ((held, 0), (held, 1), (free, 7))]
+    assert all(all(map(torch.equal, aside.tests, asides[0].tests)) for aside in asides)
 
 
 def test_a_split_neither_reads_nor_moves_global_randomness() -> None:
@@ -401,6 +427,38 @@ def test_client_test_sizes_are_those_computed_by_hand() -> None:
     # N = 1000, M = 400: 0.4 would ask for 120 of class 0, of which there are 100; hence a third.
     assert client_test_sizes(own, 1000, available, int(available.sum()), "matched").tolist() == [100, 3, 0, 1]
     assert client_test_sizes(own, 1000, available, int(available.sum()), "fedloge").tolist() == [100, 2, 0, 0]
+
+
+def drawn(rule: str, train: list[list[int]], available: list[int]) -> list[list[int]]:
+    """Give how many test images of each class clients are given that have so many for training."""
+    num_classes = len(available)
+    labels = np.concatenate([np.repeat(np.arange(num_classes), counts) for counts in train])
+    ends = np.cumsum([sum(counts) for counts in train])
+    clients = np.split(np.arange(len(labels)), ends[:-1])
+    test = np.repeat(np.arange(num_classes), available)
+    tests = client_tests(labels, test, clients, num_classes, rule, 0)
+    return [np.bincount(test[rows], minlength=num_classes).tolist() for rows in tests]
+
+
+def test_balanced_and_global_client_tests_are_those_computed_by_hand() -> None:
+    train, available = [[40, 10, 0], [0, 0, 50], [0, 0, 0]], [20, 20, 10]  # half as many for testing
+    assert drawn("matched", train, available) == [[20, 5, 0], [0, 0, 10], [0, 0, 0]]
+    assert drawn("balanced", train, available) == [[13, 13, 0], [0, 0, 10], [0, 0, 0]]  # 25 among two, 10 for one
+    assert drawn("global", train, available) == [[8, 2, 10], [4, 1, 5], [0, 0, 0]]  # 10 are all there are of class 2
+
+
+def test_where_little_is_there_a_balanced_test_takes_equally_little_and_every_class_is_in_a_global_one() -> None:
+    assert drawn("balanced", [[90, 10]], [50, 3]) == [[3, 3]]
+    assert drawn("balanced", [[90, 10, 5]], [50, 3, 0]) == [[3, 3, 0]]  # of a class without test images none
+    assert drawn("global", [[1, 0, 0], [500, 5, 1]], [100, 100, 100])[0] == [1, 1, 1]
+
+
+def test_in_balanced_tests_all_images_and_all_classes_weigh_the_same() -> None:
+    split = make_split(CIFAR10, 10, setting(clients=20, imbalance=50, alpha=0.3, client_test="balanced"), 0)
+    total = torch.stack([counts(CIFAR10.test, rows, 10) for rows in split.tests])
+    correct = (total * torch.rand(total.shape, generator=torch.Generator().manual_seed(0))).long()
+    measured = summarise({"personal": (correct, total)}, {"few": torch.arange(10)})
+    assert measured["personal.balanced"] == pytest.approx(measured["personal"], abs=1e-12)
 
 
 # Groups and measures -------------------------------------------------------------------------------

@@ -95,8 +95,8 @@ class Setting:
     """Seed of the partition and the clients' test images; None: the run's, so that both change together."""
     client_test: str = "matched"
     """How client test sets are drawn: "matched" (distributed as the client's training images), "fedloge" (the same,
-    rounded down), "balanced" (as many of each class that the client has), "global" (as all clients' training images
-    together), or "own", the users' own test images."""
+    rounded down), "balanced" (equally many of each class that the client has), "global" (distributed as all clients'
+    training images together), or "own", the users' own test images."""
     groups: str = "thirds"
     """Rule of many / medium / few: "thirds" of the classes by size, "count" (> 100, 20-100, < 20) or "cumulative"
     (75 %, 95 %)."""
@@ -171,6 +171,10 @@ class Setting:
         """Give how many of all clients take part in a round: at least one."""
         exactly = round(self.participation * self.training_clients(clients), 9)  # 0.29 x 100 is 28.999999999999996
         return max(int(exactly), 1)
+
+    def seed_of_split(self, seed: int) -> int:
+        """Give the seed of the partition and the clients' test images in a run of this seed."""
+        return seed if self.split_seed is None else self.split_seed
 
     def lr_at(self, round: int) -> float:
         """Give the learning rate of a round, 0..rounds-1."""

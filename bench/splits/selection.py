@@ -37,7 +37,7 @@ def set_aside(labels: Labels, num_classes: int, setting: Setting, seed: int, sha
         labels: Of the official training part; the test part is not looked at.
         num_classes: C.
         setting: As of `make_split`; its `unseen` clients take no part.
-        seed: Of the run.
+        seed: Of the run; what is set aside follows the setting's `split_seed`, as the partition does.
         share: In (0, 0.5].
 
     Returns:
@@ -55,7 +55,7 @@ def set_aside(labels: Labels, num_classes: int, setting: Setting, seed: int, sha
     random = np.random.RandomState(0)
     clients, tests = [], []
     for k, rows in enumerate(dealt.clients[: setting.training_clients(len(dealt.clients))]):
-        reseed(random, seed, "validation", k)
+        reseed(random, setting.seed_of_split(seed), "validation", k)
         taken = _every_so_often(truth[rows.numpy()], share, random)
         clients.append(rows[~taken])
         tests.append(rows[taken])

@@ -1,7 +1,7 @@
 """Whose images are whose: the long-tailed training set, its partition, and a test set for each client.
 
-A split is a function of (labels, setting, seed) alone, never of an algorithm. Its fingerprint stands in every
-result.
+A split is a function of (labels, setting, seed) alone, never of an algorithm, and of the setting's `split_seed` instead
+of the run's seed where there is one. Its fingerprint stands in every result.
 """
 
 from __future__ import annotations
@@ -44,13 +44,14 @@ class Split:
 def make_split(labels: Labels, num_classes: int, setting: Setting, seed: int) -> Split:
     """Make the split that a setting and a seed describe.
 
-    The long tail does not depend on the seed; the partition and the clients' test sets do.
+    The long tail does not depend on the seed; the partition and the clients' test sets do, on the setting's
+    `split_seed` if it has one.
 
     Args:
         labels: Of the official parts.
         num_classes: C.
-        setting: Its profile, imbalance, partition, alpha, clients and client_test are read.
-        seed: 0..2^32-1.
+        setting: Its profile, imbalance, partition, alpha, clients, client_test and split_seed are read.
+        seed: Of the run, 0..2^32-1.
 
     Raises:
         PartitionFailed: The images cannot be dealt in this way, or there is no partition of that name.
@@ -62,6 +63,7 @@ def make_split(labels: Labels, num_classes: int, setting: Setting, seed: int) ->
             raise DataDamaged(f"labels run from {low} to {high}, and there are {num_classes} classes")
     if not 0 <= seed < 2**32:
         raise PartitionFailed(f"seed = {seed}: must be in 0..{2**32 - 1}")
+    seed = setting.seed_of_split(seed)
     if setting.partition not in PARTITIONS:
         known = ", ".join(PARTITIONS)
         raise PartitionFailed(f"no partition is called {setting.partition!r}; there are {known}")
@@ -93,17 +95,20 @@ def _clients(pool: Pool, setting: Setting) -> int:
 
 
 def client_tests(train: Rows, test: Rows, clients: list[Rows], num_classes: int, rule: str, seed: int) -> list[Rows]:
-    """Draw for each client test images distributed as its training images.
+    """Draw test images for each client.
 
-    Without replacement within a client, independently of other clients: their test sets may overlap.
+    Without replacement within a client, independently of other clients: their test sets may overlap. A client is given
+    as many as "matched" gives; "balanced" and "global" only distribute them otherwise, rounded up as there, so that a
+    client whose test has few images of many classes is given more.
 
     Args:
         train: (N,) labels of the official training set.
         test: (M,) labels of the official test set.
         clients: Training rows of each client.
         num_classes: C.
-        rule: Of `client_test_sizes`.
-        seed: Of the run.
+        rule: Of `client_test_sizes`, or "balanced": as many of each class that the client has; or "global":
+            distributed as the training images of all clients together.
+        seed: Of the split.
 
     Returns:
         For each client ascending rows of the official test set.
@@ -111,11 +116,18 @@ def client_tests(train: Rows, test: Rows, clients: list[Rows], num_classes: int,
     rows = by_class(test, num_classes)
     available = np.bincount(test, minlength=num_classes)
     everything, total = len(test), sum(len(client) for client in clients)
+    together = np.unique(train[np.concatenate(clients)], return_counts=True)
     random = np.random.RandomState(0)
     tests = []
     for k, client in enumerate(clients):
         present, counts = np.unique(train[client], return_counts=True)
-        sizes = client_test_sizes(counts, total, available[present], everything, rule)
+        first = "fedloge" if rule == "fedloge" else "matched"
+        sizes = client_test_sizes(counts, total, available[present], everything, first)
+        if rule in ("balanced", "global"):
+            present, counts = together if rule == "global" else (present, np.ones_like(present))
+            there = available[present] > 0
+            present, counts = present[there], counts[there]
+            sizes = client_test_sizes(counts, int(counts.sum()), available[present], int(sizes.sum()), "matched")
         reseed(random, seed, "test", k)
         drawn = [random.permutation(rows[c])[:size] for c, size in zip(present, sizes, strict=True) if size]
         tests.append(np.sort(np.concatenate([np.empty(0, dtype=np.int64), *drawn])))
