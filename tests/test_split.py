@@ -18,7 +18,7 @@ from scipy.spatial.distance import jensenshannon
 
 from bench.command.picture import spans
 from bench.dataset import DataDamaged, Labels
-from bench.protocol.settings import Setting
+from bench.protocol.settings import GROUP_RULES, Setting
 from bench.splits.dealing import Pool, dirichlet_table
 from bench.splits.heterogeneity import gini, measure
 from bench.splits.longtail import class_sizes, subsample
@@ -492,6 +492,30 @@ def test_groups_by_cumulated_share_have_the_published_sizes(
     assert tuple(len(classes) for classes in groups.values()) == sizes
 
 
+@pytest.mark.parametrize(
+    ("num_classes", "sizes"),
+    [
+        (10, (4, 3, 3)),
+        (11, (4, 3, 4)),
+        (100, (34, 33, 33)),
+        (62, (21, 20, 21)),
+        (3, (1, 1, 1)),
+        (2, (1, 0, 1)),
+        (1, (1, 0, 0)),
+    ],
+)
+def test_thirds_are_thirds_and_the_larger_ones_are_in_front(num_classes: int, sizes: tuple[int, ...]) -> None:
+    groups = group_classes(torch.arange(num_classes), "thirds")  # the last class is the largest
+    assert tuple(len(classes) for classes in groups.values()) == sizes
+    ranked = [*groups["few"].tolist(), *groups["medium"].tolist(), *groups["many"].tolist()]
+    assert ranked == list(range(num_classes))
+
+
+def test_equal_classes_are_ranked_by_their_number() -> None:
+    groups = group_classes(torch.tensor([5, 9, 5, 9, 5, 5, 1]), "thirds")
+    assert [classes.tolist() for classes in groups.values()] == [[0, 1, 3], [2, 4], [5, 6]]
+
+
 def test_group_borders_are_where_they_are_said_to_be() -> None:
     by_count = group_classes(torch.tensor([101, 100, 20, 19, 0]), "count")
     assert [classes.tolist() for classes in by_count.values()] == [[0], [1, 2], [3, 4]]
@@ -502,7 +526,7 @@ def test_group_borders_are_where_they_are_said_to_be() -> None:
     assert [classes.tolist() for classes in one.values()] == [[0], [], [1, 2]]
 
 
-@given(st.lists(st.integers(0, 500), min_size=1, max_size=30), st.sampled_from(["count", "cumulative"]))
+@given(st.lists(st.integers(0, 500), min_size=1, max_size=30), st.sampled_from(GROUP_RULES))
 def test_every_class_is_in_one_group(sizes: list[int], rule: str) -> None:
     groups = group_classes(torch.tensor(sizes), rule)
     assert list(groups) == ["many", "medium", "few"]

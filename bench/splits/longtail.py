@@ -107,10 +107,10 @@ def group_classes(class_counts: Tensor, rule: str) -> dict[str, Tensor]:
 
     Args:
         class_counts: (C,) int64, of the global long-tailed training set.
-        rule: "thirds": of the classes by size, largest first, equal ones in their order; 4, 3 and 3 of ten. "count":
-            above 100, 20 to 100, below 20 images. "cumulative": classes by size, largest first;
-            the head ends with the class in which 75 % of all images are reached, the middle with the one in
-            which 95 % are.
+        rule: "thirds": of the classes by size, largest first, equal ones in their order; 4, 3 and 3 of ten, and where
+            two are left over both ends have one more. "count": above 100, 20 to 100, below 20 images. "cumulative":
+            classes by size, largest first; the head ends with the class in which 75 % of all images are reached, the
+            middle with the one in which 95 % are.
 
     Returns:
         Ascending classes under "many", "medium" and "few": every class once, a group may be empty.
@@ -122,10 +122,10 @@ def group_classes(class_counts: Tensor, rule: str) -> dict[str, Tensor]:
     Fed-GraB and FedLoGe, which counts the clients' test images instead.
     """
     if rule == "thirds":
+        everything = len(class_counts)
         place = torch.empty_like(class_counts)
-        place[torch.sort(class_counts, descending=True, stable=True).indices] = torch.arange(len(class_counts))
-        third, rest = divmod(len(class_counts), 3)
-        many, few = place < third + (rest > 0), place >= len(class_counts) - third
+        place[torch.sort(class_counts, descending=True, stable=True).indices] = torch.arange(everything)
+        many, few = place < (everything + 2) // 3, place >= everything - (everything + 1) // 3
     elif rule == "count":
         few, many = class_counts < FEW, class_counts > MANY
     elif rule == "cumulative":
