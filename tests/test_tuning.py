@@ -102,7 +102,8 @@ def test_what_is_set_aside_is_a_share_of_each_class_of_each_client(
     try:
         split = selection.set_aside(known, 4, setting, seed, share)
     except PartitionFailed:
-        return  # by chance nothing is drawn from so few
+        assert all(len(known.train[mine].unique()) == len(mine) for mine in whole.clients)
+        return
     assert len(split.clients) == len(split.tests) == len(whole.clients)
     for mine, fit, aside in zip(whole.clients, split.clients, split.tests, strict=True):
         assert torch.cat([fit, aside]).sort().values.equal(mine)
@@ -110,6 +111,11 @@ def test_what_is_set_aside_is_a_share_of_each_class_of_each_client(
             n, taken = int((known.train[mine] == each).sum()), int((known.train[aside] == each).sum())
             assert (np.floor(n * share) if n > 1 else 0) <= taken <= (np.ceil(n * share) if n > 1 else 0)
             assert taken < n
+    held = torch.stack([torch.bincount(known.train[mine], minlength=4) for mine in whole.clients])
+    seen = torch.stack([torch.bincount(known.train[aside], minlength=4) for aside in split.tests])
+    assert ((seen.sum(0) > 0) == (held.max(0).values > 1)).all()
+    left = torch.nonzero((held.sum(0) > 0) & (seen.sum(0) == 0)).flatten()
+    assert selection.without_validation(known, split) == left.tolist()
     fit_rows = torch.cat(split.clients)
     assert split.class_counts.equal(torch.bincount(known.train[fit_rows], minlength=4))
 
@@ -123,6 +129,28 @@ def test_a_share_of_many_images_is_set_aside_whatever_their_number_at_a_client()
     assert aside[sizes == 1].sum() == 0
     assert aside[sizes == 2].sum() / sizes[sizes == 2].sum() == pytest.approx(0.2, abs=0.03)
     assert aside[sizes == 3].sum() / sizes[sizes == 3].sum() == pytest.approx(0.2, abs=0.03)
+
+
+def test_a_class_that_nobody_drew_gives_an_image_where_most_of_it_is() -> None:
+    truth, users = [0] * 60 + [1] * 2 + [1] * 3 + [2, 2], [0] * 30 + [1] * 30 + [0] * 2 + [1] * 3 + [0, 1]
+    known = labels(truth, users)
+    found = set()
+    for seed in range(40):
+        split = selection.set_aside(known, 3, by_users(imbalance=None), seed, 0.02)
+        owners = {users[int(row)] for rows in split.tests for row in rows if truth[int(row)] == 1}
+        assert owners and selection.without_validation(known, split) == [2]
+        found |= {int(row) for row in split.tests[0 if owners == {0} else 1] if truth[int(row)] == 1}
+    assert {62, 63, 64} <= found  # any of the three, at the client that has them
+
+
+def test_classes_without_an_image_to_choose_by_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    one = study()
+    check([one])
+    assert capsys.readouterr().err == ""
+    check([replace(one, run=replace(one.run, setting=replace(one.run.setting, clients=60, imbalance=100.0)))])
+    said = capsys.readouterr().err
+    assert said.startswith("digits, seed 0: ") and said.count("\n") == 1
+    assert "5 of 10 classes (5, 6, 7, 8, 9) have no validation image, as no client has two of one;" in said
 
 
 def test_the_seed_decides_what_is_set_aside_and_the_test_part_does_not() -> None:

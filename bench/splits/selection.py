@@ -9,13 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from bench.dataset import Labels, Splits, Streamed
 from bench.protocol.settings import BadConfig, Setting
 from bench.splits.dealing import PartitionFailed, reseed
-from bench.splits.longtail import Rows
+from bench.splits.longtail import Rows, by_class
 from bench.splits.split import Split, make_split
 
 
@@ -31,7 +32,8 @@ def set_aside(labels: Labels, num_classes: int, setting: Setting, seed: int, sha
     random within a class, and every 1/`share`-th is set aside, from a random start on: of a class with n images
     ⌊n · share⌋ or ⌈n · share⌉. An image that is the only one of its class at its client is never set aside, as no test
     image of a client is of a class that it has not trained on. Clients with too few images train on all of them, and
-    are not tested.
+    are not tested. Of a class that nobody set an image aside of, one is taken at the client that has most of them:
+    otherwise what is chosen would not be chosen for the tail.
 
     Args:
         labels: Of the official training part; the test part is not looked at.
@@ -46,29 +48,48 @@ def set_aside(labels: Labels, num_classes: int, setting: Setting, seed: int, sha
 
     Raises:
         BadConfig: The share is out of range.
-        PartitionFailed: As of `make_split`, or no client has two images of one class to set one aside.
+        PartitionFailed: As of `make_split`, or no client has two images of one class.
     """
     if not 0 < share <= 0.5:
         raise BadConfig(f"--validation {share:g}: a share of the training images in (0, 0.5] is wanted, such as 0.2")
     dealt = make_split(without_test(labels), num_classes, replace(setting, client_test="matched"), seed)
     truth = labels.train.numpy()
+    seed = setting.seed_of_split(seed)
     random = np.random.RandomState(0)
-    clients, tests = [], []
-    for k, rows in enumerate(dealt.clients[: setting.training_clients(len(dealt.clients))]):
-        reseed(random, setting.seed_of_split(seed), "validation", k)
-        taken = _every_so_often(truth[rows.numpy()], share, random)
-        clients.append(rows[~taken])
-        tests.append(rows[taken])
-    if not any(map(len, tests)):
+    parts = dealt.clients[: setting.training_clients(len(dealt.clients))]
+    drawn = []
+    for k, rows in enumerate(parts):
+        reseed(random, seed, "validation", k)
+        drawn.append(_every_so_often(truth[rows.numpy()], share, random))
+    owners, taken = np.arange(len(parts)).repeat([len(rows) for rows in parts]), np.concatenate(drawn)
+    for each, places in enumerate(by_class(truth[torch.cat(parts).numpy()], num_classes)):
+        held = np.bincount(owners[places], minlength=1)
+        if held.max() > 1 and not taken[places].any():
+            reseed(random, seed, "validation of class", each)
+            taken[random.choice(places[owners[places] == held.argmax()])] = True
+    if not taken.any():
         raise PartitionFailed(
-            f"--validation {share:g}: no client can set an image aside, as none is drawn that has another of its class "
-            "beside it; use a larger share, or fewer clients"
+            f"--validation {share:g}: no client can set an image aside, as none has two of one class; use fewer clients"
         )
+    aside = torch.from_numpy(taken).split([len(rows) for rows in parts])
+    clients = tuple(rows[~mine] for rows, mine in zip(parts, aside, strict=True))
+    tests = tuple(rows[mine] for rows, mine in zip(parts, aside, strict=True))
     kept = np.bincount(truth[torch.cat(clients).numpy()], minlength=num_classes)
-    return Split(torch.from_numpy(kept), tuple(clients), tuple(tests), dealt.fingerprint)
+    return Split(torch.from_numpy(kept), clients, tests, dealt.fingerprint)
 
 
-def _every_so_often(truth: Rows, share: float, random: np.random.RandomState) -> Tensor:
+def without_validation(labels: Labels, split: Split) -> list[int]:
+    """Give the classes that are trained on and of which no image is set aside, as no client has two.
+
+    Args:
+        labels: As of `set_aside`.
+        split: Of `set_aside`.
+    """
+    seen = torch.bincount(labels.train[torch.cat(split.tests)], minlength=len(split.class_counts))
+    return torch.nonzero((split.class_counts > 0) & (seen == 0)).flatten().tolist()
+
+
+def _every_so_often(truth: Rows, share: float, random: np.random.RandomState) -> npt.NDArray[np.bool_]:
     """Choose images of one client, given its labels: (n,) bool."""
     shuffled = random.permutation(len(truth))
     order = shuffled[np.argsort(truth[shuffled], kind="stable")]
@@ -76,7 +97,7 @@ def _every_so_often(truth: Rows, share: float, random: np.random.RandomState) ->
     taken = np.zeros(len(truth), dtype=bool)
     taken[order] = np.diff(ticks) > 0
     _, group, sizes = np.unique(truth, return_inverse=True, return_counts=True)
-    return torch.from_numpy(taken & (sizes[group] > 1))
+    return taken & (sizes[group] > 1)
 
 
 def view(splits: Splits, split: Split) -> tuple[Splits, Split]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -16,6 +17,7 @@ from bench.registry import label
 from bench.results.claims import Claimed, claim
 from bench.results.storage import place, prepare
 from bench.splits import selection
+from bench.sweep.config import Run
 from bench.tuning.study import Study, Trial
 
 FOLDER = "tuning"
@@ -122,7 +124,8 @@ def _read(file: Path) -> list[Trial]:
 
 
 def check(studies: Sequence[Study]) -> None:
-    """Make the splits that studies need, from labels alone: what is wrong shows before any work is done.
+    """Make the splits that studies need, from labels alone: what is wrong shows before any work is done. Standard error
+    says which classes nothing can be chosen by.
 
     Raises:
         BadConfig, DataMissing, DataDamaged, PartitionFailed: As of `selection.set_aside` and `Dataset.labels`.
@@ -134,4 +137,16 @@ def check(studies: Sequence[Study]) -> None:
         for seed in study.seeds:
             split = selection.set_aside(labels, run.dataset.num_classes, run.setting, seed, study.share)
             source.require(run.dataset, run.data_root, [*split.clients, *split.tests, *run.reserved(labels)])
+            _tell_of_the_unseen(selection.without_validation(labels, split), run, seed)
         run.read_weights()
+
+
+def _tell_of_the_unseen(classes: Sequence[int], run: Run, seed: int) -> None:
+    if classes:
+        first = ", ".join(map(str, classes[:5])) + (", ..." if len(classes) > 5 else "")
+        which = f"{len(classes)} of {run.dataset.num_classes} classes ({first})"
+        print(
+            f"{label(run.dataset)}, seed {seed}: {which} have no validation image, as no client has two of one; "
+            "nothing is chosen by these",
+            file=sys.stderr,
+        )
