@@ -1,13 +1,32 @@
-"""The papers' settings field by field, schedules of the learning rate, and sizes of cohorts."""
+"""The papers' settings field by field, schedules of the learning rate, what decays, and sizes of cohorts."""
 
 from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from bench.protocol.settings import FIELDS, SETTINGS, named
-from bench.registry import DATASETS
+from bench import Algorithm, LocalData, Task, Tree, keys, tree
+from bench.command.main import main
+from bench.contract import toy
+from bench.models import is_norm
+from bench.protocol.settings import FIELDS, SETTINGS, BadConfig, named
+from bench.protocol.spelling import parse_assignments
+from bench.registry import ALGORITHMS, DATASETS
+from bench.results import records
 from bench.splits.longtail import class_sizes, group_classes
+from bench.sweep.config import resolve_setting
+from bench.training import rounds
+from bench.training.engine import TOLERANCE
+from bench.training.population import draw_cohort
+from bench.validation.expected import rebuild
+from bench.validation.rerun import rerun
 
 # The papers' settings ---------------------------------------------------------------------------------------
 
@@ -155,3 +174,208 @@ def test_a_dataset_has_the_groups_of_its_literature() -> None:
     for setting in SETTINGS:
         expected = "cumulative" if setting == "fedloge" else "count"
         assert named(setting, DATASETS["imagenet_lt"]()).groups == expected
+
+
+# The learning rate ------------------------------------------------------------------------------------------
+
+
+def scheduled(**fields: Any) -> list[float]:
+    setting = replace(toy.SETTING, **{"rounds": 8, "lr": 1.0, **fields})
+    return [setting.lr_at(round) for round in range(setting.rounds)]
+
+
+def test_a_schedule_is_that_computed_by_hand() -> None:
+    assert scheduled() == [1.0] * 8
+    assert scheduled(lr_decay=0.5, rounds=4) == [1, 0.5, 0.25, 0.125]
+    assert scheduled(lr_steps=((0.5, 0.1), (0.75, 0.1))) == pytest.approx([1] * 4 + [0.1] * 2 + [0.01] * 2)
+    assert scheduled(lr_cosine=True, rounds=4) == pytest.approx([1, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4])
+    assert scheduled(lr_steps=((0.8, 0.05),), rounds=2000)[1599:1601] == pytest.approx([1, 0.05])
+
+
+def test_all_schedules_together_are_their_product() -> None:
+    pieces = ({"lr_decay": 0.9}, {"lr_steps": ((0.4, 0.3),)}, {"lr_cosine": True})
+    product = [math.prod(rates) for rates in zip(*(scheduled(**piece) for piece in pieces), strict=True)]
+    assert scheduled(**{key: value for piece in pieces for key, value in piece.items()}) == pytest.approx(product)
+
+
+@pytest.mark.parametrize("rounds", [3, 7, 10, 29, 100, 333])
+@pytest.mark.parametrize("percent", [10, 29, 50, 58, 75, 80])
+def test_a_step_begins_with_the_round_at_which_its_share_is_reached(rounds: int, percent: int) -> None:
+    rates = scheduled(rounds=rounds, lr_steps=((percent / 100, 0.5),))
+    assert rates.index(0.5) == percent * rounds // 100
+
+
+def test_a_run_with_a_step_is_two_runs_one_after_the_other() -> None:
+    setting = replace(toy.SETTING, weight_decay=1e-3)
+    whole = toy.finish(toy.run(ALGORITHMS["fedavg"](), setting=replace(setting, lr_steps=((0.5, 0.1),))))
+    first = toy.run(ALGORITHMS["fedavg"](), setting=setting)
+    first.step(), first.step()
+    second = toy.run(ALGORITHMS["fedavg"](), setting=replace(setting, lr=setting.lr * 0.1))
+    second.progress.server, second.progress.round = first.progress.server, 2
+    assert tree.digest([toy.finish(second).progress.server]) == tree.digest([whole.progress.server])
+    assert tree.digest([toy.finish(first).progress.server]) != tree.digest([whole.progress.server])
+
+
+STEPS = ((0.5, 0.1), (0.75, 0.1))
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["{0.5: 0.1, 0.75: 0.1}", "{0.75: 0.1, 0.5: 0.1}", "[[0.5, 0.1], [0.75, 0.1]]", "{'0.5': .1, '0.75': .1}"],
+)
+def test_steps_are_written_as_a_person_does(written: str) -> None:
+    setting = resolve_setting("quick", DATASETS["digits"](), parse_assignments([f"lr_steps={written}"]))
+    assert setting.lr_steps == STEPS
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("lr_steps=0.5", "lr_steps = 0.5: pairs of a share of the rounds and a factor are wanted, such as {0.5: 0.1"),
+        ("lr_steps=half", "lr_steps = 'half': pairs"),
+        ("lr_steps={0.5}", "pairs of a share"),
+        ("lr_steps=[[0.5, 0.1, 0.2]]", "pairs of a share"),
+        ("lr_steps=None", "pairs of a share"),
+        ("lr_steps={0.5: 'x'}", "pairs of a share"),
+        ("lr_steps={1.0: 0.1}", "must be pairs of a share of the rounds in (0, 1) and a factor > 0"),
+        ("lr_steps={0: 0.1}", "must be pairs"),
+        ("lr_steps={0.5: 0}", "must be pairs"),
+        ("lr_steps={0.5: 1e999}", "must be pairs"),
+        ("lr_cosine=1", "should be a valid boolean"),
+        ("decayed=norms", "must be one of all, weights"),
+        ("split_seed=-1", "split_seed = -1: must be in 0..2^32-1"),
+        ("client_test=even", "must be one of matched, fedloge, balanced, global, own"),
+        ("groups=halves", "must be one of thirds, count, cumulative"),
+    ],
+)
+def test_a_wrong_value_is_answered_in_a_sentence(field: str, said: str) -> None:
+    with pytest.raises(BadConfig) as caught:
+        resolve_setting("quick", DATASETS["digits"](), parse_assignments([field]))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def told_by(*words: str, capsys: pytest.CaptureFixture[str]) -> Any:
+    with pytest.raises(SystemExit) as ended:
+        main([*words], prog_name="bench")
+    captured = capsys.readouterr()
+    assert not ended.value.code, captured.err
+    return json.loads(captured.out)
+
+
+def test_a_schedule_is_stored_and_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("sweep.toml").write_text("""
+algos = "fedavg"
+rounds = 2
+clients = 4
+out = "stored"
+[set]
+lr_steps = {"0.75" = 0.1, "0.5" = 0.1}
+split_seed = 3
+client_test = "balanced"
+""")
+    told_by("run", "--from", "sweep.toml", "--json", capsys=capsys)
+    (folder,) = Path("stored").glob("*/run.json")
+    record = records.read(folder.parent)
+    assert json.loads(folder.read_text())["setting"]["lr_steps"] == [[0.5, 0.1], [0.75, 0.1]]
+    run = rebuild(record).run(Path())
+    assert (run.setting.lr_steps, run.setting.split_seed, run.id) == (STEPS, 3, record.id)
+    again = rerun(record, run)
+    assert again.agrees and again.because is None
+
+
+# What decays ------------------------------------------------------------------------------------------------
+
+
+SMALL = (20, 9, 0, 0, 0, 0, 0, 0)
+HEAVY = replace(toy.SETTING, model="resnet8", rounds=1, participation=1.0, epochs=1, weight_decay=0.5)
+
+
+def trained(engine: str, **fields: Any) -> Tree:
+    run = toy.run(ALGORITHMS["fedavg"](), engine, setting=replace(HEAVY, **fields), sizes=SMALL)
+    return toy.finish(run).progress.server
+
+
+@dataclass(frozen=True)
+class Compared(Algorithm):
+    """FedAvg, whose clients compare their SGD with torch's."""
+
+    decayed_vectors: float
+
+    def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
+        batches = list(data.batches(1))
+        mine = task.sgd(task.loss, shared, batches)
+        leaves = {path: leaf.clone().requires_grad_() for path, leaf in tree.flatten(shared).items()}
+        vectors = [leaf for path, leaf in leaves.items() if path.endswith("bias") or is_norm(path)]
+        others = [leaf for leaf in leaves.values() if not any(leaf is vector for vector in vectors)]
+        groups: list[dict[str, Any]] = [{"params": vectors, "weight_decay": self.decayed_vectors}, {"params": others}]
+        optimiser = torch.optim.SGD(groups, task.lr, task.momentum, weight_decay=task.weight_decay)
+        for batch in batches:
+            optimiser.zero_grad()
+            task.loss(tree.unflatten(leaves), batch).backward()
+            optimiser.step()
+        assert tree.largest_difference(mine, tree.map(torch.Tensor.detach, tree.unflatten(leaves))) < 1e-6
+        return shared, private
+
+
+@pytest.mark.parametrize(("decayed", "vectors"), [("weights", 0.0), ("all", 0.5)])
+def test_what_decays_is_what_torch_is_told_in_groups_of_parameters(decayed: str, vectors: float) -> None:
+    toy.finish(toy.run(Compared(vectors), setting=replace(HEAVY, decayed=decayed), sizes=SMALL))
+
+
+def test_both_engines_leave_biases_and_norm_layers_alone() -> None:
+    serial, stacked = trained("serial", decayed="weights"), trained("stacked", decayed="weights")
+    assert tree.largest_difference(serial, stacked) < TOLERANCE
+    apart = tree.flatten(tree.add(serial, trained("serial"), -1.0))
+    assert min(float(apart[path].abs().max()) for path in apart if is_norm(path) and path.endswith("weight")) > 0.01
+
+
+# Cohorts ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clients", [1, 7, 20, 50, 100, 333])
+def test_a_cohort_is_the_share_of_the_clients_rounded_down_exactly(clients: int) -> None:
+    for percent in range(1, 101):
+        setting = replace(toy.SETTING, clients=clients, participation=percent / 100)
+        size = max(percent * clients // 100, 1)
+        assert setting.cohort_size(clients) == size
+        assert len(draw_cohort(setting, clients, keys.key(0), 0)) == size
+
+
+def test_clients_held_out_are_no_part_of_the_share() -> None:
+    setting = replace(toy.SETTING, clients=110, unseen=10, participation=0.29)
+    assert (
+        setting.cohort_size(110) == 29
+        and replace(setting, clients=50, unseen=0, participation=0.58).cohort_size(50) == 29
+    )
+
+
+# Precision --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rounding() -> Iterator[list[Any]]:
+    """Have torch round in products and convolutions, as it may on a GPU, and put back what was."""
+    places: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
+    before = [place.allow_tf32 for place in places]
+    for place in places:
+        place.allow_tf32 = True
+    yield places
+    for place, allowed in zip(places, before, strict=True):
+        place.allow_tf32 = allowed
+
+
+@pytest.mark.parametrize(("device", "allowed"), [("cuda", False), ("cpu", True)])
+def test_float32_on_a_gpu_is_float32(
+    device: str, allowed: bool, rounding: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rounds, "Population", stop)  # there may be no GPU
+    job = replace(toy._job(ALGORITHMS["fedavg"](), "serial", 0, toy.SETTING, False, toy.SIZES), device=device)
+    with pytest.raises(KeyboardInterrupt):
+        rounds.surroundings(job)
+    assert [place.allow_tf32 for place in rounding] == [allowed, allowed]

@@ -71,8 +71,8 @@ class Setting:
     lr_decay: float = 1.0
     """Factor on the learning rate after each round."""
     lr_steps: tuple[tuple[float, float], ...] = ()
-    """Further factors, each from a share of the rounds on: ((0.5, 0.1), (0.75, 0.1)) is a tenth from half of the rounds
-    on and a hundredth in the last quarter."""
+    """Further factors, each from a share of the rounds on (rounded down): ((0.5, 0.1), (0.75, 0.1)) is a tenth from
+    half of the rounds on and a hundredth in the last quarter."""
     lr_cosine: bool = False
     """Whether the learning rate falls besides as half a cosine, to zero after the last round."""
     momentum: float = 0.0
@@ -123,13 +123,10 @@ class Setting:
             _require((value is None and name == "alpha") or value > 0, name, value, "must be above 0")
         _require(0 <= self.lost < 1, "lost", self.lost, "must be in [0, 1)")
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "must be in [0, 1)")
-        for share, factor in self.lr_steps:
-            fits = 0 < share < 1 and factor > 0
-            _require(
-                fits, "lr_steps", self.lr_steps, "must be pairs of a share of the rounds in (0, 1) and a factor > 0"
-            )
-        _require(self.split_seed is None or 0 <= self.split_seed < 2**32, "split_seed", self.split_seed,
-                 "must be in 0..2^32-1")  # fmt: skip
+        steps = all(0 < share < 1 and 0 < factor < math.inf for share, factor in self.lr_steps)
+        _require(steps, "lr_steps", self.lr_steps, "must be pairs of a share of the rounds in (0, 1) and a factor > 0")
+        known = self.split_seed is None or 0 <= self.split_seed < 2**32
+        _require(known, "split_seed", self.split_seed, "must be in 0..2^32-1")
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must be at least 0")
         _require(self.clip is None or self.clip > 0, "clip", self.clip, "must be above 0")
         _require(
@@ -180,7 +177,7 @@ class Setting:
         """Give the learning rate of a round, 0..rounds-1."""
         lr = self.lr * self.lr_decay**round
         for share, factor in self.lr_steps:
-            lr *= factor if round >= share * self.rounds - 1e-9 else 1.0
+            lr *= factor if round + 1 > share * self.rounds + 1e-9 else 1.0
         return lr * (1 + math.cos(math.pi * round / self.rounds)) / 2 if self.lr_cosine else lr
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -47,7 +47,7 @@ class Run:
     engine: str
     """"serial" or "stacked", resolved."""
     precision: str = "fp32"
-    """"fp32" or "bf16"."""
+    """"fp32", without TF32, or "bf16"."""
     device: str = "cpu"
     """"cpu" or "cuda", resolved."""
     weights: Path | None = None
@@ -319,18 +319,15 @@ def resolve_setting(setting: str, dataset: Dataset, overrides: Mapping[str, obje
 
 
 def _pairs(field: str, value: object) -> object:
-    """Let steps of the learning rate be written as a person does: {0.5: 0.1, 0.75: 0.1}."""
+    """Let steps of the learning rate be written as a person does: {0.5: 0.1, 0.75: 0.1}, with quotes in TOML."""
     if field != "lr_steps":
         return value
-    items = value.items() if isinstance(value, Mapping) else value
-    if not isinstance(items, Iterable) or isinstance(items, str):
-        return value
-    pairs = [tuple(item) if isinstance(item, list | tuple) else item for item in items]
-    return tuple(tuple(map(float, pair)) if _numbers(pair) else pair for pair in sorted(pairs, key=repr))
-
-
-def _numbers(pair: object) -> bool:
-    return isinstance(pair, tuple) and all(type(number) in (int, float) for number in pair)
+    items: Any = value.items() if isinstance(value, Mapping) else value
+    try:
+        return tuple(sorted((float(share), float(factor)) for share, factor in items))
+    except (TypeError, ValueError) as error:
+        pairs = "pairs of a share of the rounds and a factor are wanted, such as {0.5: 0.1, 0.75: 0.1}"
+        raise BadConfig(f"lr_steps = {value!r}: {pairs}") from error
 
 
 def _reconcile(setting: Setting, dataset: Dataset, given: Mapping[str, Any], usual: float | None) -> Setting:

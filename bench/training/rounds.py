@@ -129,7 +129,8 @@ class Job:
     engine: str
     """"serial" or "stacked"."""
     precision: str = "fp32"
-    """Or "bf16", for automatic mixed precision."""
+    """"fp32", on a GPU too: TF32, which torch takes for convolutions there, is switched off in the whole process. Or
+    "bf16", for automatic mixed precision."""
     device: str = "cpu"
     """Or "cuda"."""
     weights: Tree | None = None
@@ -171,6 +172,8 @@ def surroundings(job: Job) -> Surroundings:
         BadConfig: The algorithm needs images at the server, and the job has none.
     """
     algorithm, dataset, split, setting, device = job.algorithm, job.dataset, job.split, job.setting, job.device
+    if device == "cuda":  # torch would round in convolutions to 10 bits of mantissa
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     population = Population(dataset, job.splits, split, setting, job.seed, device)
     prior = split.class_counts / split.class_counts.sum() if "prior" in algorithm.needs else None
     task = Task(
