@@ -1,5 +1,5 @@
-"""Methods that train a body and a head, against their algorithm boxes in plain torch: whole runs, what clients keep, and
-the models that are tested.
+"""Methods that train a body and a head, against their algorithm boxes in plain torch: whole runs, what clients keep,
+and the models that are tested.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-DEFAULT_ALGORITHMS = "fedavg,fedrep,fedbabu,creff,fedloge"
+DEFAULT_ALGORITHMS = "fedavg,fedavg_prior,fedrep,fedbabu,creff,fedloge"
 DEFAULT_DATASET = "digits"
 DEFAULT_SETTING = "quick"
 
