@@ -290,6 +290,7 @@ def test_a_seed_of_the_split_takes_the_place_of_the_runs(partition: str) -> None
         assert all(map(torch.equal, split.clients, splits[0].clients))
         assert all(map(torch.equal, split.tests, splits[0].tests))
     assert make_split(labels, 5, free, 0).fingerprint != splits[0].fingerprint
+    assert make_split(labels, 5, replace(free, split_seed=0), 7).fingerprint != splits[0].fingerprint
     asides = [set_aside(labels, 5, *one, 0.2) for one in ((held, 0), (held, 1), (free, 7))]
     assert all(all(map(torch.equal, aside.tests, asides[0].tests)) for aside in asides)
 
@@ -449,7 +450,7 @@ def test_balanced_and_global_client_tests_are_those_computed_by_hand() -> None:
 
 def test_where_little_is_there_a_balanced_test_takes_equally_little_and_every_class_is_in_a_global_one() -> None:
     assert drawn("balanced", [[90, 10]], [50, 3]) == [[3, 3]]
-    assert drawn("balanced", [[90, 10, 5]], [50, 3, 0]) == [[3, 3, 0]]  # of a class without test images none
+    assert drawn("balanced", [[30, 30, 30]], [60, 60, 0]) == [[40, 40, 0]]  # a class without test images takes no share
     assert drawn("global", [[1, 0, 0], [500, 5, 1]], [100, 100, 100])[0] == [1, 1, 1]
 
 
