@@ -21,8 +21,8 @@ from scipy import stats
 
 from bench.command.main import main
 from bench.protocol.settings import BadConfig
-from bench.results import comparison, table
-from bench.results.comparison import choose, compare, entrants, part_over_settings, ranking
+from bench.results import comparison, records, table
+from bench.results.comparison import choose, compare, entrants, part_over_datasets, ranking
 from bench.results.layout import best, remarks, resolution
 from bench.results.leaderboard import Leaderboard, leaderboards, measured
 from bench.results.records import Record
@@ -63,7 +63,7 @@ def coverage(values: Numbers, truth: float) -> float:
     ) / len(found)
 
 
-@pytest.mark.parametrize("n", [2, 5, 6, 10])
+@pytest.mark.parametrize("n", [5, 6, 10])
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_intervals_cover_the_truth_as_often_as_they_say(name: str, n: int) -> None:
     draw, truth = DISTRIBUTIONS[name]
@@ -76,7 +76,7 @@ def test_a_plain_bootstrap_of_few_seeds_would_cover_too_little() -> None:
     values = np.random.default_rng(5).normal(size=(800, 5))
     plain = stats.bootstrap((values,), np.mean, axis=-1, n_resamples=999, rng=np.random.default_rng(0), batch=100)
     low, high = plain.confidence_interval.low, plain.confidence_interval.high
-    assert np.mean((low <= 0) & (high >= 0)) < 0.88  # hence Student's below six
+    assert np.mean((low <= 0) & (high >= 0)) < 0.88  # hence Student's of five
     assert coverage(values, 0.0) > 0.93
     within = (values.min(1) <= 0) & (values.max(1) >= 0)  # what no resample of five leaves
     assert np.mean(within) == pytest.approx(1 - 2 / 2**5, abs=0.03)
@@ -90,8 +90,7 @@ def test_a_bootstrap_interval_is_the_librarys_at_the_widened_level() -> None:
     ).confidence_interval
     found = estimate(values)
     assert found.low == pytest.approx(ends.low) and found.high == pytest.approx(ends.high)
-    assert found.half_width == pytest.approx((ends.high - ends.low) / 2) and found.resampled
-    assert found.mean == math.fsum(values) / 7
+    assert found.kind == "bootstrap" and found.mean == math.fsum(values) / 7
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
@@ -99,18 +98,18 @@ def test_a_bootstrap_interval_is_the_librarys_at_the_widened_level() -> None:
 def test_an_interval_holds_the_mean_and_is_the_same_again(values: list[float]) -> None:
     found = estimate(values)
     assert found == estimate([None, *values, math.nan]) == estimates({"a": [0.1] * 6, "b": values})["b"]
-    assert found.n == len(values) and found.resampled == (len(values) >= FEWEST_RESAMPLED)
+    assert found.n == len(values) and (found.kind == "bootstrap") == (len(values) >= FEWEST_RESAMPLED)
     if len(values) > 1:
         assert found.low is not None and found.high is not None and found.mean is not None
         assert found.low <= found.mean + 1e-9 and found.mean <= found.high + 1e-9
-        if found.resampled:
+        if found.kind != "student":
             assert min(values) - 1e-9 <= found.low and found.high <= max(values) + 1e-9
 
 
 def test_seeds_that_agree_have_an_interval_of_no_width() -> None:
-    assert estimate([0.25] * 7) == Estimate(0.25, 0.0, 7, 0.25, 0.25)
+    assert estimate([0.25] * 7) == Estimate(0.25, 7, 0.25, 0.25, "bootstrap")
     nearly = estimate([0.1 + 0.2, 0.3, 0.3, 0.3, 0.3, 0.3])
-    assert nearly.half_width is not None and nearly.half_width < 1e-12
+    assert nearly.low is not None and nearly.high is not None and nearly.high - nearly.low < 1e-12
 
 
 # Simulation: tests ------------------------------------------------------------------------------------------
@@ -264,7 +263,7 @@ def test_ties_are_left_out_and_counted_as_ties() -> None:
     assert (pair.n, pair.wins, pair.ties, pair.losses) == (7, 5, 2, 0) and pair.p == 2 / 32
     (pair,) = pairwise({"a": blocks(*[0.3] * 8), "b": blocks(*[0.3] * 8)})
     assert pair.tied and pair.p == pair.corrected == 1.0 and not pair.separated
-    assert pair.difference == Estimate(0.0, 0.0, 8, 0.0, 0.0)
+    assert pair.difference == Estimate(0.0, 8, 0.0, 0.0, "bootstrap")
 
 
 def test_a_difference_that_is_only_rounding_is_a_tie() -> None:
@@ -407,57 +406,133 @@ def test_ties_are_said_to_be_ties() -> None:
     assert part.ranking is not None and part.ranking.ranks[0] == part.ranking.ranks[1] == pytest.approx(5 / 3)
 
 
-def several(count: int, order: Sequence[str] = ("a", "b", "c"), gap: float = 0.1) -> list[Record]:
-    """Records of some settings, in each of which the algorithms are in this order."""
+def several(
+    count: int, order: Sequence[str] = ("a", "b", "c"), gap: float = 0.1, settings: int = 1, seeds: int = 2
+) -> list[Record]:
+    """Records of some datasets and settings of each, in each of which the algorithms are in this order."""
     return [
-        record(name, seed=seed, values={"personal": 0.9 - gap * place - 0.01 * setting + 0.001 * seed * place},
-               setting={"imbalance": 10.0 * (setting + 1)})
-        for setting in range(count)
+        record(name, seed=seed, values={"personal.balanced": 0.9 - gap * place - 0.01 * which + 0.001 * seed * place},
+               setting={"imbalance": 10.0 * (setting + 1), "model": f"m{which}"}, dataset=f"d{which}")
+        for which in range(count)
+        for setting in range(settings)
         for place, name in enumerate(order)
-        for seed in range(2)
+        for seed in range(seeds)
     ]  # fmt: skip
 
 
-def test_settings_are_blocks_and_their_seeds_are_not() -> None:
+BALANCED = "personal.balanced"
+
+
+def test_datasets_are_blocks_and_neither_their_seeds_nor_their_settings_are() -> None:
     boards = leaderboards(several(8))
-    compared = compare(boards, "personal")
-    assert len(compared.parts) == 8 and compared.overall is not None and compared.overall.unit == "setting"
+    compared = compare(boards, BALANCED)
+    assert len(compared.parts) == 8 and compared.overall is not None and compared.overall.unit == "dataset"
     assert [pair.n for pair in compared.overall.pairs] == [8, 8, 8]
     assert all(pair.separated for pair in compared.overall.pairs) and compared.overall.ranking is not None
-    assert compared.overall.ranking == ranking(boards, "personal") and compared.overall.ranking.unit == "setting"
+    assert compared.overall.ranking == ranking(boards, BALANCED) and compared.overall.ranking.unit == "dataset"
     assert compared.overall.ranking.ranks == (1.0, 2.0, 3.0)
     assert compared.overall.ranking.groups == (("a", "b"), ("b", "c"))
     assert all(pair.n == 2 for part in compared.parts for pair in part.pairs)
+    assert not any("no independent evidence" in line for line in (*compared.overall.says, *compared.left_out))
+    more = compare(leaderboards(several(2, settings=4)), BALANCED).overall
+    assert more is not None and [pair.n for pair in more.pairs] == [2, 2, 2] and more.title == "2 datasets"
+    assert more.says[-1].startswith("Averaged over 8 settings first. Settings of one dataset share images, seeds and")
+
+
+def test_settings_of_one_dataset_are_not_tested_together_however_many() -> None:
+    boards = leaderboards(several(1, settings=9))
+    compared = compare(boards, BALANCED)
+    assert len(compared.parts) == 9 and compared.overall is None and ranking(boards, BALANCED) is None
+    (said,) = compared.left_out
+    assert said.startswith("There is no test over all") and "no independent evidence" in said
+    assert "Average ranks" not in table.render(boards, "md")
+    assert "no independent evidence" in table.render(boards, "md")
+    assert compare(boards[:1], BALANCED).left_out == ()
+
+
+def test_settings_are_averaged_within_their_dataset_first() -> None:
+    # on d0 a is far better in one setting and a little worse in two; on d1 b is better
+    found = []
+    for imbalance, ahead in ((10.0, 0.3), (20.0, -0.05), (30.0, -0.05)):
+        for name, value in (("a", 0.5 + ahead), ("b", 0.5)):
+            found.append(record(name, values={BALANCED: value}, setting={"imbalance": imbalance}, dataset="d0"))
+    for name, value in (("a", 0.4), ("b", 0.5)):
+        found.append(record(name, values={BALANCED: value}, setting={"model": "cnn"}, dataset="d1"))
+    part = part_over_datasets(leaderboards(found), BALANCED)
+    assert part is not None
+    (pair,) = part.pairs
+    assert (pair.n, pair.wins, pair.losses) == (2, 1, 1)
+    assert pair.difference.mean == pytest.approx((0.2 / 3 - 0.1) / 2) and pair.difference.kind == "range"
+    assert (pair.difference.low, round(pair.difference.high or 0.0, 9)) == (-0.1, round(0.2 / 3, 9))
 
 
 def test_one_setting_on_two_machines_is_one_block() -> None:
-    twice = [*several(2), *runs({"a": [0.1] * 3, "b": [0.2] * 3, "c": [0.3] * 3}, device="cuda")]
-    part = part_over_settings(leaderboards(twice), "personal")
+    twins = [{name: [0.1 * (1 + k)] * 3 for k, name in enumerate("abc")}]
+    cuda = runs(twins[0], BALANCED, device="cuda", dataset="d0", setting={"model": "m0", "imbalance": 10.0})
+    part = part_over_datasets(leaderboards([*several(2), *cuda]), BALANCED)
     assert part is not None and part.ranking is not None and part.ranking.blocks == 2
     # The GPU has more common seeds, and stands for the first setting: there c is the best
     assert {pair.wins for pair in part.pairs} == {1} == {pair.losses for pair in part.pairs}
 
 
-def test_algorithms_that_lack_a_setting_are_left_out_and_named() -> None:
-    found = [each for each in several(3) if not (each.algorithm == "b" and each.imbalance == 20.0)]
-    part = part_over_settings(leaderboards(found), "personal")
+def test_algorithms_that_lack_a_dataset_are_left_out_and_named() -> None:
+    found = [each for each in several(3) if not (each.algorithm == "b" and each.dataset == "d1")]
+    part = part_over_datasets(leaderboards(found), BALANCED)
     assert part is not None and part.ranking is not None and part.ranking.labels == ("a", "b", "c")
     assert part.ranking.blocks == 2 and part.says[-1] == "1 more setting lacks some of these algorithms."
-    found = [each for each in several(9) if not (each.algorithm == "b" and each.imbalance != 20.0)]
-    part = part_over_settings(leaderboards(found), "personal")  # nine settings of two say more than one of three
+    found = [each for each in several(9) if not (each.algorithm == "b" and each.dataset != "d1")]
+    part = part_over_datasets(leaderboards(found), BALANCED)  # nine datasets of two say more than one of three
     assert part is not None and part.ranking is not None and part.ranking.labels == ("a", "c")
-    assert part.ranking.blocks == 9 and part.says[-1] == "Not in each of the 9 settings, hence left out: b."
-    found = [each for each in several(3) if not (each.algorithm == "b" and each.imbalance == 20.0)]
-    chosen = part_over_settings(leaderboards(found), "personal", ["a", "b", "c"])
+    assert part.ranking.blocks == 9 and part.says[-1] == "Not on each of the 9 datasets, hence left out: b."
+    found = [each for each in several(3) if not (each.algorithm == "b" and each.dataset == "d1")]
+    chosen = part_over_datasets(leaderboards(found), BALANCED, ["a", "b", "c"])
     assert chosen is not None and chosen.ranking is not None and chosen.ranking.blocks == 2
-    assert part_over_settings(leaderboards(several(1)), "personal") is None
+    assert part_over_datasets(leaderboards(several(1)), BALANCED) is None
+    # one of a dataset's settings lacks b: the others stand for it
+    found = [each for each in several(2, settings=3) if not (each.algorithm == "b" and each.imbalance == 20.0)]
+    part = part_over_datasets(leaderboards(found), BALANCED)
+    assert part is not None and part.ranking is not None and part.ranking.labels == ("a", "b", "c")
+    assert part.says[-2].startswith("Averaged over 4 settings") and part.says[-1].startswith("2 more settings lack")
 
 
 def test_means_over_seeds_are_of_the_seeds_that_all_have() -> None:
     found = several(2)
-    found += [record("a", seed=5, values={"personal": 0.0}, setting={"imbalance": 10.0})]  # nobody else has seed 5
-    part = part_over_settings(leaderboards(found), "personal")
+    alone = {"imbalance": 10.0, "model": "m0"}
+    found += [record("a", seed=5, values={BALANCED: 0.0}, setting=alone, dataset="d0")]  # nobody else has seed 5
+    part = part_over_datasets(leaderboards(found), BALANCED)
     assert part is not None and part.ranking is not None and part.ranking.ranks == (1.0, 2.0, 3.0)
+
+
+# Partitions drawn anew --------------------------------------------------------------------------------------
+
+
+def test_initialisation_and_partition_are_told_apart_where_the_split_seed_is_given() -> None:
+    random = np.random.default_rng(0)
+    found = []
+    for which in range(12):
+        shift = random.normal(0, 0.04)
+        for seed in range(8):
+            values = {"steady": 0.5 + random.normal(0, 0.01), "moving": 0.5 + shift + random.normal(0, 0.01)}
+            for name, value in values.items():
+                found.append(record(name, seed=seed, values={BALANCED: value}, setting={"split_seed": which}))
+    (spread,) = compare(leaderboards(found), BALANCED).spread
+    assert spread.title == "digits, imbalance 10, alpha 0.5, setting quick, what varies over 12 partitions"
+    rows = {label: numbers for label, *numbers in spread.rows}
+    assert rows["steady"] == [pytest.approx(0.01, abs=0.002), pytest.approx(0.0, abs=0.004)]
+    assert rows["moving"] == [pytest.approx(0.01, abs=0.002), pytest.approx(0.04, abs=0.015)]
+    assert compare(leaderboards(runs(CLEAR)), "personal").spread == ()
+    fixed = [record(name, seed=seed, setting={"split_seed": 0}) for name in "ab" for seed in range(3)]
+    assert compare(leaderboards(fixed), BALANCED).spread == ()
+
+
+def test_partitions_of_different_settings_or_machines_are_no_family() -> None:
+    found = [
+        record("a", seed=seed, values={BALANCED: 0.1 * seed}, setting={"split_seed": which, "lr": 0.1 + which})
+        for which in range(2)
+        for seed in range(2)
+    ]
+    found += [record("b", seed=seed, setting={"split_seed": 0, "lr": 0.1}, device="cuda") for seed in range(2)]
+    assert comparison.spread(comparison._tables(leaderboards(found), BALANCED, None)) == ()
 
 
 # Who is meant -----------------------------------------------------------------------------------------------
@@ -492,11 +567,29 @@ def test_an_algorithm_that_is_not_there_is_answered_with_those_that_are(word: st
         choose(family(), [word])
 
 
+def test_a_learning_rate_of_its_own_makes_another_algorithm(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def tuned(seed: int) -> dict[str, Any]:
+        content = document("fedavg", seed=seed, values={BALANCED: 0.7})
+        content["identity"]["algorithm"]["lr"] = 0.1
+        return {**content, "label": "fedavg [tuned, lr 0.1]"}
+
+    for seed in range(2):
+        store(tmp_path, document("fedavg", seed=seed, values={BALANCED: 0.5}))
+        store(tmp_path, tuned(seed))
+    boards = leaderboards(records.read_all(tmp_path)[0])
+    assert [row.lr for row in boards[0].rows] == [0.1, None]
+    assert set(entrants(boards)) == {"fedavg", "fedavg [tuned, lr 0.1]"}
+    ((pair,),) = [part.pairs for part in compare(boards, BALANCED).parts]
+    assert {pair.first, pair.second} == set(entrants(boards)) and pair.difference.mean == pytest.approx(0.2)
+    status, printed, _ = bench(capsys, "compare", "fedavg [tuned, lr 0.1]", "fedavg", "--out", tmp_path)
+    assert status == 0 and "+20.0 (+20.0, +20.0)" in printed
+
+
 def test_versions_on_different_boards_are_never_one_algorithm() -> None:
     found = [record("a", version=1), record("b"), record("a", version=2, setting={"imbalance": 50.0})]
     boards = leaderboards([*found, record("b", setting={"imbalance": 50.0})])
     assert set(entrants(boards)) == {"a version 1", "a version 2", "b"}
-    assert part_over_settings(boards, "personal") is None
+    assert part_over_datasets(boards, "personal") is None
 
 
 # Tables -----------------------------------------------------------------------------------------------------
@@ -535,20 +628,20 @@ def test_the_terminal_shows_in_bold_what_tests_support() -> None:
     from rich.console import Console
 
     console = Console(width=80, file=io.StringIO(), force_terminal=True, color_system="standard")
-    for part in table.terminal(leaderboards(runs(CLEAR))):
+    for part in table.terminal(leaderboards(runs(CLEAR, BALANCED))):
         console.print(part)
     lines = console.file.getvalue()  # type: ignore[attr-defined]
-    bold = re.findall(r"\x1b\[1m([\d.]+±[\d.]+)", lines)
-    assert len(bold) == 1 and bold[0].startswith("80.4±")
+    assert re.findall(r"\x1b\[1m *([\d.–]+)", lines) == ["80.4", "80.1–80.5"]
 
 
-def test_a_bootstrap_shows_both_ends_and_students_interval_its_half() -> None:
+def test_a_bootstrap_shows_both_ends_students_interval_its_half_and_a_range_says_so() -> None:
     values = {"a": [0.5, 0.5, 0.5, 0.5, 0.5, 0.9, 0.6]}
     found = estimate(values["a"])
     text = table.render(leaderboards(runs(values)), "md")
     assert found.low is not None and found.high is not None
     assert f"57.1 [{100 * found.low:.1f}, {100 * found.high:.1f}]" in text
-    assert re.search(r"52\.5 ± \d", table.render(leaderboards(runs({"a": [0.5, 0.55]})), "md"))
+    assert re.search(r"52\.0 ± \d", table.render(leaderboards(runs({"a": [0.5, 0.51, 0.52, 0.53, 0.54]})), "md"))
+    assert "52.5 (50.0–55.0)" in table.render(leaderboards(runs({"a": [0.5, 0.55]})), "md")
 
 
 def test_a_table_says_what_its_seeds_can_separate() -> None:
@@ -558,12 +651,13 @@ def test_a_table_says_what_its_seeds_can_separate() -> None:
 
 
 @pytest.mark.parametrize("form", ["md", "html", "latex"])
-def test_several_settings_are_summed_up_by_average_ranks(form: str) -> None:
-    text = table.render(leaderboards(several(3)), form)
-    assert text.count("Average ranks over 3 settings") == 1 and "2.00" in text
+def test_several_datasets_are_summed_up_by_average_ranks(form: str) -> None:
+    text = table.render(leaderboards(several(3, settings=2)), form)
+    assert text.count("Average ranks over 3 datasets") == 1 and "2.00" in text
     assert "Average ranks" not in table.render(leaderboards(several(1)), form)
     summary = json.loads(table.render(leaderboards(several(3)), "json"))["averages"]
     assert summary["cells"] == [["a", "1.00", "2.00"], ["b", "2.00", "2.00"], ["c", "3.00", "2.00"]]
+    assert summary["heading"] == ["algorithm", "balanced", "generic"]
     alone = leaderboards([*runs({"a": [0.5]}), *runs({"b": [0.5]}, setting={"lr": 0.1})])
     assert "Average ranks" not in table.render(alone, form)
 
@@ -584,7 +678,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("results")
     for name, start in (("fedavg", 0.5), ("fedrep", 0.7), ("tag$x$", 0.3)):
         for seed in range(7):
-            content = document(name, seed=seed, values={"personal": start + 0.01 * seed, "generic": 0.5})
+            content = document(name, seed=seed, values={BALANCED: start + 0.01 * seed, "generic": 0.5})
             content |= {"label": name}
             store(place, content)
     return place
@@ -671,7 +765,7 @@ def test_differences_over_protocols_that_share_nothing_are_a_sentence(
     store(tmp_path, document("a"))
     store(tmp_path, document("b", setting={"lr": 0.1}))
     status, _, said = bench(capsys, "compare", "--out", tmp_path)
-    assert status == 2 and "no two of a, b have personal under one protocol" in said
+    assert status == 2 and "no two of a, b have personal.balanced under one protocol" in said
     for name in ("a", "c"):
         store(tmp_path, document(name, seed=3, setting={"lr": 0.2}))
     store(tmp_path, document("c", setting={"lr": 0.1}))

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bench.protocol.identity import canonical, identify
 from bench.results import records, table
-from bench.results.layout import columns, details, footnotes, remarks
+from bench.results.layout import columns, details, footnotes, remarks, spell
 from bench.results.leaderboard import Leaderboard, leaderboards
 from bench.results.record import check
 from bench.results.records import Record
@@ -36,17 +36,6 @@ from bench.training import metrics
 GROUPS = {"many": torch.tensor([0]), "medium": torch.tensor([1, 2]), "few": torch.tensor([3])}
 
 # Metrics ----------------------------------------------------------------------------------------------------
-
-
-def test_the_front_page_shows_the_published_results() -> None:
-    root = Path(__file__).parents[1]
-    shown = (root / "README.md").read_text(encoding="utf-8")
-    boards = table.leaderboards(records.read_all(root / "results")[0])
-    assert table.front_page(shown, boards) == shown, "bench table --out results --write --into README.md"
-    assert "| `fedloge`" in shown
-    for lines in (table.FRONT[:1], table.FRONT[::-1], table.FRONT * 2):
-        with pytest.raises(ValueError, match="once, in this order"):
-            table.front_page("\n".join((*lines, "")), boards)
 
 
 def test_generic_is_the_mean_over_classes_and_over_the_classes_of_a_group() -> None:
@@ -93,14 +82,14 @@ def test_further_models_are_reported_by_their_names() -> None:
         metrics.summarise({"head": pair}, {})
 
 
-def test_the_last_ten_and_the_best_leave_out_what_was_not_measured() -> None:
+def test_the_last_ten_and_the_best_rest_on_every_evaluation_or_are_absent() -> None:
     rows = [{"round": number, "personal": number / 100} for number in range(1, 13)]
     assert metrics.last_mean(rows, "personal") == pytest.approx(7.5 / 100)  # rounds 3 to 12
     assert metrics.last_mean(rows[:2], "personal") == pytest.approx(1.5 / 100)
     assert metrics.best(rows, "personal") == 0.12
     assert metrics.last_mean(rows, "generic") is metrics.best(rows, "generic") is None
     patchy: list[dict[str, float | None]] = [{"personal": None}, {"personal": math.nan}, {"personal": 0.5}]
-    assert metrics.last_mean(patchy, "personal") == 0.5
+    assert metrics.last_mean(patchy, "personal") is metrics.best(patchy, "personal") is None
     assert metrics.best([{"personal": math.nan}], "personal") is None
 
 
@@ -181,6 +170,9 @@ ROUNDS: list[dict[str, float | int | None]] = [
 ]
 
 
+TESTED = {"clients": 20, "images": [4, 23], "worst_decile": 2, "one_class": 0, "drawn": 16, "never": 4}
+
+
 def document(
     algorithm: str = "fedavg",
     fields: Mapping[str, object] | None = None,
@@ -189,6 +181,7 @@ def document(
     *,
     setting: Mapping[str, object] | None = None,
     version: int = 1,
+    tested: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
     """What a finished run of four classes would say about itself."""
@@ -201,7 +194,8 @@ def document(
     cell |= {key: changes.pop(key) for key in list(changes) if key in cell}
     described = {"name": algorithm, "version": version, "fields": dict(fields or {})}
     words = ", ".join(f"{key}={value!r}" for key, value in (fields or {}).items())
-    cost = {"bytes_down": 3e6, "bytes_up": 2e6, "train_flops": 4.2e12, "samples": 12_345.0}
+    cost = {"bytes_down": 3e6, "bytes_up": 2e6, "train_samples": 12_000.0, "adaptation_samples": 345.0}
+    cost |= {"server_samples": 0.0, "train_flops": 4.2e12, "adaptation_flops": 0.6e12, "server_flops": 0.0}
     cost |= {"wall_seconds": 61.25, "peak_memory_bytes": 300 * 2.0**20, "client_state_bytes": 0.0}
     return {
         "protocol": identify({"dataset": dataset, "setting": protocol}),
@@ -221,6 +215,7 @@ def document(
         "groups": {name: classes.tolist() for name, classes in GROUPS.items()},
         "metrics": {**metrics.summarise(COUNTS, GROUPS), **(values or {})},
         "cost": cost,
+        "tested": {**TESTED, **(tested or {})},
         "commit": "0123456789abcdef",
         "finished": "2026-02-03T04:05:06+00:00",
         **changes,
@@ -241,7 +236,7 @@ def record(*positional: Any, **named: Any) -> Record:
     """A record that never saw a disk."""
     content = document(*positional, **named)
     files = {"rounds.parquet": "0", "clients.parquet": "0"}
-    state = {"status": "done", "files": files, "format": 1, "id": identify(content["identity"])}
+    state = {"status": "done", "files": files, "format": 2, "id": identify(content["identity"])}
     return check(Path(), {**content, **state, **({"status": "failed"} if "reason" in content else {})})
 
 
@@ -321,8 +316,8 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path: Path, change: dict
         ("run.json", b"", "cannot be read"),
         ("run.json", b"[]", "is not a JSON object"),
         ("run.json", b"\xff\xfe\x00", "cannot be read"),
-        ("run.json", b'{"format": 2}', "has format 2, and this version reads format 1"),
-        ("run.json", b'{"format": 1}', "has a bad key"),
+        ("run.json", b'{"format": 1}', "has format 1, and this version reads format 2"),
+        ("run.json", b'{"format": 2}', "has a bad key"),
         ("run.json", b'{"format": NaN}', "NaN is not a number of JSON"),
         ("rounds.parquet", b"", "is not the file that run.json was written with"),
         ("clients.parquet", None, "cannot be read: No such file"),
@@ -499,19 +494,33 @@ def test_a_full_disk_leaves_the_old_result_in_place(tmp_path: Path, monkeypatch:
 # Statistics -------------------------------------------------------------------------------------------------
 
 
-def test_the_interval_of_three_values_is_that_of_the_textbook() -> None:
-    # 1, 2, 6: mean 3, sample variance (4 + 1 + 9) / 2 = 7; t at 97.5 % with 2 degrees of freedom is 4.302653
-    found = estimate([1.0, 2.0, 6.0])
-    assert found.mean == 3.0 and found.n == 3
-    assert found.half_width == pytest.approx(4.302653 * math.sqrt(7 / 3), rel=1e-6)
+def test_the_interval_of_five_values_is_that_of_the_textbook() -> None:
+    # 1, 2, 3, 4, 5: mean 3, sample variance 10 / 4; t at 97.5 % with 4 degrees of freedom is 2.776445
+    found = estimate([1.0, 2.0, 3.0, 4.0, 5.0])
+    half = 2.776445 * math.sqrt(2.5 / 5)
+    assert (found.mean, found.n, found.kind) == (3.0, 5, "student")
+    assert [found.low, found.high] == pytest.approx([3 - half, 3 + half], rel=1e-6)
 
 
-def test_an_interval_needs_two_values() -> None:
-    assert estimate([]) == estimate([None, math.nan]) == Estimate(None, None, 0)
-    assert estimate([0.5, None]) == Estimate(0.5, None, 1)
-    assert estimate([0.5, 0.5]) == Estimate(0.5, 0.0, 2, 0.5, 0.5)
-    # 12.706205: t at 97.5 % with 1 degree of freedom; the standard deviation of 0 and 1 is sqrt(1 / 2)
-    assert estimate([0.0, 1.0]).half_width == pytest.approx(12.706205 / 2, rel=1e-6)
+def test_below_five_values_there_is_a_range_and_no_interval() -> None:
+    assert estimate([]) == estimate([None, math.nan]) == Estimate(None, 0)
+    assert estimate([0.5, None]) == Estimate(0.5, 1)
+    assert estimate([0.0, 1.0]) == Estimate(0.5, 2, 0.0, 1.0, "range")
+    assert estimate([0.375, 0.125, 0.25, 0.25]) == Estimate(0.25, 4, 0.125, 0.375, "range")
+    kinds = [estimate([0.1 * k for k in range(n)]).kind for n in range(8)]
+    assert kinds == [None, None, "range", "range", "range", "student", "bootstrap", "bootstrap"]
+
+
+def test_an_interval_ends_where_the_scale_does() -> None:
+    values = [0.2, 1.0, 1.0, 1.0, 1.0]
+    free, cut = estimate(values), estimate(values, scale=(0.0, 1.0))
+    assert free.high is not None and free.high > 1.0
+    assert (cut.low, cut.high, cut.mean) == (free.low, 1.0, free.mean)
+    assert spell(cut) == f"84.0 [{100 * (free.low or 0):.1f}, 100.0]" and spell(free).startswith("84.0 ± 44.4")
+    low = estimate([0.8, 0.0, 0.0, 0.0, 0.0], scale=(0.0, 1.0))
+    assert low.low == 0.0 and spell(low).startswith("16.0 [0.0, ")
+    assert spell(estimate([0.54, 0.582])) == "56.1 (54.0–58.2)" and spell(estimate([0.5])) == "50.0"
+    assert spell(estimate([])) == "–" and spell(estimate([0.5] * 7)) == "50.0 [50.0, 50.0]"
 
 
 # Tables -----------------------------------------------------------------------------------------------------
@@ -521,12 +530,14 @@ def three_seeds() -> list[Record]:
     """fedrep with an unusual field, fedavg without a personal model, local without a generic one."""
     found = []
     for seed, value in enumerate((0.80, 0.82, 0.84)):
-        generic = {"generic": value, "personal": None, "personal.masked": None, "personal.worst_decile": None}
+        absent = [key for key in metrics.summarise({}, GROUPS) if key.startswith("personal")]
+        generic: dict[str, float | None] = {**dict.fromkeys(absent), "generic": value}
         found.append(record("fedavg", seed=seed, values=generic))
-        personal: dict[str, float | None] = {"generic": None, "personal": value - 0.2}
+        personal: dict[str, float | None] = {"generic": None, "personal.balanced": value - 0.2}
         personal |= {f"generic.{group}": None for group in GROUPS}
         found.append(record("local", seed=seed, values=personal))
-        found.append(record("fed_rep", {"head_epochs": 5}, seed=seed, values={"personal": value}))
+        values = {"personal.balanced": value, "personal:after": value + 0.1}
+        found.append(record("fed_rep", {"head_epochs": 5}, seed=seed, values=values))
     return found
 
 
@@ -536,27 +547,130 @@ def cells_of(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
 
 
-def test_a_row_shows_mean_interval_and_dashes() -> None:
+def test_a_row_shows_mean_range_and_dashes() -> None:
     (board,) = leaderboards(three_seeds())
     heading, *rows = cells_of(table.render([board], "md"))
-    assert heading[:10] == [
-        "algorithm", "tier", "seeds", "generic", "many", "medium", "few", "personal", "masked", "worst decile"
+    assert heading[:12] == [
+        "algorithm", "tier", "seeds", "generic", "many", "medium", "few", "balanced", "personal", "worst decile",
+        "after", "k samples",
     ]  # fmt: skip
-    assert heading[10:] == ["MB", "TFLOP", "k samples", "seconds", "peak MiB", "state MiB"]
+    assert heading[12:] == [
+        "k training samples", "k adaptation samples", "k server samples", "MB",
+        "TFLOP", "training TFLOP", "adaptation TFLOP", "server TFLOP", "seconds", "peak MiB", "state MiB",
+    ]  # fmt: skip
     assert [row[0] for row in rows] == ["`fed_rep(head_epochs=5)`", "`local`", "`fedavg`"]
     rep, local, average = rows
-    # 0.80, 0.82, 0.84: standard deviation 0.02, hence 4.302653 * 0.02 / sqrt(3) = 0.04968
-    assert rep[1:3] == ["S", "3"] and rep[7] == "82.0 ± 5.0" and rep[3] == "37.5 ± 0.0"
-    assert local[3:8] == ["–", "–", "–", "–", "62.0 ± 5.0"]
-    assert average[3] == "82.0 ± 5.0" and average[7:10] == ["–", "–", "–"]
-    assert rep[10:] == ["5.0", "4.2", "12.3", "61.2", "300", "0"]
+    assert rep[1:4] == ["S", "3", "37.5 (37.5–37.5)"] and rep[7] == "82.0 (80.0–84.0)"
+    assert rep[10] == "92.0 (90.0–94.0)"
+    assert local[3:8] == ["–", "–", "–", "–", "62.0 (60.0–64.0)"]
+    assert average[3] == "82.0 (80.0–84.0)" and average[7:11] == ["–"] * 4
+    assert rep[11:] == ["12.3", "12.0", "0.34", "0", "5.0", "4.8", "4.2", "0.60", "0", "61.2", "300", "0"]
 
 
-def test_one_seed_has_no_interval() -> None:
+def test_one_seed_has_nothing_beside_its_mean() -> None:
     boards = leaderboards([record(values={"generic": 0.5})])
     assert cells_of(table.render(boards, "md"))[1][2:4] == ["1", "50.0"]
     (line,) = [line for line in parsed_csv(boards) if line["metric"] == "generic"]
-    assert (line["mean"], line["half_width"], line["n"]) == ("0.5", "", "1")
+    assert [line[key] for key in ("mean", "n", "low", "high", "kind")] == ["0.5", "1", "", "", ""]
+
+
+@pytest.mark.parametrize("form", ["md", "html", "latex"])
+def test_a_column_that_is_a_dash_in_every_row_is_not_printed(form: str) -> None:
+    there = record("fedavg", values={"personal.masked": 0.5, "unseen": 0.5, "personal.never": 0.5, "unseen@best": 0.1})
+    boards = [leaderboards([there, record("local")])[0], leaderboards([record("fedavg"), record("local")])[0]]
+    titles = [{column.title for column in columns(board)} for board in boards]
+    assert titles[0] - titles[1] == {"masked", "unseen", "never"} and not titles[1] - titles[0]
+    assert "tail" not in titles[1] and "drawn" not in titles[1]
+    for word in ("masked", "never"):
+        assert [f"{word}</th>" in table.render([board], "html") for board in boards] == [True, False]
+    assert table.render(boards[1:], form).count("peak MiB") == 1
+    unknown = record("fedavg", cost={"train_samples": 1.0, "peak_memory_bytes": None})
+    assert [column.key for column in columns(leaderboards([unknown])[0]) if column.unit] == ["train_samples"]
+    lines = {line["metric"] for line in parsed_csv(boards[1:])}
+    assert {"personal.masked", "unseen", "personal.never"} <= lines
+
+
+def test_costs_add_up_and_a_sum_with_an_absent_part_is_absent() -> None:
+    (board,) = leaderboards([record("fedavg"), record("pooled", cost={"bytes_down": None, "bytes_up": None})])
+    costs = {row.label: row.cost for row in board.rows}
+    assert costs["fedavg"]["bytes"].mean == 5e6 and costs["fedavg"]["samples"].mean == 12_345.0
+    assert costs["fedavg"]["flops"].mean == pytest.approx(4.8e12)
+    assert costs["pooled"]["bytes"].mean is costs["pooled"]["flops"].mean is None
+
+
+def test_rows_are_ordered_by_balanced_then_generic_and_the_board_says_so() -> None:
+    prior = record("prior", values={"personal": 0.99, "personal.balanced": 0.4, "generic": 0.9})
+    tied = record("tied", values={"personal": 0.1, "personal.balanced": 0.6, "generic": 0.1})
+    above = record("above", values={"personal": 0.2, "personal.balanced": 0.6, "generic": 0.2})
+    (board,) = leaderboards([prior, tied, above])
+    assert [row.label for row in board.rows] == ["above", "tied", "prior"]
+    said = remarks(board)[0]
+    assert said.startswith("Rows are ordered by balanced, then generic.") and "counts each class alike" in said
+    best_rounds = remarks(leaderboards([prior], "best")[0])[0]
+    assert best_rounds.startswith("Rows are ordered by balanced of the last round, then generic.")
+
+
+def test_a_method_that_is_tuned_only_at_the_end_has_no_mean_of_ten_and_ranks_last_there() -> None:
+    tuned = {"personal": 0.9, "personal.balanced": 0.9, "generic": 0.9, "generic@last10": 0.9, "generic@best": 0.95}
+    tuned_keys: dict[str, float | None] = {**tuned, "personal@last10": None, "personal.balanced@last10": None}
+    followed = {f"{key}@last10": 0.2 for key in ("generic", "personal", "personal.balanced")}
+    found = [record("tuned", values=tuned_keys), record("usual", values=followed)]
+    assert [row.label for row in leaderboards(found)[0].rows] == ["tuned", "usual"]
+    boards = leaderboards(found, "last10")
+    assert [row.label for row in boards[0].rows] == ["usual", "tuned"]
+    heading, first, second = cells_of(table.render(boards, "md"))
+    assert heading[3:6] == ["generic", "balanced", "personal"]
+    assert first[3:6] == ["20.0"] * 3 and second[3:6] == ["90.0", "–", "–"]
+    best_heading, *best_rows = cells_of(table.render(leaderboards(found, "best"), "md"))
+    assert best_heading[3:4] == ["generic"] and "balanced" not in best_heading  # which no row has
+    assert [row[3] for row in best_rows] == ["95.0", "–"]
+
+
+def test_a_board_says_on_what_its_personal_numbers_rest() -> None:
+    found = [record("fedavg"), record("fedavg", seed=1, tested={"images": [1, 9], "drawn": 15, "never": 5})]
+    found += [record("pooled", tested={"drawn": None, "never": None})]
+    (board,) = leaderboards(found)
+    expected = "Personal numbers rest on 20 clients with 1 to 23 test images each, the worst decile on 2 of them"
+    assert f"{expected}; 15 to 16 took part in training and 4 to 5 never did." in remarks(board)
+    single = {"one_class": 3, "drawn": None, "never": None}
+    masked = leaderboards([record("pooled", tested=single, values={"personal.masked": 0.5})])[0]
+    unmasked = leaderboards([record("pooled", tested=single)])[0]
+    ending = "; 3 trained on a single class, and masked is 100 % for them by construction."
+    plain = expected.replace("1 to 23", "4 to 23")
+    assert plain + ending in remarks(masked) and f"{plain}." in remarks(unmasked)
+    nobody = {"clients": 0, "images": None, "worst_decile": 0, "drawn": 0, "never": 0}
+    assert not any("rest on" in line for line in remarks(leaderboards([record("x", tested=nobody)])[0]))
+    assert not any("rest on" in line for line in remarks(leaderboards([record("x", reason="broken")])[0]))
+
+
+def test_seeds_hold_for_one_subsample_and_one_test_set() -> None:
+    said = "the one long-tailed subsample of this dataset and its one test set"
+    assert any(said in line for line in remarks(leaderboards(three_seeds())[0]))
+    assert not any(said in line for line in remarks(leaderboards([record("fedavg")])[0]))
+
+
+def test_a_front_page_shows_the_main_columns_of_rows_with_five_seeds() -> None:
+    page = "\n".join(("# Title", *table.FRONT, "end", ""))
+    many = [record("fedavg", seed=seed, values={"personal.balanced": 0.5}) for seed in range(5)]
+    many += [record("local", seed=seed, values={"personal.few": 0.5}) for seed in range(4)]
+    few = [record("fedavg", seed=seed, setting={"imbalance": 50.0}) for seed in range(4)]
+    failed = [record("fedavg", seed=4, setting={"imbalance": 50.0}, reason="broken")]
+    shown = table.front_page(page, leaderboards([*many, *few, *failed]))
+    assert shown.startswith(f"# Title\n{table.FRONT[0]}\n\n") and shown.endswith(f"\n\n{table.FRONT[1]}\nend\n")
+    heading, *rows = cells_of(shown)
+    assert heading == [
+        "algorithm", "generic", "few", "balanced", "personal", "worst decile", "k samples", "MB", "seconds"
+    ]  # fmt: skip
+    assert [row[:4] for row in rows] == [["`fedavg`", "37.5 ± 0.0", "0.0 ± 0.0", "50.0 ± 0.0"]]
+    assert "imbalance 10, alpha 0.5, setting quick**, 5 seeds" in shown and "Rows are ordered by balanced" in shown
+    assert "1 more comparison has fewer than 5 seeds, and no table here." in shown
+    assert table.front_page(shown, leaderboards([*many, *few, *failed])) == shown
+    none = table.front_page(page, leaderboards([*few, *many[5:]]))
+    assert "\n2 comparisons have fewer than 5 seeds, and no table here." in none and not cells_of(none)
+    for lines in (table.FRONT[:1], table.FRONT[::-1], table.FRONT * 2):
+        with pytest.raises(ValueError, match="once, in this order"):
+            table.front_page("\n".join((*lines, "")), [])
+    table.front_page((Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8"), [])
 
 
 @pytest.mark.parametrize(
@@ -618,7 +732,7 @@ def test_failed_and_missing_seeds_are_footnotes() -> None:
     ]
     text = table.render([board], "md")
     assert "* \\[2\\] local: seed 1 of seeds 0" in text and "`scaffold` [3] [4]" in text
-    assert cells_of(text)[-1][2:] == ["0", *["–"] * 13]
+    assert cells_of(text)[-1][2:] == ["0", *["–"] * 19]
 
 
 def test_runs_that_saw_other_splits_are_called_not_comparable() -> None:
@@ -629,21 +743,22 @@ def test_runs_that_saw_other_splits_are_called_not_comparable() -> None:
 
 
 def test_an_accuracy_of_zero_ranks_above_none_at_all() -> None:
-    found = [record("nothing", values={"personal": 0.0, "generic": 0.0})]
-    found += [record("absent", values={"personal": None, "generic": 0.9})]
+    found = [record("nothing", values={"personal.balanced": 0.0, "generic": 0.0})]
+    found += [record("absent", values={"personal.balanced": None, "generic": 0.9})]
     assert [row.label for row in leaderboards(found)[0].rows] == ["nothing", "absent"]
 
 
 def test_the_best_round_never_ranks() -> None:
-    lucky = {"personal": 0.5, "personal@best": 0.9, "personal@last10": 0.7}
-    steady = {"personal": 0.6, "personal@best": 0.6, "personal@last10": 0.6}
+    key = "personal.balanced"
+    lucky = {key: 0.5, f"{key}@best": 0.9, f"{key}@last10": 0.7}
+    steady = {key: 0.6, f"{key}@best": 0.6, f"{key}@last10": 0.6}
     found = [record("lucky", values=lucky), record("steady", values=steady)]
     order = {metric: [row.label for row in leaderboards(found, metric)[0].rows] for metric in table.METRICS}
     assert order == {
         "last": ["steady", "lucky"], "last10": ["lucky", "steady"], "best": ["steady", "lucky"]
     }  # fmt: skip
     text = table.render(leaderboards(found, "best"), "md")
-    assert "optimistic" in text and [row[4] for row in cells_of(text)] == ["personal", "60.0", "90.0"]
+    assert "optimistic" in text and [row[3] for row in cells_of(text)] == ["balanced", "60.0", "90.0"]
     with pytest.raises(ValueError, match="must be one of last, last10, best"):
         leaderboards(found, "first")
 
@@ -666,9 +781,9 @@ def test_csv_holds_every_metric_and_cost_as_exact_fractions() -> None:
         assert len(of_row) == len(row.metrics) + len(row.cost)
         for key, expected in row.metrics.items():
             line = of_row[key]
-            ends = (float(line[name]) if line[name] else None for name in ("mean", "half_width", "low", "high"))
-            mean, half_width, low, high = ends
-            assert Estimate(mean, half_width, int(line["n"]), low, high) == expected
+            mean, low, high = (float(line[name]) if line[name] else None for name in ("mean", "low", "high"))
+            assert (mean, int(line["n"]), low, high) == (expected.mean, expected.n, expected.low, expected.high)
+            assert line["kind"] == (expected.kind or "")
         assert float(of_row["cost.bytes"]["mean"]) == 5e6
     assert {line["call"] for line in lines} == {"Fedavg()", "Local()", "Fed_Rep(head_epochs=5)"}
 
@@ -687,10 +802,10 @@ def test_latex_escapes_what_it_would_read_as_its_own() -> None:
     body = text[text.index(r"\midrule") : text.index(r"\bottomrule")]
     rows = [[cell.strip() for cell in re.split(r"(?<!\\)&", line)] for line in body.split("\\\\")]
     rows = [row for row in rows if len(row) > 1]
-    assert all(len(row) == 16 for row in rows)
+    assert all(len(row) == 23 for row in rows)
     labels = [row[0].removeprefix(r"\midrule").strip() for row in rows]
     assert labels == [r"fed\_rep(head\_epochs=5)", r"a\_b(x='5\%\&\{y\}') [1]", "local", "fedavg"]
-    assert rows[0][7] == r"82.0 $\pm$ 5.0" and rows[2][3] == "--"
+    assert rows[0][7] == "82.0 (80.0--84.0)" and rows[2][3] == "--"
     assert not re.search(r"(?<!\\)[_#%&]", text.replace(body, "").split("\n", 1)[1].split(r"\toprule")[0])
     assert text.count("{") == text.count("}") and "–" not in text and "±" not in text
 
@@ -720,7 +835,7 @@ def test_html_shows_names_as_they_are() -> None:
     label = "tag(name='<b>|`')"
     boards = leaderboards([record("tag", {"name": "<b>|`"}), record("local", reason="<script>")])
     text = table.render(boards, "html")
-    assert Cells(text).cells[16].strip() == label
+    assert Cells(text).cells[len(columns(boards[0])) + 3].strip() == label
     assert "<b>" not in text and "<script>" not in text
     assert cells_of(table.render(boards, "md"))[1][0] == "`tag(name='<b>\\|'')`"
 
@@ -748,8 +863,17 @@ def test_the_readme_of_results_has_the_prose_above_the_tables(tmp_path: Path) ->
 def test_the_terminal_shows_the_main_columns_within_eighty_characters() -> None:
     from rich.console import Console
 
+    prior = {key: 1.0 for key in ("generic", "generic.few", "personal", "personal.balanced", "personal.few")}
+    found = [*three_seeds(), record("ditto", reason="[red]broken")]
+    found += [record("fedavg_prior", {"against": "uniform"}, seed=seed, values=prior) for seed in range(3)]
     console = Console(width=80, file=io.StringIO(), record=True)
-    console.print(*table.terminal(leaderboards([*three_seeds(), record("ditto", reason="[red]broken")])))
+    console.print(*table.terminal(leaderboards(found)))
     text = console.export_text()
-    assert "82.0±5.0" in text and "fed_rep" in text and "worst" in text
-    assert "TFLOP" not in text and "…" not in text and "[red]broken" in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert "80.0–84.0" in text and "100.0–100.0" in text and "…" not in text and "[red]broken" in text
+    heading, *lines = text.split("─\n")
+    for word in ("generic", "few", "balanced", "personal", "tail", "worst", "samples", "MB", "seconds"):
+        assert word in heading
+    assert "TFLOP" not in heading and "masked" not in heading
+    names = "".join(re.findall(r"^(\S{1,8}) *(?: 100.0.*)?$", lines[0], re.MULTILINE))
+    assert names.startswith("fedavg_prior(against='uniform')")

@@ -173,7 +173,7 @@ def made(tmp_path: Path) -> tuple[list[Run], Journal]:
     for run in runs[3:5]:
         notes.started(run)
         progress_file(tmp_path, run).parent.mkdir()
-    append(progress_file(tmp_path, runs[3]), Report(4, 10, 10.0, {"generic": 0.5, "personal": 0.75}))
+    append(progress_file(tmp_path, runs[3]), Report(4, 10, 10.0, {"generic": 0.5, "personal.balanced": 0.75}))
     append(progress_file(tmp_path, runs[3]), Report(5, 10, 12.0, None))
     return runs, notes
 
@@ -185,7 +185,7 @@ def test_status_says_who_drives_what_runs_failed_and_waits_and_how_long_it_takes
     assert re.fullmatch(rf"driver   process {os.getpid()} on \S+, since \S+ \S+ \(\d\.\d s\): at work", lines[0])
     # 12 s more for one of the running, 20 s for all others: the three on two places
     assert re.fullmatch(r"8 runs: 2 done, 1 failed, 2 running, 3 waiting; about (49|50|51|52) s left", lines[1])
-    pattern = rf"  running  {runs[3].id}  {cell} 3: round 5 of 10, generic 50.0 %, personal 75.0 %, (\d\d) s left"
+    pattern = rf"  running  {runs[3].id}  {cell} 3: round 5 of 10, generic 50.0 %, balanced 75.0 %, (\d\d) s left"
     match = re.fullmatch(pattern, lines[2])
     assert match and int(match[1]) in (10, 11, 12)
     assert re.fullmatch(rf"  running  {runs[4].id}  {cell} 4: begins, (19|20) s left, start 2", lines[3])
@@ -209,7 +209,7 @@ def test_the_json_of_status_has_everything(bench: Bench, tmp_path: Path) -> None
     statuses = [by_id[run.id]["status"] for run in runs]
     assert statuses == ["done", "done", "failed", "running", "running", "waiting", "waiting", "waiting"]
     going = by_id[runs[3].id]
-    assert (going["round"], going["rounds"]) == (5, 10) and going["metrics"] == {"generic": 0.5, "personal": 0.75}
+    assert (going["round"], going["rounds"]) == (5, 10) and going["metrics"] == {"generic": 0.5, "personal.balanced": 0.75}
     assert 9 < going["left_seconds"] <= 12 and by_id[runs[4].id]["starts"] == 2
 
 
@@ -347,7 +347,7 @@ def test_lines_say_how_far_runs_and_sweep_are_but_not_all_the_time() -> None:
         display.started(runs[0])
         for completed in range(1, 11):
             clock.now += 3
-            display.progressed(runs[0], Report(completed, 10, 3.0 * completed, {"generic": 0.5, "personal": None}))
+            display.progressed(runs[0], Report(completed, 10, 3.0 * completed, {"generic": 0.5, "personal.balanced": None}))
         display.ended(runs[0], None)
         display.started(runs[1])
         display.retried(runs[1], "the worker died")
@@ -358,17 +358,17 @@ def test_lines_say_how_far_runs_and_sweep_are_but_not_all_the_time() -> None:
     cell = "fedavg on digits, imbalance 10, alpha 0.5, seed"
     assert said.getvalue().splitlines() == [
         f"started: {cell} 0",
-        f"{cell} 0: round 4 of 10, generic 50.0 %, personal –, 18 s left",
+        f"{cell} 0: round 4 of 10, generic 50.0 %, balanced –, 18 s left",
         "sweep: 0 of 3 runs have ended; about 58 s left",
-        f"{cell} 0: round 8 of 10, generic 50.0 %, personal –, 6.0 s left",
+        f"{cell} 0: round 8 of 10, generic 50.0 %, balanced –, 6.0 s left",
         "sweep: 0 of 3 runs have ended; about 46 s left",
-        f"done: {cell} 0: generic 50.0 %, personal –",
+        f"done: {cell} 0: generic 50.0 %, balanced –",
         f"started: {cell} 1",
         f"bench: waits: {cell} 1: the worker died",
         f"started: {cell} 1",
         f"bench: failed: {cell} 1: it broke",
         "sweep: 2 of 3 runs have ended, 1 of them failed; about 30 s left",
-        f"done: {cell} 2: generic –, personal –",
+        f"done: {cell} 2: generic –, balanced –",
     ]
 
 
@@ -418,7 +418,7 @@ def test_a_terminal_shows_bars_and_failures_stay_above_them(tmp_path: Path) -> N
     assert code == 1
     lines = [line.strip() for line in CONTROL.sub("", written).replace("\r", "\n").splitlines()]
     bars = [line for line in lines if line.startswith("sleeper(round=0.5) ") and "rounds" in line]
-    assert any(re.search(r"[2-7]/8 rounds \d.* s left generic \d+\.\d %, personal \d+\.\d %", bar) for bar in bars)
+    assert any(re.search(r"[2-7]/8 rounds \d.* s left generic \d+\.\d %, balanced \d+\.\d %", bar) for bar in bars)
     failures = [line for line in lines if line.startswith("bench: failed: sleeper(raises=True) on digits")]
     assert len(failures) == 1 and "OverflowError: too much" in failures[0]
     sweeps = [line for line in lines if line.startswith("sweep ")]

@@ -160,7 +160,7 @@ def test_the_display_says_in_lines_how_runs_go_where_there_is_no_terminal(run: R
         display.progressed(run, Report(2, 2, 1.0, {"generic": 0.5, "personal": None}))
         display.ended(run, None)
     cell = "fedavg on digits, imbalance 10, alpha 0.5, seed 0"
-    assert said.getvalue() == f"started: {cell}\ndone: {cell}: generic 50.0 %, personal –\n"
+    assert said.getvalue() == f"started: {cell}\ndone: {cell}: generic 50.0 %, balanced –\n"
 
 
 def test_a_quiet_display_says_failures_only(run: Run) -> None:

@@ -36,7 +36,7 @@ from tests.processes import SLOW, finish, start, wait
 from tests.tracked import ask, assert_tracked, free_port, kill, mlflow_server, on_server, tracked
 
 URI = "http://127.0.0.1:1"
-METRICS = ("generic", "generic.many", "generic.few", "personal", "personal.masked")
+METRICS = ("generic", "generic.few", "personal", "personal.balanced", "personal:after")
 
 # MLflow in memory
 
@@ -203,7 +203,8 @@ def write(out: Path, run: Run, minute: int = 0) -> None:
         "class_counts": [1] * 10,
         "groups": {"many": [0]},
         "metrics": {**rows[-1], "personal@last10": 0.5},
-        "cost": {"samples": 7.0},
+        "cost": {"train_samples": 7.0},
+        "tested": {"clients": 20, "images": [4, 23], "worst_decile": 2, "one_class": 0, "drawn": 20, "never": 0},
         "digest": f"{minute:064x}",
     }
     counts: dict[str, list[int | str]] = {
@@ -213,6 +214,7 @@ def write(out: Path, run: Run, minute: int = 0) -> None:
         "class": [0],
         "correct": [1],
         "total": [1],
+        "drawn": [-1],
     }
     rounds = [{"round": number, **row} for number, row in enumerate(rows, start=1)]
     records.write(out, run.id, document, rounds, counts, replace=True)
@@ -271,7 +273,10 @@ def assert_shown(
             assert kept.tags["reason"] == "it broke"
             continue
         curves = {(key, step) for key in METRICS for step in range(1, run.setting.rounds + 1)}
-        assert points.keys() == curves | {("personal_last10", run.setting.rounds), ("cost.samples", run.setting.rounds)}
+        assert points.keys() == curves | {
+            ("personal_last10", run.setting.rounds),
+            ("cost.train_samples", run.setting.rounds),
+        }
         values = {(point.metric, point.step): point.value for point in kept.points}
         assert values["personal", 2] == curve(run)[1]["personal"]
 

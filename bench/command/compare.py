@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from bench.results.comparison import Comparison, Part
+    from bench.results.comparison import Comparison, Part, Spread
     from bench.results.statistics import Estimate, Pair, Ranking
 
 _MOST = 6
@@ -29,9 +29,9 @@ _ENDINGS = (".svg", ".png", ".pdf")
 @click.option("--dataset", "datasets", help="Only these datasets, separated by commas.")
 @click.option(
     "--metric",
-    default="personal",
+    default="personal.balanced",
     show_default=True,
-    help="generic, personal, personal.masked, unseen ...; with @last10 the mean of the last ten evaluations.",
+    help="generic, personal, generic.few, unseen ...; with @last10 the mean of the last ten evaluations.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
 @click.option(
@@ -51,8 +51,8 @@ def compare_command(
     """Test whether ALGORITHMS differ, paired by split and seed; all that there are results of, if none is given.
 
     On each leaderboard: mean differences with 95 % intervals, Wilcoxon's signed-rank test with Holm's correction for
-    all pairs, average ranks, Friedman's test and Nemenyi's critical difference; over several leaderboards the same with
-    settings in the place of seeds. Damaged folders are named on standard error and left out.
+    all pairs, average ranks, Friedman's test and Nemenyi's critical difference; over several datasets the same with
+    datasets in the place of seeds. Damaged folders are named on standard error and left out.
 
     \b
     bench compare fedavg fedloge
@@ -105,15 +105,18 @@ def _print(compared: Comparison) -> None:
         for piece in _piece(part):
             console.print(piece)
         console.print()
+    for varying in compared.spread:
+        console.print(Text(f"{compared.metric}: {varying.title}", style="bold"))
+        console.print(_spread(varying))
     for sentence in compared.left_out:
         console.print(Text(sentence))
     console.print(Text(_LEGEND, style="dim"))
 
 
 _LEGEND = (
-    "Differences are percentage points of the first over the second: a mean with its 95 % interval (Student t below "
-    "six values, BCa bootstrap from six on), not corrected; p of the signed-rank test, and after Holm's correction. An "
-    "average rank of 1 is always the best; equals share theirs."
+    "Differences are percentage points of the first over the second: a mean with (the range) of two to four values, or "
+    "with its [95 % interval] of five (Student t) or more (BCa bootstrap), not corrected; p of the signed-rank test, "
+    "and after Holm's correction. An average rank of 1 is always the best; equals share theirs."
 )
 
 
@@ -170,11 +173,27 @@ def _ranks(ranking: Ranking) -> Table:
     return table
 
 
+def _spread(varying: Spread) -> Table:
+    from rich.text import Text
+
+    table = _table()
+    table.add_column("algorithm", overflow="fold")
+    for heading in ("initialisation\n± points", "partition\n± points"):
+        table.add_column(heading, justify="right")
+    for label, initialisation, partition in varying.rows:
+        table.add_row(Text(label), f"{100 * initialisation:.2f}", f"{100 * partition:.2f}")
+    return table
+
+
 def difference(estimate: Estimate) -> str:
-    """Write a mean difference in percentage points with its interval: `+1.2 [+0.3, +2.0]`; a dash if there is none."""
+    """Write a mean difference in percentage points, with its interval: `+1.2 [+0.3, +2.0]`, or the range of few values:
+    `+1.2 (+0.3, +2.0)`; a dash if there is none.
+    """
     ends = [estimate.mean, estimate.low, estimate.high]
     mean, low, high = ("–" if end is None else f"{100 * end + 0.0:+.1f}" for end in ends)
-    return mean if estimate.low is None else f"{mean} [{low}, {high}]"
+    if estimate.low is None:
+        return mean
+    return f"{mean} ({low}, {high})" if estimate.kind == "range" else f"{mean} [{low}, {high}]"
 
 
 # Diagrams ---------------------------------------------------------------------------------------------------

@@ -99,9 +99,9 @@ def duration(seconds: float) -> str:
 
 
 def accuracy(metrics: Mapping[str, float | None]) -> str:
-    """Write the two numbers that say how well a run does."""
-    shares = {key: metrics.get(key) for key in ("generic", "personal")}
-    return ", ".join(f"{key} {'–' if share is None else f'{100 * share:.1f} %'}" for key, share in shares.items())
+    """Write the two numbers that say how well a run does, which are those that rank."""
+    shares = {name: metrics.get(key) for name, key in (("generic", "generic"), ("balanced", "personal.balanced"))}
+    return ", ".join(f"{name} {'–' if share is None else f'{100 * share:.1f} %'}" for name, share in shares.items())
 
 
 def _jobs(options: Options, device: str, todo: int) -> int:

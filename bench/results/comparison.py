@@ -1,8 +1,9 @@
 """From leaderboards to what can be said about two or more algorithms: pairs, ranks, and sentences.
 
 On one leaderboard the blocks are its seeds, and the findings hold for that dataset and setting. Over several the blocks
-are the settings (a dataset with its imbalance, partition and budget), each averaged over the seeds that all compared
-algorithms were measured with: seeds of one setting say nothing about the next, and are not counted as if they did.
+are the datasets, each averaged over its settings (imbalance, partition, budget), and these over the seeds that all
+compared algorithms were measured with. Neither the seeds of a setting nor the settings of a dataset, which share images
+and initial weights, say anything about the next dataset, and they are not counted as if they did.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import ast
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from statistics import variance
 from typing import Any
 
+from bench.protocol.identity import canonical
 from bench.protocol.settings import BadConfig
 from bench.protocol.spelling import near, split_at
-from bench.results.layout import resolution, title
+from bench.results.layout import NOT_INDEPENDENT, resolution, title
 from bench.results.leaderboard import Leaderboard, Row, measured
 from bench.results.statistics import LEVEL, Pair, Ranking, Scores, pairwise, rank
 
@@ -30,15 +33,25 @@ class Part:
     """Algorithms compared on one kind of block."""
 
     title: str
-    """The leaderboard's, or how many settings there are."""
+    """The leaderboard's, or how many datasets there are."""
     unit: str
-    """What a block is: "seed" or "setting"."""
+    """What a block is: "seed" or "dataset"."""
     pairs: tuple[Pair, ...]
     """All pairs of the algorithms that have the metric, in the order of the labels."""
     ranking: Ranking | None
     """None if no block is common to all."""
     says: tuple[str, ...]
     """What may be concluded, in sentences."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """How much of what varies between runs is the initialisation's, and how much the partition's."""
+
+    title: str
+    rows: tuple[tuple[str, float, float], ...]
+    """Label, and two standard deviations, fractions: over seeds on one partition (initial weights, cohorts, order of
+    the data), and over partitions, without what the seeds contribute to their means."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +64,9 @@ class Comparison:
     parts: tuple[Part, ...]
     """One for each leaderboard that has two of them; over its seeds."""
     overall: Part | None
-    """Over settings; None with fewer than two, or two algorithms common to them."""
+    """Over datasets; None with fewer than two, or two algorithms common to them."""
+    spread: tuple[Spread, ...]
+    """Where the partition was drawn anew for the same seeds: what varies with which."""
     left_out: tuple[str, ...]
     """Sentences: what was not compared, and why."""
 
@@ -72,45 +87,53 @@ def compare(boards: Sequence[Leaderboard], metric: str, labels: Sequence[str] | 
         if (lacking := [label for label in labels or () if label not in scores])
     ]
     parts = [_part(title(board), "seed", scores) for board, scores in tables if len(scores) > 1]
-    overall = part_over_settings(boards, metric, labels)
-    return Comparison(metric=metric, labels=known, parts=tuple(parts), overall=overall, left_out=tuple(left_out))
+    overall = part_over_datasets(boards, metric, labels)
+    together = len({board.protocol for board, scores in tables if len(scores) > 1}) > 1
+    left_out += [f"There is no test over all of these leaderboards. {NOT_INDEPENDENT}"] * (together and overall is None)
+    return Comparison(
+        metric=metric,
+        labels=known,
+        parts=tuple(parts),
+        overall=overall,
+        spread=spread(tables),
+        left_out=tuple(left_out),
+    )
 
 
-def part_over_settings(boards: Sequence[Leaderboard], metric: str, labels: Sequence[str] | None = None) -> Part | None:
-    """Compare algorithms over settings; None with fewer than two settings, or two algorithms common to them."""
+def part_over_datasets(boards: Sequence[Leaderboard], metric: str, labels: Sequence[str] | None = None) -> Part | None:
+    """Compare algorithms over datasets; None with fewer than two datasets, or two algorithms common to them."""
     tables = _tables(boards, metric, labels)
-    scores = _over_settings(tables, labels)
+    scores, settings = _over_datasets(tables, labels)
     if not scores:
         return None
-    settings = len(next(iter(scores.values())))
-    part = _part(f"{settings} settings", "setting", scores)
+    datasets = len(next(iter(scores.values())))
+    part = _part(f"{datasets} datasets", "dataset", scores)
+    says = [f"Averaged over {settings} settings first. {NOT_INDEPENDENT}"] if settings > datasets else []
     absent = [label for label in dict.fromkeys(label for _, found in tables for label in found) if label not in scores]
     missed = len({board.protocol for board, found in tables if found}) - settings
-    lacking = (
-        [f"{missed} more setting{'s lack' if missed > 1 else ' lacks'} some of these algorithms."] if missed else []
-    )
-    lacking += [f"Not in each of the {settings} settings, hence left out: {_listed(absent)}."] if absent else []
-    return replace(part, says=(*part.says, *lacking))
+    says += [f"{missed} more setting{'s lack' if missed > 1 else ' lacks'} some of these algorithms."] if missed else []
+    says += [f"Not on each of the {datasets} datasets, hence left out: {_listed(absent)}."] if absent else []
+    return replace(part, says=(*part.says, *says))
 
 
 def ranking(boards: Sequence[Leaderboard], metric: str, labels: Sequence[str] | None = None) -> Ranking | None:
     """Rank algorithms: what a critical-difference diagram shows.
 
-    Over settings if there are two or more with common algorithms, else over the seeds of the only leaderboard.
+    Over datasets if there are two or more with common algorithms, else over the seeds of the only leaderboard.
 
     Args:
         boards: Leaderboards.
-        metric: Key of a metric: "personal", "generic.few".
-        labels: Two or more of `entrants(boards)`; None: those that most settings have in common.
+        metric: Key of a metric: "personal.balanced", "generic.few".
+        labels: Two or more of `entrants(boards)`; None: those that most datasets have in common.
 
     Returns:
         Average ranks, Nemenyi's critical difference and the groups of algorithms that are not told apart; None if no
         block is common to two algorithms.
     """
     tables = _tables(boards, metric, labels)
-    scores = _over_settings(tables, labels)
+    scores, _ = _over_datasets(tables, labels)
     if scores:
-        return rank(scores, "setting")
+        return rank(scores, "dataset")
     alone = [scores for _, scores in tables if len(scores) > 1]
     return rank(alone[0]) if len(alone) == 1 else None
 
@@ -136,12 +159,13 @@ def document(comparison: Comparison) -> dict[str, Any]:
 
 
 def entrants(boards: Sequence[Leaderboard]) -> dict[str, list[Row]]:
-    """Find the rows of each algorithm: same name, hyper-parameters and version, on whichever leaderboard.
+    """Find the rows of each algorithm: same name, hyper-parameters, own learning rate and version, on whichever
+    leaderboard.
 
     Returns:
         Rows by label, in the order of the leaderboards; versions of one algorithm have labels of their own.
     """
-    rows: dict[tuple[str, ...], list[Row]] = {}
+    rows: dict[tuple[object, ...], list[Row]] = {}
     for board in boards:
         for row in board.rows:
             again = any(_key(other) == _key(row) and other is not row for other in board.rows)
@@ -153,15 +177,15 @@ def entrants(boards: Sequence[Leaderboard]) -> dict[str, list[Row]]:
         label = plain[key]
         if len({other[2] for other in shared}) > 1:
             label += f" version {key[2]}"
-        if key[3]:
-            label += f" #{key[3]}"
+        if key[-1]:
+            label += f" #{key[-1]}"
         found[label] = members
     return found
 
 
-def _key(row: Row) -> tuple[str, str, str]:
+def _key(row: Row) -> tuple[str, str, str, float | None]:
     images = row.label.partition(" #")[0].partition("auxiliary ")[2]  # with others at the server it is another one
-    return row.algorithm, row.call + images, row.version
+    return row.algorithm, row.call + images, row.version, row.lr
 
 
 def choose(boards: Sequence[Leaderboard], words: Iterable[str]) -> list[str]:
@@ -237,47 +261,88 @@ def _tables(
     return tables
 
 
-# Settings as blocks -----------------------------------------------------------------------------------------
+# Datasets as blocks -----------------------------------------------------------------------------------------
 
 
-def _over_settings(tables: Sequence[tuple[Leaderboard, Scores]], labels: Sequence[str] | None) -> _ByLabel:
-    """Average over common seeds, a block a protocol.
+def _over_datasets(tables: Sequence[tuple[Leaderboard, Scores]], labels: Sequence[str] | None) -> tuple[_ByLabel, int]:
+    """Average over common seeds, then over the settings of a dataset that all algorithms have: a block a dataset.
 
     Where one protocol was run on several engines or devices, the leaderboard with the most common seeds stands for it:
     its twins are no further evidence.
 
     Returns:
-        Scores on the settings that all have; empty with fewer than two algorithms or settings.
+        Scores on the datasets that all have, empty with fewer than two algorithms or datasets; and on how many settings
+        they rest.
     """
     wanted = list(labels or _common(tables))
-    blocks: dict[str, tuple[int, dict[str, float]]] = {}
+    settings: dict[str, tuple[int, str, dict[str, float]]] = {}
     for board, scores in tables:
         if not wanted or any(label not in scores for label in wanted):
             continue
         seeds = sorted(set.intersection(*(set(scores[label]) for label in wanted)), key=repr)
-        if len(seeds) > blocks.get(board.protocol, (0, {}))[0]:
-            means = {label: math.fsum(scores[label][seed] for seed in seeds) / len(seeds) for label in wanted}
-            blocks[board.protocol] = len(seeds), means
+        if seeds and len(seeds) > settings.get(board.protocol, (0,))[0]:
+            means = {label: _mean([scores[label][seed] for seed in seeds]) for label in wanted}
+            settings[board.protocol] = len(seeds), board.dataset, means
+    blocks: dict[str, list[dict[str, float]]] = {}
+    for _, dataset, means in settings.values():
+        blocks.setdefault(dataset, []).append(means)
     if len(wanted) < 2 or len(blocks) < 2:
-        return {}
-    return {label: {block: means[label] for block, (_, means) in blocks.items()} for label in wanted}
+        return {}, 0
+    return {
+        label: {dataset: _mean([means[label] for means in found]) for dataset, found in blocks.items()}
+        for label in wanted
+    }, len(settings)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
 
 
 def _common(tables: Sequence[tuple[Leaderboard, Scores]]) -> list[str]:
-    """Choose the algorithms to compare over settings: of those that the best-filled settings have in common, the most.
+    """Choose the algorithms to compare over datasets: of those that the best-filled datasets have in common, the most.
 
-    Settings are taken in by the number of their algorithms, as long as (settings - 1) x (algorithms - 1) grows. Whether
+    Datasets are taken in by the number of their algorithms, as long as (datasets - 1) x (algorithms - 1) grows. Whether
     an algorithm was run decides, and never what it reached.
     """
-    held: dict[str, Sequence[str]] = {}
+    held: dict[str, Sequence[str]] = {}  # by the leaderboard with the most
     for board, scores in tables:
-        held[board.protocol] = max(held.get(board.protocol, ()), list(scores), key=len)
+        held[board.dataset] = max(held.get(board.dataset, ()), list(scores), key=len)
     shared, chosen, most = list(dict.fromkeys(label for _, scores in tables for label in scores)), [], 0
     for further, present in enumerate(sorted(held.values(), key=len, reverse=True)):
         shared = [label for label in shared if label in present]
         if further * (len(shared) - 1) > most:
             chosen, most = shared, further * (len(shared) - 1)
     return chosen
+
+
+# Partitions drawn anew --------------------------------------------------------------------------------------
+
+
+def spread(tables: Sequence[tuple[Leaderboard, _ByLabel]]) -> tuple[Spread, ...]:
+    """Tell initialisation and partition apart, where leaderboards differ in `split_seed` only.
+
+    Source: the analysis of variance with one random effect; Searle, Casella and McCulloch 1992, "Variance components".
+    """
+    families: dict[str, list[tuple[Leaderboard, _ByLabel]]] = {}
+    for board, scores in tables:
+        if board.setting.get("split_seed") is not None:
+            rest = {key: value for key, value in board.setting.items() if key != "split_seed"}
+            cell = [board.dataset, board.engine, board.precision, board.device, rest]
+            families.setdefault(canonical({"cell": cell}), []).append((board, scores))
+    found = []
+    for members in families.values():
+        rows = []
+        for label in dict.fromkeys(label for _, scores in members for label in scores):
+            partitions = [list(scores[label].values()) for _, scores in members if len(scores.get(label, ())) > 1]
+            if len(partitions) > 1:
+                within = _mean([variance(values) for values in partitions])
+                share = _mean([within / len(values) for values in partitions])
+                between = max(0.0, variance(map(_mean, partitions)) - share)
+                rows.append((label, math.sqrt(within), math.sqrt(between)))
+        if rows:
+            name = f"{title(members[0][0])}, what varies over {len(members)} partitions"
+            found.append(Spread(title=name, rows=tuple(rows)))
+    return tuple(found)
 
 
 # Sentences --------------------------------------------------------------------------------------------------

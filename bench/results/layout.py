@@ -2,32 +2,64 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench.protocol.spelling import spell_imbalance
 from bench.results.leaderboard import Leaderboard, Row, measured, suffix
-from bench.results.statistics import FEWEST_RESAMPLED, LEVEL, NOTHING, Estimate, corrected_floor, fewest, leader
+from bench.results.statistics import (
+    FEWEST,
+    FEWEST_RESAMPLED,
+    LEVEL,
+    NOTHING,
+    Estimate,
+    corrected_floor,
+    fewest,
+    leader,
+)
 
 ABSENT = "–"
 NO_RUNS = "There are no finished runs."
-_STUDENT = "± is half the 95 % interval over seeds (Student t), which one seed does not have"
-INTERVAL = f"{_STUDENT}; [low, high] is one of {FEWEST_RESAMPLED} seeds or more (bootstrap, BCa)"
-BRIEF = f"{_STUDENT}; with {FEWEST_RESAMPLED} seeds or more, half a bootstrap's (BCa)"
-"""The same where there is no room for both ends."""
+NOT_INDEPENDENT = (
+    "Settings of one dataset share images, seeds and initial weights, and are no independent evidence of one another."
+)
+_TWO_NUMBERS = (
+    "Of the two personal numbers, personal counts each test image of a client alike, so that knowing how often each "
+    "class occurs there is enough to raise it; balanced counts each class alike."
+)
+CONDITIONAL = "What seeds say holds for the one long-tailed subsample of this dataset and its one test set."
+INTERVAL = (
+    f"of 2 to {FEWEST - 1} seeds (lowest–highest) is the range, which is no interval; of {FEWEST} seeds ± is half "
+    f"the 95 % interval (Student t), and of {FEWEST_RESAMPLED} or more [low, high] is one (bootstrap, BCa); an "
+    "interval is cut off at 0 and 100, and then written by its ends"
+)
+BRIEF = (
+    f"below a mean, the range of 2 to {FEWEST - 1} seeds, or the 95 % interval of {FEWEST} (Student t) or more "
+    "(BCa), cut off at 0 and 100"
+)
+"""The same where there is room for one form only."""
 LEGEND = (
     f"Accuracies are percentages, a mean over seeds; {INTERVAL}. {ABSENT} stands for what an algorithm does not have.",
-    "generic: the one global model on the balanced official test set, mean over classes; many, medium, few: "
-    "the same over the classes with that many training images.",
-    "personal: each client's own model on its own test images, an unweighted mean over clients; masked: the "
-    "same with the classes that a client never trained on left out of the arg-max; worst decile: the mean "
-    "over the worst tenth of the clients; unseen: clients held out of training.",
-    "Rows are ordered by personal, then generic; those without come last. The order is no finding.",
+    "generic: the one global model on the official test set, mean over classes, each weighing the same whatever its "
+    "number of test images; many, medium, few: the same over these classes, by their training images.",
+    "balanced: each client's own model on its own test images, the mean over the classes that are among them, and then "
+    "over clients. personal: the mean over the client's test images, and then over clients. Rows are ordered by "
+    "balanced, then generic; those without come last. The order is no finding.",
+    "The view of both: the newest broadcast with the client's stored state, for all clients. after: the client's model "
+    "right after its local work on that broadcast.",
+    "tail: personal over the few-shot classes; masked: personal with the classes that a client never trained on left "
+    "out of the arg-max, absent where its test may have them; drawn, never: personal over the clients that took part "
+    "in training, and those that never did; worst decile: over the worst tenth of the clients.",
+    "unseen: clients held out of training, each of which is tuned before it is tested: 5 epochs of the head, unless "
+    "the method says otherwise.",
     "bold: better than each other row of the column by the signed-rank test (Wilcoxon) of runs on the same split and "
     f"seed, corrected (Holm) for all pairs of rows, at the {100 * LEVEL:g} % level. Where nothing is bold, it does not "
     "say which is best; `bench compare` has all pairs.",
-    "Cost is a mean over seeds, of a whole run: MB sent down and up (counted from the tensors), FLOP and "
-    "samples of training, wall seconds, peak memory of the process, state kept at all clients.",
+    f"{NOT_INDEPENDENT} Only datasets are compared with one another.",
+    "Cost is a mean over seeds, of a whole run: MB sent down and up (counted from the tensors), samples processed and "
+    "FLOP, of training, of adaptation before the test, at the server, and of all three together; wall seconds, peak "
+    "memory of the process, state kept at all clients.",
     "Tier, what the server learns or needs: S nothing beyond models, L label statistics, A its own data, V "
     "pre-trained models.",
 )
@@ -52,66 +84,89 @@ class Column:
         """Look the number up; nothing where the row has none."""
         return (row.metrics if self.unit is None else row.cost).get(self.key, NOTHING)
 
-    def show(self, row: Row, interval: bool = True, brief: bool = False) -> str:
-        """Write the number for people; briefly, with half the length of any interval."""
+    def show(self, row: Row, interval: bool = True) -> str:
+        """Write the number for people."""
         estimate = self.estimate(row)
         if estimate.mean is None:
             return ABSENT
         if self.unit is not None:
             return _amount(estimate.mean / self.unit)
-        return spell(estimate, brief) if interval else f"{100 * estimate.mean:.1f}"
+        return spell(estimate) if interval else f"{100 * estimate.mean:.1f}"
 
 
-def spell(estimate: Estimate, brief: bool = False) -> str:
-    """Write a mean in percent with its interval, if it has one; briefly, with half the interval's length."""
+def spell(estimate: Estimate) -> str:
+    """Write a mean in percent with its range, `56.1 (54.0–58.2)`, or its interval: `56.1 ± 2.1` or `56.1 [53.9, 58.0]`.
+
+    An interval that is cut off is written by its ends.
+    """
     if estimate.mean is None:
         return ABSENT
     mean = f"{100 * estimate.mean:.1f}"
-    if estimate.half_width is None or estimate.low is None or estimate.high is None:
+    if estimate.low is None or estimate.high is None:
         return mean
-    if estimate.resampled and not brief:
-        return f"{mean} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
-    return f"{mean} ± {100 * estimate.half_width:.1f}"
+    low, high = f"{100 * estimate.low:.1f}", f"{100 * estimate.high:.1f}"
+    if estimate.kind == "range":
+        return f"{mean} ({low}–{high})"
+    below, above = estimate.mean - estimate.low, estimate.high - estimate.mean
+    if estimate.kind == "student" and math.isclose(below, above, abs_tol=1e-9):
+        return f"{mean} ± {100 * above:.1f}"
+    return f"{mean} [{low}, {high}]"
 
 
-MAIN = ("generic", "personal", "masked")
-"""Columns of which the mean of ten and the best round are known too."""
 _ACCURACY = (
     Column("generic", "generic"),
     Column("many", "generic.many"),
     Column("medium", "generic.medium"),
     Column("few", "generic.few"),
+    Column("balanced", "personal.balanced"),
     Column("personal", "personal"),
+    Column("tail", "personal.few"),
     Column("masked", "personal.masked"),
+    Column("drawn", "personal.drawn"),
+    Column("never", "personal.never"),
     Column("worst decile", "personal.worst_decile"),
+    Column("after", "personal:after"),
     Column("unseen", "unseen"),
 )
+_WORK = (
+    ("", "samples", "flops"),
+    ("training", "train_samples", "train_flops"),
+    ("adaptation", "adaptation_samples", "adaptation_flops"),
+    ("server", "server_samples", "server_flops"),
+)
+"""In all, and of what."""
 _TIME_AND_MEMORY = (
     Column("seconds", "wall_seconds", 1.0),
     Column("peak MiB", "peak_memory_bytes", 2.0**20),
     Column("state MiB", "client_state_bytes", 2.0**20),
 )
-
-
+_MAIN = (
+    "generic", "generic.few", "personal.balanced", "personal", "personal.few", "personal.worst_decile",
+    "samples", "bytes", "wall_seconds",
+)  # fmt: skip
 _PREFIXES = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 
 
 def columns(board: Leaderboard) -> tuple[Column, ...]:
-    """Choose the columns of a leaderboard: unseen clients have one only where some were held out."""
-    work = (_scaled(board, "FLOP", "train_flops"), _scaled(board, " samples", "samples"))
-    cost = (Column("MB", "bytes", 1e6), *work, *_TIME_AND_MEMORY)
-    if board.metric != "last":
-        main = [column for column in _ACCURACY if column.title in MAIN]
-        return (*(Column(column.title, column.key + suffix(board.metric)) for column in main), *cost)
-    unseen = any(row.metrics.get("unseen", NOTHING).n for row in board.rows)
-    return (*(column for column in _ACCURACY if unseen or column.key != "unseen"), *cost)
+    """Choose the columns of a leaderboard: all of which any row has a number."""
+    followed = suffix(board.metric)
+    accuracy = [replace(column, key=column.key + followed) for column in _ACCURACY]
+    samples, flops = (_scaled(board, title, place) for place, title in ((1, "{0} {1} samples"), (2, "{1} {0}FLOP")))
+    known = (*accuracy, *samples, Column("MB", "bytes", 1e6), *flops, *_TIME_AND_MEMORY)
+    return tuple(column for column in known if any(column.estimate(row).n for row in board.rows))
 
 
-def _scaled(board: Leaderboard, title: str, key: str) -> Column:
-    """Count in thousands, millions and so on, as far as the largest number of the leaderboard has one."""
-    largest = max((row.cost.get(key, NOTHING).mean or 0.0 for row in board.rows), default=0.0)
+def main_columns(board: Leaderboard) -> tuple[Column, ...]:
+    """Choose those that have room on a terminal and a front page."""
+    return tuple(column for column in columns(board) if column.key.partition("@")[0] in _MAIN)
+
+
+def _scaled(board: Leaderboard, title: str, place: int) -> list[Column]:
+    """Count in thousands, millions and so on, as far as the largest total of the leaderboard has one."""
+    largest = max((row.cost.get(_WORK[0][place], NOTHING).mean or 0.0 for row in board.rows), default=0.0)
     prefix, unit = next(((prefix, unit) for prefix, unit in _PREFIXES if largest >= unit), ("", 1.0))
-    return Column((prefix + title).strip(), key, unit)
+    titles = [" ".join(title.format(prefix, part).split()) for part, *_ in _WORK]
+    return [Column(title, work[place], unit) for title, work in zip(titles, _WORK, strict=True)]
 
 
 def best(board: Leaderboard) -> dict[str, str]:
@@ -182,13 +237,39 @@ def remarks(board: Leaderboard) -> list[str]:
     """List what stands below a leaderboard: warnings, where the numbers come from, numbered footnotes."""
     _, notes = footnotes(board)
     numbered = [f"[{number}] {note}" for number, note in enumerate(notes, start=1)]
-    return [*warnings(board), provenance(board), *_power(board), *numbered]
+    return [*warnings(board), order(board), *_rests(board), provenance(board), *_power(board), *numbered]
+
+
+def order(board: Leaderboard) -> str:
+    """Say which number ranks, and why there are two personal ones."""
+    by = f"Rows are ordered by balanced{' of the last round' * (board.metric == 'best')}, then generic."
+    return f"{by} {_TWO_NUMBERS}"
+
+
+def _rests(board: Leaderboard) -> list[str]:
+    """Say on what the personal numbers of a leaderboard rest."""
+    known = [tested for row in board.rows for tested in row.tested if tested["clients"]]
+    if not known:
+        return []
+
+    def span(key: str) -> str:
+        numbers = {number for tested in known if (number := tested[key]) is not None}
+        return " to ".join(map(str, sorted({min(numbers), max(numbers)}))) if numbers else ""
+
+    fewest_images, most_images = min(each["images"][0] for each in known), max(each["images"][1] for each in known)
+    says = f"Personal numbers rest on {span('clients')} clients with {fewest_images} to {most_images} test images each"
+    says += f", the worst decile on {span('worst_decile')} of them"
+    says += f"; {span('drawn')} took part in training and {span('never')} never did" if span("drawn") else ""
+    if span("one_class") != "0" and any(column.title == "masked" for column in columns(board)):
+        says += f"; {span('one_class')} trained on a single class, and masked is 100 % for them by construction"
+    return [f"{says}."]
 
 
 def _power(board: Leaderboard) -> list[str]:
     """Say what the seeds of a leaderboard can separate."""
     counts = sorted((len(row.seeds) for row in board.rows if row.seeds), reverse=True)
-    return [resolution(counts[1], len(counts))] if len(counts) > 1 and board.metric != "best" else []
+    tested = [resolution(counts[1], len(counts))] if len(counts) > 1 and board.metric != "best" else []
+    return [*tested, *([CONDITIONAL] if counts and counts[0] > 1 else [])]
 
 
 def resolution(blocks: int, algorithms: int, unit: str = "seed") -> str:

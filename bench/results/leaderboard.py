@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from bench.results.statistics import NOTHING, Estimate, estimates
 
 METRICS = ("last", "last10", "best")
 """Which evaluation counts: the last round, the mean of the last ten, or the best one, which is optimistic."""
+RANKS_BY = ("personal.balanced", "generic")
+"""What rows are ordered by: the first, then the second."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +27,8 @@ class Row:
     algorithm: str
     call: str
     """The algorithm with all its fields."""
+    lr: float | None
+    """Learning rate of a preset, of this algorithm alone; None: the setting's."""
     version: str
     """Of the algorithm, and of its parts after a plus; empty if not recorded."""
     tier: str
@@ -36,7 +41,10 @@ class Row:
     metrics: Mapping[str, Estimate]
     """The means of these."""
     cost: Mapping[str, Estimate]
-    """Of a whole run: the recorded costs, and "bytes" sent in both directions."""
+    """Of a whole run: the recorded costs, and what they add up to: "bytes" sent in both directions, "samples" and
+    "flops" of training, adaptation and the server."""
+    tested: tuple[Mapping[str, Any], ...]
+    """On what the personal metrics rest, with each of these seeds: as `Record.tested`."""
     failures: tuple[tuple[int, str], ...]
     """Seed and reason of each failed run."""
     ids: tuple[str, ...]
@@ -68,7 +76,7 @@ class Leaderboard:
     seeds: tuple[int, ...]
     """All seeds of any row, ascending."""
     rows: tuple[Row, ...]
-    """By the mean of `personal`, then `generic`, best first and absent last; best rounds never rank."""
+    """By the means of `RANKS_BY`, best first and absent last; best rounds never rank."""
     fingerprints: Mapping[int, tuple[str, ...]]
     """Of the split, by seed; more than one means that the rows did not see the same data."""
     commits: tuple[str, ...]
@@ -199,7 +207,7 @@ def _rows(records: Sequence[Record], metric: str) -> tuple[Row, ...]:
     ranking = "@last10" if metric == "last10" else ""
 
     def rank(row: Row) -> tuple[object, ...]:
-        means = [row.metrics.get(f"{key}{ranking}", NOTHING).mean for key in ("personal", "generic")]
+        means = [row.metrics.get(f"{key}{ranking}", NOTHING).mean for key in RANKS_BY]
         return (*((mean is None, -(mean or 0.0)) for mean in means), row.label)
 
     return tuple(sorted(rows, key=rank))
@@ -209,19 +217,22 @@ def _row(label: str, records: Sequence[Record]) -> Row:
     done = sorted((record for record in records if record.status == "done"), key=lambda record: record.seed)
     failed = sorted((record.seed, record.reason or "") for record in records if record.status == "failed")
     method: Any = records[0].identity.get("algorithm")
-    pieces = [method, *method.get("parts", ())] if isinstance(method, dict) else []
+    method = method if isinstance(method, dict) else {}
+    pieces = [method, *method.get("parts", ())] if method else []
     values = _by_key([record.metrics for record in done])
     return Row(
         label=label,
         algorithm=records[0].algorithm,
         call=records[0].call,
+        lr=method.get("lr"),
         version="+".join(str(piece.get("version", "")) for piece in pieces),
         tier=records[0].tier,
         seeds=tuple(record.seed for record in done),
         splits=tuple(record.fingerprint or "" for record in done),
         values=values,
-        metrics=estimates(values),
-        cost=estimates(_by_key([_with_bytes(record.cost) for record in done])),
+        metrics=estimates(values, scale=(0.0, 1.0)),
+        cost=estimates(_by_key([{**record.cost, **_totals(record.cost)} for record in done])),
+        tested=tuple(record.tested for record in done),
         failures=tuple(failed),
         ids=tuple(sorted(record.id for record in records)),
     )
@@ -231,6 +242,17 @@ def _by_key(runs: Sequence[Mapping[str, float | None]]) -> dict[str, tuple[float
     return {key: tuple(run.get(key) for run in runs) for key in sorted({key for run in runs for key in run})}
 
 
-def _with_bytes(cost: Mapping[str, float | None]) -> dict[str, float | None]:
-    down, up = cost.get("bytes_down"), cost.get("bytes_up")
-    return {**cost, "bytes": None if down is None or up is None else down + up}
+_TOTALS = {
+    "bytes": ("bytes_down", "bytes_up"),
+    "samples": ("train_samples", "adaptation_samples", "server_samples"),
+    "flops": ("train_flops", "adaptation_flops", "server_flops"),
+}
+
+
+def _totals(cost: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Add costs up; a sum of which a part is absent is absent."""
+    parts = {total: [cost.get(key) for key in keys] for total, keys in _TOTALS.items()}
+    return {
+        total: None if None in amounts else math.fsum(amount or 0.0 for amount in amounts)
+        for total, amounts in parts.items()
+    }

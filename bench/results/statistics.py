@@ -1,8 +1,9 @@
 """What a handful of seeds can say: intervals of means, paired tests, ranks. Plain numbers in, plain numbers out.
 
-The unit is a *block*: one seed of one protocol, which draws the split, the initial weights and every cohort anew. A
-run's clients and test images are no further blocks: they share one training, so that a bootstrap over them would count
-what varies inside a run again and again, and leave out what varies between runs.
+The unit is a *block*: one seed of one protocol, which draws the split, the initial weights and every cohort anew, or
+one dataset. A run's clients and test images are no further blocks: they share one training, so that a bootstrap over
+them would count what varies inside a run again and again, and leave out what varies between runs. Nor are the settings
+of a dataset, which share images, seeds and initial weights.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +26,8 @@ Scores = Mapping[str, Mapping[Hashable, float]]
 
 LEVEL = 0.05
 """Of every test; intervals cover 1 - LEVEL."""
+FEWEST = 5
+"""Values from which there is an interval: Student's of two is 12.7 times as wide as they are apart."""
 FEWEST_RESAMPLED = 6
 """Values from which an interval is a bootstrap's: fewer cannot be resampled to 95 %, see `estimate`."""
 _EXACT = 13
@@ -35,68 +38,81 @@ _DIGITS = 12  # of a difference: what is smaller is the rounding of a division, 
 # Intervals --------------------------------------------------------------------------------------------------
 
 
+Kind = Literal["range", "student", "bootstrap"]
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A mean over seeds, or over other blocks."""
 
     mean: float | None
     """None: nothing was measured."""
-    half_width: float | None
-    """Half the length of the interval; None with fewer than two values."""
     n: int
     """Values that were measured."""
     low: float | None = None
-    """Lower end of the interval; None with fewer than two values."""
+    """The lowest value, or the lower end of the interval; None with fewer than two values."""
     high: float | None = None
-    """Upper end; a bootstrap's ends need not be equally far from the mean."""
-
-    @property
-    def resampled(self) -> bool:
-        """Whether the interval is a bootstrap's, and not Student's."""
-        return self.half_width is not None and self.n >= FEWEST_RESAMPLED
+    """The highest value, or the upper end, which need not be as far from the mean."""
+    kind: Kind | None = None
+    """What `low` and `high` are: the "range" of two to four values, which is no interval; of five the 95 % interval of
+    "student", of more that of the "bootstrap"."""
 
 
-NOTHING = Estimate(None, None, 0)
+NOTHING = Estimate(None, 0)
 
 
-def estimate(values: Iterable[float | None], confidence: float = 1 - LEVEL) -> Estimate:
-    """Average over seeds, with an interval that covers the mean as often as it says.
+def estimate(
+    values: Iterable[float | None], confidence: float = 1 - LEVEL, scale: tuple[float, float] | None = None
+) -> Estimate:
+    """Average over seeds, from five on with an interval that covers the mean as often as it says.
 
     From six values on it is the bias-corrected and accelerated bootstrap interval of the mean (BCa, 9999 resamples from
     a fixed seed, so that the same values give the same interval), at the widened level
     1 - 2 Phi(-sqrt(n / (n - 1)) t), t Student's quantile with n - 1 degrees of freedom: a bootstrap takes the deviation
     with n below and the normal's tails, and would otherwise cover 87 % instead of 95 % with six normal values.
 
-    Below six it is Student's interval, mean ± t s / sqrt(n), s the sample standard deviation: no resample leaves the
-    range of the values, and the range of five covers the middle of a symmetric distribution 1 - 2 / 2^5 = 94 % of the
-    time at best, that of two 50 %.
+    Of five it is Student's interval, mean ± t s / sqrt(n), s the sample standard deviation: no resample leaves the
+    range of the values, and that of five covers the middle of a symmetric distribution 1 - 2 / 2^5 = 94 % of the time
+    at best. Below five there is none, and the range of the values in its place.
 
     Args:
         values: One a seed; None and NaN are absent and do not count.
         confidence: Share of such intervals that cover the true mean; in (0, 1). Simulated, it is kept within about
             3 points where values are normal or uniform, and is 90 % with six values of an exponential distribution.
+        scale: Least and greatest possible mean, where an interval is cut off; None: there are none.
 
     Source: Efron 1987, "Better bootstrap confidence intervals", JASA 82; the widening: Hesterberg 2015, "What teachers
     should know about the bootstrap", The American Statistician 69; Student 1908, "The probable error of a mean",
     Biometrika 6.
     """
-    return estimates({"": values}, confidence)[""]
+    return estimates({"": values}, confidence, scale)[""]
 
 
-def estimates(rows: Mapping[str, Iterable[float | None]], confidence: float = 1 - LEVEL) -> dict[str, Estimate]:
+def estimates(
+    rows: Mapping[str, Iterable[float | None]],
+    confidence: float = 1 - LEVEL,
+    scale: tuple[float, float] | None = None,
+) -> dict[str, Estimate]:
     """Do what `estimate` does for many rows at once, in the order given."""
     known = {key: [value for value in row if value is not None and not math.isnan(value)] for key, row in rows.items()}
-    found = {key: _students(values, confidence) for key, values in known.items()}
+    found = {key: _plainly(values, confidence) for key, values in known.items()}
     alike: dict[int, list[str]] = defaultdict(list)  # rows that can be resampled, by their length
     for key, values in known.items():
         if len(values) >= FEWEST_RESAMPLED and not math.isclose(min(values), max(values)):
             alike[len(values)].append(key)
     for keys in alike.values():
         found |= zip(keys, _bootstrap([known[key] for key in keys], confidence), strict=True)
-    return found
+    return found if scale is None else {key: _cut(each, *scale) for key, each in found.items()}
 
 
-def _students(values: Sequence[float], confidence: float) -> Estimate:
+def _cut(estimate: Estimate, least: float, most: float) -> Estimate:
+    if estimate.low is None or estimate.high is None:
+        return estimate
+    return replace(estimate, low=max(least, estimate.low), high=min(most, estimate.high))
+
+
+def _plainly(values: Sequence[float], confidence: float) -> Estimate:
+    """Give the range, or Student's interval."""
     from scipy.special import stdtrit
 
     n = len(values)
@@ -104,10 +120,12 @@ def _students(values: Sequence[float], confidence: float) -> Estimate:
         return NOTHING
     mean = math.fsum(values) / n
     if n == 1:
-        return Estimate(mean, None, 1)
+        return Estimate(mean, 1)
+    if n < FEWEST:
+        return Estimate(mean, n, min(values), max(values), "range")
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
     half = float(stdtrit(n - 1, (1 + confidence) / 2)) * deviation / math.sqrt(n)
-    return Estimate(mean, half, n, mean - half, mean + half)
+    return Estimate(mean, n, mean - half, mean + half, "student" if n < FEWEST_RESAMPLED else "bootstrap")
 
 
 def _bootstrap(rows: Sequence[Sequence[float]], confidence: float) -> list[Estimate]:
@@ -130,7 +148,7 @@ def _bootstrap(rows: Sequence[Sequence[float]], confidence: float) -> list[Estim
     ).confidence_interval
     found = []
     for row, low, high in zip(rows, np.asarray(ends.low).tolist(), np.asarray(ends.high).tolist(), strict=True):
-        found.append(Estimate(math.fsum(row) / n, (high - low) / 2, n, low, high))
+        found.append(Estimate(math.fsum(row) / n, n, low, high, "bootstrap"))
     return found
 
 
@@ -188,7 +206,7 @@ def pairwise(scores: Scores) -> tuple[Pair, ...]:
     differences = [_differences(scores[first], scores[second]) for first, second in names]
     p = signed_rank(differences)
     corrected = holm(p)
-    means = estimates({str(index): values for index, values in enumerate(differences)})
+    means = estimates({str(index): values for index, values in enumerate(differences)}, scale=(-1.0, 1.0))
     return tuple(
         Pair(
             first=first,
@@ -297,7 +315,7 @@ class Ranking:
     """Algorithms by their average rank over the blocks on which all of them were measured."""
 
     unit: str
-    """What a block is: "seed", or "setting" (a dataset with its setting, averaged over seeds)."""
+    """What a block is: "seed", or "dataset" (averaged over its settings and their seeds)."""
     labels: tuple[str, ...]
     """Best first; equal average ranks in alphabetical order."""
     ranks: tuple[float, ...]

@@ -10,29 +10,31 @@ import html
 import io
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from bench.results.comparison import part_over_settings
+from bench.results.comparison import part_over_datasets
 from bench.results.layout import (
     ABSENT,
     BRIEF,
     LEGEND,
-    MAIN,
     NO_RUNS,
+    Column,
     best,
-    columns,
     details,
     footnotes,
     grid,
+    main_columns,
+    order,
     remarks,
     title,
     warnings,
 )
 from bench.results.leaderboard import METRICS as METRICS
+from bench.results.leaderboard import RANKS_BY, Row, suffix
 from bench.results.leaderboard import Leaderboard as Leaderboard
 from bench.results.leaderboard import leaderboards as leaderboards
-from bench.results.leaderboard import suffix
+from bench.results.statistics import FEWEST
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -74,7 +76,7 @@ FRONT = "<!-- leaderboard -->", "<!-- end of leaderboard -->"
 
 
 def front_page(text: str, boards: Sequence[Leaderboard]) -> str:
-    """Put the main columns of leaderboards between the two lines of a front page.
+    """Put the main columns of leaderboards between the two lines of a front page, of rows that have enough seeds.
 
     Raises:
         ValueError: The text does not have the two lines of `FRONT`, each once, in this order.
@@ -83,13 +85,20 @@ def front_page(text: str, boards: Sequence[Leaderboard]) -> str:
     _, end, tail = rest.partition(FRONT[1] + "\n")
     if not begin or not end or FRONT[0] in tail or FRONT[1] in tail:
         raise ValueError(f"it must have the lines {FRONT[0]} and {FRONT[1]}, once, in this order")
+    enough = [replace(board, rows=tuple(row for row in board.rows if len(row.seeds) >= FEWEST)) for board in boards]
+    shown = [board for board in enough if board.rows]
     parts = []
-    for board in boards:
-        shown = [column for column in columns(board) if column.title in _FRONT]
-        rows = [[_code(row.label), *(column.show(row) for column in shown)] for row in board.rows]
-        heading, sides = ["algorithm", *(column.title for column in shown)], ["left", *["right"] * len(shown)]
-        parts += [f"**{_plain(title(board))}**, {len(board.seeds)} seeds", _pipe(heading, rows, sides)]
-    return "".join((head, begin, "\n", "\n\n".join(parts), "\n\n", end, tail))
+    for board in shown:
+        chosen = main_columns(board)
+        rows = [[_code(row.label), *(column.show(row) for column in chosen)] for row in board.rows]
+        heading, sides = ["algorithm", *(column.title for column in chosen)], ["left", *["right"] * len(chosen)]
+        seeds = " or ".join(map(str, sorted({len(row.seeds) for row in board.rows})))
+        parts += [f"**{_plain(title(board))}**, {seeds} seeds", _pipe(heading, rows, sides), order(board)]
+    left_out = len(boards) - len(shown)
+    if left_out:
+        noun, have = ("comparison", "has") if left_out == 1 else ("comparisons", "have")
+        parts.append(f"{left_out} {'more ' * bool(shown)}{noun} {have} fewer than {FEWEST} seeds, and no table here.")
+    return "".join((head, begin, "\n", "".join(f"{part}\n\n" for part in parts), end, tail))
 
 
 def _pipe(heading: Sequence[str], rows: Sequence[Sequence[str]], sides: Sequence[str]) -> str:
@@ -98,12 +107,8 @@ def _pipe(heading: Sequence[str], rows: Sequence[Sequence[str]], sides: Sequence
     return tabulate(rows, heading, tablefmt="pipe", disable_numparse=True, colalign=sides)
 
 
-_FRONT = ("generic", "few", "personal", "worst decile", "MB")
-_BRIEF = (*MAIN, "many", "medium", "few", "worst decile", "MB", "seconds")
-
-
 def terminal(boards: Sequence[Leaderboard]) -> list[RenderableType]:
-    """Make tables for the terminal: the main columns, with intervals for the first three of them."""
+    """Make tables for the terminal: the main columns, with what the seeds span below the means that rank."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -113,17 +118,14 @@ def terminal(boards: Sequence[Leaderboard]) -> list[RenderableType]:
     parts: list[RenderableType] = []
     for board in boards:
         marks, _ = footnotes(board)
-        shown, first = [column for column in columns(board) if column.title in _BRIEF], best(board)
-        table = Table(title=Text(title(board)), box=SIMPLE_HEAD, title_justify="left", padding=0)
+        shown, first = main_columns(board), best(board)
+        table = Table(title=Text(title(board)), box=SIMPLE_HEAD, title_justify="left", padding=0, show_edge=False)
         table.add_column("algorithm", overflow="fold")  # the one column that gives way in a narrow terminal
         for column in shown:
             table.add_column(column.title.replace(" ", "\n"), justify="right", no_wrap=True)
         for row in board.rows:
             cells = [
-                Text(
-                    column.show(row, interval=column.title in MAIN, brief=True).replace(" ± ", "±"),
-                    style="bold" if first.get(column.title) == row.label else "",
-                )
+                Text(_narrow(column, row), style="bold" if first.get(column.title) == row.label else "")
                 for column in shown
             ]
             table.add_row(Text(row.label + marks[row.label]), *cells)
@@ -142,12 +144,21 @@ def terminal(boards: Sequence[Leaderboard]) -> list[RenderableType]:
     return parts
 
 
+def _narrow(column: Column, row: Row) -> str:
+    """Write a number, and below it what the seeds span where it is one that ranks."""
+    estimate = column.estimate(row)
+    number = column.show(row, interval=False)
+    if column.key.partition("@")[0] not in RANKS_BY or estimate.low is None or estimate.high is None:
+        return number
+    return f"{number}\n{100 * estimate.low:.1f}–{100 * estimate.high:.1f}"
+
+
 # Average ranks ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Averages:
-    """The average ranks of algorithms over several settings, as a table."""
+    """The average ranks of algorithms over several datasets, as a table."""
 
     title: str
     heading: tuple[str, ...]
@@ -157,10 +168,10 @@ class Averages:
 
 
 def averages(boards: Sequence[Leaderboard]) -> Averages | None:
-    """Rank the algorithms that settings have in common, by `personal` and `generic`; None if there are none."""
+    """Rank the algorithms that datasets have in common, by `RANKS_BY`; None if there are none."""
     if not boards or boards[0].metric == "best":
         return None
-    found = {key: part_over_settings(boards, key + suffix(boards[0].metric)) for key in ("personal", "generic")}
+    found = {key: part_over_datasets(boards, key + suffix(boards[0].metric)) for key in RANKS_BY}
     ranks = {key: part.ranking for key, part in found.items() if part is not None and part.ranking is not None}
     if not ranks:
         return None
@@ -168,13 +179,13 @@ def averages(boards: Sequence[Leaderboard]) -> Averages | None:
     labels = dict.fromkeys(label for ranking in ranks.values() for label in ranking.labels)
     shown = {key: dict(zip(ranking.labels, ranking.ranks, strict=True)) for key, ranking in ranks.items()}
     return Averages(
-        title=f"Average ranks over {' or '.join(map(str, counts))} settings",
-        heading=("algorithm", *ranks),
+        title=f"Average ranks over {' or '.join(map(str, counts))} datasets",
+        heading=("algorithm", *(key.rpartition(".")[2] for key in ranks)),
         cells=tuple(
             (label, *(f"{shown[key][label]:.2f}" if label in shown[key] else ABSENT for key in ranks))
             for label in labels
         ),
-        says=tuple(f"{key}: {line}" for key in ranks if (part := found[key]) for line in part.says),
+        says=tuple(f"{key.rpartition('.')[2]}: {line}" for key in ranks if (part := found[key]) for line in part.says),
     )
 
 
@@ -227,11 +238,13 @@ def _plain(text: str) -> str:
 
 
 _CSV_BOARD = ("dataset", "imbalance", "alpha", "protocol", "engine", "precision", "device")
-_CSV_ROW = ("setting", "algorithm", "call", "version", "metric", "mean", "half_width", "n", "low", "high")
+_CSV_ROW = ("setting", "algorithm", "call", "version", "metric", "mean", "n", "low", "high", "kind")
 
 
 def _csv(boards: Sequence[Leaderboard]) -> str:
-    """One line per leaderboard, algorithm and metric, or cost as "cost.NAME"; what is absent is empty."""
+    """One line per leaderboard, algorithm and metric, or cost as "cost.NAME"; what is absent is empty. `kind` says what
+    low and high are, see `Estimate`.
+    """
     sink = io.StringIO()
     writer = csv.writer(sink, lineterminator="\n")
     writer.writerow((*_CSV_BOARD, *_CSV_ROW))
@@ -240,8 +253,8 @@ def _csv(boards: Sequence[Leaderboard]) -> str:
         for row in board.rows:
             costs = {f"cost.{key}": value for key, value in row.cost.items()}
             for key, number in {**row.metrics, **costs}.items():
-                cells = [row.label, row.call, row.version, key, number.mean, number.half_width, number.n]
-                writer.writerow([*start, *cells, number.low, number.high])
+                cells = [row.label, row.call, row.version, key, number.mean, number.n]
+                writer.writerow([*start, *cells, number.low, number.high, number.kind])
     return sink.getvalue()
 
 

@@ -11,13 +11,21 @@ from bench.results import comparison
 from bench.results.layout import ABSENT, columns
 from bench.results.leaderboard import Leaderboard, Row
 from bench.results.record import Record
+from bench.results.statistics import FEWEST
 from bench.site import drawing
 from bench.site.counts import Counted, Part
 from bench.site.drawing import Spec, percent
 
-_GRADES = ("personal", "generic")
-_COSTS = ("bytes", "train_flops", "wall_seconds")
-_CURVES = {"personal": "personal", "personal.masked": "masked", "generic": "generic", "unseen": "unseen"}
+GRADES = {"balanced": "personal.balanced", "generic": "generic"}
+"""What rows are ordered by and pictures show: title to key."""
+_COSTS = ("samples", "bytes", "wall_seconds")
+_CURVES = {
+    "personal.balanced": "balanced",
+    "personal": "personal",
+    "personal.masked": "masked",
+    "generic": "generic",
+    "unseen": "unseen",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,11 +103,11 @@ def ranks(part: comparison.Part, key: str) -> Figure | None:
 
 def progress(board: Leaderboard, records: Mapping[str, Record]) -> Figure | None:
     """Draw the curves of all algorithms in panels, means over seeds; nothing if all were evaluated once only."""
-    names = ["personal", "generic"]
+    names = list(GRADES)
     values: list[dict[str, Any]] = []
     rows = []
     for row in board.rows:
-        table = _mean_curves([records[run] for run in row.ids if records[run].status == "done"], names)
+        table = _mean_curves([records[run] for run in row.ids if records[run].status == "done"])
         for number, means in table.items():
             values += [
                 {"algorithm": row.label, "round": number, "model": name, "value": mean}
@@ -129,9 +137,9 @@ def progress(board: Leaderboard, records: Mapping[str, Record]) -> Figure | None
 
 
 def spread(board: Leaderboard, records: Mapping[str, Record]) -> list[Figure]:
-    """Draw mean, interval and the single seeds of every algorithm: a figure for personal, one for generic."""
+    """Draw mean, interval and the single seeds of every algorithm: a figure for balanced, one for generic."""
     figures = []
-    for key in _GRADES:
+    for name, key in GRADES.items():
         values: list[dict[str, Any]] = []
         dots: list[dict[str, Any]] = []
         rows = []
@@ -139,8 +147,7 @@ def spread(board: Leaderboard, records: Mapping[str, Record]) -> list[Figure]:
             estimate = row.metrics.get(key)
             if estimate is None or estimate.mean is None:
                 continue
-            ends = (estimate.low, estimate.high)
-            low, high = (None if end is None else percent(min(max(end, 0.0), 1.0)) for end in ends)
+            low, high = percent(estimate.low), percent(estimate.high)
             values.append({"algorithm": row.label, "mean": percent(estimate.mean), "low": low, "high": high})
             singles = {
                 records[run].seed: percent(records[run].metrics.get(key))
@@ -154,12 +161,12 @@ def spread(board: Leaderboard, records: Mapping[str, Record]) -> list[Figure]:
             order = [value["algorithm"] for value in values]
             figures.append(
                 Figure(
-                    name=f"spread-{key}",
-                    title=f"{key.capitalize()} accuracy, seed by seed",
-                    says=f"{key.capitalize()} accuracy in percent: a dot is the mean over seeds, the bar its 95 % "
-                    "interval (cut off at 0 and 100), a tick one seed.",
+                    name=f"spread-{name}",
+                    title=f"{name.capitalize()} accuracy, seed by seed",
+                    says=f"{name.capitalize()} accuracy in percent: a dot is the mean over seeds, a tick one seed, the "
+                    f"bar the 95 % interval (cut off at 0 and 100), or with fewer than {FEWEST} seeds their range.",
                     specs=(drawing.dots_and_bars(values, dots, order),),
-                    heading=("algorithm", "mean", "interval from", "to", "seed: accuracy"),
+                    heading=("algorithm", "mean", "from", "to", "seed: accuracy"),
                     rows=tuple(rows),
                 )
             )
@@ -169,7 +176,7 @@ def spread(board: Leaderboard, records: Mapping[str, Record]) -> list[Figure]:
 def cost(board: Leaderboard) -> list[Figure]:
     """Draw cost against accuracy; what is both dearer and worse than something else is hollow and has no name."""
     figures = []
-    for key in _GRADES:
+    for grade, key in GRADES.items():
         specs: list[Spec] = []
         fronts: dict[str, set[str]] = {}
         paying = [column for column in columns(board) if column.key in _COSTS]
@@ -195,7 +202,7 @@ def cost(board: Leaderboard) -> list[Figure]:
                 }
                 for label, paid, got in points
             ]
-            specs.append(drawing.scatter(values, title, key))
+            specs.append(drawing.scatter(values, title, grade))
         if not specs:
             continue
         rows = []
@@ -208,13 +215,13 @@ def cost(board: Leaderboard) -> list[Figure]:
                 rows.append((row.label, spell(got), *cells, ", ".join(best) or ABSENT))
         figures.append(
             Figure(
-                name=f"cost-{key}",
-                title=f"Cost against {key} accuracy",
-                says=f"Means over seeds of a whole run's cost and of {key} accuracy in percent. Filled, and named "
+                name=f"cost-{grade}",
+                title=f"Cost against {grade} accuracy",
+                says=f"Means over seeds of a whole run's cost and of {grade} accuracy in percent. Filled, and named "
                 "where there is room: nothing is both cheaper and at least as accurate. Hollow: something is.",
                 specs=tuple(specs),
                 layout="row",
-                heading=("algorithm", key, *(column.title for column in paying), "not beaten at"),
+                heading=("algorithm", grade, *(column.title for column in paying), "not beaten at"),
                 rows=tuple(rows),
             )
         )
@@ -299,14 +306,14 @@ def _mean(row: Row, table: str, key: str, unit: float) -> float | None:
     return None if estimate is None or estimate.mean is None else float(f"{estimate.mean / unit:.5g}")
 
 
-def _mean_curves(records: Sequence[Record], names: Sequence[str]) -> dict[int, dict[str, float | None]]:
+def _mean_curves(records: Sequence[Record]) -> dict[int, dict[str, float | None]]:
     """Average over the seeds that were evaluated at a round."""
     found: dict[int, dict[str, list[float]]] = {}
     for record in records:
         for line in record.rounds().to_dict("records"):
-            cell = found.setdefault(int(line["round"]), {name: [] for name in names})
-            for name in names:
-                value = line.get(name)
+            cell = found.setdefault(int(line["round"]), {name: [] for name in GRADES})
+            for name, key in GRADES.items():
+                value = line.get(key)
                 if value is not None and not math.isnan(value):
                     cell[name].append(float(value))
     return {

@@ -20,6 +20,7 @@ _SERIES = {
     "masked": ("diamond", [6, 3]),
     "generic": ("square", [2, 2]),
     "unseen": ("triangle-up", [8, 2, 2, 2]),
+    "balanced": ("cross", [4, 1]),
 }
 """What a curve or dot stands for, its shape and its dash."""
 

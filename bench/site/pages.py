@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from bench.protocol.identity import identify
 from bench.protocol.spelling import spell_imbalance
 from bench.results import table
-from bench.results.comparison import compare, part_over_settings
+from bench.results.comparison import compare, part_over_datasets
 from bench.results.layout import LEGEND, Column, best, columns, details, footnotes, remarks, title, warnings
 from bench.results.leaderboard import Leaderboard, Row, leaderboards
 from bench.site import charts
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     pass
 
 LEAD = (
-    "Every method got the same clients, the same data order, the same initial weights and the same budget; the "
-    "official test set never entered training; the last round is what ranks."
+    "Every method of a comparison got the same clients, the same cohorts, rounds and batches, and the same initial "
+    "weights; what each spent on training, adaptation and at the server is counted beside its accuracy. The official "
+    "test set never entered training; the last round is what ranks."
 )
 VIEWS = ("overview", "personal", "generic", "unseen", "cost", "everything")
 """Which columns the leaderboard can show."""
@@ -30,15 +31,27 @@ _COLUMNS: tuple[tuple[Column, str], ...] = (
     (Column("generic", "generic"), "overview generic"),
     (Column("many", "generic.many"), "generic"),
     (Column("medium", "generic.medium"), "generic"),
-    (Column("few", "generic.few"), "generic"),
-    (Column("personal", "personal"), "overview personal cost"),
-    (Column("masked", "personal.masked"), "overview personal"),
+    (Column("few", "generic.few"), "overview generic"),
+    (Column("balanced", "personal.balanced"), "overview personal cost"),
+    (Column("personal", "personal"), "overview personal"),
+    (Column("tail", "personal.few"), "overview personal"),
+    (Column("masked", "personal.masked"), "personal"),
+    (Column("drawn", "personal.drawn"), "personal"),
+    (Column("never", "personal.never"), "personal"),
     (Column("worst decile", "personal.worst_decile"), "overview personal"),
+    (Column("after", "personal:after"), "personal"),
     (Column("unseen", "unseen"), "unseen"),
+    (Column("unseen, balanced", "unseen.balanced"), "unseen"),
     (Column("unseen, masked", "unseen.masked"), "unseen"),
+    (Column("k samples", "samples", 1e3), "overview cost"),
+    (Column("k training samples", "train_samples", 1e3), "cost"),
+    (Column("k adaptation samples", "adaptation_samples", 1e3), "cost"),
+    (Column("k server samples", "server_samples", 1e3), "cost"),
     (Column("MB", "bytes", 1e6), "overview cost"),
-    (Column("TFLOP", "train_flops", 1e12), "cost"),
-    (Column("k samples", "samples", 1e3), "cost"),
+    (Column("TFLOP", "flops", 1e12), "cost"),
+    (Column("training TFLOP", "train_flops", 1e12), "cost"),
+    (Column("adaptation TFLOP", "adaptation_flops", 1e12), "cost"),
+    (Column("server TFLOP", "server_flops", 1e12), "cost"),
     (Column("seconds", "wall_seconds", 1.0), "overview cost"),
     (Column("peak MiB", "peak_memory_bytes", 2.0**20), "cost"),
     (Column("state MiB", "client_state_bytes", 2.0**20), "cost"),
@@ -123,18 +136,19 @@ def _comparison(board: Leaderboard, place: int) -> Comparison:
 
 
 def _ranks(boards: Sequence[Leaderboard]) -> list[list[charts.Figure]]:
-    """Draw the ranks of algorithms over several settings; nothing if there are not."""
-    parts = {key: part_over_settings(boards, key) for key in ("personal", "generic")}
-    figures = [charts.ranks(part, key) for key, part in parts.items() if part is not None]
+    """Draw the ranks of algorithms over several datasets; nothing if there are not."""
+    parts = {name: part_over_datasets(boards, key) for name, key in charts.GRADES.items()}
+    figures = [charts.ranks(part, name) for name, part in parts.items() if part is not None]
     drawn = [figure for figure in figures if figure is not None]
     return [drawn] if drawn else []
 
 
 def _index(results: Results, comparisons: Sequence[Comparison]) -> str:
     boards = [comparison.leaderboard for comparison in comparisons]
-    shown = tuple(column for column, _ in _COLUMNS)
-    entries = [entry for comparison in comparisons for entry in _entries(results, comparison, shown, True)]
-    used = {view for column, views in _COLUMNS for view in views.split() if _measured(column, comparisons)}
+    known = [(column, views.split()) for column, views in _COLUMNS if _measured(column, comparisons)]
+    shown = tuple(column for column, _ in known)
+    entries = [entry for comparison in comparisons for entry in _entries(results, comparison, shown)]
+    used = {view for _, views in known for view in views}
     days = sorted(day for comparison in comparisons for day in comparison.leaderboard.finished)
     verified = sum(entry.verified for entry in entries)
     parts = [
@@ -156,9 +170,9 @@ def _index(results: Results, comparisons: Sequence[Comparison]) -> str:
                 "title": column.title,
                 "name": column.key,
                 "cost": column.unit is not None,
-                "views": (*views.split(), "everything"),
+                "views": (*views, "everything"),
             }
-            for column, views in _COLUMNS
+            for column, views in known
         ],
         views=[{"name": view, "empty": view != "everything" and view not in used} for view in VIEWS],
         filters=_filters(entries),
@@ -187,7 +201,7 @@ def _filters(entries: Sequence[Entry]) -> list[dict[str, object]]:
     ]
 
 
-def _entries(results: Results, comparison: Comparison, shown: Sequence[Column], brief: bool = False) -> list[Entry]:
+def _entries(results: Results, comparison: Comparison, shown: Sequence[Column]) -> list[Entry]:
     board = comparison.leaderboard
     marks, _ = footnotes(board)
     first = best(board)
@@ -201,7 +215,7 @@ def _entries(results: Results, comparison: Comparison, shown: Sequence[Column], 
                 label=row.label,
                 marks=marks[row.label],
                 tier=row.tier,
-                cells=tuple(_cell(column, row, first.get(column.title) == row.label, brief) for column in shown),
+                cells=tuple(_cell(column, row, first.get(column.title) == row.label) for column in shown),
                 runs=runs,
                 verified=good == len(runs),
                 standing=standing,
@@ -225,9 +239,9 @@ def _standing(good: int, runs: int) -> str:
     return f"self-reported, {good} of {runs} runs verified" if good else "self-reported"
 
 
-def _cell(column: Column, row: Row, bold: bool, brief: bool) -> Cell:
+def _cell(column: Column, row: Row, bold: bool) -> Cell:
     mean = column.estimate(row).mean
-    return Cell(text=column.show(row, brief=brief), order="" if mean is None else repr(mean), bold=bold)
+    return Cell(text=column.show(row), order="" if mean is None else repr(mean), bold=bold)
 
 
 def _runs(results: Results, row: Row) -> tuple[Run, ...]:
@@ -241,8 +255,8 @@ def _runs(results: Results, row: Row) -> tuple[Run, ...]:
 def _comparison_page(results: Results, comparison: Comparison) -> str:
     board = comparison.leaderboard
     shown = columns(board)
-    ranked = {key: compare([board], key).parts for key in ("personal", "generic")}
-    ranks = [charts.ranks(part, key) for key, parts in ranked.items() for part in parts]
+    ranked = {name: compare([board], key).parts for name, key in charts.GRADES.items()}
+    ranks = [charts.ranks(part, name) for name, parts in ranked.items() for part in parts]
     wide = [*charts.cost(board), charts.progress(board, results.records)]
     figures: list[list[charts.Figure | None]] = [[*charts.spread(board, results.records)], ranks]
     figures += [[figure] for figure in wide]

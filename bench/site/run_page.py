@@ -37,15 +37,19 @@ class Run:
     failed: bool
 
 
+_PERSONAL = ("balanced", "drawn", "never", "many", "medium", "few", "weighted", "std", "worst_decile")
 _MODELS = (
     ("generic", "generic", ("many", "medium", "few")),
-    ("personal", "personal", ("many", "medium", "few", "weighted", "std", "worst_decile")),
-    ("personal.masked", "masked", ("many", "medium", "few", "weighted", "std", "worst_decile")),
-    ("unseen", "unseen", ()),
-    ("unseen.masked", "unseen, masked", ()),
+    ("personal", "personal", _PERSONAL),
+    ("personal.masked", "masked", _PERSONAL),
+    ("unseen", "unseen", ("balanced",)),
+    ("unseen.masked", "unseen, masked", ("balanced",)),
 )
 _PARTS = (
+    ("balanced", "balanced"),
     ("", "mean"),
+    ("drawn", "drawn"),
+    ("never", "never"),
     ("many", "many"),
     ("medium", "medium"),
     ("few", "few"),
@@ -92,7 +96,8 @@ def run_page(results: Results, row: Row, run: Run, siblings: Sequence[Run], boar
             "metrics_heading": ("model", *(name for _, name in _PARTS)),
             "metrics": _metrics(record),
             "metrics_note": "Mean: over classes for generic, over clients for personal and unseen, each weighing the "
-            f"same; weighted: by test images. {ABSENT} stands for what there is not.",
+            "same; balanced: over the classes of a client first; drawn, never: over the clients that took part in "
+            f"training, and did not; weighted: by test images. {ABSENT} stands for what there is not.",
             "figures": [[figure] for figure in pictures if figure is not None],
             "evaluated_often": curves is not None,
             "cost": _cost(record),
@@ -129,9 +134,11 @@ def _cost(record: Record) -> list[tuple[str, str]]:
     units = (
         ("sent to clients", "bytes_down", 1e6, "MB"),
         ("sent to the server", "bytes_up", 1e6, "MB"),
-        ("samples", "samples", 1e3, "thousand"),
-        ("training", "train_flops", 1e9, "GFLOP"),
-        ("work of the server", "server_flops", 1e9, "GFLOP"),
+        *(
+            (f"{what}, {unit}", f"{key}_{kind}", scale, spelt)
+            for unit, kind, scale, spelt in (("samples", "samples", 1e3, "thousand"), ("work", "flops", 1e9, "GFLOP"))
+            for what, key in (("training", "train"), ("adaptation", "adaptation"), ("server", "server"))
+        ),
         ("wall time", "wall_seconds", 1.0, "s"),
         ("device time", "device_seconds", 1.0, "s"),
         ("peak memory", "peak_memory_bytes", 2.0**20, "MiB"),
