@@ -209,7 +209,8 @@ def test_the_json_of_status_has_everything(bench: Bench, tmp_path: Path) -> None
     statuses = [by_id[run.id]["status"] for run in runs]
     assert statuses == ["done", "done", "failed", "running", "running", "waiting", "waiting", "waiting"]
     going = by_id[runs[3].id]
-    assert (going["round"], going["rounds"]) == (5, 10) and going["metrics"] == {"generic": 0.5, "personal.balanced": 0.75}
+    assert (going["round"], going["rounds"]) == (5, 10)
+    assert going["metrics"] == {"generic": 0.5, "personal.balanced": 0.75}
     assert 9 < going["left_seconds"] <= 12 and by_id[runs[4].id]["starts"] == 2
 
 
@@ -347,7 +348,8 @@ def test_lines_say_how_far_runs_and_sweep_are_but_not_all_the_time() -> None:
         display.started(runs[0])
         for completed in range(1, 11):
             clock.now += 3
-            display.progressed(runs[0], Report(completed, 10, 3.0 * completed, {"generic": 0.5, "personal.balanced": None}))
+            measured = {"generic": 0.5, "personal.balanced": None}
+            display.progressed(runs[0], Report(completed, 10, 3.0 * completed, measured))
         display.ended(runs[0], None)
         display.started(runs[1])
         display.retried(runs[1], "the worker died")

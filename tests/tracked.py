@@ -74,7 +74,7 @@ def assert_whole(child: dict[str, Any], run: Any, rounds: int) -> None:
     assert sorted(step for step, _ in child["history"]["personal"]) == list(range(1, rounds + 1))
     assert child["metrics"]["personal"] == pytest.approx(run["metrics"]["personal"])
     assert child["metrics"]["personal_last10"] == pytest.approx(run["metrics"]["personal@last10"])
-    assert child["metrics"]["cost.samples"] > 0
+    assert child["metrics"]["cost.train_samples"] > 0
 
 
 def free_port() -> int:
