@@ -371,9 +371,9 @@ class Pulled(Plain):
 
 @ENGINES
 def test_a_newcomer_is_by_default_a_client_before_its_first_round_and_tunes_its_head(engine: str) -> None:
-    run = trained(ALGORITHMS["ditto"](), engine, replace(ONE_ROUND, unseen=1))
+    run = trained(ALGORITHMS["fedper"](), engine, replace(ONE_ROUND, unseen=1))
     assert is_usual(run.algorithm.newcomer, Client.newcomer)
-    named, start = models(run, LAST), run.algorithm.init_client(run.task)
+    named, start = models(run, LAST), {**run.progress.server, **run.algorithm.init_client(run.task)}
     assert list(named) == ["unseen:5 epochs", "unseen"]
     score, data = run.task.logits, data_of(run, LAST)
     wanted = by_hand(start, "head", run.task.lr, data.batches(5, "adapt 0"), score)
@@ -438,8 +438,8 @@ def test_without_labels_newcomers_do_what_needs_none(engine: str) -> None:
 def test_without_labels_a_newcomers_state_is_made_without(engine: str) -> None:
     run = trained(Pulled(), engine, replace(ONE_ROUND, unseen=1, unseen_labels=False))
     assert apart(models(run, LAST)["unseen"][0], run.progress.server) == 0.0
-    (ditto,) = models(trained(ALGORITHMS["ditto"](), engine, run.setting), LAST)["unseen"]
-    assert apart(ditto, run.task.init()) == 0.0
+    ditto = trained(ALGORITHMS["ditto"](), engine, run.setting)
+    assert apart(models(ditto, LAST)["unseen"][0], ditto.progress.server) == 0.0
 
 
 # A method without a linear head -----------------------------------------------------------------------------
