@@ -406,21 +406,18 @@ def test_ties_are_said_to_be_ties() -> None:
     assert part.ranking is not None and part.ranking.ranks[0] == part.ranking.ranks[1] == pytest.approx(5 / 3)
 
 
-def several(
-    count: int, order: Sequence[str] = ("a", "b", "c"), gap: float = 0.1, settings: int = 1, seeds: int = 2
-) -> list[Record]:
-    """Records of some datasets and settings of each, in each of which the algorithms are in this order."""
-    return [
-        record(name, seed=seed, values={"personal.balanced": 0.9 - gap * place - 0.01 * which + 0.001 * seed * place},
-               setting={"imbalance": 10.0 * (setting + 1), "model": f"m{which}"}, dataset=f"d{which}")
-        for which in range(count)
-        for setting in range(settings)
-        for place, name in enumerate(order)
-        for seed in range(seeds)
-    ]  # fmt: skip
-
-
 BALANCED = "personal.balanced"
+
+
+def several(count: int, order: Sequence[str] = ("a", "b", "c"), gap: float = 0.1, settings: int = 1) -> list[Record]:
+    """Records of some datasets and settings of each, in each of which the algorithms are in this order."""
+    found = []
+    for which, setting, place, seed in itertools.product(range(count), range(settings), range(len(order)), range(2)):
+        value = 0.9 - gap * place - 0.01 * which - 0.002 * setting + 0.001 * seed * place
+        protocol = {"imbalance": 10.0 * (setting + 1), "model": f"m{which}"}
+        values = {BALANCED: value}
+        found.append(record(order[place], seed=seed, values=values, setting=protocol, dataset=f"d{which}"))
+    return found
 
 
 def test_datasets_are_blocks_and_neither_their_seeds_nor_their_settings_are() -> None:
@@ -443,6 +440,7 @@ def test_settings_of_one_dataset_are_not_tested_together_however_many() -> None:
     boards = leaderboards(several(1, settings=9))
     compared = compare(boards, BALANCED)
     assert len(compared.parts) == 9 and compared.overall is None and ranking(boards, BALANCED) is None
+    assert part_over_datasets(boards, BALANCED, ["a", "b"]) is None
     (said,) = compared.left_out
     assert said.startswith("There is no test over all") and "no independent evidence" in said
     assert "Average ranks" not in table.render(boards, "md")
@@ -495,6 +493,12 @@ def test_algorithms_that_lack_a_dataset_are_left_out_and_named() -> None:
     assert part.says[-2].startswith("Averaged over 4 settings") and part.says[-1].startswith("2 more settings lack")
 
 
+def test_many_settings_of_a_dataset_decide_no_more_than_one_about_who_is_compared() -> None:
+    found = [*several(2), *(each for each in several(1, settings=7) if each.algorithm != "c" and each.imbalance != 10)]
+    part = part_over_datasets(leaderboards(found), BALANCED)
+    assert part is not None and part.ranking is not None and part.ranking.labels == ("a", "b", "c")
+
+
 def test_means_over_seeds_are_of_the_seeds_that_all_have() -> None:
     found = several(2)
     alone = {"imbalance": 10.0, "model": "m0"}
@@ -520,8 +524,17 @@ def test_initialisation_and_partition_are_told_apart_where_the_split_seed_is_giv
     rows = {label: numbers for label, *numbers in spread.rows}
     assert rows["steady"] == [pytest.approx(0.01, abs=0.002), pytest.approx(0.0, abs=0.004)]
     assert rows["moving"] == [pytest.approx(0.01, abs=0.002), pytest.approx(0.04, abs=0.015)]
+    few = [
+        record("a", seed=seed, values={BALANCED: value}, setting={"split_seed": which})
+        for which, values in enumerate(((0.1, 0.3), (0.5, 0.7)))
+        for seed, value in enumerate(values)
+    ]
+    (spread,) = comparison.spread(comparison._tables(leaderboards(few), BALANCED, None))
+    # within: 0.02; means 0.2 and 0.6, variance 0.08, of which half of 0.02 is the seeds'
+    assert spread.rows[0][1:] == pytest.approx((math.sqrt(0.02), math.sqrt(0.07)))
     assert compare(leaderboards(runs(CLEAR)), "personal").spread == ()
     fixed = [record(name, seed=seed, setting={"split_seed": 0}) for name in "ab" for seed in range(3)]
+    fixed += [record(name, seed=seed) for name in "ab" for seed in range(3)]
     assert compare(leaderboards(fixed), BALANCED).spread == ()
 
 
@@ -531,7 +544,7 @@ def test_partitions_of_different_settings_or_machines_are_no_family() -> None:
         for which in range(2)
         for seed in range(2)
     ]
-    found += [record("b", seed=seed, setting={"split_seed": 0, "lr": 0.1}, device="cuda") for seed in range(2)]
+    found += [record("a", seed=seed, setting={"split_seed": 5, "lr": 0.1}, device="cuda") for seed in range(2)]
     assert comparison.spread(comparison._tables(leaderboards(found), BALANCED, None)) == ()
 
 
@@ -692,6 +705,17 @@ def test_compare_prints_pairs_ranks_and_what_can_be_said(out: Path, capsys: pyte
     assert status == 0 and "average rank" in printed and "tag$x$" in printed
     status, printed, _ = bench(capsys, "compare", "--out", out, "--metric", "generic")
     assert status == 0 and printed.count("all tied") == 3 and "Tied on every common seed" in printed
+
+
+def test_compare_prints_what_varies_with_the_partition(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, which, seed in itertools.product("ab", range(2), range(2)):
+        values = {BALANCED: 0.5 + 0.1 * which + 0.01 * seed}
+        store(tmp_path, document(name, seed=seed, values=values, setting={"split_seed": which}))
+    status, printed, _ = bench(capsys, "compare", "--out", tmp_path)
+    assert status == 0 and "what varies over 2 partitions" in printed
+    assert re.search(r"\ba +0\.71 +7\.05\b", printed)
+    found = json.loads(bench(capsys, "compare", "--out", tmp_path, "--json")[1])
+    assert [row[0] for row in found["spread"][0]["rows"]] == ["a", "b"]
 
 
 def test_compare_gives_everything_as_json(out: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -519,6 +519,8 @@ def test_an_interval_ends_where_the_scale_does() -> None:
     assert spell(cut) == f"84.0 [{100 * (free.low or 0):.1f}, 100.0]" and spell(free).startswith("84.0 ± 44.4")
     low = estimate([0.8, 0.0, 0.0, 0.0, 0.0], scale=(0.0, 1.0))
     assert low.low == 0.0 and spell(low).startswith("16.0 [0.0, ")
+    wide = [record(seed=seed, values={"personal": value}) for seed, value in enumerate(values)]
+    assert leaderboards(wide)[0].rows[0].metrics["personal"] == cut
     assert spell(estimate([0.54, 0.582])) == "56.1 (54.0–58.2)" and spell(estimate([0.5])) == "50.0"
     assert spell(estimate([])) == "–" and spell(estimate([0.5] * 7)) == "50.0 [50.0, 50.0]"
 
@@ -591,7 +593,7 @@ def test_a_column_that_is_a_dash_in_every_row_is_not_printed(form: str) -> None:
 
 
 def test_costs_add_up_and_a_sum_with_an_absent_part_is_absent() -> None:
-    (board,) = leaderboards([record("fedavg"), record("pooled", cost={"bytes_down": None, "bytes_up": None})])
+    (board,) = leaderboards([record("fedavg"), record("pooled", cost={"bytes_down": None, "bytes_up": 1.0})])
     costs = {row.label: row.cost for row in board.rows}
     assert costs["fedavg"]["bytes"].mean == 5e6 and costs["fedavg"]["samples"].mean == 12_345.0
     assert costs["fedavg"]["flops"].mean == pytest.approx(4.8e12)

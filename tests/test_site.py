@@ -77,7 +77,7 @@ def plant(
             continue
         for client in [-1] if model == "generic" else range(clients):
             for place in range(len(counts)):
-                images = 50 if client < 0 else 0 if client == 3 else 7  # one client has nothing to test on
+                images = 50 if client < 0 else 0 if client == 3 else 4 + 2 * place  # one client has nothing to test on
                 right, total = cell(strength - 0.6 * place / len(counts) + 0.02 * client, images)
                 rows.append({"model": model, "client": client, "class": place, "correct": right, "total": total})
                 rows[-1]["drawn"] = -1 if client < 0 else int(client < clients - 2)
@@ -296,6 +296,10 @@ def test_the_numbers_are_those_of_the_table(planted: Planted) -> None:
         ]
 
 
+def by_id(found: Sequence[records.Record]) -> dict[str, records.Record]:
+    return {record.id: record for record in found}
+
+
 def squeezed(text: str) -> str:
     return "".join(text.split())
 
@@ -386,6 +390,13 @@ def test_the_tables_of_pictures_hold_what_is_drawn(planted: Planted) -> None:
     assert personal is not None
     assert curves.heading[:3] == ("round", "balanced", "personal")
     assert curves.rows[-1][2] == f"{100 * personal:.1f}"
+    balanced = record.metrics["personal.balanced"]
+    assert balanced is not None and abs(balanced - personal) > 0.002
+    found, _ = records.read_all(planted.out)
+    board = next(board for board in leaderboards(found) if board.dataset == "digits" and len(board.rows) > 2)
+    shown = {figure.name: {row[0]: row for row in figure.rows} for figure in charts.spread(board, by_id(found))}
+    assert f"2: {100 * balanced:.1f}" in shown["spread-balanced"]["beta"][4]
+    assert {figure.name for figure in charts.cost(board)} == {"cost-balanced", "cost-generic"}
     drawn = {(value["round"], value["model"]): value["value"] for value in curves.specs[0]["data"]["values"]}
     assert drawn[8, "personal"] == pytest.approx(100 * personal, abs=1e-3)
     clients = [part.accuracy["personal"] or 0.0 for part in counted.clients]
