@@ -646,7 +646,7 @@ def test_a_board_says_on_what_its_personal_numbers_rest() -> None:
 
 
 def test_seeds_hold_for_one_subsample_and_one_test_set() -> None:
-    said = "the one long-tailed subsample of this dataset and its one test set"
+    said = "conditional on this dataset's one long-tailed subsample and its one test set"
     assert any(said in line for line in remarks(leaderboards(three_seeds())[0]))
     assert not any(said in line for line in remarks(leaderboards([record("fedavg")])[0]))
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 def table_command(
     datasets: str | None, out: Path, form: str | None, metric: str, write: bool, into: Path | None
 ) -> None:
-    """Print the leaderboard of stored results: mean and 95 % interval over seeds, one table per protocol.
+    """Print the leaderboard of stored results: means over seeds and what these span, one table per protocol.
 
     Damaged folders are named on standard error and left out.
 

@@ -28,7 +28,10 @@ _TWO_NUMBERS = (
     "Of the two personal numbers, personal counts each test image of a client alike, so that knowing how often each "
     "class occurs there is enough to raise it; balanced counts each class alike."
 )
-CONDITIONAL = "What seeds say holds for the one long-tailed subsample of this dataset and its one test set."
+CONDITIONAL = (
+    "What seeds span is conditional on this dataset's one long-tailed subsample and its one test set, which no seed "
+    "draws anew."
+)
 INTERVAL = (
     f"of 2 to {FEWEST - 1} seeds (lowest–highest) is the range, which is no interval; of {FEWEST} seeds ± is half "
     f"the 95 % interval (Student t), and of {FEWEST_RESAMPLED} or more [low, high] is one (bootstrap, BCa); an "
