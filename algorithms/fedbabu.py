@@ -8,7 +8,7 @@ Server keeps   body, head
 Client keeps   nothing
 Down           body, head
 Up             body
-Departs        bodies are averaged by client size (reference: uniformly, which is the setting's client_weights =
+Departs        bodies are averaged with the setting's weights (reference: uniformly, client_weights =
                uniform); the fixed head, a function of the seed, is sent once, with the first body; the reference's
                learning rate of a tenth from half of the rounds on, and of a hundredth from three quarters, is the
                setting's lr_steps = {0.5: 0.1, 0.75: 0.1}; fine-tuned is the last round's body (reference: the one that

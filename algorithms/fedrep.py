@@ -7,7 +7,7 @@ Server keeps   body
 Client keeps   head
 Down           body
 Up             body
-Departs        bodies are averaged by client size (paper: uniformly, the setting's client_weights = uniform); each stage
+Departs        bodies are averaged with the setting's weights (paper: uniformly, client_weights = uniform); each stage
                has an optimiser of its own, so that nothing moves the frozen part; a client that was never drawn has the
                common initial head (reference, by aliasing: the running average of the heads). The reference's last
                round of all heads is the setting's final_visit, its weight decay the setting's decayed = weights

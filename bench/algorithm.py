@@ -162,7 +162,7 @@ class Server:
         return {}
 
     def aggregate(self, task: Task, server: Tree, uploads: Uploads) -> Tree:
-        """Make the next server state; by default the uploads' mean, weighted by client size, replaces what it
+        """Make the next server state; by default the uploads' mean, by the setting's weights, replaces what it
         names. It is not called where no upload arrived.
         """
         return tree.merge(server, uploads.mean())
