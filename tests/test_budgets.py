@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from optuna.distributions import IntDistribution
 
 from bench import Algorithm, LocalData, Task, Tree, tree
 from bench.algorithm import Exchange
 from bench.contract import toy
-from bench.protocol.spelling import parse_algorithms
+from bench.protocol.spelling import parse_algorithms, parse_datasets
+from bench.results import records
+from bench.results.leaderboard import leaderboards
+from bench.sweep import driver
+from bench.sweep.config import Sweep
 from bench.sweep.matching import matched_rounds
+from bench.sweep.pool import InProcess
 from bench.training.rounds import Run
+from bench.tuning.study import Study
+from bench.tuning.trial import attempt
+from bench.validation.expected import CannotRebuild, rebuild
+from bench.validation.inspection import inspect
 
 ENGINES = pytest.mark.parametrize("engine", ["serial", "stacked"])
 EXAMPLES = sum(toy.SIZES)
@@ -160,3 +172,53 @@ def test_what_is_then_processed_is_the_budget_or_a_little_less(call: str) -> Non
     spent = [cost(algorithm, **{**setting, "rounds": each}) for each in (rounds, rounds + 1)]
     totals = [each["train_samples"] + each["adaptation_samples"] for each in spent]
     assert totals[0] <= budget < totals[1]
+
+
+@pytest.fixture(scope="module")
+def matched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of equal samples."""
+    out = tmp_path_factory.mktemp("matched")
+    asked = Sweep(
+        algorithms=tuple(parse_algorithms("fedavg,ditto,fedavg_ft(finetune_epochs=1)")),
+        datasets=tuple(parse_datasets("digits")),
+        overrides={"rounds": 6, "epochs": 1, "participation": 0.5, "match": "samples", "eval_every": 2},
+        data_root=out,
+    )
+    driver.run(asked.expand(), out, pool=InProcess())
+    return out
+
+
+def test_runs_of_equal_samples_stand_in_one_table_and_say_how_many_rounds(matched: Path) -> None:
+    found, _ = records.read_all(matched)
+    (board,) = leaderboards(found)
+    labels = {row.label: row for row in board.rows}
+    assert set(labels) == {"fedavg", "ditto [3 rounds]", "fedavg_ft(finetune_epochs=1) [4 rounds]"}
+    samples = {label: row.cost["samples"].mean or 0.0 for label, row in labels.items()}
+    assert all(share == pytest.approx(samples["fedavg"], rel=0.2) for share in samples.values())
+    evaluated = {record.label: record.rounds()["round"].tolist() for record in found}
+    assert evaluated["ditto [3 rounds]"] == [2, 3] and evaluated["fedavg"] == [2, 4, 6]
+    for record in found:
+        assert rebuild(record).run(matched).id == record.id and not inspect(record.folder, matched).problems
+
+
+def test_rounds_that_match_no_samples_are_found(matched: Path) -> None:
+    record = next(each for each in records.read_all(matched)[0] if each.algorithm == "ditto")
+    identity = json.loads(json.dumps(record.identity))
+    for rounds in (4, 3.0, None):
+        identity["algorithm"]["rounds"] = rounds
+        with pytest.raises(CannotRebuild, match="by the setting there are 3"):
+            rebuild(replace(record, identity=identity))
+
+
+def test_a_trial_of_a_search_has_as_many_samples_as_all_others(tmp_path: Path) -> None:
+    asked = Sweep(
+        algorithms=tuple(parse_algorithms("fedrep(body_epochs=1)")), datasets=tuple(parse_datasets("digits")),
+        overrides={"rounds": 12, "epochs": 1, "participation": 1.0, "match": "samples"}, data_root=tmp_path,
+    )  # fmt: skip
+    (run,) = asked.expand()
+    study = Study(run=run, seeds=(0,), space={"head_epochs": IntDistribution(1, 5)})
+    spent = []
+    for number, epochs in enumerate((1, 2, 5)):
+        ended = attempt(study, study.begun({"head_epochs": epochs}, number), tmp_path)
+        spent.append(ended.cost[0]["train_samples"])
+    assert spent[0] == spent[1] == spent[2] and run.rounds == 1  # ten epochs of the head, and one of the body
