@@ -811,7 +811,7 @@ def test_the_keyboard_alone_filters_sorts_and_opens_a_run(planted: Planted, brow
     browser.press(Keys.SPACE, Keys.BACKSPACE)
     tab_to("personal")
     browser.press(Keys.ENTER)
-    assert browser.head("personal").get_attribute("aria-sort") in ("ascending", "descending")
+    browser.until(lambda: browser.head("personal").get_attribute("aria-sort") in ("ascending", "descending"), 10)
     tab_to("beta, seed 0")
     browser.press(Keys.ENTER)
     browser.until(lambda: planted.ids["beta 0"] in browser.driver.current_url)
