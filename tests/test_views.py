@@ -237,6 +237,17 @@ def test_a_final_visit_trains_private_parts_on_the_final_broadcast(engine: str) 
     assert tree.largest_difference(visited.store[3], plain.store[3]) > 1e-3
 
 
+@ENGINES
+def test_a_final_visit_of_many_is_made_in_parts(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = finished("fedrep", engine, rounds=2, final_visit=True)
+    monkeypatch.setattr("bench.training.rounds._VISITED_AT_ONCE", 3)
+    parts = finished("fedrep", engine, rounds=2, final_visit=True)
+    assert tree.largest_difference(toy.states(parts), toy.states(whole)) < (1e-5 if engine == "stacked" else 1e-30)
+    costs = [run.outcome().cost for run in (whole, parts)]
+    of = ("bytes_down", "adaptation_samples")
+    assert [costs[0][key] for key in of] == [costs[1][key] for key in of]
+
+
 def test_who_is_visited_only_after_training_has_not_taken_part_in_it() -> None:
     plain, visited = (toy.finish(toy.run(ALGORITHMS["fedper"](), setting=replace(FEW, final_visit=each)))
                       for each in (False, True))  # fmt: skip

@@ -43,6 +43,9 @@ WORK = tuple(f"{whose}_{what}" for what in ("samples", "flops") for whose in ("t
 _RATE = "flops of "
 """Begins the operations a sample, or of one time at the server, among what a checkpoint knows of costs."""
 
+_VISITED_AT_ONCE = 128
+"""Clients of a final visit whose states are in memory together."""
+
 Row = dict[str, float | int | None]
 
 
@@ -392,16 +395,18 @@ class Run:
     def _visit_all_once_more(self, task: Task) -> None:
         """Have all training clients do their local work on the final broadcast, and keep their private states."""
         population, store, algorithm = self.population, self.store, self.algorithm
-        clients = range(population.training)
-        shared = algorithm.broadcast(task, self.progress.server)
-        sent = [algorithm.send(task, self.progress.server, k) for k in clients]
-        visits = [population.visit(k, self.setting.rounds, store[k], own) for k, own in zip(clients, sent, strict=True)]
-        self._spend("bytes_down", self._bytes_down(task, shared, clients, sent))
+        shared, server = algorithm.broadcast(task, self.progress.server), self.progress.server
         verb: Verb = algorithm.client_verb("local_update")
         verb = with_own_statistics(verb) if self.own_statistics else verb
-        results = self.work("adaptation", "local_update", verb, task, shared, visits)
-        for k, (_, private) in zip(clients, results, strict=True):
-            store[k] = private
+        everyone, then = range(population.training), self.setting.rounds
+        for start in everyone[::_VISITED_AT_ONCE]:
+            clients = everyone[start : start + _VISITED_AT_ONCE]
+            sent = [algorithm.send(task, server, k) for k in clients]
+            visits = [population.visit(k, then, store[k], own) for k, own in zip(clients, sent, strict=True)]
+            self._spend("bytes_down", self._bytes_down(task, shared, clients, sent))
+            results = self.work("adaptation", "local_update", verb, task, shared, visits)
+            for k, (_, private) in zip(clients, results, strict=True):
+                store[k] = private
 
     def evaluate(self, task: Task, completed: int, last: bool) -> dict[str, float | None]:
         """Test all models, note counts and metrics, and give the metrics."""
