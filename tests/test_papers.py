@@ -542,7 +542,7 @@ def test_masked_predictions_never_name_an_absent_class() -> None:
     )  # everybody is tested on everything
     finish(run)
     held = torch.stack([run.population.class_counts(k) for k in range(len(toy.SIZES))]) > 0
-    right = {(tally.model, k, c): n for tally in run.progress.counts for k, c, n, _ in tally.rows.T.tolist()}
+    right = {(tally.model, k, c): n for tally in run.progress.counts for k, c, n, *_ in tally.rows.T.tolist()}
     absent = [(k, c) for k in range(len(toy.SIZES)) for c in range(6) if not held[k, c] and held[k].any()]
     assert absent
     assert all(right["personal.masked", k, c] == 0 for k, c in absent)

@@ -633,7 +633,7 @@ def test_a_board_says_on_what_its_personal_numbers_rest() -> None:
     found += [record("pooled", tested={"drawn": None, "never": None})]
     (board,) = leaderboards(found)
     expected = "Personal numbers rest on 20 clients with 1 to 23 test images each, the worst decile on 2 of them"
-    assert f"{expected}; 15 to 16 took part in training and 4 to 5 never did." in remarks(board)
+    assert f"{expected}; 15 to 16 of them were drawn for the cohort of any round, 4 to 5 never." in remarks(board)
     single = {"one_class": 3, "drawn": None, "never": None}
     masked = leaderboards([record("pooled", tested=single, values={"personal.masked": 0.5})])[0]
     unmasked = leaderboards([record("pooled", tested=single)])[0]

@@ -642,7 +642,7 @@ def a_client_that_was_never_drawn(out: Path) -> None:
     forger.recompute().save()
 
 
-@tampering("drawn does not say whether the client took part in training")
+@tampering("drawn does not say whether the client was drawn")
 def nobody_asks_who_took_part(out: Path) -> None:
     forger = Forger(folder(out, "ditto"))
     forger.counts["drawn"] = -1

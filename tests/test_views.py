@@ -36,6 +36,11 @@ def right(run: Run, model: str) -> dict[int, tuple[dict[int, int], dict[int, int
     return found
 
 
+def right_rows(run: Run) -> list[list[int]]:
+    rows: list[list[int]] = next(each for each in run.progress.counts if each.model == "personal").rows.T.tolist()
+    return rows
+
+
 def accuracy(cell: tuple[dict[int, int], dict[int, int]]) -> float:
     return sum(cell[0].values()) / sum(cell[1].values())
 
@@ -100,7 +105,7 @@ def test_drawn_and_never_part_the_clients_that_are_tested(engine: str) -> None:
     assert outcome.tested["images"] == [min(images), max(images)] and outcome.tested["worst_decile"] == 1
 
 
-def test_who_took_part_is_known_after_each_round_and_after_an_interruption(tmp_path: Any) -> None:
+def test_who_was_drawn_is_known_after_each_round_and_after_an_interruption(tmp_path: Any) -> None:
     whole = toy.finish(toy.run(ALGORITHMS["ditto"](), setting=FEW))
     begun = toy.run(ALGORITHMS["ditto"](), setting=FEW, checkpoint=tmp_path / "checkpoint.pt")
     begun.saved -= 100
@@ -117,12 +122,19 @@ def test_who_took_part_is_known_after_each_round_and_after_an_interruption(tmp_p
     assert drawn[0] == first and drawn[0] < drawn[1]
 
 
-def test_where_everybody_is_drawn_nobody_never_is_and_the_pooled_reference_is_not_asked() -> None:
+def test_where_everybody_is_drawn_nobody_never_is() -> None:
     everybody = finished("fedavg", participation=1.0).outcome()
     assert everybody.metrics["personal.never"] is None and everybody.metrics["personal.drawn"] is not None
     assert everybody.tested["never"] == 0
-    pooled = finished("centralised").outcome()
-    assert pooled.metrics["personal.drawn"] is None and pooled.tested["drawn"] is pooled.tested["never"] is None
+
+
+@pytest.mark.parametrize("call", ["centralised", "feddbe", "local(budget='converged')"])
+def test_the_same_clients_are_compared_whatever_a_method_asks_of_the_others(call: str) -> None:
+    setting: dict[str, Any] = {"participation": 0.3, "rounds": 2}
+    expected, found = (finished(each, **setting) for each in ("fedavg", call))
+    assert found.outcome().tested == expected.outcome().tested and found.outcome().metrics["personal.never"] is not None
+    known = [{(row[0], row[4]) for row in right_rows(run)} for run in (expected, found)]
+    assert known[0] == known[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,11 +260,10 @@ def test_a_final_visit_of_many_is_made_in_parts(engine: str, monkeypatch: pytest
     assert [costs[0][key] for key in of] == [costs[1][key] for key in of]
 
 
-def test_who_is_visited_only_after_training_has_not_taken_part_in_it() -> None:
+def test_who_is_visited_only_after_training_was_not_drawn_for_it() -> None:
     plain, visited = (toy.finish(toy.run(ALGORITHMS["fedper"](), setting=replace(FEW, final_visit=each)))
                       for each in (False, True))  # fmt: skip
-    assert visited.outcome().tested == plain.outcome().tested
-    assert plain.outcome().tested["never"] not in (None, 0)
+    assert visited.outcome().tested == plain.outcome().tested and plain.outcome().tested["never"] != 0
 
 
 def test_a_final_visit_is_every_training_clients_and_is_counted() -> None:

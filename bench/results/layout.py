@@ -52,8 +52,9 @@ LEGEND = (
     "The view of both: the newest broadcast with the client's stored state, for all clients. after: the client's model "
     "right after its local work on that broadcast.",
     "tail: personal over the few-shot classes; masked: personal with the classes that a client never trained on left "
-    "out of the arg-max, absent where its test may have them; drawn, never: personal over the clients that took part "
-    "in training, and those that never did; worst decile: over the worst tenth of the clients.",
+    "out of the arg-max, absent where its test may have them; drawn, never: personal over the clients that were in the "
+    "cohort of any round, and those that never were, the same clients for every row; worst decile: over the worst "
+    "tenth of the clients.",
     "unseen: clients held out of training, each of which is tuned before it is tested: 5 epochs of the head, unless "
     "the method says otherwise.",
     "bold: better than each other row of the column by the signed-rank test (Wilcoxon) of runs on the same split and "
@@ -262,7 +263,7 @@ def _rests(board: Leaderboard) -> list[str]:
     fewest_images, most_images = min(each["images"][0] for each in known), max(each["images"][1] for each in known)
     says = f"Personal numbers rest on {span('clients')} clients with {fewest_images} to {most_images} test images each"
     says += f", the worst decile on {span('worst_decile')} of them"
-    says += f"; {span('drawn')} took part in training and {span('never')} never did" if span("drawn") else ""
+    says += f"; {span('drawn')} of them were drawn for the cohort of any round, {span('never')} never"
     if span("one_class") != "0" and any(column.title == "masked" for column in columns(board)):
         says += f"; {span('one_class')} trained on a single class, and masked is 100 % for them by construction"
     return [f"{says}."]

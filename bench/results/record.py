@@ -91,7 +91,7 @@ class Record:
 
     def counts(self) -> pandas.DataFrame:
         """Read what each model got right: columns round, model, client (-1: generic), class, correct, total, and drawn
-        (1 where the client had taken part in training by then, 0, or -1 where that is no question).
+        (1 where the client was in the cohort of any round by then, 0, or -1 where that is no question).
 
         Raises:
             DamagedResult: As for `rounds`.

@@ -1,7 +1,7 @@
 """One folder per run: written once, read for ever.
 
     OUT/<id>/rounds.parquet    the curves: a row an evaluated round
-    OUT/<id>/clients.parquet   a row per round, model, client and class: correct, total, and whether it took part
+    OUT/<id>/clients.parquet   a row per round, model, client and class: correct, total, and whether it was drawn
     OUT/<id>/run.json          everything else; written last, so that a folder without it is unfinished
 
 Every file appears whole or not at all, whenever the process is killed. `run.json` holds the SHA-256 of its

@@ -96,8 +96,8 @@ def run_page(results: Results, row: Row, run: Run, siblings: Sequence[Run], boar
             "metrics_heading": ("model", *(name for _, name in _PARTS)),
             "metrics": _metrics(record),
             "metrics_note": "Mean: over classes for generic, over clients for personal and unseen, each weighing the "
-            "same; balanced: over the classes of a client first; drawn, never: over the clients that took part in "
-            f"training, and did not; weighted: by test images. {ABSENT} stands for what there is not.",
+            "same; balanced: over the classes of a client first; drawn, never: over the clients that were in the "
+            f"cohort of any round, and never were; weighted: by test images. {ABSENT} stands for what there is not.",
             "figures": [[figure] for figure in pictures if figure is not None],
             "evaluated_often": curves is not None,
             "cost": _cost(record),

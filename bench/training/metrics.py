@@ -36,12 +36,12 @@ def summarise(counts: Counts, groups: Mapping[str, Tensor], drawn: Tensor | None
         counts: The standard models, as far as there are any, and further ones as "generic:NAME" and
             "personal:NAME".
         groups: "many", "medium", "few" to (n,) int64 class indices, possibly none.
-        drawn: (K,) bool, which of the clients with personal models had taken part in training; None: that is no
-            question, or not known.
+        drawn: (K,) bool, which of the clients with personal models were in the cohort of any round; None: that is not
+            known.
 
     Returns:
         For a generic model NAME and NAME.GROUP; for a personal one also NAME.balanced, NAME.drawn and NAME.never (means
-        over the clients that had taken part, and had not), NAME.weighted, NAME.std and NAME.worst_decile; for unseen
+        over the clients that were, and were not), NAME.weighted, NAME.std and NAME.worst_decile; for unseen
         clients NAME and NAME.balanced.
 
     Raises:
@@ -154,7 +154,7 @@ def from_rows(rows: Iterable[Mapping[str, str | int]], num_classes: int) -> tupl
 
     Returns:
         Model name to a pair of (K, C) int64; clients ascend, and those without any row are left out. And which of the
-        clients with personal models had taken part, as `summarise` has it.
+        clients with personal models were drawn, as `summarise` has it.
     """
     rows = list(rows)
     took_part = {int(row["client"]): int(row["drawn"]) for row in rows if str(row["model"]).startswith("personal")}

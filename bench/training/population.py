@@ -38,24 +38,24 @@ def draw_cohort(setting: Setting, clients: int, key: Tensor, round: int) -> tupl
 
 
 def rests_on(
-    images: Mapping[int, int], classes: Mapping[int, int], drawn: Iterable[int] | None
+    images: Mapping[int, int], classes: Mapping[int, int], drawn: Set[int]
 ) -> dict[str, int | list[int] | None]:
     """Say on what personal metrics rest: see `bench.training.rounds.Outcome`.
 
     Args:
         images: Test images of each client whose models are tested.
         classes: Of their training images.
-        drawn: Clients that took part in training; None: that is no question.
+        drawn: Clients that were in the cohort of any round.
     """
     tested = [k for k, number in images.items() if number]
-    took_part = None if drawn is None else len(set(tested) & set(drawn))
+    took_part = len(set(tested) & drawn)
     return {
         "clients": len(tested),
         "images": [min(images[k] for k in tested), max(images[k] for k in tested)] if tested else None,
         "worst_decile": math.ceil(len(tested) / 10),
         "one_class": sum(classes[k] == 1 for k in tested),
         "drawn": took_part,
-        "never": None if took_part is None else len(tested) - took_part,
+        "never": len(tested) - took_part,
     }
 
 
@@ -76,6 +76,7 @@ class Population:
     ) -> None:
         self.key = keys.key(seed)
         self._keys = -1, self.key
+        self._drawn = 0, frozenset[int]()
         self.device = device
         self.num_classes = dataset.num_classes
         self.size = len(split.clients)
@@ -114,16 +115,23 @@ class Population:
         chosen = keys.choice(keys.fold(self.key, "evaluated"), len(clients), self.setting.eval_clients)
         return tuple(clients[k] for k in chosen.tolist())
 
-    def tested(self, clients: Sequence[int], drawn: Sequence[int] | None) -> dict[str, int | list[int] | None]:
-        """Say on what the personal metrics rest: see `Outcome.tested`.
+    def drawn_by(self, rounds: int) -> Set[int]:
+        """Give the clients that were in the cohort of any of the first rounds: the same for every algorithm."""
+        known, clients = self._drawn if self._drawn[0] <= rounds else (0, frozenset[int]())
+        clients = clients.union(*(self.cohort(round) for round in range(known, rounds)))
+        self._drawn = rounds, clients
+        return clients
+
+    def tested(self, clients: Sequence[int], rounds: int) -> dict[str, int | list[int] | None]:
+        """Say on what the personal metrics after some rounds rest: see `bench.training.rounds.Outcome`.
 
         Args:
             clients: Whose models are tested.
-            drawn: Clients that took part; None: that is no question.
+            rounds: That are completed.
         """
         images = {k: len(self.tests[k]) for k in clients}
         classes = {k: int((self.class_counts(k) > 0).sum()) for k in clients}
-        return rests_on(images, classes, drawn)
+        return rests_on(images, classes, self.drawn_by(rounds))
 
     def class_counts(self, client: int) -> Tensor:
         """Count a client's training images of each class: (C,) int64."""

@@ -78,8 +78,8 @@ class Tally:
     """Rounds completed."""
     model: str
     rows: Tensor
-    """(5, n) int32: client (-1: generic), class, correct, total, and whether the client had taken part in training: 1,
-    0, or -1 where that is no question; no row without test images."""
+    """(5, n) int32: client (-1: generic), class, correct, total, and whether the client was in the cohort of any round
+    by then: 1, 0, or -1 where that is no question; no row without test images."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Outcome:
     """SHA-256 over the server's and all clients' final states."""
     tested: dict[str, int | list[int] | None]
     """On what the personal metrics rest: "clients" that have test images, "images" of the one with fewest and most,
-    clients in the "worst_decile", with "one_class" only in training, "drawn" in training and "never"."""
+    clients in the "worst_decile", with "one_class" only in training, "drawn" for any cohort and "never"."""
 
 
 @dataclass
@@ -110,8 +110,6 @@ class Progress:
     rows: list[Row] = field(default_factory=list)
     counts: list[Tally] = field(default_factory=list)
     cost: dict[str, float] = field(default_factory=dict)
-    drawn: list[int] = field(default_factory=list)
-    """Clients that took part in training, ascending, as of the last evaluation."""
 
 
 @dataclass(frozen=True)
@@ -284,9 +282,7 @@ class Run:
     def _tested(self) -> dict[str, int | list[int] | None]:
         """Say on what the personal metrics of the last evaluation rest."""
         population = self.population
-        clients = population.evaluated(range(population.training))
-        took_part = None if "pooled" in self.algorithm.needs else self.progress.drawn
-        return population.tested(clients, took_part)
+        return population.tested(population.evaluated(range(population.training)), self.setting.rounds)
 
     # A round's parts ------------------------------------------------------------------------------
 
@@ -412,7 +408,6 @@ class Run:
         """Test all models, note counts and metrics, and give the metrics."""
         server, population = self.progress.server, self.population
         evaluator = self.evaluator
-        self.progress.drawn = [k for k in self.store.clients() if k >= 0]
         if last and self.setting.final_visit and "pooled" not in self.algorithm.needs:
             self._visit_all_once_more(task)
         counts: Counts = {}
@@ -427,15 +422,15 @@ class Run:
             if tested[kind]:
                 counts |= evaluator.personal(task, server, self.store, tested[kind], last)
         evaluator.forget()
-        drawn = torch.isin(torch.tensor(tested["personal"]), torch.tensor(self.progress.drawn, dtype=torch.int64))
-        pooled = "pooled" in self.algorithm.needs
-        measured = metrics.summarise(counts, self.groups, None if pooled else drawn)
+        by_then = population.drawn_by(completed)
+        drawn = torch.tensor([k in by_then for k in tested["personal"]])
+        measured = metrics.summarise(counts, self.groups, drawn)
         self.progress.rows.append({"round": completed, **measured})
         for name, (correct, total) in counts.items():
             k, c = torch.nonzero(total, as_tuple=True)
             kind = name.split(":")[0].split(".")[0]
             client = torch.tensor(tested[kind])[k]
-            known = drawn[k].long() if kind == "personal" and not pooled else torch.full_like(k, -1)
+            known = drawn[k].long() if kind == "personal" else torch.full_like(k, -1)
             rows = torch.stack([client, c, correct[k, c], total[k, c], known]).to(torch.int32)
             self.progress.counts.append(Tally(completed, name, rows))
         return measured

@@ -11,7 +11,7 @@ import torch
 
 from bench.results.record import COUNTS, DOCUMENT, ROUNDS, DamagedResult, Record
 from bench.training import metrics
-from bench.validation.expected import Cells, evaluations, tested_models, took_part
+from bench.validation.expected import Cells, drawn_by, evaluations, tested_models
 from bench.validation.found import Inspected, brief, close
 
 if TYPE_CHECKING:
@@ -67,15 +67,14 @@ def _counts_fit(found: Inspected, record: Record, frame: pandas.DataFrame) -> bo
         | ((kind == "personal") & (client >= 0) & (client < (low or np.inf)))
         | ((kind == "unseen") & (client >= low) & (client < high))
     )
-    pooled = found.asked is not None and "pooled" in found.asked.algorithm.needs
-    asks = (kind == "personal") & (not pooled)
+    asks = kind == "personal"
     wrong = {
         "model": (~kind.isin(("generic", "personal", "unseen")), "is of no kind that is tested"),
         "client": (~at_home, "is no client of the model"),
         "class": ((frame["class"] < 0) | (frame["class"] >= classes), f"is none of the {classes} classes"),
         "total": (frame["total"] < 1, "is below 1: what has no test images has no row"),
         "correct": ((frame["correct"] < 0) | (frame["correct"] > frame["total"]), "is not between 0 and total"),
-        "drawn": (asks != frame["drawn"].isin((0, 1)), "does not say whether the client took part in training"),
+        "drawn": (asks != frame["drawn"].isin((0, 1)), "does not say whether the client was drawn"),
         "": (frame.duplicated(["round", "model", "client", "class"]), "stands there twice"),
     }
     fits = True
@@ -105,10 +104,9 @@ def _tests(found: Inspected, frame: pandas.DataFrame) -> None:
                 found.add(
                     COUNTS, "model", f"has not the models of {asked.record.algorithm} after round {round}: {apart}"
                 )
-        known = None if found.clients is None else took_part(asked, found.clients)
+        known = [] if found.clients is None else drawn_by(asked, found.clients)
         of_personal = frame[frame["drawn"] != -1]
-        for round in of_personal["round"].unique().tolist() if known is not None else ():
-            assert known is not None
+        for round in of_personal["round"].unique().tolist() if known else ():
             rows = of_personal[of_personal["round"] == round]
             by_then = known[round - 1] if 0 < round <= len(known) else frozenset()
             if ((rows["drawn"] == 1) != rows["client"].isin(by_then)).any():
@@ -185,7 +183,7 @@ def tables(frame: pandas.DataFrame, classes: int) -> metrics.Counts:
 
 
 def drawn(frame: pandas.DataFrame) -> torch.Tensor | None:
-    """Give which clients with personal models had taken part by one evaluation; None where that is no question."""
+    """Give which clients with personal models were drawn by one evaluation; None where nobody says."""
     told = frame[frame["drawn"] != -1].groupby("client")["drawn"].max()
     return torch.from_numpy(told.to_numpy() == 1) if len(told) else None
 

@@ -6,6 +6,7 @@ with it its description, its split where the data are at hand, which models are 
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -360,17 +361,10 @@ def evaluated(setting: Setting, clients: range, seed: int) -> list[int]:
     return [clients[k] for k in chosen.tolist()]
 
 
-def took_part(asked: Asked, clients: int) -> list[frozenset[int]] | None:
-    """Give the clients that took part in training by the end of each round; None where the algorithm chooses them."""
-    setting, task = asked.trained_by, toy.task(asked.algorithm)
-    known, found = frozenset[int](), []
-    for round, cohort in enumerate(cohorts(setting, clients, asked.record.seed)):
-        for trip in asked.algorithm.exchanges(replace(task, rounds=setting.rounds, round=round)):
-            if trip.cohort is not None:
-                return None
-            known |= frozenset(range(setting.training_clients(clients))) if trip.everyone else frozenset(cohort)
-        found.append(known)
-    return found
+def drawn_by(asked: Asked, clients: int) -> list[frozenset[int]]:
+    """Give the clients that were in the cohort of any round by the end of each round."""
+    cohorts_ = map(frozenset, cohorts(asked.trained_by, clients, asked.record.seed))
+    return list(itertools.accumulate(cohorts_, lambda known, cohort: known | cohort))
 
 
 # What it tests and sends ------------------------------------------------------------------------------------

@@ -26,9 +26,9 @@ from bench.validation.expected import (
     CannotRebuild,
     dealt,
     description,
+    drawn_by,
     rebuild,
     sent,
-    took_part,
 )
 from bench.validation.found import Inspected, brief, close
 
@@ -255,11 +255,8 @@ def _split(found: Inspected, record: Record, asked: Asked, root: Path) -> None:
     except (DataDamaged, PartitionFailed, BadConfig) as error:
         found.notes.append(f"the split cannot be made anew: {error}")
         return
-    known = took_part(asked, int(str(found.dealt.described["clients"])))
-    pooled = "pooled" in asked.algorithm.needs
-    tested = rests_on(found.dealt.images, found.dealt.classes, None if pooled or known is None else known[-1])
-    if known is None and not pooled:  # the algorithm chose them
-        tested |= {key: record.tested.get(key) for key in ("drawn", "never")}
+    drawn = drawn_by(asked, int(str(found.dealt.described["clients"])))[-1]
+    tested = rests_on(found.dealt.images, found.dealt.classes, drawn)
     for key, value in {**found.dealt.described, "tested": tested}.items():
         written = record.document.get(key)
         alike = _alike(value, written) if key == "heterogeneity" else _equal(value, written)
