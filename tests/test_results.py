@@ -630,15 +630,14 @@ def test_a_method_that_is_tuned_only_at_the_end_has_no_mean_of_ten_and_ranks_las
 
 def test_a_board_says_on_what_its_personal_numbers_rest() -> None:
     found = [record("fedavg"), record("fedavg", seed=1, tested={"images": [1, 9], "drawn": 15, "never": 5})]
-    found += [record("pooled", tested={"drawn": None, "never": None})]
     (board,) = leaderboards(found)
     expected = "Personal numbers rest on 20 clients with 1 to 23 test images each, the worst decile on 2 of them"
     assert f"{expected}; 15 to 16 of them were drawn for the cohort of any round, 4 to 5 never." in remarks(board)
-    single = {"one_class": 3, "drawn": None, "never": None}
+    single = {"one_class": 3}
     masked = leaderboards([record("pooled", tested=single, values={"personal.masked": 0.5})])[0]
     unmasked = leaderboards([record("pooled", tested=single)])[0]
     ending = "; 3 trained on a single class, and masked is 100 % for them by construction."
-    plain = expected.replace("1 to 23", "4 to 23")
+    plain = f"{expected.replace('1 to 23', '4 to 23')}; 16 of them were drawn for the cohort of any round, 4 never"
     assert plain + ending in remarks(masked) and f"{plain}." in remarks(unmasked)
     nobody = {"clients": 0, "images": None, "worst_decile": 0, "drawn": 0, "never": 0}
     assert not any("rest on" in line for line in remarks(leaderboards([record("x", tested=nobody)])[0]))

@@ -1,4 +1,4 @@
-"""Methods that train a body and a head, against their algorithm boxes in plain torch: whole runs, what clients keep,
+"""Methods that train a body and a head, against their algorithm boxes in plain torch: whole runs, what a client keeps,
 and the models that are tested.
 """
 

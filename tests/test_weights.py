@@ -19,7 +19,7 @@ CHEAP: dict[str, dict[str, Any]] = {
     "fedloge": {"etf_steps": 10},
     "fedic": {"steps": 2},
 }
-FEDERATED = [name for name in sorted(ALGORITHMS) if "pooled" not in ALGORITHMS[name].needs]
+FEDERATED = [name for name in sorted(ALGORITHMS) if "pooled" not in ALGORITHMS[name]().needs]
 NO_MEAN_OF_BODIES = {
     "fedamp": "the server keeps a model for each client",
     "fedproto": "means of each class travel, over the clients that hold it",
