@@ -832,6 +832,12 @@ def something_else_in_a_run(out: Path) -> None:
     (folder(out) / "checkpoint.pt").write_bytes(b"")
 
 
+def test_studies_may_lie_beside_the_runs(out: Path) -> None:
+    (out / "studies").mkdir()
+    (out / "studies" / "mine.md").write_text("# What it shows")
+    assert complaints(out) == ""
+
+
 @tampering("better: does not belong into a folder of published results")
 def something_else_beside_the_runs(out: Path) -> None:
     (out / "better").mkdir()

@@ -26,7 +26,7 @@ from bench.validation.inspection import inspect
 TABLE, PROSE = "README.md", "NOTES.md"
 _BESIDE = (TABLE, PROSE, verification.FILE, ".gitignore", ".gitattributes")
 _ID = re.compile("[0-9a-f]{12}")
-_FOLDERS = (presets.FOLDER, "tuning")
+_FOLDERS = (presets.FOLDER, "tuning", "studies")
 """Of `bench tune`: what it chose, and all it tried."""
 _COMMAND = re.compile(r"`(bench table --out [^`]+? --write(?: --metric (last10|best))?)`")
 """What the table says it was written by."""
