@@ -316,7 +316,7 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path: Path, change: dict
         ("run.json", b"", "cannot be read"),
         ("run.json", b"[]", "is not a JSON object"),
         ("run.json", b"\xff\xfe\x00", "cannot be read"),
-        ("run.json", b'{"format": 1}', "has format 1, and this version reads format 2"),
+        ("run.json", b'{"format": "2"}', "has format '2', and this version reads format 2"),
         ("run.json", b'{"format": 2}', "has a bad key"),
         ("run.json", b'{"format": NaN}', "NaN is not a number of JSON"),
         ("rounds.parquet", b"", "is not the file that run.json was written with"),
@@ -340,6 +340,19 @@ def test_a_damaged_result_names_the_file_and_what_to_do(
         store(tmp_path, document())
     store(tmp_path, document(), replace=True)
     assert records.status(tmp_path, folder.name) == "done"
+
+
+@pytest.mark.parametrize(
+    ("format", "says"),
+    [(1, "an earlier version of bench wrote it"), (3, "a later version of bench wrote it, so update")],
+)
+def test_a_result_of_another_version_is_not_to_be_deleted(tmp_path: Path, format: int, says: str) -> None:
+    folder = store(tmp_path, document())
+    file = folder / "run.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format": format}))
+    found, told = records.read_all(tmp_path)
+    assert not found and told[0].startswith(f"{file} has format {format}, and this version reads format 2: {says}")
+    assert "delete" not in told[0] and "--force" not in told[0]
 
 
 def test_a_result_of_another_run_is_damaged(tmp_path: Path) -> None:

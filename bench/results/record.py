@@ -22,6 +22,10 @@ DOCUMENT, ROUNDS, COUNTS = "run.json", "rounds.parquet", "clients.parquet"
 _OF_A_FINISHED_RUN = ("fingerprint", "metrics", "cost", "groups", "class_counts", "tested")
 
 
+class OtherFormat(ValueError):
+    """A document of an earlier or a later version: no damage, and no reason to delete it."""
+
+
 class DamagedResult(ValueError):
     """A result folder's files are not what was written. The message names the file and says what to do."""
 
@@ -134,6 +138,8 @@ def read(folder: Path) -> Record:
         raise _damaged(path, f"cannot be read: {error}") from error
     try:
         record = check(folder, document)
+    except OtherFormat as error:
+        raise DamagedResult(f"{path} {error}") from error
     except ValueError as error:
         raise _damaged(path, str(error)) from error
     if record.id != folder.name:
@@ -147,14 +153,15 @@ def check(folder: Path, document: object) -> Record:
     """Turn the content of a run.json into a record, without looking at the files beside it.
 
     Raises:
-        ValueError: Another format, a key missing or of the wrong type, or an identity that is not the id's.
+        OtherFormat: It is another version's.
+        ValueError: No object, a key missing or of the wrong type, or an identity that is not the id's.
     """
     from pydantic import ValidationError
 
     if not isinstance(document, dict):
         raise ValueError("is not a JSON object")
     if document.get("format") != FORMAT:
-        raise ValueError(f"has format {document.get('format')!r}, and this version reads format {FORMAT}")
+        raise OtherFormat(_told(document.get("format")))
     try:
         # As JSON: "strict" lets an object be a dataclass there, and a string a path, yet no string a number.
         whole = json.dumps({**document, "folder": str(folder), "document": document})
@@ -172,6 +179,16 @@ def check(folder: Path, document: object) -> Record:
         if lacking:
             raise ValueError(f"lacks {', '.join(lacking)}")
     return record
+
+
+def _told(format: object) -> str:
+    """Say what to do about another format."""
+    known = f"has format {format!r}, and this version reads format {FORMAT}"
+    if type(format) is not int or format < 1:
+        return f"{known}; delete the folder, or run again with --force"
+    if format > FORMAT:
+        return f"{known}: a later version of bench wrote it, so update bench"
+    return f"{known}: an earlier version of bench wrote it and still reads it; what it says is counted otherwise now"
 
 
 @cache
