@@ -40,7 +40,7 @@ from bench.tracking.described import of_record, of_run
 from bench.training.crew import Surroundings
 from bench.training.rounds import Job, surroundings
 from bench.training.rounds import Run as Going
-from bench.validation.expected import CannotRebuild, rebuild
+from bench.validation.rebuilding import CannotRebuild, rebuild
 from bench.validation.report import validate
 from bench.validation.rerun import candidates, rerun
 from tests.test_crew import hired, left

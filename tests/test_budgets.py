@@ -23,8 +23,8 @@ from bench.sweep.pool import InProcess
 from bench.training.rounds import Run
 from bench.tuning.study import Study
 from bench.tuning.trial import attempt
-from bench.validation.expected import CannotRebuild, rebuild
 from bench.validation.inspection import inspect
+from bench.validation.rebuilding import CannotRebuild, rebuild
 
 ENGINES = pytest.mark.parametrize("engine", ["serial", "stacked"])
 EXAMPLES = sum(toy.SIZES)

@@ -55,7 +55,7 @@ from bench.training import engine as engines
 from bench.training import evaluation, rounds
 from bench.tuning.space import space
 from bench.tuning.study import Study
-from bench.validation import expected
+from bench.validation import rebuilding
 from bench.validation.report import validate
 from bench.validation.rerun import candidates, rerun
 from tests.test_command import Bench
@@ -825,19 +825,19 @@ def test_published_rows_with_parts_hold_together_and_can_be_run_again(out: Path)
 )
 def test_an_identity_whose_parts_cannot_be_is_not_rebuilt(out: Path, change: Any, key: str, said: str) -> None:
     record = record_of(out, "fedavg_ft+balanced_softmax+topk+trimmed_mean+tau_norm")
-    assert expected.rebuild(record).algorithm == made(FOUR)
+    assert rebuilding.rebuild(record).algorithm == made(FOUR)
     identity = json.loads(json.dumps(record.identity))
     change(identity["algorithm"]["parts"])
-    with pytest.raises(expected.CannotRebuild, match=said) as caught:
-        expected.rebuild(replace(record, identity=identity))
+    with pytest.raises(rebuilding.CannotRebuild, match=said) as caught:
+        rebuilding.rebuild(replace(record, identity=identity))
     assert caught.value.key == key
-    with pytest.raises(expected.CannotRebuild, match="is no list"):
-        expected.rebuild(replace(record, identity={**identity, "algorithm": {**identity["algorithm"], "parts": {}}}))
+    with pytest.raises(rebuilding.CannotRebuild, match="is no list"):
+        rebuilding.rebuild(replace(record, identity={**identity, "algorithm": {**identity["algorithm"], "parts": {}}}))
 
 
 def test_a_part_of_a_later_version_makes_a_result_outdated(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PARTS["focal"], "version", 2)
-    asked = expected.rebuild(record_of(out, "fedavg+focal"))
+    asked = rebuilding.rebuild(record_of(out, "fedavg+focal"))
     assert asked.outdated == {"algorithm": "version 1 of focal, which is at version 2 here"}
 
 

@@ -25,7 +25,7 @@ from bench.sweep.config import resolve_setting
 from bench.training import rounds
 from bench.training.engine import TOLERANCE
 from bench.training.population import draw_cohort
-from bench.validation.expected import rebuild
+from bench.validation.rebuilding import rebuild
 from bench.validation.rerun import rerun
 
 # The papers' settings ---------------------------------------------------------------------------------------

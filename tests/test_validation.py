@@ -32,7 +32,7 @@ from bench.sweep.pool import InProcess
 from bench.training import metrics
 from bench.training.population import Population
 from bench.training.rounds import WORK
-from bench.validation import expected, inspection, submission, verification
+from bench.validation import expected, inspection, rebuilding, submission, verification
 from bench.validation.counted import drawn, tables
 from bench.validation.report import validate
 from bench.validation.rerun import candidates, draw, rerun
@@ -204,7 +204,7 @@ def test_results_of_an_earlier_version_stay_valid_and_are_not_run_again(
 
 def test_what_follows_from_a_setting_is_what_the_run_does(published: Path) -> None:
     record = records.read(folder(published, "ditto", 1))
-    asked = expected.rebuild(record)
+    asked = rebuilding.rebuild(record)
     run = asked.run(ROOT)
     splits = run.dataset.load(ROOT)
     from bench.splits.split import make_split
@@ -217,7 +217,7 @@ def test_what_follows_from_a_setting_is_what_the_run_does(published: Path) -> No
     trained = range(population.training)
     assert tuple(expected.evaluated(setting, trained, run.seed)) == population.evaluated(trained)
     repeated = execution.document(run, None)
-    told = expected.description(asked)
+    told = rebuilding.description(asked)
     assert {key: json.loads(json.dumps(repeated[key])) for key in told} == json.loads(json.dumps(told))
     left = {"identity", "versions", "hardware", "commit", "started", "preset", "workers"}
     assert set(repeated) - set(told) <= left  # a new key of run.json that repeats the identity is to be compared too
@@ -226,7 +226,7 @@ def test_what_follows_from_a_setting_is_what_the_run_does(published: Path) -> No
 def test_an_exchange_with_everyone_is_counted_with_everyone(
     published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = expected.rebuild(records.read(folder(published, "ditto", 1)))
+    asked = rebuilding.rebuild(records.read(folder(published, "ditto", 1)))
     exchanges = (Exchange(everyone=True), Exchange())
     monkeypatch.setattr(type(asked.algorithm), "exchanges", lambda self, task: exchanges)
     expected._shapes.cache_clear()
@@ -1115,7 +1115,7 @@ def test_what_would_not_be_valid_is_not_packed(published: Path, out: Path, bench
 
 def test_failed_and_unfinished_runs_are_left_out_of_a_submission(out: Path) -> None:
     record = records.read(folder(out))
-    failed = replace(expected.rebuild(record).run(ROOT), seed=9)
+    failed = replace(rebuilding.rebuild(record).run(ROOT), seed=9)
     records.fail(out, failed.id, execution.document(failed, None), "it broke")
     (out / ("2" * 12)).mkdir()
     chosen, others = submission.finished(out)

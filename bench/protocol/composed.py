@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bench import keys, tree
-from bench.algorithm import Algorithm, Exchange, Stages
+from bench.algorithm import MODEL, Algorithm, Exchange, Stages
 from bench.data import LocalData, Uploads
 from bench.part import Aggregation, Channel, Correction, Loss, Part, UsesPrior
 from bench.protocol.settings import BadConfig
@@ -26,7 +26,6 @@ from bench.tree import Tree
 
 PARTS = "parts"
 """Key of what belongs to parts."""
-_MODEL = ("body", "head")
 
 
 @dataclass(frozen=True, repr=False)
@@ -268,7 +267,7 @@ class _Combined(Uploads):
         """Give the rule's result where it is one of models, and the plain mean of all else."""
         plain = super().mean(key, weights)
         weights = self.weights if weights is None else weights
-        if isinstance(weights, dict) or weights.ndim > 1 or key not in (None, *_MODEL):
+        if isinstance(weights, dict) or weights.ndim > 1 or key not in (None, *MODEL):
             return plain
         weights = weights.to(torch.float64)
         models = [tree.split(upload, _moves(self.shared))[0] for upload in self.trees]
@@ -293,7 +292,7 @@ def _join(own: Tree, parts: Tree) -> Tree:
 
 def _moves(shared: Tree) -> Callable[[str], bool]:
     """Tell paths of what updates are of: parameters below body and head that were sent."""
-    models = {key: shared[key] for key in _MODEL if key in shared}
+    models = {key: shared[key] for key in MODEL if key in shared}
     return {path for path in tree.flatten(models) if not tree.is_statistic(path)}.__contains__
 
 

@@ -33,6 +33,9 @@ from bench.tree import Tree
 Counts = dict[str, tuple[Tensor, Tensor]]
 """Model name to (correct, total), each (K, C) int64; (1, C) for a generic model."""
 
+Work = Callable[[str, Verb, Task, Tree, Sequence[Visit]], list[Any]]
+"""Runs a verb for every visit, and counts it: (name, verb, task, shared, visits) -> one result a visit."""
+
 _SLICE = 128  # test images a pass: activations stay small
 _CLIENTS, _MODEL_BYTES = 128, 2**29  # clients whose models are held at once: so many, or so much
 
@@ -43,8 +46,8 @@ class Evaluator:
 
     here: Surroundings
     crew: Crew
-    work: Callable[[str, Verb, Task, Tree, Sequence[Visit]], list[Any]]
-    """Runs a verb, (name, verb, task, shared, visits), whose samples and operations count as adaptation."""
+    work: Work
+    """What counts samples and operations as adaptation."""
     wrap: Callable[[Verb], Verb] = lambda verb: verb
     """Put around the verbs of personal models: where statistics stay at the client, it puts them in."""
     _features: dict[tuple[int, ...], tuple[Tree, Tensor]] = field(default_factory=dict)
@@ -92,13 +95,7 @@ class Evaluator:
         }
 
     def models(
-        self,
-        task: Task,
-        server: Tree,
-        shared: Tree,
-        store: Store,
-        clients: Sequence[int],
-        final: bool,
+        self, task: Task, server: Tree, shared: Tree, store: Store, clients: Sequence[int], final: bool
     ) -> dict[str, list[Tree]]:
         """Make the personal models of a few clients, all trained or all held out: by name, one a client.
 
@@ -120,8 +117,8 @@ class Evaluator:
         visits = [population.visit(k, task.round, store[k], own) for k, own in zip(clients, sent, strict=True)]
         ask = partial(self._ask, labelled, task, shared)
         count = self.work if final else None
-        drawn = set(store.clients())
-        new = [place for place, k in enumerate(clients) if k not in drawn]
+        known = set(store.clients())
+        new = [place for place, k in enumerate(clients) if k not in known]
         if new and not is_usual(algorithm.newcomer, Client.newcomer):
             arrived = ask(partial(_arrive, algorithm.newcomer), [visits[place] for place in new], count)
             for place, (_, private) in zip(new, arrived, strict=True):
@@ -151,13 +148,7 @@ class Evaluator:
         return named
 
     def _some(
-        self,
-        task: Task,
-        server: Tree,
-        shared: Tree,
-        store: Store,
-        clients: Sequence[int],
-        final: bool,
+        self, task: Task, server: Tree, shared: Tree, store: Store, clients: Sequence[int], final: bool
     ) -> Counts:
         counts: Counts = {}
         setting = self.here.population.setting
@@ -204,7 +195,7 @@ class Evaluator:
         shared: Tree,
         verb: Verb,
         visits: list[Visit],
-        count: Callable[[str, Verb, Task, Tree, Sequence[Visit]], list[Any]] | None = None,
+        count: Work | None = None,
     ) -> list[Any]:
         """Ask clients something; where an algorithm says nothing of its own that is not worth sending round."""
         usual = any(is_usual(verb, default) for default in (Client.personal_model, Client.personal_variants))

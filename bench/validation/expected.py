@@ -1,283 +1,37 @@
-"""What must stand in a run's folder: all that follows from its identity without training anything.
+"""What must stand in a run's folder: all that follows from what was asked for, without training anything.
 
-An identity names an algorithm, a dataset, a setting and a seed. From these the run is rebuilt as it was asked for, and
-with it its description, its split where the data are at hand, which models are tested when, and what it sends.
+That is its split where the data are at hand, which models are tested when, and what it sends.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import TypeAdapter, ValidationError
 
 from bench import keys, models, tree
 from bench.algorithm import Algorithm
 from bench.contract import toy
 from bench.dataset import Dataset, Labels
 from bench.files import source
-from bench.protocol.composition import compose
-from bench.protocol.identity import canonical, identify
-from bench.protocol.settings import SETTINGS, BadConfig, Setting
-from bench.protocol.spelling import label, name
-from bench.registry import ALGORITHMS, DATASETS, PARTS, BadPlugin, Registry, UnknownPlugin
-from bench.results.record import Record
+from bench.protocol.settings import Setting
 from bench.splits import auxiliary
 from bench.splits.split import describe, make_split
-from bench.sweep.config import Run
-from bench.sweep.matching import matched_rounds
 from bench.task import Task
-from bench.training import engine as engines
 from bench.training.population import draw_cohort
-from bench.training.rounds import PRECISIONS
+from bench.validation.rebuilding import Asked
 
-P = TypeVar("P")
 Cells = npt.NDArray[np.int64]
 """(3, n): client, class and number of test images, in this order, ascending; client -1 for a generic model."""
 
-DEVICES = ("cpu", "cuda")
-_STAND_IN = "digits"
-"""Of which every machine has the data; stands for a dataset where only the other parts of a run matter."""
 _MOST_BYTES = 2**29
 """Of a model that is made to count what is sent; of larger ones the bytes are compared between seeds only."""
-
-
-class CannotRebuild(ValueError):
-    """An identity is of nothing that this code could run. `key` is where, the message says what is wrong there."""
-
-    def __init__(self, key: str, what: str) -> None:
-        super().__init__(what)
-        self.key = key
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """A run as it was asked for."""
-
-    record: Record
-    algorithm: Algorithm
-    dataset: Dataset | None
-    """None where the identity tells a user's own files by their contents: nobody else can open them."""
-    setting: Setting
-    lr: float | None = None
-    """Learning rate of this algorithm alone, where a preset had one."""
-    rounds: int | None = None
-    """Rounds of this algorithm alone, where samples were matched."""
-    outdated: Mapping[str, str]
-    """Which of "algorithm" and "dataset" this code has a later version of, that may give other numbers; in words."""
-
-    @property
-    def own_weights(self) -> bool:
-        """Whether models start from a file of weights."""
-        return "weights" in self.record.identity
-
-    @property
-    def trained_by(self) -> Setting:
-        """The setting with the rounds of the algorithm's own."""
-        return self.setting if self.rounds is None else replace(self.setting, rounds=self.rounds)
-
-    def run(self, root: Path, plugins: tuple[Path, ...] = ()) -> Run:
-        """Give the run; its dataset is a stand-in where there is none."""
-        return Run(
-            algorithm=self.algorithm,
-            dataset=self.dataset or DATASETS[_STAND_IN](),
-            setting=self.setting,
-            seed=self.record.seed,
-            engine=self.record.engine,
-            precision=self.record.precision,
-            device=self.record.device,
-            data_root=root,
-            plugins=plugins,
-            lr=self.lr,
-            rounds=self.rounds,
-            preset=str(self.record.document.get("preset", "default")),  # changes no number, but the label
-        )
-
-
-def rebuild(record: Record) -> Asked:
-    """Make the run of an identity anew.
-
-    Raises:
-        CannotRebuild: The identity names a plug-in or a version that this code does not know, a value has the wrong
-            type or range, a part is missing, or it is not spelled as this code spells it.
-    """
-    identity = record.identity
-    seed = identity.get("seed")
-    if type(seed) is not int or not 0 <= seed < 2**32:
-        raise CannotRebuild("identity.seed", f"is {seed!r}, and must be a whole number from 0 to 2^32 - 1")
-    for key, allowed in (("engine", tuple(engines.BY_NAME)), ("precision", tuple(PRECISIONS)), ("device", DEVICES)):
-        if identity.get(key) not in allowed:
-            raise CannotRebuild(f"identity.{key}", f"is {identity.get(key)!r}, and must be one of {', '.join(allowed)}")
-    for key in ("seed", "engine", "precision", "device"):
-        if getattr(record, key) != identity[key]:
-            raise CannotRebuild(key, f"is {getattr(record, key)!r}, and the identity says {identity[key]!r}")
-    outdated: dict[str, str] = {}
-    algorithm = _algorithm(identity, outdated)
-    dataset = _plugin(DATASETS, identity.get("dataset"), "dataset", outdated)
-    setting = _setting(identity.get("setting"), str(record.setting["name"]))
-    setting = replace(setting, auxiliary=_origin(identity["algorithm"], algorithm))
-    asked = Asked(
-        record=record,
-        algorithm=algorithm,
-        dataset=dataset,
-        setting=setting,
-        lr=_own_rate(identity["algorithm"]),
-        rounds=_own_rounds(identity["algorithm"], algorithm, setting),
-        outdated=outdated,
-    )
-    _require_its_spelling(asked)
-    return asked
-
-
-def _algorithm(identity: Mapping[str, object], outdated: dict[str, str]) -> Algorithm:
-    """Make the method, and put its parts on it."""
-    method = _plugin(ALGORITHMS, identity.get("algorithm"), "algorithm", outdated)
-    assert method is not None  # only a dataset may stand for a user's own files
-    described = identity["algorithm"].get("parts", [])  # type: ignore[attr-defined]
-    if not isinstance(described, list):
-        raise CannotRebuild("identity.algorithm.parts", "is no list")
-    old: dict[str, str] = {}
-    parts = [_plugin(PARTS, each, f"algorithm.parts.{place}", old) for place, each in enumerate(described)]
-    outdated |= {"algorithm": ", ".join((*outdated.values(), *old.values()))} if old else {}
-    try:
-        return compose(method, [part for part in parts if part is not None])
-    except BadConfig as error:
-        raise CannotRebuild("identity.algorithm.parts", f"cannot be: {error}") from error
-
-
-def _plugin(registry: Registry[P], described: object, part: str, outdated: dict[str, str]) -> P | None:
-    key = f"identity.{part}"
-    if not isinstance(described, dict) or not isinstance(described.get("name"), str):
-        raise CannotRebuild(key, "names no plug-in")
-    called, version = described["name"], described.get("version")
-    try:
-        kind = registry[called]
-    except (UnknownPlugin, BadPlugin) as error:
-        raise CannotRebuild(f"{key}.name", f"is unknown here ({error}); a file is named with --plugin") from error
-    known: int = kind.revision if issubclass(kind, Dataset) else kind.version  # type: ignore[attr-defined]
-    if type(version) is not int or version < 1:
-        raise CannotRebuild(f"{key}.version", f"is {version!r}, and must be a whole number from 1 on")
-    if version > known:
-        raise CannotRebuild(f"{key}.version", f"is {version}, and this code knows {called} up to {known}; update it")
-    if issubclass(kind, Dataset) and kind.identity is not Dataset.identity:
-        return None
-    if version == known:
-        return _typed(kind, described.get("fields"), f"{key}.fields")
-    outdated[part] = f"version {version} of {called}, which is at version {known} here"
-    try:
-        return _typed(kind, described.get("fields"), f"{key}.fields")
-    except CannotRebuild:  # its fields were others
-        return kind()
-
-
-def _own_rate(described: object) -> float | None:
-    """Read the learning rate of an algorithm's own, if it has one."""
-    lr = described.get("lr") if isinstance(described, dict) else None
-    if lr is not None and (type(lr) is not float or lr <= 0):
-        raise CannotRebuild("identity.algorithm.lr", f"is {lr!r}, and must be a number above 0")
-    return lr
-
-
-def _own_rounds(described: object, algorithm: Algorithm, setting: Setting) -> int | None:
-    """Read the rounds of an algorithm's own, if it has some."""
-    rounds = described.get("rounds") if isinstance(described, dict) else None
-    wanted = matched_rounds(algorithm, setting) if setting.match == "samples" else setting.rounds
-    if rounds != (None if wanted == setting.rounds else wanted) or isinstance(rounds, float):
-        raise CannotRebuild("identity.algorithm.rounds", f"is {rounds!r}, and by the setting there are {wanted}")
-    return rounds
-
-
-def _origin(described: object, algorithm: Algorithm) -> str | None:
-    """Read where images at the server come from, if the algorithm needs some."""
-    key, told = "identity.algorithm.auxiliary", described.get("auxiliary") if isinstance(described, dict) else None
-    if (told is not None) != bool(algorithm.needs & auxiliary.NEEDS):
-        raise CannotRebuild(key, f"is {told!r}, and an algorithm has it if it needs images at the server")
-    if told is None:
-        return None
-    try:
-        return str(auxiliary.parse(told["images"]))
-    except (BadConfig, UnknownPlugin, BadPlugin, KeyError, TypeError) as error:
-        raise CannotRebuild(key, f"is {told!r}, which names no images ({error})") from error
-
-
-def _setting(described: object, called: str) -> Setting:
-    if called not in SETTINGS:
-        raise CannotRebuild("setting.name", f"is {called!r}, and there are {', '.join(SETTINGS)}")
-    values = {**described, "name": called} if isinstance(described, dict) else None
-    return _typed(Setting, values, "identity.setting")
-
-
-def _typed(kind: type[P], values: object, key: str) -> P:
-    """Make a dataclass of JSON's values."""
-    if not isinstance(values, dict):
-        raise CannotRebuild(key, "is no object")
-    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    for field in values:
-        if field not in known:
-            raise CannotRebuild(f"{key}.{field}", f"is no field; there are {', '.join(known) or 'none'}")
-    try:  # as JSON, in which a list may be a tuple, and yet no text a number
-        return TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, (key, *first["loc"])))
-        raise CannotRebuild(place, f"cannot be taken: {first['msg']}") from error
-
-
-def _require_its_spelling(asked: Asked) -> None:
-    """Require the identity that this code gives to the run: one run has one identity, and so one folder."""
-    given = asked.record.identity
-    spelled = asked.run(Path()).identity()
-    if asked.dataset is None:
-        spelled["dataset"] = given["dataset"]
-    for key in asked.outdated:
-        spelled[key] = given[key]
-    if asked.own_weights:
-        spelled["weights"] = given["weights"]
-    for key in dict.fromkeys((*spelled, *given)):
-        if key not in spelled:
-            raise CannotRebuild(f"identity.{key}", "is no part of an identity")
-        if key not in given or canonical({key: spelled[key]}) != canonical({key: given[key]}):
-            raise CannotRebuild(f"identity.{key}", f"is not as this code writes it: {json.dumps(spelled[key])}")
-
-
-# What a run says of itself ----------------------------------------------------------------------------------
-
-
-def description(asked: Asked) -> dict[str, object]:
-    """Give the keys of run.json that repeat the identity in other words, as far as this code can tell."""
-    record, identity, run = asked.record, asked.record.identity, asked.run(Path())
-    protocol: dict[str, object] = {key: identity[key] for key in ("dataset", "setting", "weights") if key in identity}
-    told: dict[str, object] = {
-        "protocol": identify(protocol),
-        "algorithm": name(asked.algorithm),
-        "tier": asked.algorithm.tier,
-        "imbalance": asked.setting.imbalance,
-        "alpha": asked.setting.alpha,
-        "seed": run.seed,
-        "engine": run.engine,
-        "precision": run.precision,
-        "device": run.device,
-        "setting": run.fields(),
-    }
-    if not asked.outdated:
-        told |= {"call": repr(asked.algorithm)}
-        told |= {"label": run.label} if record.label is not None else {}
-        if asked.dataset is not None:
-            told["dataset"] = label(asked.dataset)
-            overrides = run.overrides()
-            told["overrides"] = (
-                {**overrides, "weights": record.overrides.get("weights")} if asked.own_weights else overrides
-            )
-    return told
-
 
 # Its split --------------------------------------------------------------------------------------------------
 

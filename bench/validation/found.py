@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.results.record import Record
-from bench.validation.expected import Asked, Cells, Dealt
+from bench.validation.expected import Cells, Dealt
+from bench.validation.rebuilding import Asked
 
 _IDENTICAL = {"rel_tol": 1e-12, "abs_tol": 1e-12}
 """What is computed from the same counts may differ by the last bit between systems, and by no more."""

@@ -21,16 +21,9 @@ from bench.splits.split import PartitionFailed
 from bench.training.population import rests_on
 from bench.training.rounds import WORK
 from bench.validation import counted
-from bench.validation.expected import (
-    Asked,
-    CannotRebuild,
-    dealt,
-    description,
-    drawn_by,
-    rebuild,
-    sent,
-)
+from bench.validation.expected import dealt, drawn_by, sent
 from bench.validation.found import Inspected, brief, close
+from bench.validation.rebuilding import Asked, CannotRebuild, description, rebuild
 
 COSTS = ("bytes_down", "bytes_up", *WORK, "device_seconds", "wall_seconds", "peak_memory_bytes", "client_state_bytes")
 _WHOLE = ("bytes_down", "bytes_up", "client_state_bytes", "peak_memory_bytes")

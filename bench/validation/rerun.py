@@ -25,8 +25,8 @@ from bench.sweep.config import Run, resolve_device
 from bench.training.metrics import FOLLOWED
 from bench.training.rounds import Report
 from bench.validation import verification
-from bench.validation.expected import Asked
 from bench.validation.found import Inspected
+from bench.validation.rebuilding import Asked
 from bench.validation.verification import Verification
 
 HEADLINES = FOLLOWED
