@@ -38,7 +38,7 @@ from bench.sweep.pool import InProcess
 from bench.sweep.schedule import cell
 from bench.tracking.described import of_record, of_run
 from bench.training.crew import Surroundings
-from bench.training.rounds import Job, surroundings
+from bench.training.job import Job, surroundings
 from bench.training.rounds import Run as Going
 from bench.validation.rebuilding import CannotRebuild, rebuild
 from bench.validation.report import validate

@@ -36,8 +36,9 @@ from bench.sweep.cluster import WorkersDied
 from bench.sweep.schedule import Schedule
 from bench.training import crew, engine
 from bench.training.crew import Surroundings
+from bench.training.job import Job, surroundings
 from bench.training.parcel import Parcel, addresses, pack, unpack
-from bench.training.rounds import Job, Run, surroundings
+from bench.training.rounds import Run
 from tests.processes import digests, finish, start, wait
 
 ROOT = Path(__file__).parents[1]

@@ -19,7 +19,8 @@ from bench.contract import toy
 from bench.losses import cross_entropy
 from bench.protocol.settings import BadConfig, Setting
 from bench.registry import ALGORITHMS
-from bench.training.rounds import Job, Run, surroundings
+from bench.training.job import Job, surroundings
+from bench.training.rounds import Run
 from bench.tree import largest_difference
 
 SETTING = replace(toy.SETTING, participation=1.0, rounds=2)

@@ -17,7 +17,8 @@ from bench.contract import toy
 from bench.losses import cross_entropy
 from bench.optim import Adam, Rule, Sgd
 from bench.training import engine as engines
-from bench.training.rounds import BadCohort, Job, Run
+from bench.training.job import Job
+from bench.training.rounds import BadCohort, Run
 
 ENGINES = ("serial", "stacked")
 

@@ -23,7 +23,8 @@ from bench.protocol.settings import Setting
 from bench.registry import ALGORITHMS
 from bench.splits.split import PartitionFailed, make_split
 from bench.training import states
-from bench.training.rounds import Job, Run
+from bench.training.job import Job
+from bench.training.rounds import Run
 from bench.training.states import InFile, InMemory, StatesUnwritable, Store
 
 

@@ -27,7 +27,8 @@ def test_forty_full_personal_resnets_on_cifar10_stay_under_two_gibibytes() -> No
         torch.set_num_threads(1)
         from bench.dataset import Labels
         from bench.registry import ALGORITHMS, DATASETS
-        from bench.training.rounds import Job, Run
+        from bench.training.job import Job
+        from bench.training.rounds import Run
         from bench.protocol.settings import SETTINGS
         from bench.splits.split import make_split
 

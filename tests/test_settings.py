@@ -22,8 +22,8 @@ from bench.registry import ALGORITHMS, DATASETS
 from bench.results import records
 from bench.splits.longtail import class_sizes, group_classes
 from bench.sweep.config import resolve_setting
-from bench.training import rounds
 from bench.training.engine import TOLERANCE
+from bench.training.job import surroundings
 from bench.training.population import draw_cohort
 from bench.validation.rebuilding import rebuild
 from bench.validation.rerun import rerun
@@ -374,8 +374,8 @@ def test_float32_on_a_gpu_is_float32(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rounds, "Population", stop)  # there may be no GPU
+    monkeypatch.setattr("bench.training.job.Population", stop)  # there may be no GPU
     job = replace(toy._job(ALGORITHMS["fedavg"](), "serial", 0, toy.SETTING, False, toy.SIZES), device=device)
     with pytest.raises(KeyboardInterrupt):
-        rounds.surroundings(job)
+        surroundings(job)
     assert [place.allow_tf32 for place in rounding] == [allowed, allowed]

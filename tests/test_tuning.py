@@ -35,7 +35,8 @@ from bench.splits import selection
 from bench.splits.dealing import PartitionFailed
 from bench.splits.split import make_split
 from bench.sweep.config import Sweep, parse_algorithms, parse_dataset, resolve_setting
-from bench.training.rounds import Diverged, Job
+from bench.training.job import Job
+from bench.training.rounds import Diverged
 from bench.tuning import search as searching
 from bench.tuning import trial as trialling
 from bench.tuning.book import Book, DamagedStudy, check

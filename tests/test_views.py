@@ -13,7 +13,7 @@ from bench.contract import toy
 from bench.protocol.spelling import parse_algorithms
 from bench.registry import ALGORITHMS
 from bench.training import metrics
-from bench.training.rounds import Run
+from bench.training.rounds import Diverged, Run
 from tests.test_adaptation import data_of
 
 ENGINES = pytest.mark.parametrize("engine", ["serial", "stacked"])
@@ -247,6 +247,20 @@ def test_a_final_visit_trains_private_parts_on_the_final_broadcast(engine: str) 
     _, private = visited.algorithm.local_update(task, shared, plain.store[3], data)
     assert tree.largest_difference(visited.store[3], private) < 1e-5
     assert tree.largest_difference(visited.store[3], plain.store[3]) > 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Breaks(Welcomes):
+    """Is no longer finite when it is visited for the second time."""
+
+    def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
+        return shared, {"offset": 1.0 + torch.where(private["offset"] > 0, torch.nan, 0.0)}
+
+
+def test_a_final_visit_that_diverges_is_no_result() -> None:
+    setting = replace(ONE_ROUND, participation=1.0, final_visit=True)
+    with pytest.raises(Diverged, match="diverged: in the final visit a state is no longer finite"):
+        toy.finish(toy.run(Breaks(), setting=setting))
 
 
 @ENGINES

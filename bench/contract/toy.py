@@ -22,7 +22,8 @@ from bench.splits.auxiliary import NEEDS, Origin, Reserve, part_off
 from bench.splits.split import Split
 from bench.task import Task
 from bench.training import engine as engines
-from bench.training.rounds import Job, Run, surroundings
+from bench.training.job import Job, surroundings
+from bench.training.rounds import Run
 from bench.tree import Tree
 
 SIZES = (60, 44, 33, 17, 9, 3, 0, 26)

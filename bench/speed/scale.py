@@ -29,8 +29,9 @@ from bench.files import prepared, unfinished
 from bench.protocol.settings import Setting
 from bench.splits.split import Split, make_split
 from bench.task import Task
+from bench.training.job import Job
 from bench.training.memory import peak_memory
-from bench.training.rounds import Job, Run
+from bench.training.rounds import Run
 from bench.tree import Tree
 
 CLIENTS, IMAGES_EACH, CLASSES = 10_000, 5, 100

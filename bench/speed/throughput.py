@@ -25,7 +25,8 @@ from bench.dataset import Dataset, Splits
 from bench.protocol.settings import Setting
 from bench.splits.split import Split
 from bench.task import Task
-from bench.training.rounds import Job, Run
+from bench.training.job import Job
+from bench.training.rounds import Run
 from bench.tree import Tree
 
 

@@ -28,7 +28,8 @@ from bench.sweep.pool import Failure
 from bench.sweep.watch import append, progress_file
 from bench.training.crew import Surroundings
 from bench.training.engine import CannotStack
-from bench.training.rounds import BadCohort, Diverged, Job, Report, Tally, surroundings, train
+from bench.training.job import Job, surroundings
+from bench.training.rounds import BadCohort, Diverged, Report, Tally, train
 from bench.training.states import StatesUnwritable
 
 _EXPECTED = (

@@ -38,6 +38,7 @@ from bench.splits.split import make_split
 from bench.sweep.config import Run
 from bench.sweep.schedule import Forecast, average, cell, cell_of, order, wall_seconds
 from bench.training import memory, rounds
+from bench.training.job import Job
 from bench.training.states import IN_MEMORY_BYTES
 
 FILE = "forecast.json"
@@ -286,7 +287,7 @@ def probe(run: Run) -> Forecast:
     split = make_split(splits.labels, run.dataset.num_classes, setting, run.seed)
     source.require(run.dataset, run.data_root, [*split.clients, *run.reserved(splits.labels)])
     seldom = replace(setting, eval_every=setting.rounds)  # evaluations are timed apart from rounds
-    job = rounds.Job(
+    job = Job(
         run.algorithm, run.dataset, splits, split, seldom, run.seed, run.engine, run.precision, run.device,
         run.read_weights(), run.reserve(splits),
     )  # fmt: skip

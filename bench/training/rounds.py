@@ -17,27 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import keys, models, tree
-from bench.algorithm import Algorithm, Exchange
+from bench import tree
+from bench.algorithm import Exchange
 from bench.data import Uploads
-from bench.dataset import Dataset, Splits
 from bench.models.layers import is_norm_statistic
-from bench.protocol.settings import BadConfig, Setting
-from bench.splits.auxiliary import NEEDS, Reserve
-from bench.splits.split import Split, group_classes
+from bench.splits.split import group_classes
 from bench.task import Task
 from bench.training import engine as engines
 from bench.training import metrics
-from bench.training.crew import Alone, Crew, Surroundings, visit_all
+from bench.training.crew import Alone, Crew, visit_all
 from bench.training.evaluation import Counts, Evaluator
+from bench.training.job import Job, surroundings
 from bench.training.memory import peak_memory, reset_peak_memory
-from bench.training.population import Population, at_the_server
 from bench.training.states import StatesUnwritable, store
 from bench.training.statistics import with_own_statistics
 from bench.training.visit import Verb, Visit
 from bench.tree import Tree
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WORK = tuple(f"{whose}_{what}" for what in ("samples", "flops") for whose in ("train", "adaptation", "server"))
 """Costs of computing: in training, in making the tested models of trained states, and at the server."""
 _RATE = "flops of "
@@ -112,34 +108,6 @@ class Progress:
     cost: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Job:
-    """One algorithm on one split, with all that it reads at hand."""
-
-    algorithm: Algorithm
-    dataset: Dataset
-    """Where images come from, for their normalisation."""
-    splits: Splits
-    """The images."""
-    split: Split
-    """Whose they are."""
-    setting: Setting
-    """The protocol."""
-    seed: int
-    """Of initial weights, cohorts, data order and augmentation."""
-    engine: str
-    """"serial" or "stacked"."""
-    precision: str = "fp32"
-    """"fp32", on a GPU too: TF32, which torch takes for convolutions there, is switched off in the whole process. Or
-    "bf16", for automatic mixed precision."""
-    device: str = "cpu"
-    """Or "cuda"."""
-    weights: Tree | None = None
-    """Body that models start from; None: drawn by the seed."""
-    reserve: Reserve | None = None
-    """Images at the server; None: there are none."""
-
-
 def train(
     job: Job,
     *,
@@ -164,45 +132,6 @@ def train(
         if report is not None:
             report(Report(run.progress.round, job.setting.rounds, run.progress.cost["wall_seconds"], measured))
     return run.outcome()
-
-
-def surroundings(job: Job) -> Surroundings:
-    """Set up what every process of a run has.
-
-    Raises:
-        BadConfig: The algorithm needs images at the server, and the job has none.
-    """
-    algorithm, dataset, split, setting, device = job.algorithm, job.dataset, job.split, job.setting, job.device
-    if device == "cuda":  # torch would round in convolutions to 10 bits of mantissa
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    population = Population(dataset, job.splits, split, setting, job.seed, device)
-    prior = split.class_counts / split.class_counts.sum() if "prior" in algorithm.needs else None
-    task = Task(
-        model=models.build(setting.model, dataset.num_classes, dataset.image_shape, setting.norm),
-        num_classes=dataset.num_classes,
-        num_clients=population.training,
-        rounds=setting.rounds,
-        epochs=setting.epochs,
-        batch_size=setting.batch_size,
-        lr=setting.lr,
-        initial_lr=setting.lr,
-        key=keys.fold(keys.key(job.seed), "run").to(device),
-        momentum=setting.momentum,
-        weight_decay=setting.weight_decay,
-        decay_vectors=setting.decayed == "all",
-        clip=setting.clip,
-        prior=None if prior is None else prior.float().to(device),
-        frozen_statistics=setting.statistics == "frozen",
-        weights=None if job.weights is None else tree.to(job.weights, device),
-        precision=PRECISIONS[job.precision],
-    )
-    if needs := algorithm.needs & NEEDS:
-        if job.reserve is None:
-            raise BadConfig(f"{type(algorithm).__name__} needs images at the server, and this run has none")
-        auxiliary, public = at_the_server(job.reserve, needs, dataset, setting, task.key, device)
-        task = replace(task, auxiliary=auxiliary, public=public)
-    chosen = engines.BY_NAME["serial" if not algorithm.stackable else job.engine]
-    return Surroundings(algorithm, population, task, chosen, split.fingerprint)
 
 
 class Run:
@@ -249,8 +178,7 @@ class Run:
         self._spend("server_samples", float(task.samples()))
         self._synchronise()
         self._spend("device_seconds", (time.perf_counter() - started) * self.crew.size)
-        if not (finite and tree.is_finite(self.progress.server)):
-            raise Diverged(f"diverged: after round {r + 1} a state is no longer finite; a smaller lr may help")
+        self._require_finite(finite and tree.is_finite(self.progress.server), f"after round {r + 1}")
         measured = None
         last = r + 1 == self.setting.rounds
         if last or (r + 1) % self.setting.eval_every == 0:
@@ -401,6 +329,7 @@ class Run:
             visits = [population.visit(k, then, store[k], own) for k, own in zip(clients, sent, strict=True)]
             self._spend("bytes_down", self._bytes_down(task, shared, clients, sent))
             results = self.work("adaptation", "local_update", verb, task, shared, visits)
+            self._require_finite(all(tree.is_finite(private) for _, private in results), "in the final visit")
             for k, (_, private) in zip(clients, results, strict=True):
                 store[k] = private
 
@@ -434,6 +363,10 @@ class Run:
             rows = torch.stack([client, c, correct[k, c], total[k, c], known]).to(torch.int32)
             self.progress.counts.append(Tally(completed, name, rows))
         return measured
+
+    def _require_finite(self, finite: bool, when: str) -> None:
+        if not finite:
+            raise Diverged(f"diverged: {when} a state is no longer finite; a smaller lr may help")
 
     def _spend(self, what: str, amount: float) -> None:
         self.progress.cost[what] = self.progress.cost.get(what, 0.0) + amount

@@ -25,7 +25,7 @@ from bench.splits import auxiliary
 from bench.sweep.config import Run
 from bench.sweep.matching import matched_rounds
 from bench.training import engine as engines
-from bench.training.rounds import PRECISIONS
+from bench.training.job import PRECISIONS
 
 P = TypeVar("P")
 
