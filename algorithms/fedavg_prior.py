@@ -38,12 +38,12 @@ class FedAvgPrior(Algorithm):
     """
 
     @property
-    def tier(self) -> str:  # type: ignore[override]
+    def tier(self) -> str:  # type: ignore[override]  # a field decides what is a constant elsewhere
         """L where the server knows the global frequencies, S otherwise."""
         return "L" if self.against == "global" else "S"
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
+    def needs(self) -> frozenset[str]:  # type: ignore[override]  # likewise
         """The global frequencies, where they are asked for."""
         return frozenset({"prior"}) if self.against == "global" else frozenset()
 

@@ -16,6 +16,7 @@ from bench.contract import toy
 from bench.registry import ALGORITHMS
 from bench.training.rounds import Run
 from bench.tree import largest_difference
+from tests.by_hand import data_of, mean_by_size, trained
 
 SETTING = replace(toy.SETTING, participation=0.5, rounds=3, momentum=0.9, weight_decay=1e-2)
 CHEAP: dict[str, Any] = {"features_per_class": 10, "match_steps": 5, "head_epochs": 3}
@@ -24,23 +25,6 @@ CLASSES = range(6)
 
 def run_of(engine: str = "serial", setting: Any = SETTING, **fields: Any) -> Run:
     return toy.run(ALGORITHMS["creff"](**{**CHEAP, **fields}), engine, setting=setting)
-
-
-def data_of(run: Run, client: int, round: int) -> LocalData:
-    visit = run.population.visit(client, round, {})
-    n = torch.tensor(len(visit.index))
-    return LocalData(run.population.images, visit.index, n, visit.key, visit.class_counts, run.setting.batch_size)
-
-
-def trained(run: Run, start: Tree, data: LocalData) -> Tree:
-    """torch's SGD on cross-entropy from a momentum of zero, all leaves of the toy's network in their order."""
-    w = [torch.nn.Parameter(leaf.clone()) for leaf in tree.flatten(start).values()]
-    optimiser = torch.optim.SGD(w, run.setting.lr, run.setting.momentum, weight_decay=run.setting.weight_decay)
-    for batch in data.batches(run.setting.epochs):
-        optimiser.zero_grad()
-        F.cross_entropy(F.linear(torch.relu(F.linear(batch.x.flatten(1), *w[:2])), *w[2:]), batch.y).backward()
-        optimiser.step()
-    return tree.unflatten(dict(zip(tree.flatten(start), (p.detach() for p in w), strict=True)))
 
 
 def class_gradients(run: Run, body: Tree, head: Tree, data: LocalData) -> dict[int, tuple[Tensor, ...]]:
@@ -90,14 +74,13 @@ def a_round(run: Run, server: Tree, round: int) -> Tree:
     """Algorithm 1, from what the server has before a round to what it has after it."""
     model = {"body": server["body"], "head": server["head"]}
     found: dict[int, list[tuple[Tensor, ...]]] = {}
-    models, sizes = [], []
+    models = []
     for client in run.population.cohort(round):
         data = data_of(run, client, round)
         for c, gradient in class_gradients(run, server["body"], server["retrained"], data).items():
             found.setdefault(c, []).append(gradient)
-        models.append(trained(run, model, data))
-        sizes.append(len(data.index))
-    mean = tree.map(lambda *w: sum(n * leaf for n, leaf in zip(sizes, w, strict=True)) / sum(sizes), *models)
+        models.append(trained(run, model, data.batches(run.setting.epochs)))
+    mean = mean_by_size(run, run.population.cohort(round), models)
     targets = {
         c: tuple(torch.stack(part).mean(0) for part in zip(*those, strict=True)) for c, those in sorted(found.items())
     }
@@ -135,7 +118,8 @@ def test_the_gradient_of_features_is_that_of_their_mean_loss() -> None:
     draw = torch.Generator().manual_seed(0)
     target = {"weight": 1e-6 * torch.randn(6, 6, 64, generator=draw), "bias": 1e-6 * torch.randn(6, 6, generator=draw)}
     targets: dict[int, tuple[Tensor, ...]] = {c: (target["weight"][c], target["bias"][c]) for c in CLASSES}
-    mine = run.algorithm._match(run.task, server, target, torch.ones(6, dtype=torch.bool))  # type: ignore[attr-defined]
+    algorithm: Any = run.algorithm
+    mine = algorithm._match(run.task, server, target, torch.ones(6, dtype=torch.bool))
     wanted = matched(server["features"], server["retrained"], targets, 5)
     moved = float((wanted - server["features"]).abs().max())
     assert float((mine - wanted).abs().max()) < 1e-2 * moved
@@ -173,7 +157,7 @@ def test_the_retrained_head_is_what_is_tested_and_never_what_is_trained() -> Non
     averaged = {"body": server["body"], "head": server["head"]}
     assert largest_difference(server["head"], server["retrained"]) > 1e-2
     mine = {"body": upload["body"], "head": upload["head"]}
-    assert largest_difference(mine, trained(run, averaged, data_of(run, 0, 2))) < 5e-6
+    assert largest_difference(mine, trained(run, averaged, data_of(run, 0, 2).batches(run.setting.epochs))) < 5e-6
 
 
 def test_the_defaults_are_the_references() -> None:

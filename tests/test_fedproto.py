@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import LocalData, Tree, Uploads, tree
+from bench import Tree, Uploads, tree
 from bench.contract import toy
 from bench.registry import ALGORITHMS
 from bench.training.rounds import Run
 from bench.tree import largest_difference
+from tests.by_hand import data_of
 
 SETTING = replace(toy.SETTING, rounds=3, weight_decay=1e-2, clip=1.0)
 BATCH_NORM = replace(SETTING, model="resnet8", norm="batch", participation=1.0, rounds=2, epochs=1)
@@ -28,12 +29,6 @@ def run_of(name: str, engine: str = "serial", setting: Any = SETTING, **fields: 
 
 def private(run: Run) -> Tree:
     return {str(k): run.store[k] for k in run.store.clients()}
-
-
-def data_of(run: Run, client: int, round: int = 0) -> LocalData:
-    visit = run.population.visit(client, round, {})
-    n = torch.tensor(len(visit.index))
-    return LocalData(run.population.images, visit.index, n, visit.key, visit.class_counts, run.setting.batch_size)
 
 
 def hidden(body: Tree, x: Tensor) -> Tensor:

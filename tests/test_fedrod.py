@@ -15,6 +15,7 @@ from bench.contract import toy
 from bench.registry import ALGORITHMS
 from bench.training.rounds import Run
 from bench.tree import largest_difference
+from tests.by_hand import data_of, mean_by_size
 
 SETTING = replace(toy.SETTING, participation=0.5, rounds=3, momentum=0.9, weight_decay=1e-2)
 ENGINES = pytest.mark.parametrize("engine", ["serial", "stacked"])
@@ -22,12 +23,6 @@ ENGINES = pytest.mark.parametrize("engine", ["serial", "stacked"])
 
 def run_of(engine: str = "serial", setting: Any = SETTING) -> Run:
     return toy.run(ALGORITHMS["fedrod"](), engine, setting=setting)
-
-
-def data_of(run: Run, client: int, round: int) -> LocalData:
-    visit = run.population.visit(client, round, {})
-    n = torch.tensor(len(visit.index))
-    return LocalData(run.population.images, visit.index, n, visit.key, visit.class_counts, run.setting.batch_size)
 
 
 def some_head(run: Run) -> Tree:
@@ -86,10 +81,7 @@ def test_rounds_are_those_clients_work_averaged_by_size(engine: str, clip: float
         received, cohort = run.progress.server, run.population.cohort(round)
         work = [worked(run, received, run.store[k]["head"], data_of(run, k, round)) for k in cohort]
         run.step()
-        sizes = [len(run.population.index[k]) for k in cohort]
-        mean = tree.map(
-            lambda *w, n=sizes: sum(a * b for a, b in zip(n, w, strict=True)) / sum(n), *(m for m, _ in work)
-        )
+        mean = mean_by_size(run, cohort, [model for model, _ in work])
         assert largest_difference(run.progress.server, mean) < 2e-5
         assert all(largest_difference(run.store[k]["head"], h) < 2e-5 for k, (_, h) in zip(cohort, work, strict=True))
 
@@ -124,4 +116,4 @@ def test_who_never_took_part_predicts_as_the_generic_model(engine: str) -> None:
 @ENGINES
 def test_a_client_held_out_gets_a_model_that_knows_its_classes(engine: str) -> None:
     setting = replace(toy.SETTING, rounds=8, unseen=1, eval_every=8)
-    assert toy.finish(run_of(engine, setting)).outcome().metrics["unseen"] > 0.8  # type: ignore[operator]
+    assert (toy.finish(run_of(engine, setting)).outcome().metrics["unseen"] or 0.0) > 0.8

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
-import torch.nn.functional as F
 
-from bench import Batch, LocalData, Tree, tree
 from bench.contract import toy
 from bench.protocol.spelling import parse_algorithms
 from bench.registry import ALGORITHMS
 from bench.training.rounds import Run
 from bench.tree import largest_difference
+from tests.by_hand import data_of, trained
 
 SETTING = replace(toy.SETTING, rounds=3, participation=0.25, momentum=0.9, weight_decay=1e-2)
 BUDGETS = pytest.mark.parametrize("budget", ["matched", "converged"])
@@ -24,24 +21,6 @@ ENGINES = pytest.mark.parametrize("engine", ["serial", "stacked"])
 
 def run_of(engine: str = "serial", setting: Any = SETTING, **fields: Any) -> Run:
     return toy.run(ALGORITHMS["local"](**fields), engine, setting=setting)
-
-
-def data_of(run: Run, client: int, round: int) -> LocalData:
-    visit = run.population.visit(client, round, {})
-    n = torch.tensor(len(visit.index))
-    return LocalData(run.population.images, visit.index, n, visit.key, visit.class_counts, run.setting.batch_size)
-
-
-def trained(run: Run, start: Tree, batches: Iterable[Batch]) -> Tree:
-    """torch's SGD on cross-entropy, from a momentum of zero, all leaves of the toy's network in their order."""
-    w = [torch.nn.Parameter(leaf.clone()) for leaf in tree.flatten(start).values()]
-    optimiser = torch.optim.SGD(w, run.setting.lr, run.setting.momentum, weight_decay=run.setting.weight_decay)
-    for batch in batches:
-        optimiser.zero_grad()
-        hidden = torch.relu(batch.x.flatten(1) @ w[0].T + w[1])
-        F.cross_entropy(hidden @ w[2].T + w[3], batch.y).backward()
-        optimiser.step()
-    return tree.unflatten(dict(zip(tree.flatten(start), (p.detach() for p in w), strict=True)))
 
 
 @ENGINES

@@ -14,6 +14,7 @@ from bench.protocol.spelling import parse_algorithms
 from bench.registry import ALGORITHMS
 from bench.training import metrics
 from bench.training.rounds import Diverged, Run
+from tests import by_hand
 from tests.test_adaptation import data_of
 
 ENGINES = pytest.mark.parametrize("engine", ["serial", "stacked"])
@@ -239,11 +240,7 @@ def test_a_final_visit_trains_private_parts_on_the_final_broadcast(engine: str) 
     plain, visited = (finished("fedrep", engine, rounds=2, final_visit=each) for each in (False, True))
     assert tree.largest_difference(plain.progress.server, visited.progress.server) == 0  # nothing is sent
     task, shared = visited.task_at(1), toy.received(visited, 3, 1)
-    population = visited.population
-    visit = population.visit(3, 2, {})  # batches of no round of training
-    data = LocalData(
-        population.images, visit.index, torch.tensor(len(visit.index)), visit.key, visit.class_counts, task.batch_size
-    )
+    data = by_hand.data_of(visited, 3, 2)  # batches of no round of training
     _, private = visited.algorithm.local_update(task, shared, plain.store[3], data)
     assert tree.largest_difference(visited.store[3], private) < 1e-5
     assert tree.largest_difference(visited.store[3], plain.store[3]) > 1e-3

@@ -1,0 +1,35 @@
+"""What facts of methods are compared with: a client's data, torch's own SGD on the toy's network, means by size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from bench import Batch, LocalData, Tree, tree
+from bench.training.rounds import Run
+
+
+def data_of(run: Run, client: int, round: int = 0) -> LocalData:
+    """What a client is handed in a round."""
+    visit = run.population.visit(client, round, {})
+    n = torch.tensor(len(visit.index))
+    return LocalData(run.population.images, visit.index, n, visit.key, visit.class_counts, run.setting.batch_size)
+
+
+def trained(run: Run, start: Tree, batches: Iterable[Batch]) -> Tree:
+    """torch's SGD on cross-entropy from a momentum of zero, all leaves of the toy's network in their order."""
+    w = [torch.nn.Parameter(leaf.clone()) for leaf in tree.flatten(start).values()]
+    optimiser = torch.optim.SGD(w, run.setting.lr, run.setting.momentum, weight_decay=run.setting.weight_decay)
+    for batch in batches:
+        optimiser.zero_grad()
+        F.cross_entropy(F.linear(torch.relu(F.linear(batch.x.flatten(1), *w[:2])), *w[2:]), batch.y).backward()
+        optimiser.step()
+    return tree.unflatten(dict(zip(tree.flatten(start), (p.detach() for p in w), strict=True)))
+
+
+def mean_by_size(run: Run, cohort: Sequence[int], models: Sequence[Tree]) -> Tree:
+    """The mean of clients' models, each weighing as many examples as its client has."""
+    sizes = [len(run.population.index[k]) for k in cohort]
+    return tree.map(lambda *w: sum(n * leaf for n, leaf in zip(sizes, w, strict=True)) / sum(sizes), *models)
