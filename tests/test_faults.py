@@ -44,6 +44,12 @@ from bench import Algorithm, register, tree
 HERE = Path(os.environ["FAULTY"])
 
 
+def note(name, text):  # whole or not at all: the test reads it meanwhile, and two workers may write it
+    written = HERE / f"{name}.{os.getpid()}"
+    written.write_text(text)
+    written.replace(HERE / name)
+
+
 @register("faulty")
 @dataclass(frozen=True, kw_only=True)
 class Faulty(Algorithm):
@@ -63,8 +69,8 @@ class Faulty(Algorithm):
                 file.write(".")
         if "ray" in sys.modules and sys.modules["ray"].is_initialized():
             node = sys.modules["ray"].get_runtime_context().get_node_id()
-            (HERE / f"node-{self.fault}{self.name}").write_text(node)
-        (HERE / f"pid-{self.fault}{self.name}").write_text(str(os.getpid()))
+            note(f"node-{self.fault}{self.name}", node)
+        note(f"pid-{self.fault}{self.name}", str(os.getpid()))
         time.sleep(self.seconds)
         late = int(task.round) >= 3
         if self.fault == "dies" and late:
@@ -104,7 +110,7 @@ def begun(here: Path) -> Counter[str]:
 def number(here: Path, name: str) -> int:
     """Wait for the process that does a run, and give its number."""
     file = here / f"pid-{name}"
-    wait(lambda: file.exists() and file.read_text() != "")
+    wait(file.exists)
     return int(file.read_text())
 
 
