@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from bench.dataset import Dataset as Dataset
     from bench.dataset import Labels as Labels
     from bench.dataset import Splits as Splits
+    from bench.face.run import run as run
+    from bench.face.runs import Runs as Runs
+    from bench.face.runs import load as load
     from bench.models.layers import evaluating as evaluating
     from bench.part import Aggregation as Aggregation
     from bench.part import Channel as Channel
@@ -44,6 +47,9 @@ _HOMES = {
     "Dataset": "dataset",
     "Labels": "dataset",
     "Splits": "dataset",
+    "run": "face.run",
+    "Runs": "face.runs",
+    "load": "face.runs",
     "evaluating": "models.layers",
     "Aggregation": "part",
     "Channel": "part",

@@ -87,6 +87,10 @@ class Registry(Mapping[str, type[P]], Generic[P]):
             raise BadPlugin(f"{name!r} of {plugin.__module__} has the name of a built-in of {self.kind}; rename it")
         self._classes[name] = plugin
 
+    def entered(self) -> dict[str, type[P]]:
+        """Give the classes that are known so far, without importing any."""
+        return dict(self._classes)
+
     def registered_by(self, module: str) -> list[str]:
         """Give the names whose class was defined in a module."""
         return sorted(name for name, known in self._classes.items() if known.__module__ == module)
@@ -160,10 +164,11 @@ def load_plugin(path: Path) -> list[str]:
 
 
 def source_digest(plugin: type) -> str | None:
-    """Give the SHA-256 of the file that `load_plugin` took a class from; None for installed ones: they have a
-    version.
+    """Give the SHA-256 of the file that `load_plugin` took a class from, or of its source where it stands elsewhere
+    (see `bench.cells`); None for installed ones: they have a version.
     """
-    return getattr(sys.modules[plugin.__module__], "__plugin_digest__", None)
+    own: str | None = vars(plugin).get("__plugin_digest__")
+    return own or getattr(sys.modules.get(plugin.__module__), "__plugin_digest__", None)
 
 
 def name(plugin: object) -> str:

@@ -741,9 +741,10 @@ def test_a_diagram_of_the_same_results_has_the_same_bytes_in_every_process(tmp_p
     code = """
 import sys
 from pathlib import Path
-from bench.command.compare import draw
+from bench.face.pictures import ranks
 from bench.results.statistics import rank
-draw(Path(sys.argv[1]), rank({name: dict.fromkeys(range(4), 0.1 * k) for k, name in enumerate("edcba")}), "personal")
+ranking = rank({name: dict.fromkeys(range(4), 0.1 * k) for k, name in enumerate("edcba")})
+ranks(ranking, "personal").save(Path(sys.argv[1]))
 """
     drawn = []
     for seed in "12":  # of the order in which sets are gone through

@@ -16,7 +16,7 @@ FLOORS = {
     # what needs nothing of ours
     0: "tree keys durable dataset",
     # one batch, one client, one model: what an algorithm's author reads
-    1: "data losses models optim task part algorithm registry",
+    1: "data losses models optim task part algorithm registry cells",
     # from files to labels; what a comparison holds equal; from labels to clients
     2: "files protocol splits",
     # one run
@@ -24,7 +24,7 @@ FLOORS = {
     # many runs, and what they leave
     4: "results sweep preparing tuning validation tracking",
     # what people type and see
-    5: "site command",
+    5: "site face command",
 }
 """A file or folder of `bench/` imports from floors below; on its own floor only what stands before it in the line."""
 
@@ -36,9 +36,9 @@ HOMES = {
     "mlflow": "tracking",
     "optuna": "tuning",
     "click": "command",
-    "rich": "command results",
-    "matplotlib": "command",
-    "scikit_posthocs": "command results",
+    "rich": "face command results",
+    "matplotlib": "face command",
+    "scikit_posthocs": "face results",
     "PIL": "files",
     "jinja2": "site",
     "markdown_it": "site",

@@ -20,8 +20,7 @@ from typing import Any
 import pytest
 
 from bench.command.main import main
-from bench.command.plan import duration
-from bench.command.progress import Display
+from bench.face.progress import Display, duration
 from bench.results.claims import claim
 from bench.sweep import execution, journal
 from bench.sweep.config import Run

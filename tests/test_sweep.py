@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from bench.command.progress import Display
+from bench.face.progress import Display
 from bench.results import records
 from bench.results.claims import claim
 from bench.sweep import config, driver, execution, pool, watch

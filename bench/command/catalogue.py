@@ -14,7 +14,7 @@ from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.command.options import DEFAULT_SETTING
+from bench.face.asked import DEFAULT_SETTING
 from bench.registry import ALGORITHMS, DATASETS, PARTS, Registry, UnknownPlugin
 
 if TYPE_CHECKING:

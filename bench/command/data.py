@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bench.command.embed import embed_command
-from bench.command.options import DEFAULT_SETTING
 from bench.command.prepare import check_command, prepare_command
+from bench.face.asked import DEFAULT_SETTING
 
 if TYPE_CHECKING:
     from bench.dataset import Dataset, Labels, Splits

@@ -11,49 +11,15 @@ from typing import Any
 
 import click
 
-DEFAULT_ALGORITHMS = "fedavg,fedavg_prior,fedrep,fedbabu,creff,fedloge"
-DEFAULT_DATASET = "digits"
-DEFAULT_SETTING = "quick"
+from bench.face.asked import DEFAULT_ALGORITHMS, DEFAULT_DATASET, DEFAULT_SETTING, Asked
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Asked):
     """What the command line, the sweep file and the defaults say; names as of the options."""
 
-    algos: str
-    dataset: str
-    preset: str
-    imbalance: str | None
-    alpha: str | None
-    seeds: str
-    plugin: tuple[Path, ...]
-    setting: str
-    partition: str | None
-    clients: int | None
-    participation: float | None
-    rounds: int | None
-    match: str | None
-    epochs: int | None
-    batch_size: int | None
-    lr: float | None
-    model: str | None
-    eval_clients: int | None
-    auxiliary: str | None
-    weights: Path | None
-    set: tuple[str, ...]
-    engine: str
-    precision: str
-    device: str
-    jobs: int | None
-    workers_per_run: int
-    ray: str | None
-    out: Path
-    data_root: Path | None
-    tracking_uri: str | None
-    time_budget: str | None
     dry_run: bool
     no_probe: bool
-    force: bool
     json: bool
 
 

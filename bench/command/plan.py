@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bench.command.options import Options
+from bench.face.progress import duration
 
 if TYPE_CHECKING:
     from bench.sweep.config import Run
     from bench.sweep.forecast import Total
-    from bench.sweep.schedule import Budget, Forecast
+    from bench.sweep.schedule import Forecast
 
 
 def print_plan(runs: Sequence[Run], options: Options, device: str) -> int:
@@ -70,38 +71,6 @@ def describe(run: Run) -> dict[str, Any]:
         "alpha": run.setting.alpha,
         "seed": run.seed,
     }
-
-
-def left_out(runs: Sequence[Run], budget: Budget, command: str) -> str:
-    """Say which runs a sweep did not begin because they would not have ended in time.
-
-    Args:
-        runs: At least one.
-        budget: Of the sweep.
-        command: As it can be typed again.
-    """
-    several = f"{len(runs)} runs were not begun, they" if len(runs) > 1 else "1 run was not begun, it"
-    told = f"{several} would not have ended within --time-budget {duration(budget.seconds)}"
-    return "\n".join((f"{told}; the same command goes on: {command}", *(f"  {run.id}  {run}" for run in runs)))
-
-
-def duration(seconds: float) -> str:
-    """Write a time for people: two units at most, and none finer than what counts."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    hours, minutes = divmod(minutes, 60)
-    if not hours:
-        return f"{minutes} min"
-    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
-
-
-def accuracy(metrics: Mapping[str, float | None]) -> str:
-    """Write the two numbers that say how well a run does, which are those that rank."""
-    shares = {name: metrics.get(key) for name, key in (("generic", "generic"), ("balanced", "personal.balanced"))}
-    return ", ".join(f"{name} {'–' if share is None else f'{100 * share:.1f} %'}" for name, share in shares.items())
 
 
 def _jobs(options: Options, device: str, todo: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from bench.command.options import DEFAULT_DATASET
+from bench.face.asked import DEFAULT_DATASET
 
 _WIDTH = 120  # of the documentation beside it
 _KINDS = ("algorithms", "parts", "datasets", "models", "settings", "partitions")

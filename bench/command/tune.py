@@ -132,12 +132,12 @@ def _file(name: str, options: Options) -> Path:
 
 def _studies(options: Options, target: str, chosen: Sequence[str] | None, share: float) -> list[Study]:
     """Make a study of each algorithm, in one cell."""
-    from bench.command.run import _sweep
+    from bench.face.asked import sweep
     from bench.protocol.settings import BadConfig
     from bench.tuning.space import space
     from bench.tuning.study import Study
 
-    asked = _sweep(options)
+    asked = sweep(options)
     runs = asked.expand()
     if len({run.protocol for run in runs}) > 1:
         raise BadConfig(

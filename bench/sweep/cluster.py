@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import pickle
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import cache
@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from bench import cells
 from bench.protocol.settings import BadConfig
 from bench.registry import load_plugin
 
@@ -92,14 +93,17 @@ def import_ray() -> Any:
     """Import ray without its notices."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="IProgress not found")  # in a notebook without widgets
+        import ray
+    logging.getLogger("ray.widgets.util").setLevel(logging.WARNING)
 
     return ray
 
 
 def packed(plugins: Sequence[Path], value: Any) -> Payload:
     """Pickle something for a worker, with the plug-in files that it takes: on a cluster a worker may not have them."""
-    return [(file.name, _source(file)) for file in plugins], pickle.dumps(value)
+    return [(file.name, _source(file)) for file in plugins], cells.packed(value)
 
 
 def _source(plugin: Path) -> bytes:
@@ -117,7 +121,7 @@ def unpacked(payload: Payload) -> Iterator[Any]:
             file = Path(folder) / file_name
             file.write_bytes(source)
             load_plugin(file)
-        yield pickle.loads(value)
+        yield cells.unpacked(value)
 
 
 def cores(device: str) -> int:

@@ -6,13 +6,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
-from bench.command.plan import accuracy, duration
 from bench.protocol.spelling import label, spell_imbalance
 from bench.sweep.schedule import Forecast, Outlook, cell
 from bench.training.rounds import Report
@@ -22,6 +21,10 @@ if TYPE_CHECKING:
 
 _LINE_SECONDS = 10.0
 """Least time between two lines about one run, and about the sweep, where there are no bars."""
+
+
+_DRAWN_SECONDS = 0.3
+"""Least time between two drawings of bars in a notebook."""
 
 
 class Display:
@@ -42,11 +45,12 @@ class Display:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
-        self.live = self.console.is_terminal
+        self.live = self.console.is_terminal or self.console.is_jupyter
         self.quiet = quiet and not self.live
         self.forecasts = forecasts if forecasts is not None else {}
         self.clock = clock
-        self.bars = Progress(
+        kind = _InNotebook if self.console.is_jupyter else Progress
+        self.bars = kind(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
             TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"),
@@ -181,6 +185,28 @@ class Display:
         return accuracy(self.latest.get(run.id, {}))
 
 
+class _InNotebook(Progress):
+    """Bars below a notebook's cell, drawn anew now and then; rich's own need a library of widgets."""
+
+    def start(self) -> None:
+        """Show them."""
+        from IPython.display import display  # a notebook has it
+
+        self.shown = time.monotonic()
+        self.place = display(self, display_id=True)  # type: ignore[no-untyped-call]
+
+    def update(self, task_id: TaskID, **changed: Any) -> None:
+        """Change a bar."""
+        super().update(task_id, **changed)
+        if time.monotonic() - self.shown > _DRAWN_SECONDS:
+            self.shown = time.monotonic()
+            self.place.update(self)
+
+    def stop(self) -> None:
+        """Take them away."""
+        self.place.update(Text())
+
+
 class _Left(ProgressColumn):
     """Counts down to the time that a bar's `end` says."""
 
@@ -201,3 +227,22 @@ def _cell(run: Run) -> tuple[str, ...]:
     alpha = [] if setting.alpha is None else [f"alpha {setting.alpha:g}"]
     numbers = (f"imbalance {spell_imbalance(setting.imbalance)}", *alpha, f"seed {run.seed}")
     return (label(run.dataset), *numbers)
+
+
+def duration(seconds: float) -> str:
+    """Write a time for people: two units at most, and none finer than what counts."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    hours, minutes = divmod(minutes, 60)
+    if not hours:
+        return f"{minutes} min"
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def accuracy(metrics: Mapping[str, float | None]) -> str:
+    """Write the two numbers that say how well a run does, which are those that rank."""
+    shares = {name: metrics.get(key) for name, key in (("generic", "generic"), ("balanced", "personal.balanced"))}
+    return ", ".join(f"{name} {'–' if share is None else f'{100 * share:.1f} %'}" for name, share in shares.items())
