@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 from nbclient import NotebookClient
@@ -22,11 +23,11 @@ from bench import Runs, cells
 from bench.command.main import main
 from bench.command.options import defaults
 from bench.dataset import DataMissing
-from bench.face import sweeping
 from bench.face.run import run
 from bench.protocol.settings import BadConfig
 from bench.registry import ALGORITHMS, BadPlugin, UnknownPlugin
 from bench.results import records
+from bench.sweep import driver
 
 HERE: dict[str, Any] = {"ray": "off", "tracking_uri": "off"}
 NOTEBOOK = Path(__file__).parent / "notebooks" / "comparison.ipynb"
@@ -106,7 +107,7 @@ def test_pictures_can_be_saved_and_changed(swept: tuple[Runs, Path], tmp_path: P
     frame = swept[0].curves()
     chosen = frame[(frame.algorithm == "fedavg") & (frame.imbalance == 2)]
     line = next(line for line in first.get_lines() if line.get_label() == "fedavg")
-    assert list(line.get_ydata()) == pytest.approx(list(100 * chosen.groupby("round")["personal"].mean()))
+    assert list(np.asarray(line.get_ydata())) == pytest.approx(list(100 * chosen.groupby("round")["personal"].mean()))
     assert "imbalance 2" in first.get_title() and "imbalance 10" in second.get_title()
     for name in ("new/curves.svg", "again.svg"):
         swept[0].plot("personal").save(tmp_path / name)
@@ -168,13 +169,13 @@ def test_a_failed_run_is_among_the_runs(tmp_path: Path) -> None:
 def test_an_interruption_keeps_what_is_done_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    really = sweeping.driver.run
+    really = driver.run
 
     def interrupted(runs: Any, out: Path, **more: Any) -> None:
         really(runs[:1], out, **more)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweeping.driver, "run", interrupted)
+    monkeypatch.setattr(driver, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run("fedavg, local", rounds=1, out=tmp_path, **HERE)
     assert "1 of 2 runs are done and kept" in capsys.readouterr().err
@@ -214,7 +215,8 @@ def cell(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         lines = text.splitlines(keepends=True)
         monkeypatch.setitem(linecache.cache, name, (len(text), None, lines, name))
         exec(compile(text, name, "exec"), vars(module))
-        return module.Halfway
+        plugin: type = module.Halfway
+        return plugin
 
     yield execute
     for registry in cells._REGISTRIES:

@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 from bench.command.main import main
-from bench.face.progress import Display, duration
+from bench.face.progress import Display
+from bench.face.wording import duration
 from bench.results.claims import claim
 from bench.sweep import execution, journal
 from bench.sweep.config import Run

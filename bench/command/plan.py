@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bench.command.options import Options
-from bench.face.progress import duration
+from bench.face.wording import duration
 
 if TYPE_CHECKING:
     from bench.sweep.config import Run

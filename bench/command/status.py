@@ -260,7 +260,7 @@ def _print(found: Found) -> None:
 
 def say(found: Found) -> list[str]:
     """Say in lines how things stand."""
-    from bench.face.progress import accuracy, duration
+    from bench.face.wording import accuracy, duration
 
     now = time.time()
     lines = [_driver(driver, found.sign_of_life[driver.pid], now) for driver in found.drivers]
@@ -285,7 +285,7 @@ def say(found: Found) -> list[str]:
 
 def _driver(driver: Sweep, heard: float, now: float) -> str:
     """Say in a line who drives, and whether it still does."""
-    from bench.face.progress import duration
+    from bench.face.wording import duration
 
     who = f"process {driver.pid} on {driver.host}, since {_iso(driver.began)}"
     ago = f"last heard of {duration(max(now - heard, 0.0))} ago"

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
+from bench.face.wording import accuracy, duration
 from bench.protocol.spelling import label, spell_imbalance
 from bench.sweep.schedule import Forecast, Outlook, cell
 from bench.training.rounds import Report
@@ -227,22 +228,3 @@ def _cell(run: Run) -> tuple[str, ...]:
     alpha = [] if setting.alpha is None else [f"alpha {setting.alpha:g}"]
     numbers = (f"imbalance {spell_imbalance(setting.imbalance)}", *alpha, f"seed {run.seed}")
     return (label(run.dataset), *numbers)
-
-
-def duration(seconds: float) -> str:
-    """Write a time for people: two units at most, and none finer than what counts."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    hours, minutes = divmod(minutes, 60)
-    if not hours:
-        return f"{minutes} min"
-    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
-
-
-def accuracy(metrics: Mapping[str, float | None]) -> str:
-    """Write the two numbers that say how well a run does, which are those that rank."""
-    shares = {name: metrics.get(key) for name, key in (("generic", "generic"), ("balanced", "personal.balanced"))}
-    return ", ".join(f"{name} {'–' if share is None else f'{100 * share:.1f} %'}" for name, share in shares.items())

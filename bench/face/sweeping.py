@@ -13,7 +13,8 @@ import torch
 
 from bench.face import asked as asking
 from bench.face.asked import Asked
-from bench.face.progress import Display, duration
+from bench.face.progress import Display
+from bench.face.wording import duration
 from bench.protocol.presets import remarks
 from bench.registry import label
 from bench.results import records
