@@ -193,8 +193,12 @@ OTHER = 1
 def toward(old, new):
     return old + STEP * (new - old)
 
+class Averaging:
+    def start(self):
+        return 1
+
 @dataclass(frozen=True, kw_only=True)
-class Halfway(bench.Algorithm):
+class Halfway(Averaging, bench.Algorithm):
     """FedAvg whose server goes a part of the way."""
 
     def local_update(self, task, shared, private, data):
@@ -230,7 +234,7 @@ def cell(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         ("STEP = 0.5", "STEP = 0.25", False),
         ("STEP * (new - old)", "(new - old)", False),
         ("task.sgd(task.loss, shared, data.batches(task.epochs))", "shared", False),
-        ("class Halfway(bench.Algorithm)", "class Halfway(bench.Algorithm, object)", False),
+        ("return 1", "return 2", False),
         ("OTHER = 1", "OTHER = 2", True),
         ("import bench\n", "import bench\n\n# a remark\n", True),
     ],
