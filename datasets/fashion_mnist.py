@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from torch import Tensor
-
 from bench import Dataset, Labels, Splits, register
 from bench.files.download import Remote
-from bench.files.official import Official, read_idx
+from bench.files.official import Official, idx_labels, idx_splits
 
 SERVER = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
 
@@ -64,22 +62,12 @@ class FashionMnist(Dataset):
 
     def load(self, root: Path) -> Splits:
         """Read the four official files, unpacked or as .gz."""
-        labels = self.labels(root)
-        return Splits(
-            _read(root, "train-images-idx3")[:, None],
-            labels.train,
-            _read(root, "t10k-images-idx3")[:, None],
-            labels.test,
-        )
+        return idx_splits(FILES, root)
 
     def labels(self, root: Path) -> Labels:
         """Read the two small files."""
-        return Labels(_read(root, "train-labels-idx1").long(), _read(root, "t10k-labels-idx1").long())
+        return idx_labels(FILES, root)
 
     def fetch(self, root: Path) -> None:
         """Download the four official files, which stay packed."""
         FILES.fetch(root)
-
-
-def _read(root: Path, name: str) -> Tensor:
-    return read_idx(FILES.read(root, f"{name}-ubyte"))

@@ -183,7 +183,7 @@ def test_a_damaged_pickle_is_never_opened(tiny_cifar: Path) -> None:
     assert not (tiny_cifar / "opened").exists()
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion_mnist", "svhn"])
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion_mnist", "mnist", "svhn"])
 def test_a_dataset_that_is_not_there_says_how_to_get_it(name: str, tmp_path: Path) -> None:
     for read in (DATASETS[name]().load, DATASETS[name]().labels):
         with pytest.raises(DataMissing, match=rf"^{name}: .* 'bench data fetch {name}' downloads \d+ MB"):

@@ -541,7 +541,7 @@ def test_a_broken_archive_is_named(server: Server, tmp_path: Path, name: str, da
 # Datasets ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion_mnist", "svhn"])
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion_mnist", "mnist", "svhn"])
 def test_a_dataset_downloads_what_it_reads(
     name: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

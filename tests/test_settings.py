@@ -150,7 +150,7 @@ def test_every_setting_of_a_paper_is_in_the_table() -> None:
 
 @pytest.mark.parametrize("imbalance", [10, 50, 100, 200])
 @pytest.mark.parametrize(
-    "dataset", ["digits", "fashion_mnist", "svhn", "cinic10", "cifar10", "cifar100", "tiny_imagenet"]
+    "dataset", ["digits", "mnist", "fashion_mnist", "emnist", "svhn", "cinic10", "cifar10", "cifar100", "tiny_imagenet"]
 )
 def test_every_group_of_a_dataset_that_is_cut_has_classes(dataset: str, imbalance: float) -> None:
     plugin = DATASETS[dataset]()

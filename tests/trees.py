@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import colorsys
 import csv
+import gzip
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -230,6 +232,46 @@ def tiny_imagenet(root: Path, *, classes: int = 4, each: int = 12, tested: int =
     return folder
 
 
+def emnist(
+    root: Path,
+    *,
+    part: str = "balanced",
+    classes: int = 47,
+    first: int = 0,
+    each: tuple[int, int] = (2, 1),
+    packed: bool,
+) -> dict[str, np.ndarray[Any, np.dtype[np.uint8]]]:
+    """Write the four files of a part of EMNIST as the official zip unpacks them, or as torchvision leaves them.
+
+    Args:
+        root: The data root.
+        part: As in their names.
+        classes: C.
+        first: Label of class 0.
+        each: Training and test images of every class.
+        packed: Whether they lie in `EMNIST/raw/gzip` as .gz, or in `EMNIST/raw`.
+
+    Returns:
+        By the names of the files the images as people see them, (N, 28, 28), and the labels, (N,).
+    """
+    written = {}
+    folder = root / "EMNIST" / "raw" / ("gzip" if packed else "")
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, (which, images) in enumerate(zip(("train", "test"), each, strict=True)):
+        random = np.random.default_rng(seed)
+        labels = random.permutation(np.arange(classes * images) % classes + first).astype(np.uint8)
+        upright = random.integers(0, 256, (len(labels), 28, 28), dtype=np.uint8)
+        stored = {"images-idx3": upright.transpose(0, 2, 1), "labels-idx1": labels}
+        for kind, values in stored.items():
+            name = f"emnist-{part}-{which}-{kind}-ubyte"
+            content = idx(values)
+            (folder / (f"{name}.gz" if packed else name)).write_bytes(
+                gzip.compress(content, mtime=0) if packed else content
+            )
+            written[name] = upright if kind == "images-idx3" else labels
+    return written
+
+
 def folder(
     path: Path,
     *,
@@ -258,6 +300,12 @@ def folder(
 
 
 # Formats ----------------------------------------------------------------------------------------------------
+
+
+def idx(values: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
+    """Spell an array in the idx format of MNIST."""
+    header = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, dtype=">u4").tobytes()
+    return header + np.ascontiguousarray(values).tobytes()
 
 
 def write_json(path: Path, version: int, shots: list[Shot], paths: list[str], classes: int) -> None:

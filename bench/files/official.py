@@ -8,7 +8,7 @@ import pickle
 import warnings
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.dataset import DataDamaged, DataMissing
+from bench.dataset import DataDamaged, DataMissing, Labels, Splits
 from bench.files.download import Remote, fetch_all
 
 
@@ -30,6 +30,12 @@ class Official:
     """Below the data root, as torchvision lays it out."""
     checksums: Mapping[str, str]
     """File name to the MD5 of its contents (if it may lie there packed by gzip: of the unpacked ones)."""
+    of_packed: bool = False
+    """Whether the checksums are those of the files as gzip packed them: an unpacked one is known by its shape."""
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """File name to the shape of the idx array in it, where checksums cannot vouch for it."""
+    unpacked_to: str = ""
+    """Folder below `folder` in which the downloaded archive has them, packed; they may lie there as well."""
     remotes: tuple[Remote, ...] = ()
     """What `bench data fetch` downloads; names are below the data root."""
     size: str
@@ -56,14 +62,31 @@ class Official:
         path = self._path(root, name)
         advice = f"delete it and run 'bench data fetch {self.name}' again"
         try:
-            contents = path.read_bytes()
-            if path.suffix == ".gz":
-                contents = gzip.decompress(contents)
+            stored = path.read_bytes()
+            contents = gzip.decompress(stored) if path.suffix == ".gz" else stored
         except (OSError, EOFError, zlib.error) as error:
             raise DataDamaged(f"{path} cannot be read ({error}); {advice}") from error
-        if hashlib.md5(contents, usedforsecurity=False).hexdigest() != self.checksums[name]:
+        summed = stored if self.of_packed else contents
+        unknown = self.of_packed and path.suffix != ".gz"
+        if not unknown and hashlib.md5(summed, usedforsecurity=False).hexdigest() != self.checksums[name]:
             raise DataDamaged(f"{path} is not the official file, its checksum is wrong; {advice}")
         return contents
+
+    def array(self, root: Path, name: str) -> Tensor:
+        """Read a file in the idx format: uint8; errors of `read`, and `DataDamaged` if it has another shape."""
+        contents, expected = self.read(root, name), self.shapes.get(name)
+        try:
+            values = read_idx(contents)
+        except (ValueError, IndexError, RuntimeError):  # cut short, or in another format
+            values = torch.empty(0)
+        if expected not in (None, tuple(values.shape)):
+            found = " x ".join(map(str, values.shape))
+            wanted = " x ".join(map(str, expected or ()))
+            raise DataDamaged(
+                f"{self._path(root, name)} is not the official file, it holds {found} bytes in place of {wanted}; "
+                f"delete it and run 'bench data fetch {self.name}' again"
+            )
+        return values
 
     def fetch(self, root: Path) -> None:
         """Download what is not there yet, and go on where an earlier call was interrupted.
@@ -76,8 +99,8 @@ class Official:
 
     def _path(self, root: Path, name: str) -> Path:
         path = root / self.folder / name
-        packed = path.with_name(name + ".gz")
-        return packed if packed.is_file() and not path.is_file() else path
+        places = (path, path.with_name(name + ".gz"), path.parent / self.unpacked_to / f"{name}.gz")
+        return next((place for place in places if place.is_file()), path)
 
 
 def unpickle(contents: bytes) -> dict[str, Any]:
@@ -98,6 +121,27 @@ def images_of(batches: list[dict[str, Any]]) -> Tensor:
 def labels_of(batches: list[dict[str, Any]], key: str) -> Tensor:
     """Join the labels of CIFAR batches: (N,) int64."""
     return torch.tensor([label for batch in batches for label in batch[key]])
+
+
+def idx_splits(files: Official, root: Path, *, transposed: bool = False) -> Splits:
+    """Read grey images and labels from the four idx files of MNIST and its kin, in the order of their checksums:
+    training images and labels, test images and labels.
+
+    Args:
+        files: Which.
+        root: The data root.
+        transposed: Whether images are stored by columns.
+    """
+    train_x, train_y, test_x, test_y = (files.array(root, name) for name in files.checksums)
+    if transposed:
+        train_x, test_x = (images.transpose(1, 2).contiguous() for images in (train_x, test_x))
+    return Splits(train_x[:, None], train_y.long(), test_x[:, None], test_y.long())
+
+
+def idx_labels(files: Official, root: Path) -> Labels:
+    """Read the two small ones of the four files."""
+    _, train, _, test = files.checksums
+    return Labels(files.array(root, train).long(), files.array(root, test).long())
 
 
 def read_idx(contents: bytes) -> Tensor:
