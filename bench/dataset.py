@@ -156,6 +156,10 @@ class Dataset(ABC):
     def require(self, root: Path) -> None:  # noqa: B027 - most datasets have nothing to add
         """Raise what `load` would, where labels can be there without images."""
 
+    def test_part(self, root: Path) -> str | None:
+        """Say where the test part comes from, where nobody gave one, in words; else None."""
+        return None
+
     def fetch(self, root: Path) -> None:
         """Download the official files to `root`; where that cannot be done, `DataMissing` says what to do
         instead.

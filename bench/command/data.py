@@ -16,6 +16,7 @@ import click
 from bench.command.embed import embed_command
 from bench.command.prepare import check_command, prepare_command
 from bench.face.asked import DEFAULT_SETTING
+from bench.face.preparing import prepare_own
 
 if TYPE_CHECKING:
     from bench.dataset import Dataset, Labels, Splits
@@ -175,6 +176,7 @@ def pack_command(name: str, imbalance: str | None, profile: str | None, data_roo
     if out.suffix != ".npz" or out.exists():
         why = "is there already" if out.exists() else "must end in .npz"
         raise click.BadParameter(f"{out} {why}; choose another name", param_hint="--out")
+    prepare_own([dataset], files.data_root(data_root))
     splits = source.load(dataset, files.data_root(data_root))
     rows = subsample(splits.train_y, dataset.num_classes, setting.profile, setting.imbalance)
     try:
@@ -238,6 +240,8 @@ def stats_command(
         click.echo(json.dumps(document))
     else:
         _print(title, document, labels, split)
+        if (said := dataset.test_part(files.data_root(data_root))) is not None:
+            click.echo(f"{'test part':<20} {said}")
 
 
 def _title(name: str, setting: Setting, split: Split, seed: int) -> str:

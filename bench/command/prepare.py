@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING
 
 import click
 
-if TYPE_CHECKING:
-    from rich.progress import Progress as Bars
+from bench.face.preparing import Display
 
-_LINE_SECONDS = 10.0
-"""Least time between two lines where there is no bar."""
 _SHOWN = 20
 """Broken photographs that are named; a file has them all."""
 
@@ -74,10 +67,7 @@ def prepare_command(name: str, size: int | None, jobs: int | None, data_root: Pa
     if done.store is None:
         for path, why in done.broken[:_SHOWN]:
             click.echo(f"{path}: {why}", err=True)
-        raise DataDamaged(
-            f"{name}: missing or broken photographs: {len(done.broken):,}, all named in {done.broken_file}; replace "
-            "them and run the same command: only they are decoded again"
-        )
+        raise DataDamaged(done.complaint(name))
     plan, what = done.store.plan, "prepared" if done.decoded else "already prepared"
     shape = " x ".join(map(str, plan.shape))
     click.echo(f"{what}: {plan.train:,} training and {plan.test:,} test images of {shape} in {done.folder}")
@@ -93,6 +83,7 @@ def check_command(name: str, jobs: int | None, data_root: Path | None) -> int:
 
     Photographs are decoded, each of them, and a prepared store is compared with its checksums.
     """
+    from bench import registry
     from bench.dataset import DataDamaged
     from bench.files import data_root as choose
     from bench.preparing import preparation
@@ -111,74 +102,9 @@ def check_command(name: str, jobs: int | None, data_root: Path | None) -> int:
     for problem in checked.problems:
         click.echo(problem)
     first, *others = checked.problems
+    for said in (registry.label(dataset), registry.name(dataset)):  # many a sentence begins with whose it is
+        first = first.removeprefix(f"{said}: ")
     if not others:
         raise DataDamaged(f"{name}: {first}")
     many = f"{len(checked.problems):,} problems, listed on standard output; the first: {first}"
     raise DataDamaged(f"{name}: {checked.contents}; {many}")
-
-
-class Display:
-    """`bench.preparing.preparation.Progress` for a person: a bar on a terminal, lines elsewhere, on standard error."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-
-        self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
-        self.bars: Bars | None = None
-        self.what, self.total, self.done, self.began_with = "", 0, 0, 0
-        self.began = self.said = time.monotonic()
-
-    def __enter__(self) -> Display:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop()
-
-    def say(self, sentence: str) -> None:
-        """Print a line."""
-        self.console.print(sentence, markup=False)
-
-    def begin(self, what: str, total: int, done: int = 0) -> None:
-        """Show how much there is to do."""
-        self._stop()
-        self.what, self.total, self.done, self.began_with = what, total, done, done
-        self.began = self.said = time.monotonic()
-        if done:
-            self.say(f"{what}: {done:,} of {total:,} are done already")
-        if self.console.is_terminal:
-            self._start()
-
-    def advance(self, photographs: int) -> None:
-        """Move the bar, or print a line now and then."""
-        self.done += photographs
-        now = time.monotonic()
-        speed = (self.done - self.began_with) / max(now - self.began, 1e-6)
-        if self.bars is not None:
-            self.bars.update(self.bars.task_ids[0], completed=self.done, speed=f"{speed:,.0f} images/s")
-        elif now - self.said > _LINE_SECONDS:
-            self.said = now
-            seconds = (self.total - self.done) / max(speed, 1e-6)
-            left = f"{seconds / 60:,.0f} min" if seconds > 120 else f"{seconds:.0f} s"
-            self.say(f"{self.what}: {self.done:,} of {self.total:,}, {speed:,.0f} images/s, {left} left")
-
-    def _start(self) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.bars = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=30),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-            TextColumn("{task.fields[speed]}  ETA"),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
-        )
-        self.bars.add_task(self.what, total=self.total, completed=self.done, speed="")
-        self.bars.start()
-
-    def _stop(self) -> None:
-        if self.bars is not None:
-            self.bars.stop()
-            self.bars = None

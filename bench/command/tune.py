@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bench.command.options import Options, defaults, some_run_options
+from bench.face.preparing import prepare_own
 
 if TYPE_CHECKING:
     from bench.tuning.book import Book
@@ -92,6 +93,7 @@ def _tune(options: Options, trials: int, target: str, fields: str | None, valida
     studies = _studies(options, target, chosen, validation)
     file = _file(name, options)
     earlier = presets.read(file) if file.exists() else None
+    prepare_own((study.run.dataset for study in studies), studies[0].run.data_root)
     check(studies)
     prepare(options.out)
     with opened(studies, trials, options.out, _teller(trials)) as book:

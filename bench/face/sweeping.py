@@ -13,6 +13,7 @@ import torch
 
 from bench.face import asked as asking
 from bench.face.asked import Asked
+from bench.face.preparing import prepare_own
 from bench.face.progress import Display
 from bench.face.wording import duration
 from bench.protocol.presets import remarks
@@ -78,6 +79,7 @@ def _perform(asked: Asked, command: str, quiet: bool) -> Swept:
     runs = read.expand()
     prepare(asked.out)
     rest = [run for run in runs if asked.force or not execution.finished(run, asked.out)]
+    prepare_own((run.dataset for run in rest), read.data_root)
     driver.check_data(rest)
     _say_protocol(read, runs)
     forecasts = forecast(rest, asked.out, probe=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -62,6 +63,14 @@ class Prepared:
     def broken_file(self) -> Path:
         """Where all broken photographs are listed."""
         return self.folder.with_name(f"{self.folder.name}.broken.txt")
+
+    def complaint(self, call: str) -> str:
+        """Say that photographs are broken, of the dataset that is called so, and what to do."""
+        return (
+            f"{call}: missing or broken photographs: {len(self.broken):,}, all named in {self.broken_file}; "
+            f"{_elsewhere(path for path, _ in self.broken)}replace them and run the same command: only they are "
+            "decoded again"
+        )
 
 
 @dataclass(frozen=True)
@@ -211,6 +220,19 @@ def _broken(unfinished: Unfinished, listing: Listing) -> list[tuple[Path, str]]:
     ]
 
 
+def _elsewhere(paths: Iterable[Path]) -> str:
+    """Say where the first photograph that is missing lies instead, if it does: many scripts re-sort folders."""
+    missing = next((path for path in paths if not path.exists()), None)
+    if missing is not None:
+        for folder, _, names in os.walk(missing.parent.parent):
+            if missing.name in names:
+                return (
+                    f"{missing.name} of {missing.parent} lies in {folder}: were they re-sorted into class folders? put "
+                    "them back as the official archive has them; else "
+                )
+    return ""
+
+
 def _present(folder: Path, progress: Progress) -> Store | None:
     """Open the store that is there; a damaged one is as good as none."""
     try:
@@ -232,7 +254,7 @@ def _require_photographs(listing: Listing, call: str) -> None:
             first = first or path
     raise DataMissing(
         f"{call}: the lists are there, and none of the photographs that were looked for, such as {first}; "
-        f"'bench data fetch {call}' gets them, or says where they are to be had"
+        f"{_elsewhere([first] if first else [])}'bench data fetch {call}' gets them, or says where they are to be had"
     )
 
 
