@@ -23,11 +23,11 @@ class DataDamaged(ValueError):
 
 
 class Streamed(Protocol):
-    """Images that stay in a file and are read by rows: more than memory holds."""
+    """Examples that stay in a file and are read by rows: more than memory holds."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(N, channels, height, width)."""
+        """(N, channels, height, width), or (N, ...) as `Dataset.image_shape` says."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -48,11 +48,13 @@ class Splits:
     """The official parts of a dataset; the test part never enters training."""
 
     train_x: Tensor | Streamed
-    """(N, channels, height, width) uint8; (n, ...) if only the rows of `held` are there."""
+    """(N, channels, height, width) uint8, or examples of any shape (N, ...) in float16 or float32; (n, ...) if only the
+    rows of `held` are there.
+    """
     train_y: Tensor
     """(N,) int64, classes 0..C-1."""
     test_x: Tensor | Streamed
-    """(M, channels, height, width) uint8."""
+    """(M, ...), likewise."""
     test_y: Tensor
     """(M,) int64."""
     users: Tensor | None = None
@@ -92,7 +94,7 @@ class Dataset(ABC):
     revision: ClassVar[int] = 1
     """Raised when the same options give other numbers."""
     scale: ClassVar[float] = 255.0
-    """The pixel value that stands for 1.0."""
+    """The pixel value that stands for 1.0; 1 where examples are floating numbers."""
     flip: ClassVar[bool] = True
     """Whether a mirrored image still shows its class (false for digits)."""
     tail: ClassVar[Literal["made", "natural", "either"]] = "made"
@@ -126,18 +128,23 @@ class Dataset(ABC):
 
     @property
     @abstractmethod
-    def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height, width."""
+    def image_shape(self) -> tuple[int, ...]:
+        """Channels, height, width; of an example that is no image whatever axes it has, channels or features first."""
+
+    @property
+    def pictures(self) -> bool:
+        """Whether examples are pictures, which may be shifted and mirrored."""
+        return len(self.image_shape) == 3 and self.image_shape[1:] != (1, 1)
 
     @property
     @abstractmethod
     def mean(self) -> tuple[float, ...]:
-        """Per channel, of pixels in [0, 1]."""
+        """Per channel, of pixels in [0, 1], or of floating numbers as they are."""
 
     @property
     @abstractmethod
     def std(self) -> tuple[float, ...]:
-        """Per channel, of pixels in [0, 1]."""
+        """Per channel, likewise."""
 
     @abstractmethod
     def load(self, root: Path) -> Splits:

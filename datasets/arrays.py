@@ -1,4 +1,4 @@
-"""A user's own images in one npz file: train_x, train_y, test_x, test_y, and maybe train_users and test_users."""
+"""A user's own examples in one npz file: train_x, train_y, test_x, test_y, and maybe train_users and test_users."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bench import DataDamaged, DataMissing, Dataset, Splits, register
+from bench.files.moments import moments
 
 Array = npt.NDArray[Any]
 
@@ -24,13 +25,15 @@ IMAGES, LABELS, USERS = ("train_x", "test_x"), ("train_y", "test_y"), ("train_us
 @register("arrays")
 @dataclass(frozen=True, kw_only=True)
 class Arrays(Dataset):
-    """Images and labels as NumPy writes them: `np.savez("arrays.npz", train_x=..., train_y=..., test_x=..., ...)`.
+    """Examples and labels as NumPy writes them: `np.savez("arrays.npz", train_x=..., train_y=..., test_x=..., ...)`.
 
-    Images are uint8: grey (N, height, width), or with 1 or 3 channels, first or last. Labels are whole numbers from 0,
-    and every class up to the largest is needed in both parts. `train_users`, and `test_users` if there are any, are
-    whole numbers that say whose each image is; with `--partition users` they are the clients. Normalised by the mean
-    and standard deviation of the training pixels. Results belong to the contents of the file, wherever it lies. Take
-    the file itself to other machines: a run from a pack needs it too.
+    Images are uint8: grey (N, height, width), or with 1 or 3 channels, first or last. All else is floating numbers of
+    any shape, with channels or features first: rows of a table (N, d), windows of sensors (N, channels, time),
+    embeddings, spectrograms (N, 1, height, width); they are neither shifted nor mirrored, and held as float32. Labels
+    are whole numbers from 0, and every class up to the largest is needed in both parts. `train_users`, and `test_users`
+    if there are any, are whole numbers that say whose each example is; with `--partition users` they are the clients.
+    Results belong to the contents of the file, wherever it lies. Take the file itself to other machines: a run from a
+    pack needs it too.
     """
 
     tail: ClassVar[Literal["made", "natural", "either"]] = "either"
@@ -41,6 +44,9 @@ class Arrays(Dataset):
 
     path: str = "arrays.npz"
     """The file, absolute or below the working directory; not below the data root."""
+    normalise: Literal["standard", "none"] = "standard"
+    """`standard`: mean 0 and deviation 1 of each channel or feature over the training part, a constant one is 0;
+    `none`: floating numbers as they are, pixels from 0 to 1."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", str(Path(self.path).expanduser().absolute()))
@@ -51,19 +57,28 @@ class Arrays(Dataset):
         return int(self._contents.splits.train_y.max()) + 1
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height, width."""
-        channels, height, width = self._contents.splits.train_x.shape[1:]
-        return channels, height, width
+    def image_shape(self) -> tuple[int, ...]:
+        """Channels, height, width; or as in the file."""
+        return tuple(self._contents.splits.train_x.shape[1:])
+
+    @property
+    def pictures(self) -> bool:
+        """Whether they are pixels."""
+        return super().pictures and self._contents.splits.train_x.dtype == torch.uint8
+
+    @property  # of the file; a fact of a dataset is only ever read
+    def scale(self) -> float:  # type: ignore[override]
+        """Pixels are 255 at most."""
+        return 255.0 if self._contents.splits.train_x.dtype == torch.uint8 else 1.0
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """Per channel, of the training pixels."""
+        """Per channel, of the training part."""
         return self._contents.mean
 
     @property
     def std(self) -> tuple[float, ...]:
-        """Per channel, of the training pixels."""
+        """Per channel, of the training part."""
         return self._contents.std
 
     def load(self, root: Path) -> Splits:
@@ -71,12 +86,13 @@ class Arrays(Dataset):
         return self._contents.splits
 
     def identity(self) -> dict[str, Any]:
-        """Give the SHA-256 of the file."""
-        return {"sha256": _sum(*_stamp(self.path))}
+        """Give the SHA-256 of the file, and what is not usual."""
+        own = {"sha256": _sum(*_stamp(self.path))}
+        return own if self.normalise == "standard" else {**own, "normalise": self.normalise}
 
     @property
     def _contents(self) -> Contents:
-        return _read(*_stamp(self.path))
+        return _read(*_stamp(self.path), self.normalise)
 
 
 @dataclass(frozen=True)
@@ -106,18 +122,23 @@ def _sum(path: str, size: int, modified: int) -> str:
 
 
 @lru_cache(maxsize=1)
-def _read(path: str, size: int, modified: int) -> Contents:
-    """Read a file once for its facts, labels and images.
+def _read(path: str, size: int, modified: int, normalise: str) -> Contents:
+    """Read a file once for its facts, labels and examples.
 
     Raises:
         DataDamaged: It is not as `Arrays` wants it; a sentence for each way.
     """
     given = _load(path)
-    x = {key: _images(path, key, given[key]) for key in IMAGES}
+    kinds = {given[key].dtype == np.uint8 for key in IMAGES}
+    if len(kinds) == 2:
+        found = f"train_x is of type {given['train_x'].dtype} and test_x of {given['test_x'].dtype}"
+        raise _damaged(path, f"{found}; both must be pixels, uint8, or floating numbers")
+    read = _images if True in kinds else _numbers
+    x = {key: read(path, key, given[key]) for key in IMAGES}
     y = {key: _whole_numbers(path, key, given[key], len(x[image])) for key, image in zip(LABELS, IMAGES, strict=True)}
     shapes = [tuple(images.shape[1:]) for images in x.values()]
     if shapes[0] != shapes[1]:
-        raise _damaged(path, f"train_x has images of {shapes[0]} and test_x of {shapes[1]}; they must be alike")
+        raise _damaged(path, f"train_x has examples of {shapes[0]} and test_x of {shapes[1]}; they must be alike")
     classes = int(y["train_y"].max()) + 1
     for key, labels in y.items():
         low, high, present = int(labels.min()), int(labels.max()), set(labels.tolist())
@@ -125,7 +146,9 @@ def _read(path: str, size: int, modified: int) -> Contents:
             raise _damaged(path, f"{key} has labels from {low} to {high}; it must be 0..{classes - 1}, as in train_y")
         if len(present) < classes:
             lacking = min(set(range(classes)) - present)
-            raise _damaged(path, f"{key} has no image of class {lacking}; both parts need every class to {classes - 1}")
+            raise _damaged(
+                path, f"{key} has no example of class {lacking}; both parts need every class to {classes - 1}"
+            )
     if "test_users" in given and "train_users" not in given:
         raise _damaged(path, "it has test_users and no train_users; leave them out, or say both")
     users = {
@@ -133,7 +156,10 @@ def _read(path: str, size: int, modified: int) -> Contents:
         for key, image in zip(USERS, IMAGES, strict=True)
         if key in given
     }
-    mean, std = _moments(x["train_x"])
+    channels = shapes[0][0]
+    mean, std = (0.0,) * channels, (1.0,) * channels
+    if normalise == "standard":
+        mean, std = (_moments if True in kinds else moments)(x["train_x"])
     if min(std) == 0:
         raise _damaged(path, "train_x has a channel in which all pixels are equal; leave that channel out")
     return Contents(Splits(x["train_x"], y["train_y"], x["test_x"], y["test_y"], *_numbered(users)), mean, std)
@@ -161,8 +187,6 @@ def _load(path: str) -> dict[str, Array]:
 
 def _images(path: str, key: str, array: Array) -> Tensor:
     """Bring images to (N, channels, height, width)."""
-    if array.dtype != np.uint8:
-        raise _damaged(path, f"{key} is of type {array.dtype}; pixels must be uint8, 0 to 255")
     if array.ndim not in (3, 4) or 0 in array.shape:
         raise _damaged(path, f"{key} is of shape {array.shape}; (N, height, width) is wanted, or with 1 or 3 channels")
     if array.ndim == 3:
@@ -175,11 +199,33 @@ def _images(path: str, key: str, array: Array) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, 3, 1) if last else array))
 
 
+def _numbers(path: str, key: str, array: Array) -> Tensor:
+    """Bring floating examples to float32."""
+    if array.dtype.kind != "f":
+        found = f"{key} is of type {array.dtype}"
+        raise _damaged(path, f"{found}; pixels must be uint8, 0 to 255, and all else floating numbers, such as float32")
+    if array.ndim < 2 or 0 in array.shape:
+        raise _damaged(path, f"{key} is of shape {array.shape}; (N, features) is wanted, or more axes after the first")
+    with np.errstate(over="ignore"):  # said below
+        numbers = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    whole = numbers.flatten(1).isfinite().all(1)
+    if not whole.all():
+        row = int((~whole).nonzero()[0])
+        values = array[row].ravel()
+        wrong = values[~numbers[row].flatten().isfinite().numpy()][0]
+        raise _damaged(
+            path,
+            f"{key} has {wrong} in row {row:,}, where a finite number of float32 is wanted "
+            f"(such rows: {int((~whole).sum()):,}); fill them in, or leave them out",
+        )
+    return numbers
+
+
 def _whole_numbers(path: str, key: str, array: Array, images: int) -> Tensor:
     """Bring labels or users to (N,) int64."""
     if array.dtype.kind not in "iu" or array.shape != (images,):
         found = f"{key} is of type {array.dtype} and shape {array.shape}"
-        raise _damaged(path, f"{found}; {images:,} whole numbers are wanted, one for each image")
+        raise _damaged(path, f"{found}; {images:,} whole numbers are wanted, one for each example")
     return torch.from_numpy(array.astype(np.int64))
 
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from bench import DataDamaged, DataMissing, Dataset, Labels, Splits, register, tree
 from bench.files import prepared
+from bench.files.moments import moments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +35,9 @@ class Facts:
 class Features(Dataset):
     """The features of all images, under the labels and the natural users of the dataset they were made of.
 
-    They are passed on as they were stored, float16, and the model is `frozen`: a head alone. No image is shifted or
-    mirrored. A run is told from others by what the features are, not by where they lie.
+    They are passed on as they were stored, float16, unless they are to be normalised, and the model is `frozen`: a head
+    alone. No image is shifted or mirrored. A run is told from others by what the features are, not by where they lie.
+    Embeddings that were made by other means, of any shape, are read by `arrays`.
     """
 
     scale: ClassVar[float] = 1.0
@@ -49,6 +51,9 @@ class Features(Dataset):
 
     path: str = "features"
     """Folder that `bench data embed` made."""
+    normalise: Literal["standard", "none"] = "none"
+    """`standard`: mean 0 and deviation 1 of each feature over the training part, a constant one is 0; `none`: as they
+    are."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", str(Path(self.path).expanduser().absolute()))
@@ -65,13 +70,13 @@ class Features(Dataset):
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """Zero: nothing is taken away."""
-        return (0.0,) * self._facts.features
+        """Zero, where nothing is taken away."""
+        return self._moments[0]
 
     @property
     def std(self) -> tuple[float, ...]:
-        """One: nothing is scaled."""
-        return (1.0,) * self._facts.features
+        """One, where nothing is scaled."""
+        return self._moments[1]
 
     def load(self, root: Path) -> Splits:
         """Open the store; `root` is not used."""
@@ -82,8 +87,15 @@ class Features(Dataset):
         return self._store().labels
 
     def identity(self) -> dict[str, Any]:
-        """Give what they were made of, and a checksum of all features and labels."""
-        return {"listing": self._facts.listing, "contents": self._facts.contents}
+        """Give what they were made of, and a checksum of all features and labels, and what is not usual."""
+        own = {"listing": self._facts.listing, "contents": self._facts.contents}
+        return own if self.normalise == "none" else {**own, "normalise": self.normalise}
+
+    @cached_property
+    def _moments(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        if self.normalise == "standard":
+            return moments(self._store().part("train"))
+        return (0.0,) * self._facts.features, (1.0,) * self._facts.features
 
     @cached_property
     def _facts(self) -> Facts:

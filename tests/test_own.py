@@ -167,7 +167,7 @@ def test_many_photographs_and_those_of_others_keep_the_printed_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own, heard = folder(bare(tmp_path / "own")), Heard()
-    trees.inat(tmp_path, classes=3)
+    trees.inat(tmp_path, classes=3, largest=5, smallest=3, tested=2)
     monkeypatch.setattr(at_once, "MOST", 32)
     at_once.prepare_few([own, DATASETS["inat"](classes=3), DATASETS["digits"]()], tmp_path, heard)
     assert not heard.said and not (tmp_path / "prepared").exists()

@@ -135,8 +135,9 @@ def _progress() -> Iterator[Report]:
 def _summary(dataset: Dataset, name: str, splits: Splits, root: Path) -> str:
     """Say what was read."""
     shape = " x ".join(map(str, dataset.image_shape))
+    what = "images" if len(dataset.image_shape) == 3 else "examples"
     return (
-        f"{name}: {len(splits.train_y):,} training and {len(splits.test_y):,} test images of {shape}, "
+        f"{name}: {len(splits.train_y):,} training and {len(splits.test_y):,} test {what} of {shape}, "
         f"{dataset.num_classes:,} classes (data root {root})"
     )
 

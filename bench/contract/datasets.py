@@ -38,7 +38,9 @@ def describes_itself(plugin: type[Dataset]) -> None:
 
 
 def loads(plugin: type[Dataset]) -> None:
-    """Images are uint8 of the stated shape, labels int64 in range; every class has training and test images."""
+    """Images are uint8, other examples finite float16 or float32, of the stated shape, labels int64 in range; every
+    class has training and test images.
+    """
     dataset, root = plugin(), data_root(None)
     try:
         splits = dataset.load(root)
@@ -47,9 +49,11 @@ def loads(plugin: type[Dataset]) -> None:
         return
     for part, x, y in (("train", splits.train_x, splits.train_y), ("test", splits.test_x, splits.test_y)):
         require(
-            x.dtype == torch.uint8 and tuple(x.shape[1:]) == dataset.image_shape,
+            x.dtype in (torch.uint8, torch.float16, torch.float32) and tuple(x.shape[1:]) == dataset.image_shape,
             f"{part} images are {x.dtype} {tuple(x.shape)}",
         )
+        few = x[torch.arange(min(len(x), 1000))]
+        require(bool(few.isfinite().all()), f"{part} examples are not all finite")
         require(y.dtype == torch.int64 and y.shape == x.shape[:1], f"{part} labels are {y.dtype} {tuple(y.shape)}")
         counts = torch.bincount(y, minlength=dataset.num_classes)
         require(

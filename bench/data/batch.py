@@ -19,7 +19,7 @@ class Batch:
     """Examples of one optimiser step; of several views the first of all examples come first, then the second."""
 
     x: Tensor
-    """(B, channels, height, width) float32, normalised, stored channels-last."""
+    """(B, channels, height, width) float32, normalised, stored channels-last; (B, ...) where examples are no images."""
     y: Tensor
     """(B,) int64; -1 where the label is not known."""
     weight: Tensor

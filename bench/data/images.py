@@ -1,12 +1,14 @@
 """Images by number, and how batches are made of them.
 
 Images stay uint8, in one resident tensor or in a file that batches are read from. Normalisation and augmentation are
-tensor operations on whole batches, keyed by (client, round, epoch, example), hence the same in every engine.
+tensor operations on whole batches, keyed by (client, round, epoch, example), hence the same in every engine. Floating
+examples of any shape are treated alike: all but the first axis of one is a row of pixels.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import Tensor
@@ -24,12 +26,13 @@ class Images:
     """Images by number, and how to make batches of them on one device.
 
     Args:
-        x: (N, channels, height, width) uint8: a tensor stays resident on its device, a file is read batch by batch.
+        x: (N, channels, height, width) uint8, or floating examples (N, channels, ...): a tensor stays resident on its
+            device, a file is read batch by batch.
         y: (N,) int64, on the device.
-        mean: Per channel, of pixels in [0, 1].
+        mean: Per channel, of pixels in [0, 1], or of floating numbers as they are.
         std: Per channel, likewise.
-        augment: One of `AUGMENTATIONS`.
-        scale: The pixel value that stands for 1.0 (255, or 16 for digits).
+        augment: One of `AUGMENTATIONS`; "none" unless examples are images.
+        scale: The pixel value that stands for 1.0 (255, or 16 for digits; 1 for floating numbers).
         rows: (N,) int64, the row of `x` of each number, where the two are not the same.
     """
 
@@ -44,12 +47,15 @@ class Images:
         rows: Tensor | None = None,
     ) -> None:
         self.y, self.augment, self.shape, self.rows = y, augment, tuple(x.shape[1:]), rows
+        self.box = self.shape if len(self.shape) == 3 else (self.shape[0], 1, math.prod(self.shape[1:]))
         self.device = y.device
-        self.pad = 0 if augment == "none" else max(4, self.shape[1] // 8)
+        self.pad = 0 if augment == "none" else max(4, self.box[1] // 8)
         colour = torch.tensor(mean) if augment.startswith("batch") else torch.zeros(len(mean))
         self.colour = (colour * scale).round().to(x.dtype).to(self.device)
         self.factor = (1.0 / (scale * torch.tensor(std))).to(self.device)
         self.offset = (-torch.tensor(mean) / torch.tensor(std)).to(self.device)
+        # Of pixels a product and a sum are exact enough; of numbers far from zero their difference would be lost.
+        self.shift = torch.tensor(mean).to(self.device) if x.dtype.is_floating_point else None
         self.streamed = None if isinstance(x, Tensor) else x
         # Padded once for all: a crop is then one gather.
         self.x = self._padded(x if rows is None else x[rows]) if isinstance(x, Tensor) else None
@@ -80,10 +86,10 @@ class Images:
             self.streamed.prefetch(self._rows(index))
 
     def plain(self, index: Tensor) -> Tensor:
-        """Give images without augmentation: (B, channels, height, width) float32."""
+        """Give images without augmentation: (B, channels, height, width) float32, or (B, channels, ...)."""
         if self.x is None:
             return self._normalise(self._read(index).permute(0, 2, 3, 1))
-        _, height, width = self.shape
+        _, height, width = self.box
         inner = self.x[:, self.pad : self.pad + height, self.pad : self.pad + width]
         return self._normalise(inner[index])
 
@@ -101,7 +107,7 @@ class Images:
         if self.augment.startswith("batch"):
             key, example = keys.fold(key, example[0]), torch.zeros_like(example)
         draws = keys.fold(key, example)
-        _, height, width = self.shape
+        _, height, width = self.box
         down, right = (draws >> 8) & 0xFFFF, (draws >> 24) & 0xFFFF
         column = torch.arange(width, device=index.device)
         if self.augment.endswith("flip"):
@@ -119,15 +125,20 @@ class Images:
     def _read(self, index: Tensor) -> Tensor:
         """Read (B, channels, height, width) from the file."""
         assert self.streamed is not None
-        return self.streamed[self._rows(index)].to(self.device)
+        return self.streamed[self._rows(index)].to(self.device).reshape(len(index), *self.box)
 
     def _padded(self, x: Tensor) -> Tensor:
         """Give images channels last, with a border: (B, height + 2 pad, width + 2 pad, channels)."""
-        channels, height, width = self.shape
+        channels, height, width = self.box
         size = (len(x), height + 2 * self.pad, width + 2 * self.pad, channels)
         padded = self.colour.expand(size).clone(memory_format=torch.contiguous_format)
-        padded[:, self.pad : self.pad + height, self.pad : self.pad + width] = x.permute(0, 2, 3, 1)
+        padded[:, self.pad : self.pad + height, self.pad : self.pad + width] = x.reshape(len(x), *self.box).permute(
+            0, 2, 3, 1
+        )
         return padded
 
     def _normalise(self, pixels: Tensor) -> Tensor:
-        return (pixels.to(torch.float32) * self.factor + self.offset).permute(0, 3, 1, 2)
+        pixels = pixels.to(torch.float32)
+        pixels = pixels * self.factor + self.offset if self.shift is None else (pixels - self.shift) * self.factor
+        examples = pixels.permute(0, 3, 1, 2)
+        return examples if self.box == self.shape else examples.reshape(len(examples), *self.shape)

@@ -34,7 +34,7 @@ from bench.registry import label, name, source_digest
 FORMAT = 1
 _PIECE = 1 << 24
 """Bytes of images held at a time while packing."""
-_TYPES = {torch.int64: "<i8", torch.uint8: "|u1", torch.float16: "<f2"}
+_TYPES = {torch.int64: "<i8", torch.uint8: "|u1", torch.float16: "<f2", torch.float32: "<f4"}
 _TENSORS = {descr: dtype for dtype, descr in _TYPES.items()}
 
 

@@ -29,7 +29,7 @@ class BadModel(ValueError):
     """No such model, or not for images of this size."""
 
 
-MODELS: dict[str, Callable[[int, tuple[int, int, int], str], Model]] = {
+MODELS: dict[str, Callable[[int, tuple[int, ...], str], Model]] = {
     "linear": lambda c, s, n: Linear("linear", c, s, n),
     "mlp": lambda c, s, n: MLP("mlp", c, s, n),
     "small_cnn": lambda c, s, n: SmallCNN("small_cnn", c, s, n),
@@ -45,18 +45,23 @@ MODELS: dict[str, Callable[[int, tuple[int, int, int], str], Model]] = {
 }
 """Name to builder: (classes, image shape, norm) -> model."""
 
+_ANY_SHAPE = ("linear", "mlp", "frozen")
+"""Models that flatten what they are given."""
 _SMALLEST = {"fedavg_cnn": 16, "small_cnn": 8, "resnet18": 8, "resnet34": 8, "resnet18_64": 16, "resnet50": 32}
 
 
-def build(name: str, num_classes: int, shape: tuple[int, int, int], norm: str = "group") -> Model:
-    """Build a model for images of a shape.
+def build(name: str, num_classes: int, shape: tuple[int, ...], norm: str = "group") -> Model:
+    """Build a model for images, or other examples, of a shape.
 
     Raises:
-        BadModel: No such name, or images too small for it.
+        BadModel: No such name, images too small for it, or no images.
     """
     if name not in MODELS:
         raise BadModel(f"no model is called {name!r}; there are {', '.join(MODELS)}")
-    if min(shape[1:]) < _SMALLEST.get(name, 1):
+    if len(shape) != 3 and name not in _ANY_SHAPE:
+        these = f"these examples are of shape {' x '.join(map(str, shape))}"
+        raise BadModel(f"{name} needs images (channels, height, width), and {these}; choose linear or mlp")
+    if min(shape[1:], default=1) < _SMALLEST.get(name, 1):
         raise BadModel(f"{name} needs images of at least {_SMALLEST[name]} pixels, these have {shape[1]}×{shape[2]}")
     return MODELS[name](num_classes, shape, norm)
 

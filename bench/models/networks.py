@@ -47,8 +47,8 @@ class Model(Protocol):
         """C."""
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height, width of an image."""
+    def shape(self) -> tuple[int, ...]:
+        """Channels, height, width of an image; or the shape of another example."""
 
     @property
     def norm(self) -> str:
@@ -78,8 +78,8 @@ class Network(ABC):
 
     name: str
     num_classes: int
-    shape: tuple[int, int, int]
-    """Channels, height, width of an image."""
+    shape: tuple[int, ...]
+    """Channels, height, width of an image; `linear`, `mlp` and `frozen` take examples of any shape."""
     norm: str = "group"
 
     @property

@@ -347,7 +347,8 @@ def _wrong_labels(dataset: Dataset, labels: Labels) -> list[str]:
 
 def _contents(dataset: Dataset, labels: Labels, root: Path) -> str:
     shape = " x ".join(map(str, dataset.image_shape))
+    what = "images" if len(dataset.image_shape) == 3 else "examples"
     return (
-        f"{len(labels.train):,} training and {len(labels.test):,} test images of {shape}, "
+        f"{len(labels.train):,} training and {len(labels.test):,} test {what} of {shape}, "
         f"{dataset.num_classes} classes (data root {root})"
     )

@@ -195,7 +195,7 @@ def quick(dataset: Dataset) -> Setting:
     and more: ResNet-18 with a stride in its stem, of 128 and more: ResNet-50; these want a GPU. A dataset may
     replace fields (`bench show DATASET` has them).
     """
-    side = dataset.image_shape[1]
+    side = _side(dataset)
     if side <= 8:
         model, rounds, epochs, batch_size, lr = "mlp", 30, 2, 16, 0.05
     elif side <= 28:
@@ -222,9 +222,14 @@ def quick(dataset: Dataset) -> Setting:
     return replace(setting, **dataset.quick)  # type: ignore[arg-type]
 
 
+def _side(dataset: Dataset) -> int:
+    """Give the height of images; 1 for what has none."""
+    return dataset.image_shape[1] if len(dataset.image_shape) == 3 else 1
+
+
 def _for_photographs(model: str, dataset: Dataset) -> str:
     """Give the network for larger images in place of one for 32 pixels."""
-    side = dataset.image_shape[1]
+    side = _side(dataset)
     return model if side < 48 else "resnet18_64" if side < 128 else "resnet50"
 
 
@@ -376,8 +381,12 @@ def named(name: str, dataset: Dataset) -> Setting:
         setting = replace(setting, partition="users", clients=None)
         if dataset.own_tests:
             setting = replace(setting, client_test="own")
-    if dataset.image_shape[1:] == (1, 1):  # features: there is nothing to shift or mirror
-        setting = replace(setting, model="frozen", augment="none")
+    if not dataset.pictures:  # there is nothing to shift or mirror
+        setting = replace(setting, augment="none")
+        if dataset.image_shape[1:] == (1, 1):  # features
+            setting = replace(setting, model="frozen")
+        elif len(dataset.image_shape) != 3:
+            setting = replace(setting, model="mlp")
     return setting if setting.partition not in WITHOUT_ALPHA else replace(setting, alpha=None)
 
 

@@ -345,8 +345,9 @@ def _reconcile(setting: Setting, dataset: Dataset, given: Mapping[str, Any], usu
     if given.get("imbalance") is not None and dataset.tail == "natural":
         said = f"--imbalance {given['imbalance']:g}: {of} long-tailed by nature and is not cut"
         raise BadConfig(f"{said}; leave the option out, or say --imbalance natural")
-    if setting.augment != "none" and dataset.image_shape[1:] == (1, 1):
-        raise BadConfig(f"augment = {setting.augment}: features are no pictures to shift or mirror; leave it out")
+    if setting.augment != "none" and not dataset.pictures:
+        what = "features" if dataset.image_shape[1:] == (1, 1) else "these examples"
+        raise BadConfig(f"augment = {setting.augment}: {what} are no pictures to shift or mirror; leave it out")
     if not setting.unseen_labels and not setting.unseen:
         raise BadConfig("unseen_labels = False: no client is held out; say how many with --set unseen=4")
     if setting.partition in WITHOUT_ALPHA:
