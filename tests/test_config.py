@@ -15,7 +15,7 @@ from bench.models import BadModel
 from bench.protocol import spelling
 from bench.protocol.identity import canonical
 from bench.protocol.presets import DEFAULT, PAPER, Choice, Preset
-from bench.protocol.settings import FIELDS, BadConfig
+from bench.protocol.settings import FIELDS, LATER, BadConfig
 from bench.registry import UnknownPlugin
 from bench.sweep import config
 from bench.sweep.config import Run, Sweep
@@ -370,7 +370,8 @@ def test_what_would_do_nothing_is_refused(options: dict[str, object], said: str)
 
 def test_every_field_of_the_setting_is_part_of_the_identity_and_one_told_at_its_usual_value_changes_nothing() -> None:
     told = only().identity()["setting"]
-    assert {*told, "name", "auxiliary"} == set(FIELDS)
+    assert {*told, "name", "auxiliary", *LATER} == set(FIELDS)
+    assert all(only(overrides={key: value}).id == only().id for key, value in LATER.items())
     assert all(only(overrides={key: value}).id == only().id for key, value in told.items() if key != "alpha")
     for changed in ({"eval_clients": 5}, {"split_seed": 3}, {"client_test": "global"}, {"lr_steps": ((0.5, 0.1),)}):
         assert only(overrides=changed).id != only().id

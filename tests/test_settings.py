@@ -54,6 +54,9 @@ OURS = {
     "groups": ("thirds", "ours: no groups, or cuts by class number"),
     "eval_clients": (None, "all"),
     "auxiliary": (None, "told with the algorithm"),
+    "classes_per_client": (None, "nobody deals whole classes"),
+    "sizes": ("equal", "likewise"),
+    "users": ("merge", "no natural users"),
 }
 """What holds for all that say nothing else: field to value and reason."""
 

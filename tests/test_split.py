@@ -188,6 +188,7 @@ GOLDEN = {
     "feddf_recut": "7af0dc6109c81a6a",
     "lda": "4304490a0d52b774",
     "shards": "c6bb87006bf3caf7",
+    "classes": "f06f9cd79b25e4e3",
 }
 """Fingerprints of CIFAR-10-LT 50 in 40 clients; if one changes, so have the splits of stored results."""
 
@@ -195,7 +196,7 @@ GOLDEN = {
 @pytest.mark.parametrize("partition", GOLDEN)
 def test_splits_never_change_silently(partition: str) -> None:
     alpha = 2.0 if partition == "shards" else 0.5
-    chosen = setting(clients=40, alpha=alpha, imbalance=50, partition=partition)
+    chosen = setting(clients=40, alpha=alpha, imbalance=50, partition=partition, classes_per_client=2)
     assert make_split(CIFAR10, 10, chosen, 3407).fingerprint == GOLDEN[partition]
 
 
@@ -216,6 +217,7 @@ def cases(draw: st.DrawFn) -> tuple[Labels, int, Setting, int]:
         imbalance=draw(st.floats(1, 20)),
         profile=draw(st.sampled_from(["exponential", "step", "pareto"])),
         client_test=draw(st.sampled_from(["matched", "fedloge", "balanced", "global"])),
+        classes_per_client=draw(st.integers(1, num_classes)),
     )
     return Labels(train, test, users), num_classes, chosen, draw(st.integers(0, 2**32 - 1))
 
@@ -569,7 +571,8 @@ def test_a_description_is_json_and_agrees_with_the_split() -> None:
     chosen = setting(clients=5, imbalance=6, alpha=1.0)
     split = make_split(labels, 4, chosen, 0)
     document = cast("dict[str, Any]", json.loads(json.dumps(describe(labels, split, 4, "count"))))
-    assert list(document) == ["class_counts", "clients", "groups", "users", "heterogeneity", "fingerprint"]
+    keys = ["class_counts", "clients", "groups", "users", "left_out", "heterogeneity", "fingerprint"]
+    assert list(document) == keys
     assert document["class_counts"] == [60, 33, 18, 10]
     assert document["groups"] == {"many": [], "medium": [0, 1], "few": [2, 3]}
     for client, train, test in zip(document["clients"], split.clients, split.tests, strict=True):

@@ -204,6 +204,9 @@ def pack_command(name: str, imbalance: str | None, profile: str | None, data_roo
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of the run.")
 @click.option("--profile", help="Shape of the long tail: exponential, step or pareto.")
 @click.option("--setting", default=DEFAULT_SETTING, show_default=True, help="Named protocol that says the rest.")
+@click.option(
+    "--set", "fields", multiple=True, metavar="FIELD=VALUE", help="Any other field of the setting; repeatable."
+)
 @_ROOT
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="PICTURE.png", help="Draw the split to a file as well.")
@@ -212,6 +215,7 @@ def stats_command(
     imbalance: str | None,
     seed: int,
     setting: str,
+    fields: tuple[str, ...],
     data_root: Path | None,
     as_json: bool,
     out: Path | None,
@@ -223,11 +227,12 @@ def stats_command(
     """
     from bench import files
     from bench.files import source
+    from bench.protocol.spelling import parse_assignments
     from bench.splits.split import class_table, describe, make_split
     from bench.sweep.config import parse_dataset, parse_imbalance, resolve_setting
 
     dataset = parse_dataset(name)
-    given = {field: value for field, value in overrides.items() if value is not None}
+    given = parse_assignments(fields) | {field: value for field, value in overrides.items() if value is not None}
     if imbalance is not None:
         given["imbalance"] = parse_imbalance(imbalance)
     resolved = resolve_setting(setting, dataset, given)
@@ -247,8 +252,11 @@ def stats_command(
 
 def _title(name: str, setting: Setting, split: Split, seed: int) -> str:
     tail = "natural tail" if setting.imbalance is None else f"{setting.profile} imbalance {setting.imbalance:g}"
-    alpha = "" if setting.alpha is None else f" (alpha {setting.alpha:g})"
-    return f"{name}, {tail}, {len(split.clients):,} clients by {setting.partition}{alpha}, seed {seed}"
+    own = [] if setting.alpha is None else [f"alpha {setting.alpha:g}"]
+    if setting.partition == "classes":
+        own += [f"{setting.classes_per_client} a client", f"{setting.sizes} sizes"]
+    how = f" ({', '.join(own)})" if own else ""
+    return f"{name}, {tail}, {len(split.clients):,} clients by {setting.partition}{how}, seed {seed}"
 
 
 def _save(out: Path, title: str, document: dict[str, Any], table: Any) -> None:
@@ -283,6 +291,8 @@ def _print(title: str, document: dict[str, Any], labels: Labels, split: Split) -
     for part, users in document["users"].items():
         if users is not None:
             console.print(f"{f'natural users, {part}':<20} {users:,}")
+    if document["left_out"]:
+        console.print(f"{'images in no client':<20} {document['left_out']:,}")
     for measure, value in document["heterogeneity"].items():
         console.print(f"{measure.replace('_', ' '):<20} {value:,.4g}")
     console.print(f"{'fingerprint':<20} {document['fingerprint']}")

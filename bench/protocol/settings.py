@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 
 from bench.data import AUGMENTATIONS
@@ -26,8 +26,15 @@ BEYOND_TRAINING = ("global", "own")
 CLIENT_WEIGHTS = ("size", "uniform")
 DECAYED = ("all", "weights")
 MATCHED = ("rounds", "samples")
-WITHOUT_ALPHA = ("iid", "users")
+SIZES = ("equal", "unequal")
+USERS = ("merge", "sample")
+WITHOUT_ALPHA = ("iid", "users", "classes")
 """Partitions that no concentration shapes."""
+READ_BY = {"classes_per_client": "classes", "sizes": "classes", "users": "users"}
+"""Fields that one partition alone reads."""
+LATER: Mapping[str, object] = {"classes_per_client": None, "sizes": "equal", "users": "merge"}
+"""Fields that came when results were stored already, and what runs did before. With this value they are left out of a
+run's identity and of what it stores, so that a run of then and the same of now are one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +97,15 @@ class Setting:
     partition: str = "dirichlet"
     """Name in `bench.splits.split.PARTITIONS`."""
     alpha: float | None = 0.5
-    """Dirichlet concentration, or classes per client for "shards"; None for partitions that have none."""
+    """Dirichlet concentration, or shards of a client for "shards"; None for partitions that have none."""
+    classes_per_client: int | None = None
+    """Of each client, exactly, by "classes" (two where nothing is said); None for other partitions."""
+    sizes: str = "equal"
+    """How "classes" shares a class among the clients that have it: "equal", or "unequal", by a weight of each client,
+    drawn log-normally: the logarithm has standard deviation 1."""
+    users: str = "merge"
+    """What "users" does with more natural users than clients: "sample", the default then, draws as many as there are
+    clients, and the others are in no client; "merge" deals them all."""
     split_seed: int | None = None
     """Seed of the partition and the clients' test images; None: the run's, so that both change together."""
     client_test: str = "matched"
@@ -110,9 +125,11 @@ class Setting:
     """
 
     def __post_init__(self) -> None:
-        for name in ("clients", "rounds", "epochs", "batch_size", "eval_every", "eval_clients"):
+        for name in (
+            "clients", "rounds", "epochs", "batch_size", "eval_every", "eval_clients", "classes_per_client"
+        ):  # fmt: skip
             value = getattr(self, name)
-            optional = name in ("clients", "eval_clients")
+            optional = name in ("clients", "eval_clients", "classes_per_client")
             _require((value is None and optional) or value >= 1, name, value, "must be at least 1")
         most = "clients - 1" if self.clients is None else f"{self.clients - 1} (clients - 1)"
         fits = self.unseen >= 0 and (self.clients is None or self.unseen < self.clients)
@@ -120,7 +137,8 @@ class Setting:
         _require(0 < self.participation <= 1, "participation", self.participation, "must be in (0, 1]")
         for name in ("lr", "lr_decay", "alpha"):
             value = getattr(self, name)
-            _require((value is None and name == "alpha") or value > 0, name, value, "must be above 0")
+            known = (value is None and name == "alpha") or 0 < value < math.inf
+            _require(known, name, value, "must be above 0, and finite")
         _require(0 <= self.lost < 1, "lost", self.lost, "must be in [0, 1)")
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "must be in [0, 1)")
         steps = all(0 < share < 1 and 0 < factor < math.inf for share, factor in self.lr_steps)
@@ -147,6 +165,8 @@ class Setting:
             ("client_weights", CLIENT_WEIGHTS),
             ("match", MATCHED),
             ("decayed", DECAYED),
+            ("sizes", SIZES),
+            ("users", USERS),
         ):
             _require(
                 getattr(self, name) in allowed,

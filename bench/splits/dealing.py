@@ -6,6 +6,7 @@ Random numbers come from NumPy's legacy generator, whose streams never change be
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,8 @@ from bench.splits.longtail import Rows, by_class
 TRIES = 10_000
 """Draws after which a partition with a smallest client size is given up; they take seconds at most."""
 
+_NEARLY_EVEN = 100.0
+"""A concentration from which on a larger one helps no more."""
 _DRAWS_AT_ONCE, _DRAWS_AT_MOST = 200_000, 200_000_000  # classes x clients x tries
 
 
@@ -57,10 +60,25 @@ def require(partition: str, pool: Pool, clients: int, least: int) -> None:
     if clients < 1:
         raise PartitionFailed(f"{partition}: {clients} clients; there must be at least one")
     if images < clients * least:
-        wanted = "one image" if least == 1 else f"{least:,} images"
+        wanted = "one image" if least == 1 else f"{least:,} images" if least < 1e9 else f"{least:.0e} images"
         raise PartitionFailed(
             f"{partition}: {images:,} images cannot give each of {clients:,} clients {wanted}; "
             "use fewer clients or a smaller imbalance"
+        )
+
+
+def require_alpha(partition: str, clients: int, alpha: float) -> None:
+    """Refuse a concentration that proportions of so many clients cannot be drawn by.
+
+    Raises:
+        PartitionFailed: It is not above 0, or so large that the sum over the clients is no number.
+    """
+    if not alpha > 0:
+        raise PartitionFailed(f"{partition}: alpha = {alpha:g}: must be above 0; small is more skewed")
+    if not math.isfinite(alpha * clients):
+        raise PartitionFailed(
+            f"{partition}: alpha = {alpha:g} is too large to draw from; 1000 is nearly even already, and "
+            "--partition iid deals evenly without any"
         )
 
 
@@ -111,8 +129,10 @@ def dirichlet_table(
         (C, K) counts whose rows sum to the class counts.
 
     Raises:
-        PartitionFailed: After `TRIES` draws (fewer if there are very many classes and clients).
+        PartitionFailed: As of `require_alpha`, or after `TRIES` draws (fewer if there are very many classes and
+            clients).
     """
+    require_alpha(partition, clients, alpha)
     class_counts = np.bincount(pool.labels, minlength=pool.num_classes)
     capacity = len(pool.labels) / clients if capped else np.inf
     cells = clients * pool.num_classes
@@ -128,7 +148,7 @@ def dirichlet_table(
     raise PartitionFailed(
         f"{partition}: none of {drawn:,} draws split {len(pool.labels):,} images so that each of {clients:,} "
         f"clients has at least {least:,} (alpha = {alpha:g}); "
-        "use fewer clients, a larger alpha or a smaller imbalance"
+        f"use fewer clients{', a larger alpha' if alpha < _NEARLY_EVEN else ''} or a smaller imbalance"
     )
 
 

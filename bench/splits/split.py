@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from scipy.sparse import coo_array, csr_array
 from torch import Tensor
 
 from bench.dataset import DataDamaged, Labels
+from bench.protocol.settings import READ_BY, Setting
 from bench.splits.dealing import PartitionFailed as PartitionFailed
 from bench.splits.dealing import Pool, reseed
 from bench.splits.heterogeneity import measure
@@ -23,22 +24,21 @@ from bench.splits.longtail import Rows, by_class, subsample
 from bench.splits.longtail import group_classes as group_classes
 from bench.splits.partition import PARTITIONS as PARTITIONS
 
-if TYPE_CHECKING:
-    from bench.protocol.settings import Setting
-
 
 @dataclass(frozen=True)
 class Split:
     """A long-tailed training set dealt to clients."""
 
     class_counts: Tensor
-    """(C,) int64, images of each class in the long-tailed training set."""
+    """(C,) int64, images of each class at all clients: of the long-tailed training set, unless some are left out."""
     clients: tuple[Tensor, ...]
     """For each client (n_k,) int64, ascending rows of the official training set; disjoint, maybe empty."""
     tests: tuple[Tensor, ...]
     """For each client (m_k,) int64, ascending rows of the official test set; clients may overlap."""
     fingerprint: str
     """First 16 hexadecimal digits of the SHA-256 over the labels and all rows."""
+    left_out: int = 0
+    """Images of the long-tailed training set that are in no client, as their users were not drawn."""
 
 
 def make_split(labels: Labels, num_classes: int, setting: Setting, seed: int) -> Split:
@@ -50,7 +50,8 @@ def make_split(labels: Labels, num_classes: int, setting: Setting, seed: int) ->
     Args:
         labels: Of the official parts.
         num_classes: C.
-        setting: Its profile, imbalance, partition, alpha, clients, client_test and split_seed are read.
+        setting: Its profile, imbalance, partition, alpha, clients, client_test, split_seed and the fields of `READ_BY`
+            are read.
         seed: Of the run, 0..2^32-1.
 
     Raises:
@@ -70,18 +71,21 @@ def make_split(labels: Labels, num_classes: int, setting: Setting, seed: int) ->
     kept = subsample(labels.train, num_classes, setting.profile, setting.imbalance)
     truth = labels.train.numpy()
     pool = Pool(truth[kept], num_classes, None if labels.users is None else labels.users.numpy()[kept])
+    own = {field: getattr(setting, field) for field, partition in READ_BY.items() if partition == setting.partition}
     # A partition without alpha is given 0, which it does not read.
-    parts = PARTITIONS[setting.partition](pool, _clients(pool, setting), setting.alpha or 0.0, seed)
+    parts = PARTITIONS[setting.partition](pool, _clients(pool, setting), setting.alpha or 0.0, seed, **own)
     clients = [np.sort(kept[part]) for part in parts]
+    dealt = np.concatenate(clients)
     if setting.client_test == "own":
         tests = own_tests(labels, clients)
     else:
         tests = client_tests(truth, labels.test.numpy(), clients, num_classes, setting.client_test, seed)
     return Split(
-        class_counts=torch.from_numpy(np.bincount(truth[kept], minlength=num_classes)),
+        class_counts=torch.from_numpy(np.bincount(truth[dealt], minlength=num_classes)),
         clients=tuple(map(torch.from_numpy, clients)),
         tests=tuple(map(torch.from_numpy, tests)),
         fingerprint=_fingerprint(labels, clients, tests),
+        left_out=len(kept) - len(dealt),
     )
 
 
@@ -201,8 +205,8 @@ def describe(labels: Labels, split: Split, num_classes: int, rule: str) -> dict[
 
     Returns:
         "class_counts" (C numbers), "clients" (for each "train" and "test" images and training "classes"),
-        "groups" (classes that are "many", "medium", "few"), "users" (natural ones of "train" and "test", None
-        where the dataset does not say), "heterogeneity" (of
+        "groups" (classes that are "many", "medium", "few"), "users" (natural ones of "train" and "test", and "dealt"
+        to clients; None where the dataset does not say), "left_out" (images in no client), "heterogeneity" (of
         `bench.splits.heterogeneity.measure`), "fingerprint".
     """
     table = class_table(labels, split, num_classes)
@@ -216,8 +220,13 @@ def describe(labels: Labels, split: Split, num_classes: int, rule: str) -> dict[
         "groups": {name: classes.tolist() for name, classes in groups.items()},
         "users": {
             part: None if users is None else len(users.unique())
-            for part, users in (("train", labels.users), ("test", labels.test_users))
+            for part, users in (
+                ("train", labels.users),
+                ("test", labels.test_users),
+                ("dealt", None if labels.users is None else labels.users[torch.cat(split.clients)]),
+            )
         },
+        "left_out": split.left_out,
         "heterogeneity": measure(table),
         "fingerprint": split.fingerprint,
     }

@@ -19,7 +19,7 @@ from bench.models.weights import digest, read
 from bench.part import Part
 from bench.protocol.identity import identify
 from bench.protocol.presets import DEFAULT, Preset
-from bench.protocol.settings import SETTINGS, WITHOUT_ALPHA, BadConfig, Setting, named
+from bench.protocol.settings import LATER, READ_BY, SETTINGS, WITHOUT_ALPHA, BadConfig, Setting, named
 from bench.protocol.spelling import check_fields, label, near, spell_imbalance
 from bench.protocol.spelling import name as name
 from bench.protocol.spelling import parse_algorithms as parse_algorithms
@@ -110,7 +110,7 @@ class Run:
         """Give the setting's fields as they are stored; images at the server are told with the algorithm."""
         fields = asdict(self.setting)
         del fields["auxiliary"]
-        return fields
+        return {field: value for field, value in fields.items() if field not in LATER or value != LATER[field]}
 
     def overrides(self) -> dict[str, object]:
         """Give the fields that differ from the named setting's, and the file of weights if there is one."""
@@ -352,12 +352,25 @@ def _reconcile(setting: Setting, dataset: Dataset, given: Mapping[str, Any], usu
         raise BadConfig("unseen_labels = False: no client is held out; say how many with --set unseen=4")
     if setting.partition in WITHOUT_ALPHA:
         if given.get("alpha") is not None:
-            what = "clients are its natural users" if setting.partition == "users" else "images are dealt evenly"
-            said = f"--alpha {given['alpha']:g}: {what} (partition {setting.partition}), which no alpha shapes"
+            what = {"users": "clients are its natural users", "classes": "each client has some classes"}
+            how = what.get(setting.partition, "images are dealt evenly")
+            said = f"--alpha {given['alpha']:g}: {how} (partition {setting.partition}), which no alpha shapes"
             raise BadConfig(f"{said}; leave the option out, or choose another --partition")
         setting = replace(setting, alpha=None)
+    elif setting.partition == "shards" and given.get("alpha") is None:
+        setting = replace(setting, alpha=2.0)
     elif setting.alpha is None:
         setting = replace(setting, alpha=usual)
+    for key, partition in READ_BY.items():
+        if setting.partition != partition and getattr(setting, key) != LATER[key]:
+            said = f"{key} = {getattr(setting, key)}: --partition {setting.partition} does not read it"
+            raise BadConfig(f"{said}; leave it out, or choose --partition {partition}")
+    if setting.partition == "classes" and setting.classes_per_client is None:
+        setting = replace(setting, classes_per_client=2)
+    if setting.partition == "users" and "users" not in given and setting.clients is not None:
+        setting = replace(setting, users="sample")
+    if setting.clients is None and setting.users == "sample":
+        raise BadConfig("users = sample: every user is a client; say how many clients there are with --clients")
     if setting.partition != "users":
         if setting.clients is None:
             raise BadConfig(f"--partition {setting.partition}: say among how many clients with --clients")
