@@ -560,6 +560,24 @@ def test_without_probes_a_dry_run_lists_runs_even_where_data_are_missing_and_wri
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--clients", "2000"), "dirichlet: 503 images cannot give each of 2,000 clients 2 images; use fewer clients"),
+        (("--partition", "classes", "--clients", "4"), "classes_per_client = 2 of 4 clients leaves some classes"),
+        (("--dataset", "cifar10,digits", "--data-root", ".", "--partition", "users"), "users: this dataset does"),
+        (("--algos", "fedic", "--auxiliary", "own:9999"), "own:9999"),
+    ],
+)
+@pytest.mark.parametrize("dry", [("--dry-run", "--no-probe"), ("--dry-run",), ()])
+def test_what_cannot_be_is_refused_by_a_dry_run_as_by_the_run(
+    words: tuple[str, ...], said: str, dry: tuple[str, ...], bench: Bench, tmp_path: Path
+) -> None:
+    words = words if dry else tuple(word.replace("cifar10,", "") for word in words)  # a plan needs no data
+    out, err = bench("run", "--algos", "local", *words, *dry, status=2)
+    assert out == "" and said in err and err.count("\n") == 1
+
+
 def test_a_dry_run_probes_what_is_not_known(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 def print_plan(runs: Sequence[Run], options: Options, device: str) -> int:
     """Print what would run, and what it will take as far as that is known.
 
-    An interruption stops the probes, and what is known by then is printed.
+    An interruption stops the probes, and what is known by then is printed. What the runs themselves would be refused
+    for is raised, except that data are missing: those may be on another machine.
 
     Args:
         runs: All that were asked for.
@@ -34,6 +36,7 @@ def print_plan(runs: Sequence[Run], options: Options, device: str) -> int:
     from bench.sweep import execution, forecast
 
     todo = [run for run in runs if options.force or not execution.finished(run, options.out)]
+    _check(todo)
     jobs = _jobs(options, device, len(todo))
     try:
         forecasts = forecast.forecast(todo, options.out, probe=not options.no_probe, jobs=jobs, say=_say)
@@ -56,6 +59,16 @@ def print_plan(runs: Sequence[Run], options: Options, device: str) -> int:
         click.echo(f"{run.id}  {status}  {seconds:>10}  {_memory(known):>8}  {run}")
     click.echo("\n" + _summary(len(runs), len(todo), len(late), total, forecasts, device))
     return 0
+
+
+def _check(runs: Sequence[Run]) -> None:
+    """Make the splits of the datasets that are there, from labels alone."""
+    from bench.dataset import DataMissing
+    from bench.sweep import driver
+
+    for dataset in dict.fromkeys(run.dataset for run in runs):
+        with suppress(DataMissing):
+            driver.check_data([run for run in runs if run.dataset == dataset])
 
 
 def describe(run: Run) -> dict[str, Any]:
