@@ -30,6 +30,7 @@ from bench import Algorithm, Batch, LocalData, Task, Tree, evaluating, keys, los
 class BalanceFL(Algorithm):
     """Present classes are taught by labels, missing ones by the received model; the two softmaxes share no class."""
 
+    family: ClassVar[str] = "fedlt"
     needs: ClassVar[frozenset[str]] = frozenset({"body"})
     own_loss: ClassVar[bool] = True
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]]] = {

@@ -22,6 +22,7 @@ from bench import Algorithm, LocalData, Task, Tree, register
 class Centralised(Algorithm):
     """FedAvg with a single client that holds everything."""
 
+    family: ClassVar[str] = "references"
     tier: ClassVar[str] = "A"
     needs: ClassVar[frozenset[str]] = frozenset({"pooled"})
 

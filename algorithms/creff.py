@@ -29,6 +29,7 @@ class CReFF(Algorithm):
     are taken at.
     """
 
+    family: ClassVar[str] = "fedlt"
     tier: ClassVar[str] = "L"
     needs: ClassVar[frozenset[str]] = frozenset({"body"})
 

@@ -30,6 +30,7 @@ from bench.losses import proximal
 class Ditto(Algorithm):
     """FedAvg for the global model; the personal model never leaves the client."""
 
+    family: ClassVar[str] = "pfl"
     version: ClassVar[int] = 2
 
     pull: float = 1.0

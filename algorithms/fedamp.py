@@ -32,6 +32,7 @@ from bench.losses import proximal
 class FedAMP(Algorithm):
     """The server passes messages between the models w_i, and sends each client the u_i that comes of it."""
 
+    family: ClassVar[str] = "pfl"
     refuses: ClassVar[Mapping[str, str]] = {"aggregation": "each client's model stays apart, and no mean is taken"}
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]]] = {
         "attention": (0.1, 1.0),

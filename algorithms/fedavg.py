@@ -11,6 +11,7 @@ Departs        nowhere
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from bench import Algorithm, LocalData, Task, Tree, register
 
@@ -19,6 +20,8 @@ from bench import Algorithm, LocalData, Task, Tree, register
 @dataclass(frozen=True, kw_only=True)
 class FedAvg(Algorithm):
     """The server's verbs are the defaults of `Algorithm`; only the client's work is its own."""
+
+    family: ClassVar[str] = "generic"
 
     def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
         """Train the model on the client's examples."""

@@ -23,6 +23,7 @@ from bench import Adaptation, Algorithm, LocalData, Task, Tree, register
 class FedAvgFT(Algorithm):
     """FedAvg's training; the personal model is a fine-tuned copy, thrown away after the test."""
 
+    family: ClassVar[str] = "pfl"
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]]] = {
         "finetune_epochs": (1, 10),
         "finetune_rate": (0.003, 1.0),

@@ -30,6 +30,7 @@ ABSENT = -1e4
 class FedAvgPrior(Algorithm):
     """FedAvg's training; the personal model is the global one, shifted by log (client's / global frequency)."""
 
+    family: ClassVar[str] = "references"
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]]] = {}
 
     against: Literal["global", "uniform"] = "global"

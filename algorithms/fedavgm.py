@@ -25,6 +25,7 @@ from bench.optim import Sgd
 class FedAvgM(Algorithm):
     """FedAvg's clients; only the server's step is its own."""
 
+    family: ClassVar[str] = "generic"
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]]] = {
         "server_momentum": [0.0, 0.7, 0.9, 0.97, 0.99, 0.997]
     }

@@ -27,6 +27,7 @@ from bench import Adaptation, Algorithm, LocalData, Task, Tree, register
 class FedBABU(Algorithm):
     """The head is in no optimiser: nothing can move it, momentum and weight decay included."""
 
+    family: ClassVar[str] = "pfl"
     needs: ClassVar[frozenset[str]] = frozenset({"body"})
     constant: ClassVar[frozenset[str]] = frozenset({"head"})
     paper: ClassVar[Mapping[str, object]] = {"finetune_rate": 0.01}

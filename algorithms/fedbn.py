@@ -15,6 +15,7 @@ Departs        of the body clients keep the norm layers, and the server all else
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -26,6 +27,8 @@ from bench.models import is_norm
 @dataclass(frozen=True, kw_only=True)
 class FedBN(Algorithm):
     """Norm layers are told by their place in the network, those of shortcuts too."""
+
+    family: ClassVar[str] = "pfl"
 
     def init_server(self, task: Task) -> Tree:
         """Keep all but the norm layers."""

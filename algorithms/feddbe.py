@@ -28,6 +28,7 @@ from bench.losses import mean
 class FedDBE(Algorithm):
     """The running mean of features is carried from step to step, and starts at zero in each round."""
 
+    family: ClassVar[str] = "pfl"
     needs: ClassVar[frozenset[str]] = frozenset({"body"})
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]]] = {
         "pull": (0.5, 500.0),

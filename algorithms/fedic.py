@@ -31,6 +31,7 @@ from bench.task import Loss
 class FedIC(Algorithm):
     """Clients do what FedAvg's do; the server trains a tuned model, a calibrator, and the student that is sent."""
 
+    family: ClassVar[str] = "fedlt"
     tier: ClassVar[str] = "A"
     needs: ClassVar[frozenset[str]] = frozenset({"auxiliary"})
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]]] = {"distil": (0.1, 0.9), "lr": (1e-4, 1e-2)}

@@ -35,6 +35,7 @@ from bench import Algorithm, Batch, LocalData, Task, Tree, keys, register, tree
 class FedLoGe(Algorithm):
     """Three heads on one body: `etf` teaches it, `head` and the client's own read detached features."""
 
+    family: ClassVar[str] = "fedlt"
     version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"body"})
     constant: ClassVar[frozenset[str]] = frozenset({"etf"})

@@ -28,6 +28,7 @@ from bench.losses import mean
 class FedPAC(Algorithm):
     """One body for all and a head for each; statistics of features say whose heads help whom."""
 
+    family: ClassVar[str] = "pfl"
     tier: ClassVar[str] = "L"
     needs: ClassVar[frozenset[str]] = frozenset({"body"})
 

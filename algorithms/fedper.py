@@ -22,6 +22,7 @@ from bench import Algorithm, LocalData, Task, Tree, register
 class FedPer(Algorithm):
     """Only the body travels."""
 
+    family: ClassVar[str] = "pfl"
     needs: ClassVar[frozenset[str]] = frozenset({"body"})
 
     def init_server(self, task: Task) -> Tree:

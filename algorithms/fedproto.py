@@ -32,6 +32,7 @@ from bench.losses import mean
 class FedProto(Algorithm):
     """`prototypes` is (C, d), of which the rows count where `known`, (C,), is 1."""
 
+    family: ClassVar[str] = "pfl"
     tier: ClassVar[str] = "L"
     needs: ClassVar[frozenset[str]] = frozenset({"body"})
     predictors: ClassVar[Mapping[str, str]] = {"nearest": "nearest"}

@@ -11,6 +11,7 @@ Departs        every client does the full local work (no simulated stragglers)
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -22,6 +23,8 @@ from bench.losses import proximal
 @dataclass(frozen=True, kw_only=True)
 class FedProx(Algorithm):
     """The pull is part of the loss, hence of the gradient before momentum."""
+
+    family: ClassVar[str] = "generic"
 
     mu: float = 0.01
     """Strength of the pull, ≥ 0 (paper: tuned in 0.001 ... 1 for each data set)."""

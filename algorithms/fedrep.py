@@ -24,6 +24,7 @@ from bench import Algorithm, LocalData, Task, Tree, register
 class FedRep(Algorithm):
     """Only the body travels."""
 
+    family: ClassVar[str] = "pfl"
     version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"body"})
 

@@ -24,6 +24,7 @@ from bench.losses import balanced_softmax, cross_entropy
 class FedRoD(Algorithm):
     """The two losses share no trained parameter, so one SGD on their sum, clipped apart, is two optimisers."""
 
+    family: ClassVar[str] = "pfl"
     version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"body"})
     own_loss: ClassVar[bool] = True

@@ -14,6 +14,7 @@ Departs        no averaging over late rounds (SWA, Caldarola et al.) and no mome
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ from bench import Algorithm, Batch, LocalData, Task, Tree, register, tree
 @dataclass(frozen=True, kw_only=True)
 class FedSAM(Algorithm):
     """FedAvg but for the gradient of a step, for which an epoch costs two."""
+
+    family: ClassVar[str] = "generic"
 
     rho: float = 0.1
     """How far the worst point lies, ≥ 0 (paper, on CIFAR-10: 0.1; 0.7 for ASAM)."""

@@ -35,6 +35,7 @@ class KNNPer(Algorithm):
     """Training is FedAvg's. A personal model is a body, a head, and `features` (n, d) with their `labels` (n,) and the
     `share` of the neighbours ()."""
 
+    family: ClassVar[str] = "pfl"
     needs: ClassVar[frozenset[str]] = frozenset({"body"})
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]]] = {
         "neighbours": [1, 3, 5, 7, 10],

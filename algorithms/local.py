@@ -24,6 +24,7 @@ from bench import Adaptation, Algorithm, Exchange, LocalData, Task, Tree, regist
 class Local(Algorithm):
     """Nothing is sent; the model is private state."""
 
+    family: ClassVar[str] = "references"
     version: ClassVar[int] = 2
     refuses: ClassVar[Mapping[str, str]] = dict.fromkeys(("channel", "aggregation"), "nothing is sent")
 

@@ -29,6 +29,7 @@ from bench.losses import mean
 class Moon(Algorithm):
     """The contrast is part of the loss; its two references stand still and are in evaluation mode."""
 
+    family: ClassVar[str] = "generic"
     needs: ClassVar[frozenset[str]] = frozenset({"body"})
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]]] = {
         "mu": (0.1, 10.0),

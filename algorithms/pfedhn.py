@@ -33,6 +33,7 @@ from bench.optim import Sgd
 class PFedHN(Algorithm):
     """Clients train what was written for them; what they change is the hypernetwork's gradient."""
 
+    family: ClassVar[str] = "pfl"
     refuses: ClassVar[Mapping[str, str]] = {"aggregation": "models step the hypernetwork, and no mean is taken"}
     paper: ClassVar[Mapping[str, object]] = {"server_lr": 0.01}
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]]] = {

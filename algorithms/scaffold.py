@@ -28,6 +28,7 @@ from bench import Algorithm, Batch, LocalData, Task, Tree, Uploads, register, tr
 class Scaffold(Algorithm):
     """The correction is a linear term of the loss: its gradient is c - c_k."""
 
+    family: ClassVar[str] = "generic"
     version: ClassVar[int] = 2
 
     server_lr: float = 1.0

@@ -265,6 +265,10 @@ class Algorithm(Client, Server):
     """What the server learns or needs: S nothing beyond models, L label statistics, A its own data, V
     pre-trained models.
     """
+    family: ClassVar[str | None] = None
+    """The named set that it belongs to, as in `--algos set:pfl`: "references", "generic", "pfl" or "fedlt"; None: only
+    to "all".
+    """
     paper: ClassVar[Mapping[str, object]] = {}
     """Fields whose default is not the paper's value, with that value: the preset `paper`."""
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]] | None] = None

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from bench.algorithm import Adaptation, Algorithm
     from bench.dataset import Dataset
 
-KINDS = ("algorithms", "parts", "datasets", "models", "settings", "partitions")
+KINDS = ("algorithms", "sets", "parts", "datasets", "models", "settings", "partitions")
 PLUGINS: Mapping[str, Registry[Any]] = {"algorithms": ALGORITHMS, "parts": PARTS, "datasets": DATASETS}
 
 
@@ -33,6 +33,8 @@ def summaries(kind: str) -> dict[str, str]:
     """
     if kind in PLUGINS:
         return {name: _first_line(_module_docstring(kind, name)) for name in PLUGINS[kind]}
+    if kind == "sets":
+        return {name: f"{said} {', '.join(_members(name))}" for name, said in _builtins(kind).items()}
     return {name: _first_line(documentation) for name, documentation in _builtins(kind).items()}
 
 
@@ -77,21 +79,26 @@ def describe(kind: str, name: str, dataset: str) -> dict[str, Any]:
         described = _describe_plugin(kind, name, DATASETS[name], facts)
         return {**described, "setting": _default_setting(DATASETS[name]())}
     described = {"name": name, "kind": kind, "documentation": _builtins(kind)[name]}
+    if kind == "sets":
+        return {**described, "algorithms": _members(name)}
     if kind == "settings":
         return {**described, "dataset": dataset, "fields": _setting_fields(name, dataset)}
     return {**described, "parameters": _count_parameters(name)} if kind == "models" else described
 
 
 _FACTS = {
-    "algorithms": ("tier", "needs", "stackable", "version"),
+    "algorithms": ("family", "tier", "needs", "stackable", "version"),
     "parts": ("tier", "needs", "neutral", "stackable", "version"),
 }
 
 
 def _describe_composed(text: str) -> dict[str, Any]:
+    from bench.protocol.settings import BadConfig
     from bench.protocol.spelling import label, name, parse_algorithms
 
-    (algorithm,) = parse_algorithms(text)
+    algorithm, *others = parse_algorithms(text)
+    if others:
+        raise BadConfig(f"{text}: one algorithm is wanted here")
     pieces = []
     for piece in algorithm.pieces:
         kind = "algorithms" if piece is algorithm.pieces[0] else "parts"
@@ -175,16 +182,42 @@ def _field_docstrings(plugin: type) -> dict[str, str]:
 
 def _module_docstring(kind: str, name: str) -> str:
     """Read the docstring of a built-in plug-in's file; an entry point's is not known unless imported."""
+    source = _source(kind, name)
+    return "from another distribution" if source is None else ast.get_docstring(ast.parse(source)) or ""
+
+
+def _source(kind: str, name: str) -> str | None:
+    """Read a built-in plug-in's file."""
     package = importlib.import_module(f"bench.{kind}")
-    for folder in package.__path__:
-        file = Path(folder) / f"{name}.py"
-        if file.is_file():
-            return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-    return "from another distribution"
+    files = (Path(folder) / f"{name}.py" for folder in package.__path__)
+    return next((file.read_text(encoding="utf-8") for file in files if file.is_file()), None)
+
+
+def family(name: str) -> str | None:
+    """Give the set that an algorithm says it belongs to; of another distribution's, only if it is imported already."""
+    if name in ALGORITHMS.entered():
+        told: str | None = ALGORITHMS[name].family
+        return told
+    module = ast.parse(_source("algorithms", name) or "")
+    for statement in (each for node in module.body if isinstance(node, ast.ClassDef) for each in node.body):
+        match statement:
+            case ast.AnnAssign(target=ast.Name(id="family"), value=ast.Constant(value=str(found))):
+                return found
+    return None
+
+
+def _members(called: str) -> list[str]:
+    from bench.protocol.sets import EVERYTHING, PREFIX
+
+    return [name for name in ALGORITHMS if called.removeprefix(PREFIX) in (EVERYTHING, family(name))]
 
 
 def _builtins(kind: str) -> Mapping[str, str]:
     """Give the docstrings of what is no plug-in."""
+    if kind == "sets":
+        from bench.protocol.sets import PREFIX, SETS
+
+        return {PREFIX + name: said for name, said in SETS.items()}
     if kind == "models":
         from bench.models import MODELS
 

@@ -92,7 +92,11 @@ def _one_of(*values: str) -> dict[str, Any]:
 
 
 _OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("--algos", "Algorithms, with parameters and parts as in fedrep(head_epochs=5)+topk.", _shown(DEFAULT_ALGORITHMS)),
+    (
+        "--algos",
+        "Algorithms, with parameters and parts as in fedrep(head_epochs=5)+topk, and sets as in set:pfl.",
+        _shown(DEFAULT_ALGORITHMS),
+    ),
     (
         "--preset",
         "Fields and learning rates of the algorithms: default, paper, or what 'bench tune' wrote; several at once.",

@@ -42,7 +42,7 @@ def _run(options: Options) -> int:
 
     if options.dry_run:
         read = asked.sweep(options)
-        return print_plan(read.expand(), options, read.device)
+        return print_plan(asked.expand(read), options, read.device)
     try:
         swept = perform(options, shlex.join(["bench", *sys.argv[1:]]), quiet=options.json)
     except Stopped:

@@ -13,7 +13,7 @@ import click
 from bench.face.asked import DEFAULT_DATASET
 
 _WIDTH = 120  # of the documentation beside it
-_KINDS = ("algorithms", "parts", "datasets", "models", "settings", "partitions")
+_KINDS = ("algorithms", "sets", "parts", "datasets", "models", "settings", "partitions")
 
 
 @click.command("list")
@@ -37,7 +37,8 @@ def list_command(kind: str | None, as_json: bool) -> None:
         click.echo("" if kind else f"{each}:")
         width = max(map(len, summaries), default=0)
         for name, summary in summaries.items():
-            click.echo(f"  {name:{width}}  {summary}")
+            kept = f"{catalogue.family(name) or '–':10}  " if each == "algorithms" else ""
+            click.echo(f"  {name:{width}}  {kept}{summary}")
 
 
 @click.command("show")
@@ -47,7 +48,7 @@ def list_command(kind: str | None, as_json: bool) -> None:
 @click.option("--dataset", default=DEFAULT_DATASET, show_default=True, help="Show a setting as it is for this.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def show_command(name: str, plugin: Path | None, kind: str | None, dataset: str, as_json: bool) -> None:
-    """Say what an algorithm, part, dataset, model, setting or partition is, and which parameters it takes.
+    """Say what an algorithm, set, part, dataset, model, setting or partition is, and which parameters it takes.
 
     \b
     bench show fedloge

@@ -134,13 +134,13 @@ def _file(name: str, options: Options) -> Path:
 
 def _studies(options: Options, target: str, chosen: Sequence[str] | None, share: float) -> list[Study]:
     """Make a study of each algorithm, in one cell."""
-    from bench.face.asked import sweep
+    from bench.face.asked import expand, sweep
     from bench.protocol.settings import BadConfig
     from bench.tuning.space import space
     from bench.tuning.study import Study
 
     asked = sweep(options)
-    runs = asked.expand()
+    runs = expand(asked)
     if len({run.protocol for run in runs}) > 1:
         raise BadConfig(
             "bench tune: one dataset, one imbalance and one alpha are wanted; tune each with its own --name"

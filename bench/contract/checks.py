@@ -27,6 +27,7 @@ from bench.contract.promises import Finding, findings, require
 from bench.data import Uploads
 from bench.dataset import Dataset
 from bench.protocol.composition import refusal
+from bench.protocol.sets import FAMILIES
 from bench.registry import ALGORITHMS
 from bench.splits.auxiliary import NEEDS
 from bench.training import engine as engines
@@ -74,6 +75,13 @@ def tier_is_told(plugin: type[Algorithm]) -> None:
     """A method with images at the server is of tier A, or of V which says more."""
     needs = plugin().needs & NEEDS
     require(not needs or plugin().tier in ("A", "V"), f"needs {', '.join(sorted(needs))}, which is tier A")
+
+
+def family_is_known(plugin: type[Algorithm]) -> None:
+    """It belongs to a named set that there is, or to none; one of ours belongs to one."""
+    ours = plugin.__module__.startswith("bench.algorithms.")
+    told = f"family = {plugin.family!r}: must be one of {', '.join(FAMILIES)}"
+    require(plugin.family in FAMILIES or (plugin.family is None and not ours), told if ours else f"{told}, or None")
 
 
 def ledger(plugin: type) -> dict[str, set[str]]:
@@ -394,6 +402,7 @@ ALGORITHM_PROMISES: dict[str, Callable[[type[Algorithm]], None]] = {
     "the name is the file's name": name_is_file_name,
     "defaults construct, frozen, repr evaluates back": defaults_construct,
     "its tier says what the server has": tier_is_told,
+    "its family is a named set": family_is_known,
     "the ledger is true": ledger_is_true,
     "inputs are left alone": inputs_are_left_alone,
     "states keep keys, shapes and dtypes": states_keep_shape,

@@ -5,7 +5,8 @@ Importing this imports no torch: `bench run --help` is quick.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from bench.algorithm import Algorithm
     from bench.dataset import Dataset
-    from bench.sweep.config import Sweep
+    from bench.sweep.config import Run, Sweep
     from bench.sweep.pool import Pool
     from bench.sweep.schedule import Budget
     from bench.tracking import Mirror
@@ -34,8 +35,8 @@ _OF_THE_SETTING = (
 class Asked:
     """The options of `bench run`, by their names; text is as on the command line."""
 
-    algos: str | tuple[Algorithm, ...]
-    dataset: str | tuple[Dataset, ...]
+    algos: str | Sequence[str | Algorithm]
+    dataset: str | Sequence[str | Dataset]
     preset: str
     imbalance: str | None
     alpha: str | None
@@ -78,7 +79,7 @@ def sweep(asked: Asked) -> Sweep:
     from bench.files import data_root
     from bench.protocol.presets import parse_presets
     from bench.protocol.settings import BadConfig
-    from bench.protocol.spelling import parse_assignments, parse_numbers, split_list
+    from bench.protocol.spelling import ask, parse_assignments, parse_numbers, split_list
     from bench.registry import load_plugin
     from bench.sweep import config
 
@@ -94,10 +95,13 @@ def sweep(asked: Asked) -> Sweep:
     factors = split_list(asked.imbalance) if asked.imbalance is not None else []
     if asked.imbalance is not None and not factors:
         raise BadConfig("--imbalance is empty; a number such as 50 is wanted")
-    algos, datasets = asked.algos, asked.dataset
+    algorithms = ask(asked.algos)
+    for sentence in algorithms.left_out:
+        print(sentence, file=sys.stderr)
     return config.Sweep(
-        algorithms=tuple(config.parse_algorithms(algos)) if isinstance(algos, str) else algos,
-        datasets=tuple(config.parse_datasets(datasets)) if isinstance(datasets, str) else datasets,
+        algorithms=algorithms.algorithms,
+        optional=algorithms.optional,
+        datasets=tuple(config.parse_datasets(asked.dataset)),
         setting=asked.setting,
         overrides=overrides,
         imbalance=tuple(config.parse_imbalance(factor) for factor in factors),
@@ -112,6 +116,14 @@ def sweep(asked: Asked) -> Sweep:
         presets=parse_presets(asked.preset, asked.out),
         workers=asked.workers_per_run,
     )
+
+
+def expand(read: Sweep) -> list[Run]:
+    """List the runs of a sweep, and tell standard error which algorithms of a set are in none."""
+    runs = read.expand()
+    for sentence in read.left_out():
+        print(sentence, file=sys.stderr)
+    return runs
 
 
 def budget(asked: Asked) -> Budget | None:

@@ -12,7 +12,6 @@ from bench.cells import enter
 from bench.dataset import Dataset
 from bench.face.asked import DEFAULT_ALGORITHMS, DEFAULT_DATASET, DEFAULT_SETTING, Asked
 from bench.protocol.settings import BadConfig
-from bench.protocol.spelling import parse_algorithms, parse_datasets
 from bench.registry import load_plugin
 from bench.results import records
 
@@ -114,8 +113,8 @@ def run(
     asked = Asked(
         **{
             **given,
-            "algos": _plugins(algos, Algorithm, parse_algorithms),
-            "dataset": _plugins(dataset, Dataset, parse_datasets),
+            "algos": _plugins(algos, Algorithm),
+            "dataset": _plugins(dataset, Dataset),
             "imbalance": _text(imbalance),
             "alpha": _text(alpha),
             "seeds": str(seeds) if isinstance(seeds, int | str) else ",".join(map(str, seeds)) + ",",
@@ -142,15 +141,14 @@ def _text(numbers: Numbers | None) -> str | None:
     return None if numbers is None else ",".join(map(str, _several(numbers)))
 
 
-def _plugins(given: Any, kind: type, parse: Any) -> tuple[Any, ...]:
-    """Give what was named, and make instances of classes."""
+def _plugins(given: Any, kind: type) -> list[Any]:
+    """Leave names, and make instances of classes."""
     found: list[Any] = []
     for item in _several(given):
-        if isinstance(item, str):
-            found += parse(item)
-        elif isinstance(item, kind) or (isinstance(item, type) and issubclass(item, kind)):
+        if isinstance(item, kind) or (isinstance(item, type) and issubclass(item, kind)):
             enter(item if isinstance(item, type) else type(item))
-            found.append(item() if isinstance(item, type) else item)
-        else:
+            item = item() if isinstance(item, type) else item
+        elif not isinstance(item, str):
             raise BadConfig(f"{item!r}: a name, an instance or a class of {kind.__name__} is wanted")
-    return tuple(found)
+        found.append(item)
+    return found

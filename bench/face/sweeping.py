@@ -76,7 +76,7 @@ def perform(asked: Asked, command: str, quiet: bool = False) -> Swept:
 
 def _perform(asked: Asked, command: str, quiet: bool) -> Swept:
     read, budget = asking.sweep(asked), asking.budget(asked)
-    runs = read.expand()
+    runs = asking.expand(read)
     prepare(asked.out)
     rest = [run for run in runs if asked.force or not execution.finished(run, asked.out)]
     prepare_own((run.dataset for run in rest), read.data_root)

@@ -11,8 +11,8 @@ import difflib
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from bench.algorithm import Algorithm
 from bench.dataset import Dataset
 from bench.protocol.composition import compose
+from bench.protocol.sets import PREFIX, SETS, members
 from bench.protocol.settings import BadConfig
 from bench.registry import ALGORITHMS, DATASETS, PARTS, Registry
 from bench.registry import label as label
@@ -67,25 +68,85 @@ def near(name: str, known: Iterable[str]) -> str:
 
 
 def parse_algorithms(text: str) -> list[Algorithm]:
-    """Read a comma list such as `fedloge,fedrep(head_epochs=5)+focal(gamma=1)+topk`.
+    """Read a comma list such as `fedloge,fedrep(head_epochs=5)+focal(gamma=1)+topk`, in which `set:pfl` stands for all
+    algorithms of a set.
 
     Raises:
         UnknownPlugin: No algorithm, or no part, has that name.
-        BadConfig: The list is empty, a parameter is unknown, of the wrong type or out of range, or a part makes no
-            sense on its method.
+        BadConfig: The list is empty, a parameter is unknown, of the wrong type or out of range, a part makes no sense
+            on its method, or no set has that name.
     """
-    items = split_list(text)
+    return list(ask(text).algorithms)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a list of algorithms asks for."""
+
+    algorithms: tuple[Algorithm, ...]
+    """Each once, in the order of the list."""
+    optional: tuple[Algorithm, ...]
+    """Those of them that a set brought and nobody named: where they cannot run they are left out."""
+    left_out: tuple[str, ...]
+    """A sentence for each member of a set that the parts after it make no sense on."""
+
+
+def ask(given: str | Sequence[str | Algorithm]) -> Asked:
+    """Read a list of algorithms and sets; syntax and errors as of `parse_algorithms`."""
+    items = _items(given)
     if not items:
         raise BadConfig(f"--algos is empty; there are {', '.join(ALGORITHMS)}")
-    return [_algorithm(item) for item in items]
+    algorithms: list[Algorithm] = []
+    named: list[Algorithm] = []
+    left_out: list[str] = []
+    for item in items:
+        if isinstance(item, Algorithm):
+            algorithms.append(item)
+            named.append(item)
+            continue
+        calls = unfold(item)
+        refusals: list[BadConfig] = []
+        for call in calls:
+            try:
+                algorithms.append(_algorithm(call))
+            except BadConfig as error:
+                if not item.startswith(PREFIX):
+                    raise
+                refusals.append(error)
+        if len(refusals) == len(calls):  # the parts themselves are wrong
+            raise refusals[0]
+        left_out += [f"left out of {item}: {refusal}" for refusal in refusals]
+        named += [] if item.startswith(PREFIX) else algorithms[-1:]
+    unique = [each for place, each in enumerate(algorithms) if each not in algorithms[:place]]
+    return Asked(tuple(unique), tuple(each for each in unique if each not in named), tuple(left_out))
 
 
-def parse_datasets(text: str) -> list[Dataset]:
+def unfold(item: str) -> list[str]:
+    """Spell what a set stands for, `ditto+focal` and so on for `set:pfl+focal`; of anything else, itself.
+
+    Raises:
+        BadConfig: No set has that name.
+    """
+    if not item.startswith(PREFIX):
+        return [item]
+    called, plus, parts = item.removeprefix(PREFIX).partition("+")
+    if called.strip() not in SETS:
+        raise BadConfig(f"{item}: no set is called {called.strip()!r}; {near(called.strip(), SETS)}")
+    return [f"{each}{plus}{parts}" for each in members(called.strip())]
+
+
+def parse_datasets(given: str | Sequence[str | Dataset]) -> list[Dataset]:
     """Read a comma list of datasets; same syntax and errors as `parse_algorithms`."""
-    items = split_list(text)
+    items = _items(given)
     if not items:
         raise BadConfig(f"--dataset is empty; there are {', '.join(DATASETS)}")
-    return [_construct(item, DATASETS) for item in items]
+    return [_construct(item, DATASETS) if isinstance(item, str) else item for item in items]
+
+
+def _items(given: str | Sequence[str | P]) -> list[str | P]:
+    """Split lists, and leave what is there already."""
+    texts = [given] if isinstance(given, str) else given
+    return [item for text in texts for item in (split_list(text) if isinstance(text, str) else [text])]
 
 
 def parse_dataset(text: str) -> Dataset:

@@ -9,15 +9,18 @@ and initial weights, say anything about the next dataset, and they are not count
 from __future__ import annotations
 
 import ast
+import itertools
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from statistics import variance
 from typing import Any
 
 from bench.protocol.identity import canonical
+from bench.protocol.sets import EVERYTHING, PREFIX
 from bench.protocol.settings import BadConfig
-from bench.protocol.spelling import near, split_at
+from bench.protocol.spelling import near, split_at, unfold
 from bench.results.layout import NOT_INDEPENDENT, resolution, title
 from bench.results.leaderboard import Leaderboard, Row, measured
 from bench.results.statistics import LEVEL, Pair, Ranking, Scores, pairwise, rank
@@ -194,7 +197,7 @@ def choose(boards: Sequence[Leaderboard], words: Iterable[str]) -> list[str]:
     Args:
         boards: Leaderboards.
         words: Labels, names, or calls with some of the fields: `fedrep` or `fedrep(head_epochs=2)` mean the one row
-            that fits.
+            that fits. `set:pfl` means all that there are of a set's algorithms.
 
     Returns:
         Labels of `entrants`, in the order of the words, without repetition.
@@ -203,7 +206,21 @@ def choose(boards: Sequence[Leaderboard], words: Iterable[str]) -> list[str]:
         BadConfig: No algorithm fits, or several do.
     """
     known = entrants(boards)
-    return list(dict.fromkeys(_choose(known, word) for word in words))
+    return list(dict.fromkeys(label for word in words for label in _meant(known, word)))
+
+
+def _meant(known: Mapping[str, Sequence[Row]], word: str) -> list[str]:
+    if not word.startswith(PREFIX):
+        return [_choose(known, word)]
+    if word == PREFIX + EVERYTHING:
+        return list(known)
+    found: list[str] = []
+    for call, (label, rows) in itertools.product(unfold(word), known.items()):
+        with suppress(BadConfig):  # another algorithm, or other fields
+            found.append(_choose({label: rows}, call))
+    if not found:
+        raise BadConfig(f"there are no results of {word}; there are some of {', '.join(known)}")
+    return found
 
 
 def _choose(known: Mapping[str, Sequence[Row]], word: str) -> str:

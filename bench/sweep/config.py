@@ -203,6 +203,8 @@ class Sweep:
     """What was asked for: every algorithm in every cell of datasets, imbalance factors, alphas and seeds."""
 
     algorithms: tuple[Algorithm, ...]
+    optional: tuple[Algorithm, ...] = ()
+    """Those of them that are left out of cells in which they cannot be."""
     datasets: tuple[Dataset, ...]
     setting: str = "quick"
     """Name in `SETTINGS`."""
@@ -232,11 +234,21 @@ class Sweep:
 
         Raises:
             BadConfig: A setting or field is unknown or out of range, an algorithm does not fit the model, or a preset
-                does not have it.
+                does not have it; of an optional one only if there is nothing else to run.
             BadModel: The model does not fit the images.
             BadWeights: The file of weights cannot be read.
         """
+        return list(self._expanded[0].values())
+
+    def left_out(self) -> list[str]:
+        """Say which optional algorithms are left out, and why, once each; errors as of `expand`."""
+        return [f"left out of the set: {why}" for why in dict.fromkeys(map(str, self._expanded[1]))]
+
+    @cached_property
+    def _expanded(self) -> tuple[dict[str, Run], list[BadConfig]]:
+        """The runs by their ids, and why others are none."""
         runs: dict[str, Run] = {}
+        refusals: list[BadConfig] = []
         for dataset in self.datasets:
             axes = {"imbalance": self.imbalance, "alpha": self.alpha}
             given = {axis: values for axis, values in axes.items() if values}
@@ -244,12 +256,20 @@ class Sweep:
                 cell = {**self.overrides, **dict(zip(given, values, strict=True))}
                 setting = resolve_setting(self.setting, dataset, cell)
                 for seed, preset, algorithm in itertools.product(self.seeds, self.presets, self.algorithms):
-                    run = self._run(algorithm, preset, dataset, setting, seed)
-                    runs.setdefault(run.id, run)
+                    try:
+                        run = self._run(algorithm, preset, dataset, setting, seed)
+                    except BadConfig as refusal:
+                        if algorithm not in self.optional:
+                            raise
+                        refusals.append(refusal)
+                    else:
+                        runs.setdefault(run.id, run)
+        if refusals and not runs:
+            raise refusals[0]
         idle = self.overrides.get("auxiliary")
         if idle is not None and not any(run.setting.auxiliary for run in runs.values()):
             raise BadConfig(f"--auxiliary {idle}: nothing that is run needs images at the server; leave the option out")
-        return list(runs.values())
+        return runs, refusals
 
     def _run(self, asked: Algorithm, preset: Preset, dataset: Dataset, setting: Setting, seed: int) -> Run:
         algorithm, lr = preset.choose(asked)
@@ -352,8 +372,8 @@ def _reconcile(setting: Setting, dataset: Dataset, given: Mapping[str, Any], usu
         raise BadConfig("unseen_labels = False: no client is held out; say how many with --set unseen=4")
     if setting.partition in WITHOUT_ALPHA:
         if given.get("alpha") is not None:
-            what = {"users": "clients are its natural users", "classes": "each client has some classes"}
-            how = what.get(setting.partition, "images are dealt evenly")
+            instead = {"users": "clients are its natural users", "classes": "each client has some classes"}
+            how = instead.get(setting.partition, "images are dealt evenly")
             said = f"--alpha {given['alpha']:g}: {how} (partition {setting.partition}), which no alpha shapes"
             raise BadConfig(f"{said}; leave the option out, or choose another --partition")
         setting = replace(setting, alpha=None)
