@@ -21,6 +21,7 @@ from bench.splits.dealing import PartitionFailed, Pool
 from bench.splits.partition import PARTITIONS
 from bench.splits.split import Split, describe, make_split
 from bench.sweep.config import Run, Sweep, resolve_setting
+from bench.sweep.driver import check_data
 
 
 def setting(**fields: Any) -> Setting:
@@ -318,6 +319,16 @@ def test_what_would_do_nothing_or_cannot_be_is_refused(dataset: str, fields: dic
 def test_fields_of_one_partition_are_read_by_one() -> None:
     assert set(READ_BY.values()) <= set(PARTITIONS) and READ_BY.keys() <= LATER.keys()
     assert all(getattr(Setting, field) == value for field, value in LATER.items())
+
+
+def test_holding_out_all_natural_users_is_refused_before_any_work_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = official(10, 30, users=9)
+    monkeypatch.setattr("bench.files.source.labels", lambda dataset, root: labels)
+    users: dict[str, Any] = {"partition": "users", "clients": None, "alpha": None}
+    held = {unseen: replace(run(), setting=replace(run().setting, **users, unseen=unseen)) for unseen in (8, 9)}
+    check_data([held[8]])
+    with pytest.raises(BadConfig, match=r"unseen = 9: must be in 0\.\.8 \(clients - 1\)"):
+        check_data([held[9]])
 
 
 # The commands -----------------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ import pytest
 from bench.algorithm import Algorithm
 from bench.command import catalogue
 from bench.command.main import main
+from bench.command.options import Options, defaults
+from bench.command.tune import _studies
 from bench.contract.checks import ALGORITHM_PROMISES
 from bench.contract.promises import ContractBroken
 from bench.protocol.presets import Choice, Preset
@@ -221,14 +223,14 @@ def test_a_set_has_what_a_preset_has_of_it() -> None:
 # The commands -----------------------------------------------------------------------------------------------
 
 
-def test_run_and_tune_take_sets_and_say_what_they_leave_out(bench: Bench) -> None:
+def test_run_and_tune_take_sets_and_say_what_they_leave_out(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     out, err = bench("run", "--algos", "set:fedlt,fedavg", "--dry-run", "--no-probe")
     assert [line.split()[5] for line in out.splitlines()[:4]] == ["balancefl", "creff", "fedloge", "fedavg"]
     assert err.count("left out of the set: fedic") == 1
-    words = ("--rounds", "1", "--clients", "4", "--ray", "off", "--trials", "1", "--json")
-    out, err = bench("tune", "--algos", "set:references+topk,local", *words)
-    assert [each["algorithm"] for each in json.loads(out)["studies"]] == ["fedavg_prior+topk", "local"]
-    assert "left out of set:references+topk: centralised+topk" in err
+    studies = _studies(Options(**{**defaults(), "algos": "set:fedlt+topk,local,local"}), "balanced", None, 0.2)
+    found = [label(study.run.algorithm) for study in studies]
+    assert found == ["balancefl+topk", "creff+topk", "fedloge+topk", "local"]
+    assert capsys.readouterr().err.count("left out of the set: fedic+topk") == 1
 
 
 def test_list_and_show_tell_of_sets(bench: Bench) -> None:

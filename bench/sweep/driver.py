@@ -39,7 +39,8 @@ def check_data(runs: Sequence[Run]) -> None:
     """Make every split that runs will need, from labels alone: what is wrong shows before any work is done.
 
     Raises:
-        BadConfig: There are not enough images for the server of an algorithm that needs some.
+        BadConfig: There are not enough images for the server of an algorithm that needs some, or all clients are held
+            out of training.
         DataMissing: A dataset's files are not there, or a pack lacks images of a split.
         DataDamaged: They are not what they should be.
         PartitionFailed: The data cannot be split so.
@@ -57,6 +58,7 @@ def check_data(runs: Sequence[Run]) -> None:
             labels[key] = source.labels(run.dataset, run.data_root)
             source.require(run.dataset, run.data_root, [])
         split = make_split(labels[key], run.dataset.num_classes, run.setting, run.seed)
+        run.setting.training_clients(len(split.clients))  # natural users are counted only now
         source.require(run.dataset, run.data_root, [*split.clients, *run.reserved(labels[key])])
         run.read_weights()
 
