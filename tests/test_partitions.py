@@ -88,6 +88,10 @@ def test_pairs_of_classes_are_drawn_and_no_client_is_first() -> None:
         more += has[:, has.sum(0) == 3].sum(1)  # 14 places: four classes have three clients, one has two
     assert len(pairs) == 10
     assert more.max() < 1.25 * more.min()
+    largest = [
+        max(range(3), key=[len(part) for part in classes(pool(10), 3, 1, seed=seed)].__getitem__) for seed in range(9)
+    ]
+    assert set(largest) == {0, 1, 2}  # who has the image that is over
 
 
 def test_equal_shares_make_equal_clients_of_equal_classes_and_unequal_ones_follow_the_clients() -> None:
