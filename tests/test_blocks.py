@@ -19,15 +19,17 @@ from bench.registry import ALGORITHMS
 
 # Blocks of a body -------------------------------------------------------------------------------------------
 
-SMALLEST = {name: models._SMALLEST.get(name, 4) for name in MODELS}
+SMALLEST = {name: max(MODELS[name].smallest, 4) for name in MODELS}
 """Pixels; below four no stage of a residual network would halve anything."""
 
 HIDDEN, THREE, FOUR = "hidden", "stem stage1 stage2 stage3", "stem stage1 stage2 stage3 stage4"
+SEVEN = f"{FOUR} stage5 stage6 stage7 last"
 BLOCKS = {
     **{"linear": "flat", "frozen": "flat", "mlp": HIDDEN},
     **{"small_cnn": f"conv1 conv2 {HIDDEN}", "fedavg_cnn": f"conv1 conv2 {HIDDEN}"},
-    **{"resnet8": THREE, "resnet32": THREE, "resnet56": THREE},
-    **{"resnet18": FOUR, "resnet34": FOUR, "resnet18_64": FOUR, "resnet50": FOUR},
+    **{"lenet5": "conv1 conv2 hidden1 hidden2", "mobilenet_v2": SEVEN},
+    **{"resnet8": THREE, "resnet20": THREE, "resnet32": THREE, "resnet56": THREE},
+    **{"resnet10": FOUR, "resnet18": FOUR, "resnet34": FOUR, "resnet18_64": FOUR, "resnet50": FOUR},
 }
 
 
@@ -130,7 +132,7 @@ def test_norm_layers_are_found_and_nothing_else(name: str, norm: str) -> None:
     kinds = ["weight", "bias", *(["stats/mean", "stats/var"] if norm == "batch" else [])]
     assert found == {f"{layer}norm/{kind}" for layer in layers for kind in kinds}
     assert all(leaves[path].ndim == 1 for path in found)
-    assert bool(found) == name.startswith("resnet")
+    assert bool(found) == name.startswith(("resnet", "mobilenet"))
     assert {path for path in leaves if tree.is_statistic(path)} == {path for path in found if "/stats/" in path}
     assert {path for path in leaves if is_norm_statistic(path)} == {path for path in found if "/stats/" in path}
 

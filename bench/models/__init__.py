@@ -6,48 +6,63 @@ tells norm layers from the others: `tree.split(params, is_norm)`. Keys of a body
     linear, frozen          none: one block, `flat`, without weights
     mlp                     hidden
     small_cnn, fedavg_cnn   conv1, conv2, hidden
+    lenet5                  conv1, conv2, hidden1, hidden2
     resnet...               stem; stage1_1, stage1_2, ... (block `stage1`); stage2_1, ... (`stage2`); ...
+    mobilenet_v2            stem; stage1_1; stage2_1, stage2_2 (`stage2`); ... stage7_1; last
 
 A hidden layer and a convolution of the small networks hold `weight` and `bias`. The stem holds `conv` (no bias) and
-`norm`; a residual unit holds such layers: `first`, `second`, `third` in resnet50, and `shortcut` where its shape
-changes. A `norm` holds `weight`, `bias` and, for batch norm, `stats` (`mean`, `var`).
+`norm`; a residual unit holds such layers: `first`, `second`, `third` in resnet50, `shortcut` where its shape changes,
+and `expand`, `depthwise`, `project` in mobilenet_v2. A `norm` holds `weight`, `bias` and, for batch norm, `stats`
+(`mean`, `var`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from bench.models.layers import is_norm as is_norm
-from bench.models.networks import MLP, FedAvgCNN, Frozen, Linear, SmallCNN
+from bench.models.mobilenets import MobileNetV2
+from bench.models.networks import MLP, FedAvgCNN, Frozen, LeNet5, Linear, Network, SmallCNN
 from bench.models.networks import Block as Block
 from bench.models.networks import Model as Model
 from bench.models.networks import block_of as block_of
-from bench.models.resnets import BottleneckResNet, ResNet, ResNet18For64
+from bench.models.resnets import (
+    ResNet,
+    ResNet8,
+    ResNet10,
+    ResNet18,
+    ResNet18For64,
+    ResNet20,
+    ResNet32,
+    ResNet34,
+    ResNet50,
+    ResNet56,
+)
 
 
 class BadModel(ValueError):
     """No such model, or not for images of this size."""
 
 
-MODELS: dict[str, Callable[[int, tuple[int, ...], str], Model]] = {
-    "linear": lambda c, s, n: Linear("linear", c, s, n),
-    "mlp": lambda c, s, n: MLP("mlp", c, s, n),
-    "small_cnn": lambda c, s, n: SmallCNN("small_cnn", c, s, n),
-    "fedavg_cnn": lambda c, s, n: FedAvgCNN("fedavg_cnn", c, s, n),
-    "resnet8": lambda c, s, n: ResNet("resnet8", c, s, n, (1, 1, 1), (64, 128, 256)),
-    "resnet18": lambda c, s, n: ResNet("resnet18", c, s, n, (2, 2, 2, 2), (64, 128, 256, 512)),
-    "resnet32": lambda c, s, n: ResNet("resnet32", c, s, n, (5, 5, 5), (16, 32, 64)),
-    "resnet34": lambda c, s, n: ResNet("resnet34", c, s, n, (3, 4, 6, 3), (64, 128, 256, 512)),
-    "resnet56": lambda c, s, n: ResNet("resnet56", c, s, n, (9, 9, 9), (16, 32, 64)),
-    "resnet18_64": lambda c, s, n: ResNet18For64("resnet18_64", c, s, n, (2, 2, 2, 2), (64, 128, 256, 512)),
-    "resnet50": lambda c, s, n: BottleneckResNet("resnet50", c, s, n, (3, 4, 6, 3), (64, 128, 256, 512)),
-    "frozen": lambda c, s, n: Frozen("frozen", c, s, n),
+MODELS: dict[str, type[Network]] = {
+    "linear": Linear,
+    "mlp": MLP,
+    "small_cnn": SmallCNN,
+    "lenet5": LeNet5,
+    "fedavg_cnn": FedAvgCNN,
+    "resnet8": ResNet8,
+    "resnet10": ResNet10,
+    "resnet18": ResNet18,
+    "resnet20": ResNet20,
+    "resnet32": ResNet32,
+    "resnet34": ResNet34,
+    "resnet56": ResNet56,
+    "resnet18_64": ResNet18For64,
+    "resnet50": ResNet50,
+    "mobilenet_v2": MobileNetV2,
+    "frozen": Frozen,
 }
-"""Name to builder: (classes, image shape, norm) -> model."""
 
 _ANY_SHAPE = ("linear", "mlp", "frozen")
 """Models that flatten what they are given."""
-_SMALLEST = {"fedavg_cnn": 16, "small_cnn": 8, "resnet18": 8, "resnet34": 8, "resnet18_64": 16, "resnet50": 32}
 
 
 def build(name: str, num_classes: int, shape: tuple[int, ...], norm: str = "group") -> Model:
@@ -58,17 +73,18 @@ def build(name: str, num_classes: int, shape: tuple[int, ...], norm: str = "grou
     """
     if name not in MODELS:
         raise BadModel(f"no model is called {name!r}; there are {', '.join(MODELS)}")
+    network = MODELS[name]
     if len(shape) != 3 and name not in _ANY_SHAPE:
         these = f"these examples are of shape {' x '.join(map(str, shape))}"
         raise BadModel(f"{name} needs images (channels, height, width), and {these}; choose linear or mlp")
-    if min(shape[1:], default=1) < _SMALLEST.get(name, 1):
-        raise BadModel(f"{name} needs images of at least {_SMALLEST[name]} pixels, these have {shape[1]}×{shape[2]}")
-    return MODELS[name](num_classes, shape, norm)
+    if min(shape[1:], default=1) < network.smallest:
+        raise BadModel(f"{name} needs images of at least {network.smallest} pixels, these have {shape[1]}×{shape[2]}")
+    return network(name, num_classes, shape, norm)
 
 
 def is_convolutional(model: Model) -> bool:
     """Tell whether most of a model's work is convolutions: then stacking clients does not pay on a CPU."""
-    return isinstance(model, SmallCNN | FedAvgCNN | ResNet)
+    return isinstance(model, SmallCNN | FedAvgCNN | LeNet5 | ResNet | MobileNetV2)
 
 
 def has_body(model: Model) -> bool:

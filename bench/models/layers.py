@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -182,11 +183,33 @@ def norm_layer(kind: str, channels: int, device: torch.device) -> Tree:
     return layer
 
 
-def convolve(layer: Tree, x: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
-    """(B, c, h, w) -> (B, c', h', w')."""
-    return F.conv2d(x, layer["weight"], layer.get("bias"), stride, padding)
+def convolve(layer: Tree, x: Tensor, stride: int = 1, padding: int = 0, groups: int = 1) -> Tensor:
+    """(B, c, h, w) -> (B, c', h', w'); each of the groups of channels is convolved by itself."""
+    return F.conv2d(x, layer["weight"], layer.get("bias"), stride, padding, groups=groups)
 
 
 def apply_linear(layer: Tree, x: Tensor) -> Tensor:
     """(B, inputs) -> (B, outputs)."""
     return F.linear(x, layer["weight"], layer["bias"])
+
+
+class NormedConvolution(NamedTuple):
+    """A convolution without bias, padded so that stride 1 keeps the size, and the norm layer behind it."""
+
+    name: str
+    """Of its sub-tree, {"conv": ..., "norm": ...}."""
+    inputs: int
+    outputs: int
+    size: int
+    stride: int = 1
+    groups: int = 1
+
+    def init(self, key: Tensor, kind: str) -> Tree:
+        """Draw the sub-tree, for a kind of norm layer."""
+        conv = convolution(key, self.outputs, self.inputs // self.groups, self.size)
+        return {"conv": conv, "norm": norm_layer(kind, self.outputs, key.device)}
+
+    def __call__(self, layers: Tree, x: Tensor) -> Tensor:
+        """Convolve and normalise by the sub-tree of that name: (B, inputs, h, w) -> (B, outputs, h', w')."""
+        layer = layers[self.name]
+        return norm(layer["norm"], convolve(layer["conv"], x, self.stride, self.size // 2, self.groups))

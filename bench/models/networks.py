@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -71,10 +71,18 @@ class Model(Protocol):
     def logits(self, head: Tree, z: Tensor) -> Tensor:
         """(B, d) -> (B, C)."""
 
+    def torchvision(self, place: str) -> str:
+        """Name what torchvision calls a leaf of the body: `conv1.weight` for `stem/conv/weight`."""
+
 
 @dataclass(frozen=True)
 class Network(ABC):
     """What all networks share: a linear head."""
+
+    version: ClassVar[int] = 1
+    """Of a plug-in: raised when the same key gives other weights, or the same weights other features."""
+    smallest: ClassVar[int] = 1
+    """Pixels that images have at least."""
 
     name: str
     num_classes: int
@@ -110,6 +118,10 @@ class Network(ABC):
     def logits(self, head: Tree, z: Tensor) -> Tensor:
         """(B, d) -> (B, C)."""
         return apply_linear(head, z)
+
+    def torchvision(self, place: str) -> str:
+        """Name a leaf of the body as flattened trees do: torchvision has no such network."""
+        return f"body/{place}"
 
 
 def block_of(model: Model, path: str) -> str:
@@ -200,6 +212,8 @@ class SmallCNN(Network):
     For 8×8 and 28×28 images.
     """
 
+    smallest: ClassVar[int] = 8
+
     @property
     def feature_size(self) -> int:
         """d."""
@@ -228,6 +242,8 @@ class FedAvgCNN(Network):
     Source: McMahan et al. 2017, https://arxiv.org/abs/1602.05629, section 3.
     """
 
+    smallest: ClassVar[int] = 16
+
     @property
     def feature_size(self) -> int:
         """d."""
@@ -235,18 +251,54 @@ class FedAvgCNN(Network):
 
     def init_body(self, key: Tensor) -> Tree:
         """Draw two convolutions and the hidden layer."""
-        channels, height, width = self.shape
-        inputs = 64 * (((height - 4) // 2 - 4) // 2) * (((width - 4) // 2 - 4) // 2)
         return {
-            "conv1": convolution(keys.fold(key, 1), 32, channels, 5, bias=True),
+            "conv1": convolution(keys.fold(key, 1), 32, self.shape[0], 5, bias=True),
             "conv2": convolution(keys.fold(key, 2), 64, 32, 5, bias=True),
-            "hidden": linear(keys.fold(key, 3), 512, inputs),
+            "hidden": linear(keys.fold(key, 3), 512, 64 * _left(self.shape)),
         }
 
     @property
     def blocks(self) -> tuple[Block, ...]:
         """Two convolutions and the hidden layer."""
         return _pooled("conv1", padding=0), _pooled("conv2", padding=0), _dense("hidden")
+
+
+class LeNet5(Network):
+    """LeNet-5 as federated papers have it: 5×5 convolutions of 6 and 16 channels without padding, each with ReLU and
+    2×2 max pooling, then 120 and 84 ReLU units; d = 84.
+
+    With 10 classes 62,006 parameters at 3×32×32, 61,706 at 1×32×32 and 44,426 at 1×28×28. The original has sigmoids,
+    trained subsampling, a sparse second convolution and a head of radial basis functions.
+    Source: LeCun et al. 1998, https://doi.org/10.1109/5.726791, section II B.
+    """
+
+    smallest: ClassVar[int] = 16
+
+    @property
+    def feature_size(self) -> int:
+        """d."""
+        return 84
+
+    def init_body(self, key: Tensor) -> Tree:
+        """Draw two convolutions and two hidden layers."""
+        return {
+            "conv1": convolution(keys.fold(key, 1), 6, self.shape[0], 5, bias=True),
+            "conv2": convolution(keys.fold(key, 2), 16, 6, 5, bias=True),
+            "hidden1": linear(keys.fold(key, 3), 120, 16 * _left(self.shape)),
+            "hidden2": linear(keys.fold(key, 4), 84, 120),
+        }
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """Two convolutions and two hidden layers."""
+        convolutions = _pooled("conv1", padding=0), _pooled("conv2", padding=0)
+        return *convolutions, _dense("hidden1"), _dense("hidden2")
+
+
+def _left(shape: tuple[int, int, int]) -> int:
+    """Count the pixels that two 5×5 convolutions without padding, each with 2×2 pooling, leave of an image."""
+    height, width = (((side - 4) // 2 - 4) // 2 for side in shape[1:])
+    return height * width
 
 
 # What a stage does --------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from bench import keys, tree
 from bench.models import Model, is_norm
 from bench.tree import Tree
 
-_LEFT_OUT = re.compile(r"fc\..*|head/.*|.*\.num_batches_tracked")
+_LEFT_OUT = re.compile(r"(fc|classifier)\..*|head/.*|.*\.num_batches_tracked")
 """Names of tensors that no body has a place for, and that are no sign of another network."""
 
 
@@ -27,7 +27,7 @@ class BadWeights(ValueError):
 def read(path: Path, model: Model) -> Tree:
     """Read a body's weights and running statistics.
 
-    Tensors go by torchvision's names for residual networks (`layer1.0.conv1.weight`), maybe below `state_dict` or
+    Tensors go by torchvision's names where it has such a network (`layer1.0.conv1.weight`), maybe below `state_dict` or
     behind `module.`, or by those of our flattened trees (`body/stem/conv/weight`). A head is left out.
 
     Args:
@@ -44,8 +44,8 @@ def read(path: Path, model: Model) -> Tree:
     if not expected:
         raise BadWeights(f"{model.name} has no body that weights could be read into; choose another model")
     found = _tensors(path)
-    own = any(name.startswith("body/") for name in found) or "stem/conv/weight" not in expected
-    names = {place: f"body/{place}" if own else _torchvision(place) for place in expected}
+    own = any(name.startswith("body/") for name in found)
+    names = {place: f"body/{place}" if own else model.torchvision(place) for place in expected}
     known = set(names.values())
     superfluous = [name for name in found if name not in known and not _LEFT_OUT.fullmatch(name)]
     of_groups = any(map(is_norm, expected)) and not any(map(tree.is_statistic, expected))
@@ -108,16 +108,3 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 def _safe(path: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = importlib.import_module("safetensors.torch").load_file(path)
     return tensors
-
-
-def _torchvision(place: str) -> str:
-    """Give torchvision's name for a place in a residual body: `layer2.0.conv1.weight` for
-    `stage2_1/first/conv/weight`.
-    """
-    match = re.fullmatch(r"(?:stage(\d+)_(\d+)/)?(stem|first|second|third|shortcut)/(conv|norm)/(.+)", place)
-    assert match is not None
-    stage, block, part, kind, leaf = match.groups()
-    layer = {"conv": "downsample.0", "norm": "downsample.1"} if part == "shortcut" else {"conv": "conv", "norm": "bn"}
-    number = {"stem": "1", "first": "1", "second": "2", "third": "3", "shortcut": ""}[part]
-    leaf = {"stats/mean": "running_mean", "stats/var": "running_var"}.get(leaf, leaf)
-    return (f"layer{stage}.{int(block) - 1}." if stage else "") + f"{layer[kind]}{number}.{leaf}"
