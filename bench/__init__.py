@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from bench.face.runs import Runs as Runs
     from bench.face.runs import load as load
     from bench.models.layers import evaluating as evaluating
+    from bench.models.networks import Block as Block
+    from bench.models.networks import Network as Network
     from bench.part import Aggregation as Aggregation
     from bench.part import Channel as Channel
     from bench.part import Correction as Correction
@@ -51,6 +53,8 @@ _HOMES = {
     "Runs": "face.runs",
     "load": "face.runs",
     "evaluating": "models.layers",
+    "Block": "models.networks",
+    "Network": "models.networks",
     "Aggregation": "part",
     "Channel": "part",
     "Correction": "part",

@@ -19,16 +19,15 @@ from importlib.metadata import entry_points
 from types import CodeType, FunctionType
 from typing import Any
 
-from bench.registry import ALGORITHMS, DATASETS, PARTS, BadPlugin, Registry, register
+from bench.registry import REGISTRIES, BadPlugin, register
 
-_REGISTRIES: tuple[Registry[Any], ...] = (ALGORITHMS, DATASETS, PARTS)
 Sent = list[tuple[str, type]]
 """Names and classes, for another process."""
 
 
 def enter(plugin: type) -> None:
     """Enter a class under its own name in small letters, unless it has been entered under some name."""
-    known = (registry[name] for registry in _REGISTRIES for name in registry.registered_by(plugin.__module__))
+    known = (registry[name] for registry in REGISTRIES for name in registry.registered_by(plugin.__module__))
     if plugin not in known:
         register(plugin.__name__.lower())(plugin)
 
@@ -71,10 +70,10 @@ def unpacked(content: bytes) -> Any:
 
 def _loose() -> Sent:
     """List the plug-ins that are in no file of their own: neither built in, nor installed, nor of `--plugin`."""
-    installed = {entry.module for registry in _REGISTRIES for entry in entry_points(group=f"bench.{registry.kind}")}
+    installed = {entry.module for registry in REGISTRIES for entry in entry_points(group=f"bench.{registry.kind}")}
     return [
         (name, plugin)
-        for registry in _REGISTRIES
+        for registry in REGISTRIES
         for name, plugin in registry.entered().items()
         if not plugin.__module__.startswith(("bench.", "bench_plugin_")) and plugin.__module__ not in installed
     ]

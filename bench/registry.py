@@ -1,8 +1,9 @@
 """Names to plug-in classes, lazily: looking through the names imports nothing, looking one up imports one
 module.
 
-Plug-ins are the files of `algorithms/`, `datasets/` and `bench/parts/`, other distributions' entry points in the groups
-`bench.algorithms`, `bench.datasets` and `bench.parts`, and files named with `--plugin`.
+Plug-ins are the files of `algorithms/`, `datasets/` and `bench/parts/`, the networks of `bench/models/`, other
+distributions' entry points in the groups `bench.algorithms`, `bench.datasets`, `bench.parts` and `bench.models`, and
+files named with `--plugin`.
 """
 
 from __future__ import annotations
@@ -37,11 +38,14 @@ class Registry(Mapping[str, type[P]], Generic[P]):
     """Plug-ins of one kind by name.
 
     Args:
-        kind: "algorithms", "datasets" or "parts": names the folder, the entry-point group, and the word in messages.
+        kind: "algorithms", "datasets", "parts" or "models": names the folder, the entry-point group, and the word in
+            messages.
+        base: What plug-ins derive from, by its full name: nothing is imported for it.
+        a_file_each: Whether the folder's files are plug-ins by their names; if not, its package registers its own.
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, base: str, a_file_each: bool = True) -> None:
+        self.kind, self.base, self.a_file_each = kind, base, a_file_each
         self._classes: dict[str, type[P]] = {}
 
     def __getitem__(self, name: str) -> type[P]:
@@ -50,6 +54,8 @@ class Registry(Mapping[str, type[P]], Generic[P]):
             return self._classes[name]
         if name in self._files():
             importlib.import_module(f"bench.{self.kind}.{name}")
+        elif name in self._classes:  # registered when its package was imported, which was now
+            return self._classes[name]
         elif name in self._entry_points():
             entry = self._entry_points()[name]
             loaded = entry.load()
@@ -70,7 +76,7 @@ class Registry(Mapping[str, type[P]], Generic[P]):
         return len(list(iter(self)))
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and name.replace("-", "_") in set(self)
+        return isinstance(name, str) and (name in self._classes or name.replace("-", "_") in set(self))
 
     def add(self, name: str, plugin: type[P]) -> None:
         """Enter a class under a name; another class under a taken name is an error, never a replacement."""
@@ -91,12 +97,18 @@ class Registry(Mapping[str, type[P]], Generic[P]):
         """Give the classes that are known so far, without importing any."""
         return dict(self._classes)
 
+    def takes(self, plugin: type) -> bool:
+        """Tell whether a class is of this kind."""
+        return any(f"{kind.__module__}.{kind.__qualname__}" == self.base for kind in plugin.__mro__)
+
     def registered_by(self, module: str) -> list[str]:
         """Give the names whose class was defined in a module."""
         return sorted(name for name, known in self._classes.items() if known.__module__ == module)
 
     def _files(self) -> dict[str, Path]:
         package = importlib.import_module(f"bench.{self.kind}")
+        if not self.a_file_each:
+            return {}
         return {
             file.stem: file
             for folder in package.__path__
@@ -114,22 +126,14 @@ class Registry(Mapping[str, type[P]], Generic[P]):
 
 
 def register(name: str) -> Callable[[T], T]:
-    """Enter an `Algorithm`, `Dataset` or part under its file's name."""
+    """Enter an `Algorithm`, `Dataset`, part or `Network` under its file's name."""
 
     def enter(plugin: T) -> T:
-        from bench.algorithm import Algorithm
-        from bench.dataset import Dataset
-        from bench.part import Part
-
-        if issubclass(plugin, Algorithm):
-            ALGORITHMS.add(name, plugin)
-        elif issubclass(plugin, Dataset):
-            DATASETS.add(name, plugin)
-        elif issubclass(plugin, Part):
-            PARTS.add(name, plugin)
-        else:
-            raise BadPlugin(f"{plugin.__qualname__} is neither an Algorithm, a Dataset nor a part")
-        return plugin
+        for registry in REGISTRIES:
+            if registry.takes(plugin):
+                registry.add(name, plugin)
+                return plugin
+        raise BadPlugin(f"{plugin.__qualname__} is neither an Algorithm, a Dataset, a part nor a Network")
 
     return enter
 
@@ -157,7 +161,7 @@ def load_plugin(path: Path) -> list[str]:
             if isinstance(error, BadPlugin):
                 raise
             raise BadPlugin(f"--plugin {path} fails when imported: {type(error).__name__}: {error}") from error
-    names = [name for registry in (ALGORITHMS, DATASETS, PARTS) for name in registry.registered_by(module)]
+    names = [name for registry in REGISTRIES for name in registry.registered_by(module)]
     if not names:
         raise BadPlugin(f"--plugin {path} registers nothing; its class needs @register(...)")
     return names
@@ -182,7 +186,7 @@ def _pieces(plugin: object) -> tuple[object, ...]:
 
 
 def _name(plugin: object) -> str:
-    for registry in (ALGORITHMS, DATASETS, PARTS):
+    for registry in REGISTRIES:
         for known in registry.registered_by(type(plugin).__module__):
             if registry[known] is type(plugin):
                 return known
@@ -212,6 +216,10 @@ def _default(field: Field[Any]) -> object:
     return field.default_factory() if field.default_factory is not MISSING else field.default
 
 
-ALGORITHMS: Registry[Algorithm] = Registry("algorithms")  # type: ignore[name-defined]  # noqa: F821
-DATASETS: Registry[Dataset] = Registry("datasets")  # type: ignore[name-defined]  # noqa: F821
-PARTS: Registry[Part] = Registry("parts")  # type: ignore[name-defined]  # noqa: F821
+ALGORITHMS: Registry[Algorithm] = Registry("algorithms", "bench.algorithm.Algorithm")  # type: ignore[name-defined]  # noqa: F821
+DATASETS: Registry[Dataset] = Registry("datasets", "bench.dataset.Dataset")  # type: ignore[name-defined]  # noqa: F821
+PARTS: Registry[Part] = Registry("parts", "bench.part.Part")  # type: ignore[name-defined]  # noqa: F821
+MODELS: Registry[Network] = Registry(  # type: ignore[name-defined]  # noqa: F821
+    "models", "bench.models.networks.Network", a_file_each=False
+)
+REGISTRIES: tuple[Registry[Any], ...] = (ALGORITHMS, DATASETS, PARTS, MODELS)

@@ -25,7 +25,7 @@ from bench.command.options import defaults
 from bench.dataset import DataMissing
 from bench.face.run import run
 from bench.protocol.settings import BadConfig
-from bench.registry import ALGORITHMS, BadPlugin, UnknownPlugin
+from bench.registry import ALGORITHMS, REGISTRIES, BadPlugin, UnknownPlugin
 from bench.results import records
 from bench.sweep import driver
 
@@ -223,7 +223,7 @@ def cell(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         return plugin
 
     yield execute
-    for registry in cells._REGISTRIES:
+    for registry in REGISTRIES:
         for name in registry.registered_by("a_notebook"):
             del registry._classes[name]
 
@@ -269,7 +269,7 @@ def test_what_is_sent_to_workers_takes_the_class_and_its_version_along(cell: Any
     code = f"""
 import sys
 from bench import cells
-from bench.registry import ALGORITHMS, label, source_digest
+from bench.registry import ALGORITHMS, REGISTRIES, label, source_digest
 instance = cells.unpacked(open({str(tmp_path / "sent")!r}, "rb").read())
 assert type(instance) is ALGORITHMS["halfway"] and "a_notebook" not in sys.modules
 print(label(instance), source_digest(type(instance)))

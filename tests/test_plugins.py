@@ -1,4 +1,4 @@
-"""Algorithms, parts and datasets from elsewhere: by path, by entry point, and written by `bench new`."""
+"""Algorithms, parts, datasets and models from elsewhere: by path, by entry point, and written by `bench new`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from bench.command import scaffold
 from bench.command.main import main
 from bench.protocol.settings import BadConfig
-from bench.registry import ALGORITHMS, DATASETS, PARTS
+from bench.registry import ALGORITHMS, REGISTRIES
 
 OFF = ("--ray", "off", "--tracking-uri", "off", "--json")
 
@@ -25,7 +25,7 @@ Bench = Callable[..., tuple[str, str]]
 def bench(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     """Call the command in this process, in an empty folder, and forget the plug-ins afterwards."""
     monkeypatch.chdir(tmp_path)
-    known = [dict(registry._classes) for registry in (ALGORITHMS, DATASETS, PARTS)]
+    known = [dict(registry._classes) for registry in REGISTRIES]
 
     def call(*words: object, status: int = 0) -> tuple[str, str]:
         forget()  # as a process of its own would not know what an earlier one loaded
@@ -36,7 +36,7 @@ def bench(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytes
         return printed.out, printed.err
 
     def forget() -> None:
-        for registry, classes in zip((ALGORITHMS, DATASETS, PARTS), known, strict=True):
+        for registry, classes in zip(REGISTRIES, known, strict=True):
             mine = [name for name, kind in registry._classes.items() if kind.__module__.startswith("bench_plugin_")]
             for name in mine:
                 del registry._classes[name]
@@ -151,8 +151,10 @@ def test_an_entry_point_of_another_distribution_is_found(tmp_path: Path) -> None
     assert scaffold.write("algorithm", "third", site) == site / "third.py"
     (site / "third-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: third\nVersion: 1.0\n")
     assert scaffold.write("part", "fourth", site) == site / "fourth.py"
+    assert scaffold.write("model", "fifth", site) == site / "fifth.py"
     (site / "third-1.0.dist-info" / "entry_points.txt").write_text(
         "[bench.algorithms]\nthird = third:Third\n[bench.parts]\nfourth = fourth:Fourth\n"
+        "[bench.models]\nfifth = fifth:Fifth\n"
     )
 
     def answer(*words: str) -> object:
@@ -169,7 +171,7 @@ def test_an_entry_point_of_another_distribution_is_found(tmp_path: Path) -> None
 
     listed = answer("list", "algorithms", "--json")
     assert isinstance(listed, list) and "third" in listed and "third" not in list(ALGORITHMS)
-    document = answer("run", "--algos", "third(extra_epochs=1)+fourth", "--rounds", "1", *OFF)
+    document = answer("run", "--algos", "third(extra_epochs=1)+fourth", "--model", "fifth", "--rounds", "1", *OFF)
     assert isinstance(document, dict) and len(digest(json.dumps(document))) == 64
 
 
@@ -193,7 +195,7 @@ def test_new_never_overwrites_and_refuses_names_that_cannot_be(tmp_path: Path) -
         scaffold.write("algorithm", "other", file / "below")
 
 
-@pytest.mark.parametrize("kind", ["algorithm", "part", "dataset"])
+@pytest.mark.parametrize("kind", ["algorithm", "part", "dataset", "model"])
 def test_what_new_writes_passes_the_linter_of_this_repository(tmp_path: Path, kind: str) -> None:
     file = scaffold.write(kind, "mine", tmp_path)
     configuration = Path(__file__).parents[1] / "pyproject.toml"

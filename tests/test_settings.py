@@ -378,7 +378,7 @@ def test_float32_on_a_gpu_is_float32(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("bench.training.job.Population", stop)  # there may be no GPU
-    job = replace(toy._job(ALGORITHMS["fedavg"](), "serial", 0, toy.SETTING, False, toy.SIZES), device=device)
+    job = replace(toy._job(ALGORITHMS["fedavg"](), "serial", 0, toy.SETTING, toy.Toy(), toy.SIZES), device=device)
     with pytest.raises(KeyboardInterrupt):
         surroundings(job)
     assert [place.allow_tf32 for place in rounding] == [allowed, allowed]

@@ -9,20 +9,25 @@ import ast
 import importlib
 import inspect
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.face.asked import DEFAULT_SETTING
-from bench.registry import ALGORITHMS, DATASETS, PARTS, Registry, UnknownPlugin
+from bench.registry import ALGORITHMS, DATASETS, MODELS, PARTS, Registry, UnknownPlugin
 
 if TYPE_CHECKING:
     from bench.algorithm import Adaptation, Algorithm
     from bench.dataset import Dataset
 
 KINDS = ("algorithms", "sets", "parts", "datasets", "models", "settings", "partitions")
-PLUGINS: Mapping[str, Registry[Any]] = {"algorithms": ALGORITHMS, "parts": PARTS, "datasets": DATASETS}
+PLUGINS: Mapping[str, Registry[Any]] = {
+    "algorithms": ALGORITHMS,
+    "parts": PARTS,
+    "datasets": DATASETS,
+    "models": MODELS,
+}
 
 
 def summaries(kind: str) -> dict[str, str]:
@@ -31,6 +36,8 @@ def summaries(kind: str) -> dict[str, str]:
     Args:
         kind: One of `KINDS`.
     """
+    if kind == "models":
+        return {name: _first_line(_doc(MODELS.entered().get(name))) or _ELSEWHERE for name in MODELS}
     if kind in PLUGINS:
         return {name: _first_line(_module_docstring(kind, name)) for name in PLUGINS[kind]}
     if kind == "sets":
@@ -78,12 +85,14 @@ def describe(kind: str, name: str, dataset: str) -> dict[str, Any]:
         facts = ("num_classes", "image_shape", "size", "licence", "citation", "source", "revision")
         described = _describe_plugin(kind, name, DATASETS[name], facts)
         return {**described, "setting": _default_setting(DATASETS[name]())}
+    if kind == "models":
+        return _describe_model(name)
     described = {"name": name, "kind": kind, "documentation": _builtins(kind)[name]}
     if kind == "sets":
         return {**described, "algorithms": _members(name)}
     if kind == "settings":
         return {**described, "dataset": dataset, "fields": _setting_fields(name, dataset)}
-    return {**described, "parameters": _count_parameters(name)} if kind == "models" else described
+    return described
 
 
 _FACTS = {
@@ -183,7 +192,7 @@ def _field_docstrings(plugin: type) -> dict[str, str]:
 def _module_docstring(kind: str, name: str) -> str:
     """Read the docstring of a built-in plug-in's file; an entry point's is not known unless imported."""
     source = _source(kind, name)
-    return "from another distribution" if source is None else ast.get_docstring(ast.parse(source)) or ""
+    return _ELSEWHERE if source is None else ast.get_docstring(ast.parse(source)) or ""
 
 
 def _source(kind: str, name: str) -> str | None:
@@ -191,6 +200,9 @@ def _source(kind: str, name: str) -> str | None:
     package = importlib.import_module(f"bench.{kind}")
     files = (Path(folder) / f"{name}.py" for folder in package.__path__)
     return next((file.read_text(encoding="utf-8") for file in files if file.is_file()), None)
+
+
+_ELSEWHERE = "from another distribution"
 
 
 def family(name: str) -> str | None:
@@ -218,11 +230,6 @@ def _builtins(kind: str) -> Mapping[str, str]:
         from bench.protocol.sets import PREFIX, SETS
 
         return {PREFIX + name: said for name, said in SETS.items()}
-    if kind == "models":
-        from bench.models import MODELS
-
-        builders: Mapping[str, Callable[..., Any]] = MODELS
-        return {name: _doc(type(build(10, (3, 32, 32), "group"))) for name, build in builders.items()}
     if kind == "settings":
         from bench.protocol.settings import SETTINGS
 
@@ -251,12 +258,25 @@ def _default_setting(dataset: Dataset) -> dict[str, Any] | None:
         return None
 
 
+def _describe_model(name: str) -> dict[str, Any]:
+    from bench.models import BUILT_IN
+
+    network = MODELS[name]
+    texts = (network.__doc__,) if name in BUILT_IN else (inspect.getmodule(network).__doc__, network.__doc__)
+    documentation = "\n\n".join(inspect.cleandoc(text) for text in texts if text)
+    version = {} if name in BUILT_IN else {"version": network.version}
+    said = {"images": f"of at least {network.smallest} pixels", "parameters": _count_parameters(name), **version}
+    return {"name": name, "kind": "models", "documentation": documentation, **said}
+
+
 def _count_parameters(name: str) -> dict[str, int]:
+    """Count them for ten classes and colour images of 32 pixels, or as large ones as the network needs."""
     from bench import keys, tree
     from bench.models import build
 
-    model = build(name, 10, (3, 32, 32))
-    initial = model.init(keys.key(0))
+    side = max(32, MODELS[name].smallest)
+    model = build(name, 10, (3, side, side))
+    initial = model.init(keys.key(0, "meta"))  # shapes only: nothing is drawn
     leaves = tree.flatten(tree.parameters(initial))
     body = sum(leaf.numel() for path, leaf in leaves.items() if path.startswith("body/"))
     total = sum(leaf.numel() for leaf in leaves.values())

@@ -106,7 +106,11 @@ _OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("--imbalance", "Largest class over smallest, e.g. 10,50; the setting's by default.", {}),
     ("--alpha", "Concentration of the partition, e.g. 0.1,0.5; small is more skewed.", {}),
     ("--seeds", "A count (3 is 0,1,2), or seeds with a comma (0,4,7 or 3407,).", _shown("1")),
-    ("--plugin", "File with an algorithm, a part or a dataset; repeatable.", {"type": _PATH, "multiple": True}),
+    (
+        "--plugin",
+        "File with an algorithm, a part, a dataset or a model; repeatable.",
+        {"type": _PATH, "multiple": True},
+    ),
     ("--setting", "Named protocol; the next options replace parts of it.", _shown(DEFAULT_SETTING)),
     ("--partition", "How images are dealt to clients; see 'bench list partitions'.", {}),
     ("--clients", "Number of clients.", {"type": int}),

@@ -1,4 +1,4 @@
-"""`bench new`, `bench check` and `bench speed`: for who writes an algorithm, a part, a dataset, or the engine."""
+"""`bench new`, `bench check` and `bench speed`: for who writes a plug-in, or the engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 _FILE = click.Path(path_type=Path)
-_RUN = {"algorithm": "--algos {}", "part": "--algos fedavg+{}", "dataset": "--dataset {}"}
+_RUN = {"algorithm": "--algos {}", "part": "--algos fedavg+{}", "dataset": "--dataset {}", "model": "--model {}"}
 
 
 @click.command("new")
@@ -24,6 +24,7 @@ def new_command(kind: str, name: str, out: Path) -> None:
     \b
     bench new algorithm mine
     bench new part mine
+    bench new model mine
     bench new dataset leaves --out plugins
     """
     from bench.command import scaffold
@@ -43,7 +44,7 @@ def new_command(kind: str, name: str, out: Path) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def check_command(name: str, plugin: Path | None, kind: str | None, as_json: bool) -> None:
-    """Check that the algorithm, part or dataset NAME keeps the contract; exit status 1 if a promise is broken.
+    """Check that the algorithm, part, dataset or model NAME keeps the contract; exit status 1 if a promise is broken.
 
     \b
     bench check fedrep
@@ -53,7 +54,7 @@ def check_command(name: str, plugin: Path | None, kind: str | None, as_json: boo
     import torch
 
     from bench.command.catalogue import PLUGINS
-    from bench.contract import checks, parts
+    from bench.contract import checks, networks, parts
     from bench.protocol.spelling import near
     from bench.registry import UnknownPlugin, load_plugin
 
@@ -67,7 +68,7 @@ def check_command(name: str, plugin: Path | None, kind: str | None, as_json: boo
         )
     for other in kinds[1:]:
         click.echo(f"{name} is also one of the {other}: bench check {name} --kind {other}", err=True)
-    check = parts.check if kinds[0] == "parts" else checks.check
+    check = {"parts": parts.check, "models": networks.check}.get(kinds[0], checks.check)
     findings = []
     for finding in check(PLUGINS[kinds[0]][name]):
         findings.append(finding)

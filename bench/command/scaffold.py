@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.protocol.settings import BadConfig
-from bench.registry import ALGORITHMS, DATASETS, PARTS, Registry
+from bench.registry import ALGORITHMS, DATASETS, MODELS, PARTS, Registry
 
 _ALGORITHM = '''"""{Class}: one line on what it does that others do not.
 
@@ -123,10 +123,58 @@ class {Class}(Dataset):
         return (255 * (0.5 * patterns[labels] + 0.5 * noise)).to(torch.uint8), labels
 '''
 
+_MODEL = '''"""{Class}: one line on what it is made of.
+
+Authors. Title. Venue year. https://link (table or section)
+"""
+
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench import Block, Network, Tree, keys, register
+from bench.models.layers import NormedConvolution, apply_linear, linear
+
+FILTERS = NormedConvolution("conv", inputs=1, outputs=32, size=3, stride=2)
+
+
+@register("{name}")
+class {Class}(Network):
+    """A convolution of grey images with a norm layer, averaged, and 64 ReLU units; a linear head is on top of all."""
+
+    feature_size: ClassVar[int] = 64
+    smallest: ClassVar[int] = 4
+
+    def init_body(self, key: Tensor) -> Tree:
+        """Draw the body's weights, each layer's from a key of its own, for images of `self.shape`."""
+        filters = FILTERS._replace(inputs=self.shape[0])
+        return {{
+            "conv": filters.init(keys.fold(key, "conv"), self.norm),
+            "hidden": linear(keys.fold(key, "hidden"), 64, 32 * 4 * 4),
+        }}
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """Name the stages one after the other, the keys that each reads, and what it does."""
+        return Block("conv", ("conv",), filtered), Block("hidden", ("hidden",), hidden)
+
+
+def filtered(body: Tree, x: Tensor) -> Tensor:
+    """(B, channels, height, width) -> (B, 32, 4, 4)."""
+    return F.adaptive_avg_pool2d(F.relu(FILTERS(body, x)), 4)
+
+
+def hidden(body: Tree, x: Tensor) -> Tensor:
+    """(B, 32, 4, 4) -> (B, 64)."""
+    return F.relu(apply_linear(body["hidden"], x.flatten(1)))
+'''
+
 _TEMPLATES: dict[str, tuple[str, Registry[Any]]] = {
     "algorithm": (_ALGORITHM, ALGORITHMS),
     "part": (_PART, PARTS),
     "dataset": (_DATASET, DATASETS),
+    "model": (_MODEL, MODELS),
 }
 
 
@@ -134,7 +182,7 @@ def write(kind: str, name: str, folder: Path) -> Path:
     """Write a plug-in file.
 
     Args:
-        kind: "algorithm", "part" or "dataset".
+        kind: "algorithm", "part", "dataset" or "model".
         name: Of the plug-in and its file; "-" is written "_".
         folder: Made if it is not there.
 

@@ -48,7 +48,6 @@ class Toy(Dataset):
     """Six blurred prototypes under noise."""
 
     num_classes: ClassVar[int] = 6
-    image_shape: ClassVar[tuple[int, int, int]] = (1, 8, 8)
     mean: ClassVar[tuple[float, ...]] = (0.5,)
     std: ClassVar[tuple[float, ...]] = (0.2,)
     flip: ClassVar[bool] = False
@@ -59,6 +58,13 @@ class Toy(Dataset):
     """Test pictures."""
     garbage: bool = False
     """Replace the test part by noise with random labels: whatever reads it for training will differ."""
+    enlarged: int = 1
+    """How many pixels wide and high each of the 8×8 becomes, for networks that need more."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Grey squares."""
+        return 1, 8 * self.enlarged, 8 * self.enlarged
 
     def load(self, root: Path = Path()) -> Splits:
         """Make the pictures; nothing is read."""
@@ -68,7 +74,8 @@ class Toy(Dataset):
         def part(name: str, n: int) -> tuple[Tensor, Tensor]:
             y = torch.arange(n) % 6
             noise = keys.uniform(keys.fold(key, name), n, 1, 8, 8)
-            return (255 * (0.55 * prototypes[y] + 0.45 * noise)).to(torch.uint8), y
+            small = (255 * (0.55 * prototypes[y] + 0.45 * noise)).to(torch.uint8)
+            return small.repeat_interleave(self.enlarged, 2).repeat_interleave(self.enlarged, 3), y
 
         test_x, test_y = part("test", self.test)
         if self.garbage:
@@ -118,21 +125,21 @@ def run(
     checkpoint: Path | None = None,
     sizes: tuple[int, ...] = SIZES,
     precision: str = "fp32",
+    dataset: Toy = Toy(),
 ) -> Run:
     """Set up a run of the toy problem without taking a step."""
-    job = _job(algorithm, engine, seed, setting, garbage, sizes)
+    job = _job(algorithm, engine, seed, setting, replace(dataset, garbage=garbage), sizes)
     return Run(replace(job, precision=precision), checkpoint)
 
 
 def task(algorithm: Algorithm) -> Task:
     """Give the toy problem as an algorithm sees it, of no round in particular."""
-    return surroundings(_job(algorithm, "serial", 0, SETTING, False, SIZES)).task
+    return surroundings(_job(algorithm, "serial", 0, SETTING, Toy(), SIZES)).task
 
 
-def _job(algorithm: Algorithm, engine: str, seed: int, setting: Setting, garbage: bool, sizes: tuple[int, ...]) -> Job:
-    dataset = Toy(garbage=garbage)
+def _job(algorithm: Algorithm, engine: str, seed: int, setting: Setting, dataset: Toy, sizes: tuple[int, ...]) -> Job:
     splits = dataset.load()
-    dealt = split(_true_labels(splits), sizes)
+    dealt = split(_true_labels(splits, dataset), sizes)
     return Job(algorithm, dataset, splits, dealt, setting, seed, engine, reserve=reserve(splits, dealt, algorithm))
 
 
@@ -145,11 +152,11 @@ def reserve(splits: Splits, split: Split, algorithm: Algorithm) -> Reserve | Non
     return Reserve(splits.train_x, labelled, splits.train_y[labelled], public)
 
 
-def _true_labels(splits: Splits) -> Splits:
+def _true_labels(splits: Splits, dataset: Toy) -> Splits:
     """Give the splits with the true test labels, so that the partition is the same whatever the test images
     are.
     """
-    return replace(splits, test_y=Toy().load().test_y)
+    return replace(splits, test_y=replace(dataset, garbage=False).load().test_y)
 
 
 def finish(run: Run) -> Run:

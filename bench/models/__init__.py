@@ -20,9 +20,10 @@ from __future__ import annotations
 
 from bench.models.layers import is_norm as is_norm
 from bench.models.mobilenets import MobileNetV2
-from bench.models.networks import MLP, FedAvgCNN, Frozen, LeNet5, Linear, Network, SmallCNN
+from bench.models.networks import MLP, FedAvgCNN, Frozen, LeNet5, Linear, SmallCNN
 from bench.models.networks import Block as Block
 from bench.models.networks import Model as Model
+from bench.models.networks import Network as Network
 from bench.models.networks import block_of as block_of
 from bench.models.resnets import (
     ResNet,
@@ -36,13 +37,14 @@ from bench.models.resnets import (
     ResNet50,
     ResNet56,
 )
+from bench.registry import MODELS as MODELS
 
 
 class BadModel(ValueError):
     """No such model, or not for images of this size."""
 
 
-MODELS: dict[str, type[Network]] = {
+BUILT_IN: dict[str, type[Network]] = {
     "linear": Linear,
     "mlp": MLP,
     "small_cnn": SmallCNN,
@@ -60,9 +62,8 @@ MODELS: dict[str, type[Network]] = {
     "mobilenet_v2": MobileNetV2,
     "frozen": Frozen,
 }
-
-_ANY_SHAPE = ("linear", "mlp", "frozen")
-"""Models that flatten what they are given."""
+for _name, _network in BUILT_IN.items():
+    MODELS.add(_name, _network)
 
 
 def build(name: str, num_classes: int, shape: tuple[int, ...], norm: str = "group") -> Model:
@@ -73,8 +74,8 @@ def build(name: str, num_classes: int, shape: tuple[int, ...], norm: str = "grou
     """
     if name not in MODELS:
         raise BadModel(f"no model is called {name!r}; there are {', '.join(MODELS)}")
-    network = MODELS[name]
-    if len(shape) != 3 and name not in _ANY_SHAPE:
+    network: type[Network] = MODELS[name]
+    if len(shape) != 3 and not network.any_shape:
         these = f"these examples are of shape {' x '.join(map(str, shape))}"
         raise BadModel(f"{name} needs images (channels, height, width), and {these}; choose linear or mlp")
     if min(shape[1:], default=1) < network.smallest:

@@ -160,10 +160,10 @@ def linear(key: Tensor, outputs: int, inputs: int) -> Tree:
     return {"weight": draw[: outputs * inputs].reshape(outputs, inputs), "bias": draw[outputs * inputs :]}
 
 
-def convolution(key: Tensor, outputs: int, inputs: int, size: int, bias: bool = False) -> Tree:
-    """Draw a convolution, He normal over the fan-out; a bias starts at zero."""
-    std = math.sqrt(2.0 / (outputs * size * size))
-    layer: Tree = {"weight": keys.normal(key, outputs, inputs, size, size) * std}
+def convolution(key: Tensor, outputs: int, inputs: int, size: int, bias: bool = False, groups: int = 1) -> Tree:
+    """Draw a convolution, He normal over the fan-out within its group of channels; a bias starts at zero."""
+    std = math.sqrt(2.0 / (outputs // groups * size * size))
+    layer: Tree = {"weight": keys.normal(key, outputs, inputs // groups, size, size) * std}
     if bias:
         layer["bias"] = torch.zeros(outputs, device=key.device)
     return layer
@@ -206,7 +206,7 @@ class NormedConvolution(NamedTuple):
 
     def init(self, key: Tensor, kind: str) -> Tree:
         """Draw the sub-tree, for a kind of norm layer."""
-        conv = convolution(key, self.outputs, self.inputs // self.groups, self.size)
+        conv = convolution(key, self.outputs, self.inputs, self.size, groups=self.groups)
         return {"conv": conv, "norm": norm_layer(kind, self.outputs, key.device)}
 
     def __call__(self, layers: Tree, x: Tensor) -> Tensor:

@@ -83,6 +83,8 @@ class Network(ABC):
     """Of a plug-in: raised when the same key gives other weights, or the same weights other features."""
     smallest: ClassVar[int] = 1
     """Pixels that images have at least."""
+    any_shape: ClassVar[bool] = False
+    """Whether it flattens what it is given, and takes other examples than images."""
 
     name: str
     num_classes: int
@@ -150,6 +152,8 @@ def block_of(model: Model, path: str) -> str:
 class Linear(Network):
     """Softmax regression on pixels: no body; d = channels · height · width."""
 
+    any_shape: ClassVar[bool] = True
+
     @property
     def feature_size(self) -> int:
         """d."""
@@ -172,6 +176,8 @@ class Frozen(Network):
     differ only in how they train the body coincide. FedBABU, whose head is fixed, learns in its fine-tuning only.
     """
 
+    any_shape: ClassVar[bool] = True
+
     @property
     def feature_size(self) -> int:
         """d."""
@@ -189,6 +195,8 @@ class Frozen(Network):
 
 class MLP(Network):
     """One hidden layer of 64 ReLU units; d = 64."""
+
+    any_shape: ClassVar[bool] = True
 
     @property
     def feature_size(self) -> int:
@@ -295,7 +303,7 @@ class LeNet5(Network):
         return *convolutions, _dense("hidden1"), _dense("hidden2")
 
 
-def _left(shape: tuple[int, int, int]) -> int:
+def _left(shape: tuple[int, ...]) -> int:
     """Count the pixels that two 5×5 convolutions without padding, each with 2×2 pooling, leave of an image."""
     height, width = (((side - 4) // 2 - 4) // 2 for side in shape[1:])
     return height * width

@@ -15,11 +15,11 @@ from bench.data import Images
 from bench.dataset import DataMissing, Dataset, Splits, Streamed
 from bench.files.prepared import PARTS, Chunk, Plan, Store, Stored, find
 from bench.files.unfinished import writing
-from bench.models import Model, build, weights
+from bench.models import BUILT_IN, Model, build, weights
 from bench.preparing.preparation import Progress
 from bench.protocol.identity import identify
 from bench.registry import label, name
-from bench.sweep.config import describe_plugin
+from bench.sweep.config import describe_model, describe_plugin
 from bench.tree import Tree
 
 CHUNK = 256
@@ -103,6 +103,8 @@ class Embedding:
             "labels": tree.digest([columns]),
             "body": [self.model, self.norm, source],
         }
+        if self.model not in BUILT_IN:
+            made_of["model"] = describe_model(self.model)
         return Plan(
             listing=identify(made_of),
             shape=(self.network.feature_size, 1, 1),

@@ -153,8 +153,9 @@ class Setting:
             self.imbalance,
             "must be at least 1 (largest class over smallest)",
         )
+        if self.model not in MODELS:
+            raise BadConfig(f"model = {self.model!r}: must be one of {', '.join(MODELS)}")
         for name, allowed in (
-            ("model", tuple(MODELS)),
             ("norm", NORMS),
             ("statistics", STATISTICS_POLICIES),
             ("augment", AUGMENTATIONS),

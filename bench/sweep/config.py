@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench.algorithm import Algorithm
 from bench.dataset import Dataset, Labels, Splits
-from bench.models import MODELS, build, has_body
+from bench.models import BUILT_IN, MODELS, build, has_body
 from bench.models.weights import digest, read
 from bench.part import Part
 from bench.protocol.identity import identify
@@ -129,6 +129,8 @@ class Run:
         setting = self.fields()
         del setting["name"]
         protocol = {"dataset": describe_plugin(self.dataset), "setting": setting}
+        if self.setting.model not in BUILT_IN:
+            protocol["model"] = describe_model(self.setting.model)
         return protocol if self.weights is None else {**protocol, "weights": digest(self.weights)}
 
     def read_weights(self) -> Tree | None:
@@ -190,6 +192,13 @@ def _describe(plugin: Algorithm | Dataset | Part) -> dict[str, Any]:
     }
     digest = source_digest(type(plugin))
     return described if digest is None else {**described, "source": digest}
+
+
+def describe_model(model: str) -> dict[str, Any]:
+    """Give name and version of a network, and the digest of its file if it came with `--plugin`."""
+    network = MODELS[model]
+    digest = source_digest(network)
+    return {"name": model, "version": network.version, **({} if digest is None else {"source": digest})}
 
 
 def _describe_origin(text: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from bench.algorithm import Algorithm
 from bench.dataset import Dataset
+from bench.models import MODELS
 from bench.protocol.composition import compose
 from bench.protocol.identity import canonical, identify
 from bench.protocol.settings import SETTINGS, BadConfig, Setting
@@ -56,7 +57,9 @@ class Asked:
     rounds: int | None = None
     """Rounds of this algorithm alone, where samples were matched."""
     outdated: Mapping[str, str]
-    """Which of "algorithm" and "dataset" this code has a later version of, that may give other numbers; in words."""
+    """Which of "algorithm", "dataset" and "model" this code has a later version of, that may give other numbers; in
+    words.
+    """
 
     @property
     def own_weights(self) -> bool:
@@ -106,6 +109,9 @@ def rebuild(record: Record) -> Asked:
     outdated: dict[str, str] = {}
     algorithm = _algorithm(identity, outdated)
     dataset = _plugin(DATASETS, identity.get("dataset"), "dataset", outdated)
+    if "model" in identity:
+        _, old = _known(MODELS, identity["model"], "model")
+        outdated |= {} if old is None else {"model": old}
     setting = _setting(identity.get("setting"), str(record.setting["name"]))
     setting = replace(setting, auxiliary=_origin(identity["algorithm"], algorithm))
     asked = Asked(
@@ -138,6 +144,21 @@ def _algorithm(identity: Mapping[str, object], outdated: dict[str, str]) -> Algo
 
 
 def _plugin(registry: Registry[P], described: object, part: str, outdated: dict[str, str]) -> P | None:
+    kind, old = _known(registry, described, part)
+    assert isinstance(described, dict)
+    if issubclass(kind, Dataset) and kind.identity is not Dataset.identity:
+        return None
+    outdated |= {} if old is None else {part: old}
+    try:
+        return _typed(kind, described.get("fields"), f"identity.{part}.fields")
+    except CannotRebuild:
+        if old is None:
+            raise
+        return kind()  # its fields were others
+
+
+def _known(registry: Registry[P], described: object, part: str) -> tuple[type[P], str | None]:
+    """Find a plug-in, and say in words that its version is a later one here, if it is."""
     key = f"identity.{part}"
     if not isinstance(described, dict) or not isinstance(described.get("name"), str):
         raise CannotRebuild(key, "names no plug-in")
@@ -151,15 +172,7 @@ def _plugin(registry: Registry[P], described: object, part: str, outdated: dict[
         raise CannotRebuild(f"{key}.version", f"is {version!r}, and must be a whole number from 1 on")
     if version > known:
         raise CannotRebuild(f"{key}.version", f"is {version}, and this code knows {called} up to {known}; update it")
-    if issubclass(kind, Dataset) and kind.identity is not Dataset.identity:
-        return None
-    if version == known:
-        return _typed(kind, described.get("fields"), f"{key}.fields")
-    outdated[part] = f"version {version} of {called}, which is at version {known} here"
-    try:
-        return _typed(kind, described.get("fields"), f"{key}.fields")
-    except CannotRebuild:  # its fields were others
-        return kind()
+    return kind, None if version == known else f"version {version} of {called}, which is at version {known} here"
 
 
 def _own_rate(described: object) -> float | None:
@@ -238,7 +251,8 @@ def _require_its_spelling(asked: Asked) -> None:
 def description(asked: Asked) -> dict[str, object]:
     """Give the keys of run.json that repeat the identity in other words, as far as this code can tell."""
     record, identity, run = asked.record, asked.record.identity, asked.run(Path())
-    protocol: dict[str, object] = {key: identity[key] for key in ("dataset", "setting", "weights") if key in identity}
+    of_protocol = ("dataset", "setting", "model", "weights")
+    protocol: dict[str, object] = {key: identity[key] for key in of_protocol if key in identity}
     told: dict[str, object] = {
         "protocol": identify(protocol),
         "algorithm": name(asked.algorithm),

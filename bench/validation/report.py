@@ -187,7 +187,7 @@ def _grouped(members: Iterable[Inspected], key: Callable[[Inspected], object]) -
 
 def _protocol(one: Inspected) -> object:
     assert one.record is not None
-    return canonical({key: one.record.identity.get(key) for key in ("dataset", "setting", "weights")})
+    return canonical({key: one.record.identity.get(key) for key in ("dataset", "setting", "model", "weights")})
 
 
 def _protocol_and_seed(one: Inspected) -> object:
