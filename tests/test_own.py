@@ -163,6 +163,28 @@ def test_a_run_prepares_few_photographs_itself_and_those_that_were_added(
     assert status == "done" and "34 photographs are few" in said
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "data pack CALL --out OUT --data-root ROOT",
+        "data embed CALL --model mlp --random-weights --data-root ROOT",
+        "tune --algos fedavg --dataset CALL --trials 1 --rounds 1 --model linear --clients 2 --ray off --out OUT "
+        "--data-root ROOT",
+    ],
+)
+def test_whatever_reads_few_photographs_prepares_them(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, root = bare(tmp_path / "own", classes=2), tmp_path / "root"
+    given = {"CALL": f"folder(path='{own}', pixels=8)", "OUT": str(tmp_path / "out.npz"), "ROOT": str(root)}
+    words = [given.get(word, word) for word in command.split()]
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    said = capsys.readouterr().err
+    assert ended.value.code == 0, said
+    assert "24 photographs are few" in said and folder(own).load(root).train_x.shape[1:] == (3, 8, 8)
+
+
 def test_many_photographs_and_those_of_others_keep_the_printed_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
