@@ -8,7 +8,6 @@ files named with `--plugin`.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -18,6 +17,8 @@ from dataclasses import MISSING, Field, fields
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Generic, TypeVar
+
+from bench.names import meant, near
 
 T = TypeVar("T", bound=type)
 P = TypeVar("P")
@@ -49,20 +50,18 @@ class Registry(Mapping[str, type[P]], Generic[P]):
         self._classes: dict[str, type[P]] = {}
 
     def __getitem__(self, name: str) -> type[P]:
-        name = name.replace("-", "_")
+        name = self.meant(name)
         if name in self._classes:
             return self._classes[name]
         if name in self._files():
             importlib.import_module(f"bench.{self.kind}.{name}")
         elif name in self._classes:  # registered when its package was imported, which was now
             return self._classes[name]
-        elif name in self._entry_points():
+        else:
             entry = self._entry_points()[name]
             loaded = entry.load()
             if isinstance(loaded, type) and name not in self._classes:
                 self._classes[name] = loaded
-        else:
-            raise UnknownPlugin(self._unknown(name))
         if name not in self._classes:
             raise BadPlugin(
                 f"{self.kind}/{name} was imported and did not register {name!r}; its class needs @register({name!r})"
@@ -76,7 +75,18 @@ class Registry(Mapping[str, type[P]], Generic[P]):
         return len(list(iter(self)))
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and (name in self._classes or name.replace("-", "_") in set(self))
+        return isinstance(name, str) and (name in self._classes or meant(name, self) is not None)
+
+    def meant(self, name: str) -> str:
+        """Give the name of the plug-in that was typed, in whatever case and with - for _.
+
+        Raises:
+            UnknownPlugin: There is none.
+        """
+        found = name if name in self._classes else meant(name, self)
+        if found is None:
+            raise UnknownPlugin(f"no bench.{self.kind} plug-in is called {name!r}; {near(name, self)}")
+        return found
 
     def add(self, name: str, plugin: type[P]) -> None:
         """Enter a class under a name; another class under a taken name is an error, never a replacement."""
@@ -85,12 +95,10 @@ class Registry(Mapping[str, type[P]], Generic[P]):
             plugin.__module__,
             plugin.__qualname__,
         ):
-            raise BadPlugin(
-                f"two {self.kind} are called {name!r}: {known.__module__}.{known.__qualname__} and "
-                f"{plugin.__module__}.{plugin.__qualname__}; rename one"
-            )
+            both = f"{known.__qualname__} of {_file(known)} and {plugin.__qualname__} of {_file(plugin)}"
+            raise BadPlugin(f"two {self.kind} are called {name!r}: {both}; rename one")
         if name in self._files() and not plugin.__module__.startswith(f"bench.{self.kind}."):
-            raise BadPlugin(f"{name!r} of {plugin.__module__} has the name of a built-in of {self.kind}; rename it")
+            raise BadPlugin(f"{name!r} of {_file(plugin)} has the name of a built-in of {self.kind}; rename it")
         self._classes[name] = plugin
 
     def entered(self) -> dict[str, type[P]]:
@@ -119,10 +127,10 @@ class Registry(Mapping[str, type[P]], Generic[P]):
     def _entry_points(self) -> dict[str, EntryPoint]:
         return {entry.name: entry for entry in entry_points(group=f"bench.{self.kind}")}
 
-    def _unknown(self, name: str) -> str:
-        near = difflib.get_close_matches(name, list(self), n=2, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(self)}"
-        return f"no bench.{self.kind} plug-in is called {name!r}; {hint}"
+
+def _file(plugin: type) -> str:
+    """Name the file that a class stands in, as it was given; of a session without files its module."""
+    return getattr(sys.modules.get(plugin.__module__), "__file__", None) or plugin.__module__
 
 
 def register(name: str) -> Callable[[T], T]:

@@ -566,6 +566,39 @@ def test_algorithms_are_found_by_name_or_by_some_of_their_fields() -> None:
 
 
 @pytest.mark.parametrize(
+    ("word", "wanted"),
+    [
+        ("fedprox(mu=0)", "fedprox(mu=0.0)"),
+        ("FedProx( MU = 0 )", "fedprox(mu=0.0)"),
+        ("fedprox(mu=1e-1, on=False)", "fedprox(mu=0.1)"),
+        ("fedprox(on=0)", None),
+        ("fedprox(on=True)", None),
+        ("fedprox+focal(gamma=2)+topk", "fedprox(mu=0.0)+focal+topk"),
+        ("fedprox+topk+FOCAL( gamma=2.0 )", "fedprox(mu=0.0)+focal+topk"),
+        ("fedprox+focal+topk(gamma=2)", None),
+        ("fedprox(gamma=2)+topk+focal", None),
+        ("fedprox+topk", None),
+        ("FOCAL+focal", "focal+focal"),
+    ],
+)
+def test_a_call_means_its_values_however_it_is_spelt(word: str, wanted: str | None) -> None:
+    """Spaces, 0 and 0.0, defaults, the order of fields and of parts say nothing; a truth is no number."""
+    rows = {
+        "fedprox(mu=0.0)": ("fedprox", "FedProx(mu=0.0, on=False)"),
+        "fedprox(mu=0.1)": ("fedprox", "FedProx(mu=0.1, on=False)"),
+        "fedprox(mu=0.0)+focal+topk": ("fedprox+focal+topk", "FedProx(mu=0.0) + Focal(gamma=2.0) + TopK(share=0.1)"),
+        "focal+focal": ("focal+focal", "Focal() + Focal(gamma=2.0)"),
+    }
+    found = [record(name, {"call": call}, call=call, label=label) for label, (name, call) in rows.items()]
+    boards = leaderboards(found)
+    if wanted is not None:
+        assert choose(boards, [word]) == [wanted]
+    else:
+        with pytest.raises(BadConfig, match="there are no results of"):
+            choose(boards, [word])
+
+
+@pytest.mark.parametrize(
     ("word", "reason"),
     [
         ("fedavgg", "there are no results of fedavgg; did you mean fedavg?"),

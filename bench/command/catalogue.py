@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.face.asked import DEFAULT_SETTING
+from bench.names import meant, near
 from bench.registry import ALGORITHMS, DATASETS, MODELS, PARTS, Registry, UnknownPlugin
 
 if TYPE_CHECKING:
@@ -51,12 +52,10 @@ def find(name: str) -> list[str]:
     Raises:
         UnknownPlugin: Of none; the message offers near ones.
     """
-    from bench.protocol.spelling import near
-
     if "+" in name:
         return ["algorithms"]
     known = {kind: list(summaries(kind)) for kind in KINDS}
-    kinds = [kind for kind, names in known.items() if {name, name.replace("-", "_")} & set(names)]
+    kinds = [kind for kind, names in known.items() if meant(name, names) is not None]
     if kinds:
         return kinds
     everything = [each for names in known.values() for each in names]
@@ -68,8 +67,8 @@ def describe(kind: str, name: str, dataset: str) -> dict[str, Any]:
 
     Args:
         kind: One of `KINDS`.
-        name: As `summaries` has it, or a method with parts.
-        dataset: That a setting's values are shown for.
+        name: As a person types one of `summaries`, or a method with parts.
+        dataset: That a setting's values are shown for, as on the command line.
 
     Returns:
         "name", "kind", "documentation", and what the kind has: "fields" (name to value or type and default,
@@ -78,6 +77,7 @@ def describe(kind: str, name: str, dataset: str) -> dict[str, Any]:
     """
     if "+" in name:
         return _describe_composed(name)
+    name = meant(name, summaries(kind)) or name
     if kind in ("algorithms", "parts"):
         described = _describe_plugin(kind, name, PLUGINS[kind][name], _FACTS[kind])
         return described if kind == "parts" else {**described, **_adaptation(ALGORITHMS[name]())}
@@ -91,7 +91,10 @@ def describe(kind: str, name: str, dataset: str) -> dict[str, Any]:
     if kind == "sets":
         return {**described, "algorithms": _members(name)}
     if kind == "settings":
-        return {**described, "dataset": dataset, "fields": _setting_fields(name, dataset)}
+        from bench.protocol.spelling import label, parse_dataset
+
+        shown_for = parse_dataset(dataset)
+        return {**described, "dataset": label(shown_for), "fields": _setting_fields(name, shown_for)}
     return described
 
 
@@ -120,7 +123,6 @@ def _describe_composed(text: str) -> dict[str, Any]:
 
 
 def _describe_plugin(kind: str, name: str, plugin: type, facts: tuple[str, ...]) -> dict[str, Any]:
-    name = name.replace("-", "_")
     texts = (inspect.getmodule(plugin).__doc__, plugin.__doc__)
     documentation = "\n\n".join(inspect.cleandoc(text) for text in texts if text)
     values = {fact: _fact(plugin(), fact) for fact in facts}  # of its defaults: some depend on options
@@ -239,10 +241,10 @@ def _builtins(kind: str) -> Mapping[str, str]:
     return {name: _doc(partition) for name, partition in PARTITIONS.items()}
 
 
-def _setting_fields(name: str, dataset: str) -> dict[str, dict[str, Any]]:
+def _setting_fields(name: str, dataset: Dataset) -> dict[str, dict[str, Any]]:
     from bench.protocol.settings import Setting, named
 
-    values = asdict(named(name, DATASETS[dataset]()))
+    values = asdict(named(name, dataset))
     documented = _field_docstrings(Setting)
     return {field: {"value": value, "doc": documented.get(field, "")} for field, value in values.items()}
 

@@ -15,6 +15,7 @@ import click
 
 from bench.command.embed import embed_command
 from bench.command.prepare import check_command, prepare_command
+from bench.command.typed import Verbs
 from bench.face.asked import DEFAULT_SETTING
 from bench.face.preparing import prepare_own
 
@@ -36,7 +37,7 @@ _LINE_SECONDS = 10.0
 """Least time between two lines about a download, where there is no bar."""
 
 
-@click.group("data", short_help="Fetch, check, prepare, look at and pack datasets.")
+@click.group("data", cls=Verbs, short_help="Fetch, check, prepare, look at and pack datasets.")
 def data_command() -> None:
     """Fetch, check, prepare, look at and pack datasets.
 

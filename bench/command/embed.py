@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from bench.command.typed import Choice
+
 _MODEL = "Network whose body makes them; see 'bench list models'."
 _WEIGHTS = "File of its weights: torchvision's state_dict of a ResNet, or our own names; .pth or .safetensors."
 _NORM = "Default: batch, as pre-trained networks have it; group with --random-weights."
@@ -19,9 +21,9 @@ _ROOT = "Folder of all datasets; else $BENCH_DATA, else the user's cache."
 @click.option("--model", required=True, help=_MODEL)
 @click.option("--weights", type=click.Path(path_type=Path), metavar="FILE", help=_WEIGHTS)
 @click.option("--random-weights", is_flag=True, help="Take the weights that a run would start from: for tests.")
-@click.option("--norm", type=click.Choice(["group", "batch"]), help=_NORM)
+@click.option("--norm", type=Choice(["group", "batch"]), help=_NORM)
 @click.option("--batch-size", type=click.IntRange(1, 256), default=64, show_default=True, help="Images at once.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--device", type=Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--data-root", type=click.Path(path_type=Path), help=_ROOT)
 def embed_command(
     name: str,

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 import bench
+from bench.command.typed import Verbs, as_spelt, sentence
 
 _VERBS = {
     "run": ("bench.command.run", "Compare algorithms; with no options, five of them on scikit-learn's digits."),
@@ -50,7 +51,7 @@ _STATUS = {
 """Our errors that are shown as a sentence, by name: importing them takes seconds. Anything else is a bug."""
 
 
-class Verbs(click.Group):
+class LazyVerbs(Verbs):
     """A group whose commands are imported when they are called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -74,8 +75,7 @@ class Verbs(click.Group):
         try:
             status = super().main(*args, **{**kwargs, "standalone_mode": False})
         except click.UsageError as error:
-            path = error.ctx.command_path if error.ctx else "bench"
-            fail(f"{error.format_message().rstrip('.')}; see '{path} --help'", 2)
+            fail(sentence(error), 2)
         except click.ClickException as error:
             fail(error.format_message(), 2)
         except click.Abort:
@@ -96,9 +96,13 @@ def fail(sentence: str, status: int) -> None:
 
 
 @click.group(
-    cls=Verbs,
+    cls=LazyVerbs,
     invoke_without_command=True,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 110,
+        "token_normalize_func": as_spelt,
+    },
 )
 @click.version_option(bench.__version__, package_name="pfl-lt-bench", prog_name="bench")
 @click.pass_context

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -11,7 +10,9 @@ from typing import Any
 
 import click
 
+from bench.command.typed import Choice
 from bench.face.asked import DEFAULT_ALGORITHMS, DEFAULT_DATASET, DEFAULT_SETTING, Asked
+from bench.names import meant, near
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +59,10 @@ def _read_file(context: click.Context, parameter: click.Parameter, file: Path | 
     del options["from"]
     defaults: dict[str, Any] = {}
     for key, value in content.items():
-        name = key.replace("-", "_")
-        if name not in options:
-            near = difflib.get_close_matches(name, options, n=2, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(options)}"
-            raise click.BadParameter(f"{file}: no option is called {key!r}; {hint}", context, parameter)
+        name = meant(key, options)
+        if name is None:
+            said = f"{file}: no option is called {key!r}; {near(key, options)}"
+            raise click.BadParameter(said, context, parameter)
         defaults[name] = _as_typed(value, bool(options[name].get("multiple")))
     context.default_map = defaults
 
@@ -88,7 +88,7 @@ def _shown(default: str) -> dict[str, Any]:
 
 
 def _one_of(*values: str) -> dict[str, Any]:
-    return {"type": click.Choice(values), "default": values[0], "show_default": True}
+    return {"type": Choice(values), "default": values[0], "show_default": True}
 
 
 _OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -120,7 +120,7 @@ _OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
         "--match",
         "What is equal for all: rounds (the default), or samples: each has the rounds in which it processes about what "
         "plain local training processes in --rounds.",
-        {"type": click.Choice(["rounds", "samples"])},
+        {"type": Choice(["rounds", "samples"])},
     ),
     ("--epochs", "Local epochs of a round.", {"type": int}),
     ("--batch-size", "Examples of an optimiser step.", {"type": int}),

@@ -10,12 +10,14 @@ from typing import Any
 
 import click
 
+from bench.command.typed import Choice
+
 _FILE = click.Path(path_type=Path)
 _RUN = {"algorithm": "--algos {}", "part": "--algos fedavg+{}", "dataset": "--dataset {}", "model": "--model {}"}
 
 
 @click.command("new")
-@click.argument("kind", type=click.Choice(list(_RUN)))
+@click.argument("kind", type=Choice(list(_RUN)))
 @click.argument("name")
 @click.option("--out", type=_FILE, default=Path("."), show_default=True, help="Folder of the new file.")
 def new_command(kind: str, name: str, out: Path) -> None:
@@ -39,9 +41,7 @@ def new_command(kind: str, name: str, out: Path) -> None:
 @click.command("check")
 @click.argument("name")
 @click.option("--plugin", type=_FILE, help="File that the name is defined in.")
-@click.option(
-    "--kind", type=click.Choice([f"{kind}s" for kind in _RUN]), help="Which is meant, if several have the name."
-)
+@click.option("--kind", type=Choice([f"{kind}s" for kind in _RUN]), help="Which is meant, if several have the name.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def check_command(name: str, plugin: Path | None, kind: str | None, as_json: bool) -> None:
     """Check that the algorithm, part, dataset or model NAME keeps the contract; exit status 1 if a promise is broken.
@@ -55,7 +55,7 @@ def check_command(name: str, plugin: Path | None, kind: str | None, as_json: boo
 
     from bench.command.catalogue import PLUGINS
     from bench.contract import checks, networks, parts
-    from bench.protocol.spelling import near
+    from bench.names import near
     from bench.registry import UnknownPlugin, load_plugin
 
     if plugin is not None:

@@ -6,6 +6,7 @@ import keyword
 from pathlib import Path
 from typing import Any
 
+from bench.names import with_article
 from bench.protocol.settings import BadConfig
 from bench.registry import ALGORITHMS, DATASETS, MODELS, PARTS, Registry
 
@@ -194,7 +195,7 @@ def write(kind: str, name: str, folder: Path) -> Path:
         raise BadConfig(f"{name!r} cannot name a file and a class; use lower-case letters, digits and _")
     template, taken = _TEMPLATES[kind]
     if name in taken:
-        raise BadConfig(f"there is a {kind} called {name!r} already; choose another name")
+        raise BadConfig(f"there is {with_article(kind)} called {name!r} already; choose another name")
     file = folder / f"{name}.py"
     content = template.format(name=name, Class="".join(map(str.capitalize, name.split("_"))))
     try:

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from bench.command.typed import Choice
 from bench.face.asked import DEFAULT_DATASET
 
 _WIDTH = 120  # of the documentation beside it
@@ -17,7 +18,7 @@ _KINDS = ("algorithms", "sets", "parts", "datasets", "models", "settings", "part
 
 
 @click.command("list")
-@click.argument("kind", type=click.Choice(_KINDS), required=False)
+@click.argument("kind", type=Choice(_KINDS), required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print the names as JSON.")
 def list_command(kind: str | None, as_json: bool) -> None:
     """List what there is to choose from; of every kind, if none is given.
@@ -44,7 +45,7 @@ def list_command(kind: str | None, as_json: bool) -> None:
 @click.command("show")
 @click.argument("name")
 @click.option("--plugin", type=click.Path(path_type=Path), help="File that the name is defined in.")
-@click.option("--kind", type=click.Choice(_KINDS), help="Which is meant, where several have the name.")
+@click.option("--kind", type=Choice(_KINDS), help="Which is meant, where several have the name.")
 @click.option("--dataset", default=DEFAULT_DATASET, show_default=True, help="Show a setting as it is for this.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def show_command(name: str, plugin: Path | None, kind: str | None, dataset: str, as_json: bool) -> None:

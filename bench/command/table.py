@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bench.command.stored import out_option, read_stored
+from bench.command.typed import Choice
 
 if TYPE_CHECKING:
     from bench.results.leaderboard import Leaderboard
@@ -20,12 +21,12 @@ if TYPE_CHECKING:
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["md", "csv", "latex", "html", "json"]),
+    type=Choice(["md", "csv", "latex", "html", "json"]),
     help="Text in this format instead of a table for the terminal.",
 )
 @click.option(
     "--metric",
-    type=click.Choice(["last", "last10", "best"]),
+    type=Choice(["last", "last10", "best"]),
     default="last",
     show_default=True,
     help="Last round, mean of the last ten evaluations, or the best on test data (optimistic).",

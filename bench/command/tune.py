@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bench.command.options import Options, defaults, some_run_options
+from bench.command.typed import Choice
 from bench.face.preparing import prepare_own
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ _OF_RUN = (
 @click.option(
     "--for",
     "target",
-    type=click.Choice(["balanced", "personal", "generic"]),
+    type=Choice(["balanced", "personal", "generic"]),
     default="balanced",
     show_default=True,
     help="What is maximised: personal.balanced, personal or generic; generic, or else balanced, where that is absent.",

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from bench.face.shown import as_html, as_text
+from bench.names import near
 from bench.protocol.settings import BadConfig
-from bench.protocol.spelling import near
 from bench.results import comparison
 from bench.results.compared import terminal
 from bench.results.comparison import Comparison

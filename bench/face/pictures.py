@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from bench.names import near
 from bench.protocol.settings import BadConfig
-from bench.protocol.spelling import near
 from bench.results.comparison import spell_p
 from bench.results.layout import title
 from bench.results.leaderboard import Leaderboard

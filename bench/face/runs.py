@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from bench.face.comparing import Compared, compare
 from bench.face.shown import as_text
+from bench.names import near
 from bench.protocol.settings import BadConfig
-from bench.protocol.spelling import near
 from bench.results import comparison, records, table
 from bench.results.leaderboard import RANKS_BY, Leaderboard, leaderboards
 from bench.results.record import Record

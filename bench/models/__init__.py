@@ -37,6 +37,7 @@ from bench.models.resnets import (
     ResNet50,
     ResNet56,
 )
+from bench.names import near
 from bench.registry import MODELS as MODELS
 
 
@@ -73,7 +74,7 @@ def build(name: str, num_classes: int, shape: tuple[int, ...], norm: str = "grou
         BadModel: No such name, images too small for it, or no images.
     """
     if name not in MODELS:
-        raise BadModel(f"no model is called {name!r}; there are {', '.join(MODELS)}")
+        raise BadModel(f"no model is called {name!r}; {near(name, MODELS)}")
     network: type[Network] = MODELS[name]
     if len(shape) != 3 and not network.any_shape:
         these = f"these examples are of shape {' x '.join(map(str, shape))}"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 from bench.algorithm import Algorithm
 from bench.protocol.composition import prefixed, with_values
 from bench.protocol.settings import BadConfig
-from bench.protocol.spelling import parse_algorithms, split_list
+from bench.protocol.spelling import parse_algorithms, respell, split_list
 from bench.registry import label
 
 if TYPE_CHECKING:
@@ -74,10 +74,10 @@ class Preset:
             BadConfig: The preset does not have it.
         """
         asked = label(algorithm)
-        if asked not in self.algorithms:
+        choice = {**{respell(call): choice for call, choice in self.algorithms.items()}, **self.algorithms}.get(asked)
+        if choice is None:
             known = ", ".join(self.algorithms) or "nothing"
             raise BadConfig(f"preset {self.name} has no {asked}; it has {known}: leave others out, or tune them too")
-        choice = self.algorithms[asked]
         chosen = parse_algorithms(choice.call)
         if len(chosen) != 1 or not _same(chosen[0], algorithm):
             raise BadConfig(f"preset {self.name} has {choice.call!r} for {asked}; a call of that algorithm is wanted")

@@ -30,6 +30,21 @@ SIZES = ("equal", "unequal")
 USERS = ("merge", "sample")
 WITHOUT_ALPHA = ("iid", "users", "classes")
 """Partitions that no concentration shapes."""
+NAMED = {
+    "norm": NORMS,
+    "statistics": STATISTICS_POLICIES,
+    "augment": AUGMENTATIONS,
+    "profile": PROFILES,
+    "client_test": CLIENT_TESTS,
+    "sampling": SAMPLINGS,
+    "groups": GROUP_RULES,
+    "client_weights": CLIENT_WEIGHTS,
+    "match": MATCHED,
+    "decayed": DECAYED,
+    "sizes": SIZES,
+    "users": USERS,
+}
+"""Fields of a setting that take one of some names."""
 READ_BY = {"classes_per_client": "classes", "sizes": "classes", "users": "users"}
 """Fields that one partition alone reads."""
 LATER: Mapping[str, object] = {"classes_per_client": None, "sizes": "equal", "users": "merge"}
@@ -155,26 +170,9 @@ class Setting:
         )
         if self.model not in MODELS:
             raise BadConfig(f"model = {self.model!r}: must be one of {', '.join(MODELS)}")
-        for name, allowed in (
-            ("norm", NORMS),
-            ("statistics", STATISTICS_POLICIES),
-            ("augment", AUGMENTATIONS),
-            ("profile", PROFILES),
-            ("client_test", CLIENT_TESTS),
-            ("sampling", SAMPLINGS),
-            ("groups", GROUP_RULES),
-            ("client_weights", CLIENT_WEIGHTS),
-            ("match", MATCHED),
-            ("decayed", DECAYED),
-            ("sizes", SIZES),
-            ("users", USERS),
-        ):
-            _require(
-                getattr(self, name) in allowed,
-                name,
-                getattr(self, name),
-                f"must be one of {', '.join(allowed)}",
-            )
+        for name, allowed in (*NAMED.items(),):
+            value = getattr(self, name)
+            _require(value in allowed, name, value, f"must be one of {', '.join(allowed)}")
 
     def training_clients(self, clients: int) -> int:
         """Give how many of all clients may take part in training.

@@ -7,22 +7,23 @@ fedloge,fedrep(head_epochs=5)+topk      0.5,0.1      3 (seeds 0, 1, 2)      0,4,
 from __future__ import annotations
 
 import ast
-import difflib
+import keyword
 import math
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
 from bench.algorithm import Algorithm
 from bench.dataset import Dataset
+from bench.names import meant, near
 from bench.protocol.composition import compose
 from bench.protocol.sets import PREFIX, SETS, members
 from bench.protocol.settings import BadConfig
-from bench.registry import ALGORITHMS, DATASETS, PARTS, Registry
+from bench.registry import ALGORITHMS, DATASETS, PARTS, BadPlugin, Registry, UnknownPlugin
 from bench.registry import label as label
 from bench.registry import name as name
 
@@ -55,13 +56,6 @@ def split_at(separator: str, text: str) -> list[str]:
         else:
             item += character
     return [item.strip() for item in (*items, item)]
-
-
-def near(name: str, known: Iterable[str]) -> str:
-    """Say which names are near a wrong one, or else which there are."""
-    names = list(known)
-    close = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names)}"
 
 
 # Plug-ins ---------------------------------------------------------------------------------------------------
@@ -135,6 +129,15 @@ def unfold(item: str) -> list[str]:
     return [f"{each}{plus}{parts}" for each in members(called.strip())]
 
 
+def respell(call: str) -> str:
+    """Spell a call of an algorithm as `label` does; leave it as it stands where it cannot be read here."""
+    try:
+        (algorithm,) = parse_algorithms(call)
+    except (UnknownPlugin, BadPlugin, BadConfig, ValueError):
+        return call
+    return label(algorithm)
+
+
 def parse_datasets(given: str | Sequence[str | Dataset]) -> list[Dataset]:
     """Read a comma list of datasets; same syntax and errors as `parse_algorithms`."""
     items = _items(given)
@@ -175,19 +178,32 @@ def _construct(text: str, registry: Registry[P]) -> P:
     call = _CALL.fullmatch(text)
     if call is None:
         raise BadConfig(f"{text!r} is not a name or a call such as name(parameter=1)")
-    plugin_name = call["name"].replace("-", "_")
+    plugin_name = registry.meant(call["name"])
     plugin = registry[plugin_name]
-    values = _keywords(plugin_name, call["parameters"] or "()")
     hints = _field_types(plugin)
     takes = f"{plugin_name} takes {', '.join(hints) or 'no parameters'}"
-    for parameter in values:
-        if parameter not in hints:
-            raise BadConfig(f"{plugin_name}({parameter}={values[parameter]!r}): no such parameter; {takes}")
+    written = call["parameters"] or "()"
+    if (reserved := _reserved(written)) is not None:
+        raise BadConfig(f"{plugin_name}{written}: {reserved} is a word of Python's own and no parameter; {takes}")
+    values: dict[str, object] = {}
+    for parameter, value in _keywords(plugin_name, written).items():
+        field = meant(parameter, hints)
+        if field is None:
+            raise BadConfig(f"{plugin_name}({parameter}={value!r}): no such parameter; {takes}")
+        if field in values:
+            raise BadConfig(f"{plugin_name}{written}: {field} is given twice")
+        values[field] = value
     typed = {key: check_type(hints[key], value, f"{plugin_name}({key}={value!r})") for key, value in values.items()}
     try:
         return plugin(**typed)
     except ValueError as error:  # what a range check of `__post_init__` raises, `BadConfig` included
         raise BadConfig(f"{text}: {error}") from error
+
+
+def _reserved(parameters: str) -> str | None:
+    """Give the first word of Python's own that stands in the place of a parameter, such as `lambda`."""
+    words = (item.partition("=")[0].strip() for item in split_list(parameters.strip()[1:-1]) if "=" in item)
+    return next((word for word in words if keyword.iskeyword(word)), None)
 
 
 def _keywords(plugin_name: str, parameters: str) -> dict[str, object]:
@@ -197,16 +213,16 @@ def _keywords(plugin_name: str, parameters: str) -> dict[str, object]:
         raise BadConfig(f"{plugin_name}{parameters} is not written as a Python call") from error
     if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name):
         raise BadConfig(f"{plugin_name}{parameters} is not written as one Python call")
-    if tree.args or any(keyword.arg is None for keyword in tree.keywords):
+    if tree.args or any(given.arg is None for given in tree.keywords):
         raise BadConfig(f"{plugin_name}{parameters}: give parameters by name, as in name(parameter=1)")
     values: dict[str, object] = {}
-    for keyword in tree.keywords:
-        assert keyword.arg is not None
+    for given in tree.keywords:
+        assert given.arg is not None
         try:
-            values[keyword.arg] = ast.literal_eval(keyword.value)
+            values[given.arg] = ast.literal_eval(given.value)
         except (ValueError, TypeError, MemoryError, RecursionError) as error:
-            written = ast.unparse(keyword.value)
-            call = f"{plugin_name}({keyword.arg}={written})"
+            written = ast.unparse(given.value)
+            call = f"{plugin_name}({given.arg}={written})"
             raise BadConfig(f"{call}: {written} is not a Python literal; text needs quotes") from error
     return values
 
@@ -217,18 +233,28 @@ def _field_types(plugin: type) -> dict[str, Any]:
 
 
 def check_type(hint: Any, value: object, where: str) -> Any:
-    """Give a value as a field's type has it, whole numbers as floats where floats are wanted.
+    """Give a value as a field's type has it: whole numbers as floats where floats are wanted, names in their own case.
 
     Raises:
         BadConfig: It is of another type, or not finite; begins with `where`.
     """
     if isinstance(value, float) and not math.isfinite(value):
         raise BadConfig(f"{where}: a finite number is wanted")
+    if isinstance(value, str):
+        value = meant(value, _choices(hint)) or value
     try:
         return TypeAdapter(hint).validate_python(value, strict=True)
     except ValidationError as error:
         reasons = dict.fromkeys(detail["msg"].removeprefix("Input ") for detail in error.errors())
         raise BadConfig(f"{where}: it {' or '.join(reasons)}") from error
+
+
+def _choices(hint: Any) -> list[str]:
+    """Give the names among which a field's type lets choose."""
+    inner = get_args(hint)
+    if get_origin(hint) is Literal:
+        return [name for name in inner if isinstance(name, str)]
+    return [name for each in inner for name in _choices(each)]
 
 
 # Numbers and settings ---------------------------------------------------------------------------------------
@@ -305,7 +331,7 @@ def parse_assignments(items: Iterable[str]) -> dict[str, object]:
     values: dict[str, object] = {}
     for item in items:
         field, equals, text = (part.strip() for part in item.partition("="))
-        field = field.replace("-", "_")
+        field = field.replace("-", "_").lower()
         if not equals or not field:
             raise BadConfig(f"--set {item}: field=value is wanted")
         if field in values:

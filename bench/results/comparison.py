@@ -17,10 +17,11 @@ from dataclasses import asdict, dataclass, replace
 from statistics import variance
 from typing import Any
 
+from bench.names import meant, near
 from bench.protocol.identity import canonical
 from bench.protocol.sets import EVERYTHING, PREFIX
 from bench.protocol.settings import BadConfig
-from bench.protocol.spelling import near, split_at, unfold
+from bench.protocol.spelling import split_at, unfold
 from bench.results.layout import NOT_INDEPENDENT, resolution, title
 from bench.results.leaderboard import Leaderboard, Row, measured
 from bench.results.statistics import LEVEL, Pair, Ranking, Scores, pairwise, rank
@@ -197,7 +198,7 @@ def choose(boards: Sequence[Leaderboard], words: Iterable[str]) -> list[str]:
     Args:
         boards: Leaderboards.
         words: Labels, names, or calls with some of the fields: `fedrep` or `fedrep(head_epochs=2)` mean the one row
-            that fits. `set:pfl` means all that there are of a set's algorithms.
+            that fits, however they are spelt. `set:pfl` means all that there are of a set's algorithms.
 
     Returns:
         Labels of `entrants`, in the order of the words, without repetition.
@@ -224,45 +225,68 @@ def _meant(known: Mapping[str, Sequence[Row]], word: str) -> list[str]:
 
 
 def _choose(known: Mapping[str, Sequence[Row]], word: str) -> str:
-    if word in known:
-        return word
-    name, wanted = _call(word)
-    name = name.replace("-", "_")
-    fitting = [
-        label for label, (row, *_) in known.items() if row.algorithm == name and wanted.items() <= _fields(row).items()
-    ]
+    if (label := meant(word, known)) is not None:
+        return label
+    wanted = _call(word)
+    fitting = [label for label, (row, *_) in known.items() if _fits(wanted, row)]
     if not fitting:
         raise BadConfig(f"there are no results of {word}; {near(word, known)}")
-    if name in fitting and not wanted:
-        return name
+    bare = meant("".join(wanted), fitting)
+    if bare is not None and not any(wanted.values()):
+        return bare
     if len(fitting) > 1:
         raise BadConfig(f"{word} may be {' or '.join(sorted(fitting))}: write which")
     return fitting[0]
 
 
-def _fields(row: Row) -> dict[str, str]:
+_Pieces = dict[str, dict[str, object]]
+"""By the name of a method, and of its parts after a plus, values of fields: text, where one is no literal."""
+
+
+def _fits(wanted: _Pieces, row: Row) -> bool:
+    """Tell whether a row has these pieces, the parts in whatever order, and these values: 0 is 0.0, and not False."""
+    names = row.algorithm.lower().replace("+", " +").split()
+    if next(iter(wanted)) != names[0] or wanted.keys() != set(names):
+        return False
     try:
-        return _call(row.call)[1]
+        stored = dict(zip(names, _call(row.call).values(), strict=True))
     except BadConfig:
-        return {}
+        return not any(wanted.values())
+    return all(
+        field in stored[name] and _same(value, stored[name][field])
+        for name, fields in wanted.items()
+        for field, value in fields.items()
+    )
 
 
-def _call(text: str) -> tuple[str, dict[str, str]]:
-    """Take `name(field=1)+part` apart: the names, and each field's value as Python writes it."""
-    names, fields = zip(*(_piece(item, place) for place, item in enumerate(split_at("+", text))), strict=True)
-    return "+".join(names), {field: value for each in fields for field, value in each.items()}
+def _same(one: object, other: object) -> bool:
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
 
 
-def _piece(text: str, place: int) -> tuple[str, dict[str, str]]:
+def _call(text: str) -> _Pieces:
+    """Take `name(field=1)+part` apart."""
+    (name, fields), *parts = map(_piece, split_at("+", text))
+    return {name: fields, **{f"+{part}": values for part, values in parts}}
+
+
+def _piece(text: str) -> tuple[str, dict[str, object]]:
+    called, bracket, rest = text.partition("(")
     try:
-        tree = ast.parse(text.strip().replace("-", "_", text.partition("(")[0].count("-")), mode="eval").body
+        tree = ast.parse(called.strip().replace("-", "_").lower() + bracket + rest, mode="eval").body
     except (SyntaxError, ValueError) as error:
         raise BadConfig(f"{text!r} is not a name or a call such as name(parameter=1)") from error
     if isinstance(tree, ast.Name):
         return tree.id, {}
     if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name) or tree.args:
         raise BadConfig(f"{text!r} is not a name or a call such as name(parameter=1)")
-    return tree.func.id, {f"{place} {keyword.arg}": ast.unparse(keyword.value) for keyword in tree.keywords}
+    return tree.func.id, {f"{given.arg}".lower(): _value(given.value) for given in tree.keywords}
+
+
+def _value(written: ast.expr) -> object:
+    try:
+        return ast.literal_eval(written)
+    except (ValueError, TypeError):
+        return ast.unparse(written)
 
 
 def _tables(

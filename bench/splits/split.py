@@ -16,6 +16,7 @@ from scipy.sparse import coo_array, csr_array
 from torch import Tensor
 
 from bench.dataset import DataDamaged, Labels
+from bench.names import near
 from bench.protocol.settings import READ_BY, Setting
 from bench.splits.dealing import PartitionFailed as PartitionFailed
 from bench.splits.dealing import Pool, reseed
@@ -66,8 +67,7 @@ def make_split(labels: Labels, num_classes: int, setting: Setting, seed: int) ->
         raise PartitionFailed(f"seed = {seed}: must be in 0..{2**32 - 1}")
     seed = setting.seed_of_split(seed)
     if setting.partition not in PARTITIONS:
-        known = ", ".join(PARTITIONS)
-        raise PartitionFailed(f"no partition is called {setting.partition!r}; there are {known}")
+        raise PartitionFailed(f"no partition is called {setting.partition!r}; {near(setting.partition, PARTITIONS)}")
     kept = subsample(labels.train, num_classes, setting.profile, setting.imbalance)
     truth = labels.train.numpy()
     pool = Pool(truth[kept], num_classes, None if labels.users is None else labels.users.numpy()[kept])

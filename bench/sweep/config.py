@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +16,12 @@ from bench.algorithm import Algorithm
 from bench.dataset import Dataset, Labels, Splits
 from bench.models import BUILT_IN, MODELS, build, has_body
 from bench.models.weights import digest, read
+from bench.names import meant, near
 from bench.part import Part
 from bench.protocol.identity import identify
 from bench.protocol.presets import DEFAULT, Preset
-from bench.protocol.settings import LATER, READ_BY, SETTINGS, WITHOUT_ALPHA, BadConfig, Setting, named
-from bench.protocol.spelling import check_fields, label, near, spell_imbalance
+from bench.protocol.settings import LATER, NAMED, READ_BY, SETTINGS, WITHOUT_ALPHA, BadConfig, Setting, named
+from bench.protocol.spelling import check_fields, label, spell_imbalance
 from bench.protocol.spelling import name as name
 from bench.protocol.spelling import parse_algorithms as parse_algorithms
 from bench.protocol.spelling import parse_dataset as parse_dataset
@@ -332,8 +333,7 @@ def resolve_setting(setting: str, dataset: Dataset, overrides: Mapping[str, obje
     Raises:
         BadConfig: No such setting, field, partition or model, or a value of the wrong type or range.
     """
-    if setting not in SETTINGS:
-        raise BadConfig(f"no setting is called {setting!r}; {near(setting, SETTINGS)}")
+    setting = _known("setting", setting, SETTINGS)
     typed = check_fields(Setting, {key: _pairs(key, value) for key, value in overrides.items()}, "a setting")
     if "name" in typed:
         raise BadConfig("a setting's name cannot be set; choose one with --setting")
@@ -342,9 +342,22 @@ def resolve_setting(setting: str, dataset: Dataset, overrides: Mapping[str, obje
         auxiliary.check(origin, dataset)
         typed["auxiliary"] = str(origin)
     for key, known in (("model", MODELS), ("partition", PARTITIONS)):
-        if key in typed and typed[key] not in known:
-            raise BadConfig(f"no {key} is called {typed[key]!r}; {near(typed[key], known)}")
+        if key in typed:
+            typed[key] = _known(key, typed[key], known)
+    typed |= {key: meant(typed[key], names) or typed[key] for key, names in NAMED.items() if key in typed}
     return _reconcile(replace(named(setting, dataset), **typed), dataset, typed, SETTINGS[setting](dataset).alpha)
+
+
+def _known(kind: str, name: str, known: Collection[str]) -> str:
+    """Give the name that was typed as it is spelt.
+
+    Raises:
+        BadConfig: There is none.
+    """
+    found = meant(name, known)
+    if found is None:
+        raise BadConfig(f"no {kind} is called {name!r}; {near(name, known)}")
+    return found
 
 
 def _pairs(field: str, value: object) -> object:
