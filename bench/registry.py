@@ -18,6 +18,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from bench import blame
 from bench.names import meant, near
 
 T = TypeVar("T", bound=type)
@@ -168,11 +169,21 @@ def load_plugin(path: Path) -> list[str]:
             del sys.modules[module]
             if isinstance(error, BadPlugin):
                 raise
-            raise BadPlugin(f"--plugin {path} fails when imported: {type(error).__name__}: {error}") from error
+            raise BadPlugin(f"--plugin {path} fails when imported: {blame.told(error)}") from error
     names = [name for registry in REGISTRIES for name in registry.registered_by(module)]
     if not names:
         raise BadPlugin(f"--plugin {path} registers nothing; its class needs @register(...)")
     return names
+
+
+def plugin_files() -> set[str]:
+    """Give the files of all plug-ins that were loaded, for `bench.blame`."""
+    plugins = [plugin for registry in REGISTRIES for plugin in registry.entered().values()]
+    modules = {plugin.__module__ for plugin in plugins}
+    files = {file for module in modules if (file := getattr(sys.modules.get(module), "__file__", None)) is not None}
+    methods = (member for plugin in plugins if plugin.__module__ == "__main__" for member in vars(plugin).values())
+    cells = {code.co_filename for member in methods if (code := getattr(member, "__code__", None)) is not None}
+    return files | (cells - {"<string>"})  # which is what a decorator made
 
 
 def source_digest(plugin: type) -> str | None:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from bench.command.typed import Choice
+
+if TYPE_CHECKING:
+    from bench.contract.promises import Finding
 
 _FILE = click.Path(path_type=Path)
 _RUN = {"algorithm": "--algos {}", "part": "--algos fedavg+{}", "dataset": "--dataset {}", "model": "--model {}"}
@@ -69,16 +74,28 @@ def check_command(name: str, plugin: Path | None, kind: str | None, as_json: boo
     for other in kinds[1:]:
         click.echo(f"{name} is also one of the {other}: bench check {name} --kind {other}", err=True)
     check = {"parts": parts.check, "models": networks.check}.get(kinds[0], checks.check)
-    findings = []
+    findings: list[Finding] = []
     for finding in check(PLUGINS[kinds[0]][name]):
+        again = not finding.looked_at and finding.problem in [each.problem for each in findings]
         findings.append(finding)
-        if not as_json:
+        if not as_json and not again:
             broken = "" if finding.problem is None else f": {finding.problem}"
             click.echo(f"{'✓' if finding.problem is None else '✗'} {finding.promise}{broken}")
     if as_json:
         rows = [{"promise": finding.promise, "problem": finding.problem} for finding in findings]
         click.echo(json.dumps({"name": name, "findings": rows}, indent=2))
+    else:
+        _say_unseen(findings)
     sys.exit(1 if any(finding.problem is not None for finding in findings) else 0)
+
+
+def _say_unseen(findings: Sequence[Finding]) -> None:
+    """Say of each error that kept several promises from being looked at how many more they were."""
+    errors = Counter(finding.problem for finding in findings if not finding.looked_at)
+    for error, times in errors.items():
+        if times > 1:
+            more = f"{times - 1} more promise{'s' * (times > 2)}"
+            click.echo(f"✗ {more} could not be looked at, for the same error: {error}")
 
 
 @click.command("speed")

@@ -72,9 +72,14 @@ def defaults_construct(plugin: type[Any]) -> None:
 
 
 def tier_is_told(plugin: type[Algorithm]) -> None:
-    """A method with images at the server is of tier A, or of V which says more."""
-    needs = plugin().needs & NEEDS
-    require(not needs or plugin().tier in ("A", "V"), f"needs {', '.join(sorted(needs))}, which is tier A")
+    """A method with images at the server is of tier A, or of V which says more; tier and needs are known ones."""
+    needs, tier = plugin().needs, plugin().tier
+    unknown = needs - (NEEDS | {"body", "prior", "pooled"})
+    known = "body, prior, pooled, auxiliary, public"
+    require(not unknown, f"needs {', '.join(sorted(unknown))}; what can be needed is {known}")
+    require(tier in ("S", "L", "A", "V"), f"tier = {tier!r}: must be one of S, L, A, V")
+    images = ", ".join(sorted(needs & NEEDS))
+    require(not images or tier in ("A", "V"), f"needs {images}, which is tier A")
 
 
 def family_is_known(plugin: type[Algorithm]) -> None:

@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bench import blame
+from bench.registry import plugin_files
+
 
 class ContractBroken(AssertionError):
     """A promise is not kept; the message says which and how."""
@@ -18,6 +21,8 @@ class Finding:
     promise: str
     problem: str | None
     """None where the promise is kept."""
+    looked_at: bool = True
+    """False where an error kept the promise from being looked at: the problem is that error."""
 
 
 def findings(plugin: type, promises: Mapping[str, Callable[[Any], None]]) -> Iterator[Finding]:
@@ -28,7 +33,7 @@ def findings(plugin: type, promises: Mapping[str, Callable[[Any], None]]) -> Ite
         except ContractBroken as broken:
             yield Finding(promise, str(broken))
         except Exception as error:  # a plug-in may fail in any way, and the other promises are still of interest
-            yield Finding(promise, f"{type(error).__name__}: {error}")
+            yield Finding(promise, blame.told(error, plugin_files()), looked_at=False)
         else:
             yield Finding(promise, None)
 

@@ -32,13 +32,15 @@ class Uploads:
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def __getitem__(self, key: str) -> Tree:
-        """Stack an upload that is a tree: every leaf (K, ...)."""
-        return tree.stack([upload[key] for upload in self.trees])
+    def __getitem__(self, key: str) -> Any:
+        """Stack an upload: every leaf of a tree, or a single tensor, (K, ...)."""
+        sent = [upload[key] for upload in self.trees]
+        return torch.stack(sent) if isinstance(sent[0], Tensor) else tree.stack(sent)
 
     def tensor(self, key: str) -> Tensor:
-        """Stack an upload that is a single tensor: (K, ...)."""
-        return torch.stack([upload[key] for upload in self.trees])
+        """Stack an upload that is a single tensor, (K, ...), with its type."""
+        stacked: Tensor = self[key]
+        return stacked
 
     def mean(self, key: str | None = None, weights: Tensor | Tree | None = None) -> Any:
         """Average over the clients, in float64 and in the order of their ids.

@@ -278,7 +278,8 @@ class _Combined(Uploads):
             update = self.rule.combine(self.task, [tree.sub(model, start) for model in models], shares)
             self.known[known] = tree.add(start, update)
         combined = self.known.get(known, {})
-        return tree.merge(plain, combined if key is None else combined.get(key, {}))
+        moved = combined if key is None else combined.get(key, plain)
+        return tree.merge(plain, moved) if isinstance(plain, dict) else moved
 
 
 def _part(values: Tree) -> tuple[Tree, Tree]:

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
+from bench import blame
 from bench.algorithm import Misnamed
 from bench.dataset import Dataset, Labels, Splits
 from bench.files import source
 from bench.protocol import provenance
 from bench.protocol.settings import BadConfig
 from bench.protocol.spelling import label, name
+from bench.registry import plugin_files
 from bench.results import records
 from bench.results.claims import Claimed, claim
 from bench.splits.split import Split, describe, group_classes, make_split
@@ -192,12 +194,10 @@ def _write(out: Path, run: Run, described: dict[str, Any], rounds: Any, counts: 
 
 
 def reason_of(error: Exception, expected: tuple[type[Exception], ...]) -> str:
-    """Say in a sentence what went wrong; for errors that are not expected also of which kind and where."""
-    first = (str(error).strip() or "no message").splitlines()[0]
+    """Say in a sentence what went wrong; for errors that are not expected what `blame.told` tells."""
     if isinstance(error, expected):
-        return first
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {first} ({Path(frame.filename).name}, line {frame.lineno})"
+        return (str(error).strip() or "no message").splitlines()[0]
+    return blame.told(error, plugin_files())
 
 
 def _now() -> str:

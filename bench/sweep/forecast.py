@@ -27,13 +27,13 @@ from typing import Any
 
 import torch
 
-from bench import tree
+from bench import blame, tree
 from bench.dataset import DataDamaged, DataMissing, Dataset
 from bench.durable import put
 from bench.files import source
 from bench.protocol import provenance
 from bench.protocol.identity import identify
-from bench.registry import load_plugin
+from bench.registry import load_plugin, plugin_files
 from bench.splits.split import make_split
 from bench.sweep.config import Run
 from bench.sweep.schedule import Forecast, average, cell, cell_of, order, wall_seconds
@@ -259,9 +259,9 @@ def answer() -> None:
             found = probe(pickle.load(stream))
             said: dict[str, Any] = {"seconds": found.seconds, "peak_bytes": found.peak_bytes}
         except Exception as error:  # a plug-in may raise anything
-            first = (str(error).strip().splitlines() or [""])[0]
             ours = type(error).__module__.startswith("bench.")
-            said = {"error": first if ours else f"{type(error).__name__}: {first}"}
+            first = (str(error).strip().splitlines() or [""])[0]
+            said = {"error": first if ours else blame.told(error, plugin_files())}
             said["data"] = isinstance(error, DataMissing | DataDamaged)
     os.write(sys.stdout.fileno(), json.dumps(said).encode())
 
