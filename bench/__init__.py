@@ -66,7 +66,19 @@ _HOMES = {
 }
 
 
+_TOOLS = ("keys", "losses", "models", "optim", "tree")
+"""Modules of functions, `bench.tree` for one, that are there without an import of their own."""
+
+__all__ = [*_HOMES]
+
+
 def __getattr__(name: str) -> object:
+    if name in _TOOLS:
+        return importlib.import_module(f"bench.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'bench' has no attribute {name!r}")
     return getattr(importlib.import_module(f"bench.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*_HOMES, *_TOOLS, "__version__"])

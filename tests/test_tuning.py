@@ -707,6 +707,7 @@ def test_what_was_tuned_stands_in_the_table_beside_the_default(bench: Callable[.
     tuned = bench("tune", "--algos", "fedavg,fedrep(head_epochs=2)", "--trials", 3, *OPTIONS)
     assert tuned.status == 0, tuned.err
     assert "as written" in tuned.out and "preset: runs/presets/tuned.toml" in tuned.out
+    assert not set("┏┃┡│") & set(tuned.out) and "─" * 20 in tuned.out, "a table like all others"
     preset = presets.read(tmp_path / "runs/presets/tuned.toml")
     assert set(preset.algorithms) == {"fedavg", "fedrep(head_epochs=2)"}
     changed = [choice for asked, choice in preset.algorithms.items() if (choice.call, choice.lr) != (asked, None)]
@@ -757,7 +758,7 @@ def test_tuning_goes_on_and_prints_one_document(bench: Callable[..., Answer], tm
 
 
 def test_two_processes_never_search_one_study(bench: Callable[..., Answer], tmp_path: Path) -> None:
-    command = ("tune", "--algos", "fedavg", "--trials", 1, *OPTIONS)
+    command = ("tune", "--algos", "fedavg", "--trials", 1, "--tracking-uri", "off", *OPTIONS)
     assert bench(*command).status == 0
     (folder,) = (tmp_path / "runs/tuning").iterdir()
     with claim(folder):

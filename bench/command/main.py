@@ -7,12 +7,14 @@ missing or damaged, 130 interrupted.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import Any
 
 import click
 
 import bench
+from bench.command.streams import make_safe
 from bench.command.typed import Verbs, as_spelt, sentence
 
 _VERBS = {
@@ -72,6 +74,11 @@ class LazyVerbs(Verbs):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run a verb and exit; errors that are the user's are one line on standard error."""
+        make_safe()
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            fail("the working directory is gone; change to one that is there, and type the command again", 2)
         try:
             status = super().main(*args, **{**kwargs, "standalone_mode": False})
         except click.UsageError as error:

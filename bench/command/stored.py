@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from bench.names import meant
+
 if TYPE_CHECKING:
     from bench.results.record import Record
 
@@ -31,6 +33,9 @@ def read_stored(out: Path, datasets: str | None = None) -> list[Record]:
     Args:
         out: Where.
         datasets: Names of those that are kept, separated by commas; None: all.
+
+    Raises:
+        BadParameter: There are results, and none on one of these.
     """
     from bench.results import records
 
@@ -40,5 +45,15 @@ def read_stored(out: Path, datasets: str | None = None) -> list[Record]:
         click.echo(f"bench: {sentence}", err=True)
     if datasets is None:
         return found
-    wanted = {name.strip().replace("-", "_") for name in datasets.split(",") if name.strip()}
-    return [record for record in found if record.dataset.partition("(")[0] in wanted]
+    known = sorted({_name(record) for record in found})
+    wanted = [name.strip() for name in datasets.split(",") if name.strip()]
+    for name in wanted:
+        if known and meant(name, known) is None:
+            said = f"there are no results on {name!r} in {out}; there are some on {', '.join(known)}"
+            raise click.BadParameter(said, param_hint="--dataset")
+    kept = {meant(name, known) for name in wanted}
+    return [record for record in found if _name(record) in kept]
+
+
+def _name(record: Record) -> str:
+    return record.dataset.partition("(")[0]

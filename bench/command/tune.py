@@ -50,6 +50,7 @@ _OF_RUN = (
     show_default=True,
     help="Share of each client's training images to choose on.",
 )
+@click.option("--tracking-uri", type=Choice(["off"]), help="Trials are not tracked; a line for 'bench run' may say so.")
 @click.option("--name", default="tuned", show_default=True, help="Of the preset, beside the algorithms in tables.")
 def tune_command(trials: int, target: str, fields: str | None, validation: float, name: str, **values: Any) -> None:
     """Give every algorithm the same number of trials, and write what was best as a preset for `bench run`.
@@ -226,24 +227,27 @@ def _value(value: Any) -> str:
 
 def _print(book: Book) -> None:
     """Print for each algorithm what was chosen."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from bench.registry import label
     from bench.tuning.choice import best, scored_by
 
-    table = Table(title="accuracy (%) on training images that were set aside", title_justify="left")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for heading in ("algorithm", "model", "as written", "tuned", "chosen", "trials", "failed", "samples"):
-        table.add_column(heading, overflow="fold")
+        words = heading in ("algorithm", "model", "chosen")
+        table.add_column(heading, justify="left" if words else "right", overflow="fold", no_wrap=not words)
     for study in book.studies:
         trials = book.within(study)
         found = best(trials)
         chosen = "–" if found is None else "as written" if found.number == 0 else f"{found.call}, lr {found.lr:g}"
         table.add_row(
-            label(study.run.algorithm),
+            Text(label(study.run.algorithm)),
             scored_by(study, trials) or "–",
             *("–" if t is None or t.score is None else f"{100 * t.score:.2f}" for t in (trials[0], found)),
-            chosen,
+            Text(chosen),
             str(len(trials)),
             str(sum(trial.score is None for trial in trials)),
             f"{sum(_processed(each) for trial in trials for each in trial.cost if trial.same_as is None):,.0f}",
@@ -251,6 +255,7 @@ def _print(book: Book) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 160  # a file has no width, and 80 columns would cut
+    console.print(Text("accuracy (%) on training images that were set aside", style="bold"))
     console.print(table)
 
 

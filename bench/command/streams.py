@@ -1,0 +1,35 @@
+"""Output where it is not UTF-8 (a code page, a pipe): what cannot be written is written in ASCII, and nothing fails."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import sys
+import unicodedata
+
+_NAME = "bench.ascii"
+_ALIKE = {"–": "-", "±": "+-", "×": "x", "·": "*", "≥": ">=", "≤": "<=", "✓": "ok", "✗": "NO"}
+_BLOCKS = dict(zip("▁▂▃▄▅▆▇█░▒▓", "..::==##.=#", strict=True))
+
+
+def make_safe() -> None:
+    """Have standard output and error write stand-ins for characters that their encoding lacks."""
+    codecs.register_error(_NAME, _stand_in)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "backslashreplace"):
+            stream.reconfigure(errors=_NAME)
+
+
+def _stand_in(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(map(_in_ascii, error.object[error.start : error.end])), error.end
+
+
+def _in_ascii(character: str) -> str:
+    """Write a character in ASCII: what looks like it, a letter without its accent, or a question mark."""
+    known = {**_ALIKE, **_BLOCKS}.get(character)
+    if known is not None:
+        return known
+    plain = unicodedata.normalize("NFKD", character)
+    return "".join(each for each in plain if each.isascii()) or "?"
