@@ -370,7 +370,7 @@ def test_lines_say_how_far_runs_and_sweep_are_but_not_all_the_time() -> None:
         f"started: {cell} 1",
         f"bench: failed: {cell} 1: it broke",
         "sweep: 2 of 3 runs have ended, 1 of them failed; about 30 s left",
-        f"done: {cell} 2: generic –, balanced –",
+        f"done: {cell} 2",
     ]
 
 

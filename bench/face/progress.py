@@ -130,16 +130,28 @@ class Display:
         self._forget(run)
         self.warn(f"waits: {run}: {reason}")
 
+    def found(self, run: Run, metrics: Mapping[str, float | None]) -> None:
+        """Say what another process has done."""
+        self.outlook.ended(run.id, None)
+        self._say(f"done by another process: {run}: {accuracy(metrics)}")
+        self._count(run)
+
     def ended(self, run: Run, reason: str | None) -> None:
         """Say how the run ended."""
         self.outlook.ended(run.id, self.took.get(run.id) if reason is None else None)
+        self.failed += reason is not None
+        if reason is not None:
+            self.warn(f"failed: {run}: {reason}")
+        elif run.id in self.latest:
+            self._say(f"done: {run}: {self._accuracy(run)}")
+        else:  # its last round was over before this process went on with it
+            self._say(f"done: {run}")
+        self._count(run)
+
+    def _count(self, run: Run) -> None:
+        """Count a run that is over."""
         self._forget(run)
         self.over += 1
-        self.failed += reason is not None
-        if reason is None:
-            self._say(f"done: {run}: {self._accuracy(run)}")
-        else:
-            self.warn(f"failed: {run}: {reason}")
         if self.sweep is not None:
             note = f"{self.failed} failed" if self.failed else ""
             self.bars.update(self.sweep, completed=self.over, note=note)

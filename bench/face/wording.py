@@ -19,6 +19,8 @@ def duration(seconds: float) -> str:
 
 
 def accuracy(metrics: Mapping[str, float | None]) -> str:
-    """Write the two numbers that say how well a run does, which are those that rank."""
+    """Write the two numbers that say how well a run does, which are those that rank; say so if it was not tested."""
+    if not metrics:
+        return "not tested in this round"
     shares = {name: metrics.get(key) for name, key in (("generic", "generic"), ("balanced", "personal.balanced"))}
     return ", ".join(f"{name} {'–' if share is None else f'{100 * share:.1f} %'}" for name, share in shares.items())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -126,6 +126,12 @@ class _Collector:
     def retried(self, run: Run, reason: str) -> None:
         for watcher in self.watchers:
             watcher.retried(run, reason)
+
+    def found(self, run: Run, metrics: Mapping[str, float | None]) -> None:
+        self._learn(run)
+        self.results[run.id] = Result(run, "cached")
+        for watcher in self.watchers:
+            watcher.found(run, metrics)
 
     def ended(self, run: Run, reason: str | None) -> None:
         if reason is None:

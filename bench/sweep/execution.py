@@ -63,7 +63,8 @@ def execute(run: Run, out: Path, report: Callable[[Report], None] | None = None,
         force: Whether a finished result may be replaced.
 
     Returns:
-        None, or why the run failed; that is recorded too. Nothing is done if another process does it, or has done it.
+        None, or why the run failed; that is recorded too. Nothing is done if another process does it, or has done it,
+        and this is said instead.
 
     Raises:
         OutputUnwritable: The run's folder cannot be written.
@@ -72,7 +73,7 @@ def execute(run: Run, out: Path, report: Callable[[Report], None] | None = None,
     try:
         with claim(folder):
             if not force and finished(run, out):
-                return None  # by another process, since it was looked up
+                return Failure("another process has done it", "found")  # since it was looked up
             return _execute(run, out, report, force)
     except Claimed as error:
         return Failure(str(error), "later")

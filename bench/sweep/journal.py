@@ -141,6 +141,12 @@ class Journal:
         entry.state, entry.reason = "waiting", reason
         self._write()
 
+    def found(self, run: Run, metrics: Mapping[str, float | None]) -> None:
+        """Note that another process has done a run."""
+        entry = self.sweep.runs[run.id]
+        entry.state, entry.reason = "cached", None
+        self._write()
+
     def ended(self, run: Run, reason: str | None) -> None:
         """Note how a run ended."""
         entry = self.sweep.runs[run.id]

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from bench.results import records
 from bench.results.claims import is_claimed
 from bench.sweep.schedule import Schedule
 from bench.sweep.watch import Watcher
@@ -34,8 +35,10 @@ class Failure:
 
     reason: str
     """In a sentence."""
-    again: Literal["never", "alone", "later"] = "never"
-    """"alone": memory ran out, so that it may end with all of it; "later": another process is doing it."""
+    again: Literal["never", "alone", "later", "found"] = "never"
+    """"alone": memory ran out, so that it may end with all of it; "later": another process is doing it; "found": it has
+    done it.
+    """
 
 
 class Pool(Protocol):
@@ -58,8 +61,8 @@ class InProcess:
                 continue
             watcher.started(run)
             failure = attempt(execute, run, out, partial(watcher.progressed, run))
-            if failure is not None and failure.again == "later":
-                queue.wait_for_another(run)
+            if failure is not None and failure.again in ("later", "found"):
+                queue.again(run, failure)
             else:
                 watcher.ended(run, None if failure is None else failure.reason)
 
@@ -72,6 +75,8 @@ class Queue:
         self.alone: set[str] = set()
         """Runs that begin only when nothing else is running."""
         self.elsewhere: list[Run] = []
+        self._anew = {run.id for run in schedule if self._is_done(run)}
+        """Runs that were done before, and are to be done again."""
         self._looked = time.monotonic()
         self._deaths: Counter[str] = Counter()
         self._rounds: dict[str, int] = {}
@@ -80,9 +85,12 @@ class Queue:
         """Give the next run that fits and that nobody else is doing."""
         self._look_elsewhere()
         while (run := self.schedule.take(fits)) is not None:
-            if not is_claimed(self.out / run.id):
+            if run.id not in self._anew and self._is_done(run):
+                self.find(run)
+            elif is_claimed(self.out / run.id):
+                self.wait_for_another(run)
+            else:
                 return run
-            self.wait_for_another(run)
         return None
 
     def is_over(self) -> bool:
@@ -94,8 +102,17 @@ class Queue:
         self.watcher.retried(run, "another process is doing it")
         self.elsewhere.append(run)
 
+    def find(self, run: Run) -> None:
+        """Tell that another process has done a run."""
+        self.watcher.found(run, records.read(self.out / run.id).metrics)
+
     def again(self, run: Run, failure: Failure) -> bool:
-        """Have a run wait again whose worker had no memory left; not if it had all there is."""
+        """Have a run wait again whose worker had no memory left, not if it had all there is; see what another process
+        is doing or has done.
+        """
+        if failure.again == "found":
+            self.find(run)
+            return True
         if failure.again == "later":
             self.wait_for_another(run)
             return True
@@ -122,6 +139,13 @@ class Queue:
         self.watcher.retried(run, why)
         self.schedule.put_back(run)
         return True
+
+    def _is_done(self, run: Run) -> bool:
+        """Tell whether there is a result; one that is damaged is for who does the run."""
+        try:
+            return records.status(self.out, run.id) == "done"
+        except records.DamagedResult:
+            return False
 
     def _look_elsewhere(self) -> None:
         now = time.monotonic()

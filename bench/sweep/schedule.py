@@ -6,7 +6,7 @@ import heapq
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
@@ -114,8 +114,12 @@ class Schedule:
         self._cells = {run.id: cell(run) for run in runs}
         self._learnt: dict[str, list[Forecast]] = {}
 
+    def __iter__(self) -> Iterator[Run]:
+        """Give the runs that have not begun, in time or not."""
+        return iter(list(self._waiting))
+
     def __len__(self) -> int:
-        """Count the runs that have not begun, in time or not."""
+        """Count them."""
         return len(self._waiting)
 
     def take(self, fits: Callable[[Run], bool] = lambda run: True) -> Run | None:

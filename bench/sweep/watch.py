@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -28,6 +28,9 @@ class Watcher(Protocol):
 
     def retried(self, run: Run, reason: str) -> None:
         """Learn that a run waits (again), and in a sentence why; it may not have been started."""
+
+    def found(self, run: Run, metrics: Mapping[str, float | None]) -> None:
+        """Learn that another process has done a run since the sweep began, and what came out."""
 
     def ended(self, run: Run, reason: str | None) -> None:
         """Learn that a run's folder is complete, or in a sentence why it failed."""

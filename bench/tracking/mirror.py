@@ -115,6 +115,10 @@ class Mirror:
     def retried(self, run: Run, reason: str) -> None:
         """Leave a child run open: it goes on from its checkpoint."""
 
+    def found(self, run: Run, metrics: Mapping[str, float | None]) -> None:
+        """Copy a run that another process has done, unless that has shown it."""
+        self._events.put(lambda sweep: sweep.find(run))
+
     def ended(self, run: Run, reason: str | None) -> None:
         """Complete and close a child run."""
         now = _milliseconds()
@@ -224,6 +228,10 @@ class _Sweep:
         child = self.going.pop(run.id, None) or _Child(of_run(run), now)
         child.ended, child.reason = now, reason
         self.ended.append(child)
+
+    def find(self, run: Run) -> None:
+        self.cached.append(run)
+        self.copied = None  # it may have been shown since
 
     def close(self, status: Status, tables: Mapping[str, str]) -> None:
         self.status, self.tables = status, tables
