@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench.command.progress import Display
 
-from bench.command.plan import accuracy
+from bench.face.progress import Display
+from bench.face.wording import accuracy
 from bench.results import records
 from bench.sweep import driver, execution, pool
 from bench.sweep.config import Run
