@@ -101,6 +101,13 @@ def test_pixels_may_be_taken_as_they_are_too(tmp_path: Path) -> None:
         at(tmp_path / "own.npz").load(tmp_path)
 
 
+def test_images_of_one_pixel_are_features(tmp_path: Path) -> None:
+    pixels = np.arange(30, dtype=np.uint8).reshape(30, 1, 1)
+    dataset = saved(tmp_path, numbers((1,), train_x=pixels, test_x=pixels[:9]))
+    setting = named("creff", dataset)
+    assert not dataset.pictures and (setting.model, setting.augment) == ("frozen", "none")
+
+
 def test_numbers_far_from_zero_keep_their_differences(tmp_path: Path) -> None:
     """A product and a sum would lose them: of numbers around 1e6 float32 has four digits after the point no more."""
     random = np.random.RandomState(0)
