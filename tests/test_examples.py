@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from bench import DataDamaged, Dataset, keys, models
 from bench.command.data import data_command
 from bench.contract.datasets import PROMISES
+from bench.contract.promises import ContractBroken
 from bench.data import Images
 from bench.files.moments import moments
 from bench.models import BadModel
@@ -306,3 +307,8 @@ def test_the_contract_takes_floating_examples(tmp_path: Path, monkeypatch: pytes
     saved(tmp_path, numbers((5,)), "arrays.npz")
     for promise in ("it describes itself", "it loads what it says"):
         PROMISES[promise](DATASETS["arrays"])
+    contents = DATASETS["arrays"]().load(tmp_path)
+    contents.train_x[7] = torch.nan
+    monkeypatch.setattr(DATASETS["arrays"], "load", lambda self, root: contents)
+    with pytest.raises(ContractBroken, match="train examples are not all finite"):
+        PROMISES["it loads what it says"](DATASETS["arrays"])
