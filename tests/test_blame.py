@@ -16,10 +16,10 @@ from torch import Tensor
 from bench import Algorithm, LocalData, Task, Tree, Uploads, blame, tree
 from bench.command import scaffold
 from bench.command.main import main
-from bench.contract import checks, toy
+from bench.contract import checks, probes, toy
 from bench.contract.promises import ContractBroken, findings
 from bench.parts.trimmed_mean import TrimmedMean
-from bench.protocol.composed import Composed
+from bench.protocol.composed import Composed, _Combined
 from bench.registry import ALGORITHMS, PARTS, BadPlugin, load_plugin, plugin_files
 from bench.training.engine import TOLERANCE
 
@@ -206,3 +206,14 @@ def test_a_tier_or_need_that_is_none_is_refused(tier: str, needs: set[str], said
     kind: type[Algorithm] = dataclass(frozen=True)(type("Mine", (Tensors,), {"tier": tier, "needs": frozenset(needs)}))
     with pytest.raises(ContractBroken, match=said):
         checks.tier_is_told(kind)
+
+
+def test_a_rule_takes_a_head_that_is_a_bare_tensor_and_leaves_one_that_was_not_sent() -> None:
+    uploads = sent([1.0, 10.0], [5.0, 50.0])
+    body = {"body": {"w": torch.zeros(2)}}
+    task = toy.task(toy.Host())
+    for shared, head in (({**body, "head": torch.zeros(2)}, [1.0, 10.0]), (body, [4.0, 40.0])):
+        combined = _Combined(uploads, probes.First(), task, shared)
+        assert combined.mean("head").tolist() == head, "the first client's where the rule has a say, else the mean"
+        assert combined.mean("body")["w"].tolist() == [1.0, 10.0]
+        assert combined.mean()["head"].tolist() == head
