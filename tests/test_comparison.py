@@ -553,7 +553,7 @@ def test_partitions_of_different_settings_or_machines_are_no_family() -> None:
 
 def family() -> list[Leaderboard]:
     found = [record("fedavg"), record("fed_rep"), record("fed_rep", {"head_epochs": 5}), record("fed_ft", {"n": 1})]
-    return leaderboards([*found, record("old", version=1), record("old", version=2)])
+    return leaderboards([*found, record("old", version=1), record("old", version=2)], all_versions=True)
 
 
 def test_algorithms_are_found_by_name_or_by_some_of_their_fields() -> None:

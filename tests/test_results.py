@@ -651,7 +651,8 @@ def test_a_board_says_on_what_its_personal_numbers_rest() -> None:
     unmasked = leaderboards([record("pooled", tested=single)])[0]
     ending = "; 3 trained on a single class, and masked is 100 % for them by construction."
     plain = f"{expected.replace('1 to 23', '4 to 23')}; 16 of them were drawn for the cohort of any round, 4 never"
-    assert plain + ending in remarks(masked) and f"{plain}." in remarks(unmasked)
+    assert plain + ending in remarks(masked)
+    assert f"{plain}; 3 trained on a single class." in remarks(unmasked)
     nobody = {"clients": 0, "images": None, "worst_decile": 0, "drawn": 0, "never": 0}
     assert not any("rest on" in line for line in remarks(leaderboards([record("x", tested=nobody)])[0]))
     assert not any("rest on" in line for line in remarks(leaderboards([record("x", reason="broken")])[0]))
@@ -720,11 +721,14 @@ def test_the_order_of_the_records_does_not_matter() -> None:
 
 
 def test_versions_of_one_algorithm_are_rows_of_their_own() -> None:
-    (board,) = leaderboards([record("fedavg", version=1), record("fedavg", version=2), record("local")])
+    found = [record("fedavg", version=1), record("fedavg", version=2), record("local")]
+    (board,) = leaderboards(found, all_versions=True)
     labels = [row.label for row in board.rows]
     assert len(set(labels)) == 3 and sum(label.startswith("fedavg #") for label in labels) == 2
     assert {row.version for row in board.rows if row.algorithm == "fedavg"} == {"1", "2"}
-    assert sum("another version is in this table" in note for note in footnotes(board)[1]) == 2
+    older, newest = sorted(footnotes(board)[1], key=lambda note: "the newest version" in note)
+    assert older.endswith(": version 1 of Fedavg(), run 2026-02-03 04:05 UTC; a newer version is in these results.")
+    assert newest.endswith(": version 2 of Fedavg(), run 2026-02-03 04:05 UTC; the newest version in these results.")
 
 
 def test_failed_and_missing_seeds_are_footnotes() -> None:
@@ -783,11 +787,11 @@ def test_unseen_clients_have_a_column_where_there_are_any() -> None:
     assert "unseen" not in [column.title for column in columns(leaderboards([record("fedavg")])[0])]
 
 
-def parsed_csv(boards: list[Leaderboard]) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(table.render(boards, "csv"))))
+def parsed_csv(boards: list[Leaderboard], form: str = "long") -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(table.render(boards, form))))
 
 
-def test_csv_holds_every_metric_and_cost_as_exact_fractions() -> None:
+def test_long_csv_holds_every_metric_and_cost_as_exact_fractions() -> None:
     boards = leaderboards(three_seeds())
     lines = parsed_csv(boards)
     for row in boards[0].rows:
@@ -860,7 +864,7 @@ def test_no_runs_are_a_sentence_and_an_unknown_format_an_error() -> None:
     assert len(table.render([], "csv").splitlines()) == 1
     assert "no finished runs" in table.render([], "latex") and "no finished runs" in table.render([], "html")
     assert len(table.terminal([])) == 1
-    with pytest.raises(ValueError, match="must be one of md, csv, latex, json, html"):
+    with pytest.raises(ValueError, match="must be one of md, csv, long, latex, json, html"):
         table.render([], "docx")
 
 

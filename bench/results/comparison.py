@@ -381,7 +381,7 @@ def spread(tables: Sequence[tuple[Leaderboard, _ByLabel]]) -> tuple[Spread, ...]
                 between = max(0.0, variance(map(_mean, partitions)) - share)
                 rows.append((label, math.sqrt(within), math.sqrt(between)))
         if rows:
-            name = f"{title(members[0][0])}, what varies over {len(members)} partitions"
+            name = f"{title(members[0][0], without=['split_seed'])}, what varies over {len(members)} partitions"
             found.append(Spread(title=name, rows=tuple(rows)))
     return tuple(found)
 

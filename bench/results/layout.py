@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
-from bench.protocol.spelling import spell_imbalance
+from bench.results.cautions import cautions
 from bench.results.leaderboard import Leaderboard, Row, measured, suffix
 from bench.results.statistics import (
     FEWEST,
@@ -117,7 +117,7 @@ def spell(estimate: Estimate) -> str:
     return f"{mean} [{low}, {high}]"
 
 
-_ACCURACY = (
+ACCURACY = (
     Column("generic", "generic"),
     Column("many", "generic.many"),
     Column("medium", "generic.medium"),
@@ -132,6 +132,7 @@ _ACCURACY = (
     Column("after", "personal:after"),
     Column("unseen", "unseen"),
 )
+"""In the order of a table."""
 _WORK = (
     ("", "samples", "flops"),
     ("training", "train_samples", "train_flops"),
@@ -154,7 +155,7 @@ _PREFIXES = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 def columns(board: Leaderboard) -> tuple[Column, ...]:
     """Choose the columns of a leaderboard: all of which any row has a number."""
     followed = suffix(board.metric)
-    accuracy = [replace(column, key=column.key + followed) for column in _ACCURACY]
+    accuracy = [replace(column, key=column.key + followed) for column in ACCURACY]
     samples, flops = (_scaled(board, title, place) for place, title in ((1, "{0} {1} samples"), (2, "{1} {0}FLOP")))
     known = (*accuracy, *samples, Column("MB", "bytes", 1e6), *flops, *_TIME_AND_MEMORY)
     return tuple(column for column in known if any(column.estimate(row).n for row in board.rows))
@@ -209,12 +210,15 @@ def grid(
     return ["algorithm", "tier", "seeds", *(column.title for column in shown)], cells
 
 
-def title(board: Leaderboard) -> str:
-    """Name what a leaderboard compares on."""
-    parts = [board.dataset]
-    parts += [f"imbalance {spell_imbalance(board.imbalance)}"]
-    parts += [] if board.alpha is None else [f"alpha {board.alpha:g}"]
-    return ", ".join((*parts, f"setting {' or '.join(board.names)}"))
+def title(board: Leaderboard, without: Collection[str] = ()) -> str:
+    """Name what a leaderboard compares on, and what tells it from the others that compare on the same.
+
+    Args:
+        board: The leaderboard.
+        without: Fields that are not named although they tell it apart.
+    """
+    apart = {key: ABSENT if value is None else value for key, value in board.apart.items() if key not in without}
+    return ", ".join((board.base, *(f"{key} = {value}" for key, value in apart.items())))
 
 
 def details(board: Leaderboard) -> str:
@@ -241,7 +245,8 @@ def remarks(board: Leaderboard) -> list[str]:
     """List what stands below a leaderboard: warnings, where the numbers come from, numbered footnotes."""
     _, notes = footnotes(board)
     numbered = [f"[{number}] {note}" for number, note in enumerate(notes, start=1)]
-    return [*warnings(board), order(board), *_rests(board), provenance(board), *_power(board), *numbered]
+    rests = [*_rests(board), *cautions(board)]
+    return [*warnings(board), order(board), *rests, provenance(board), *_power(board), *numbered]
 
 
 def order(board: Leaderboard) -> str:
@@ -264,8 +269,10 @@ def _rests(board: Leaderboard) -> list[str]:
     says = f"Personal numbers rest on {span('clients')} clients with {fewest_images} to {most_images} test images each"
     says += f", the worst decile on {span('worst_decile')} of them"
     says += f"; {span('drawn')} of them were drawn for the cohort of any round, {span('never')} never"
-    if span("one_class") != "0" and any(column.title == "masked" for column in columns(board)):
-        says += f"; {span('one_class')} trained on a single class, and masked is 100 % for them by construction"
+    if span("one_class") != "0":
+        says += f"; {span('one_class')} trained on a single class"
+        masked = any(column.title == "masked" for column in columns(board))
+        says += ", and masked is 100 % for them by construction" if masked else ""
     return [f"{says}."]
 
 
@@ -315,7 +322,9 @@ def _notes(board: Leaderboard, row: Row) -> list[str]:
     if set(board.seeds) - set(row.seeds) - failed:
         notes.append(f"{_seeds(row.seeds) or 'none'} of {_seeds(board.seeds)}")
     if "#" in row.label:
-        notes.append(f"version {row.version} of {row.call}; another version is in this table")
+        when = f", run {moment(row.finished)}" if row.finished else ""
+        known = "a newer version is in these results" if row.stale else "the newest version in these results"
+        notes.append(f"version {row.version} of {row.call}{when}; {known}")
     return notes
 
 
@@ -354,6 +363,11 @@ def _short(commit: str) -> str:
 
 def _percent(share: object) -> str:
     return f"{100 * share:g} %" if isinstance(share, int | float) else str(share)
+
+
+def moment(written: str) -> str:
+    """Write the moment of an ISO 8601 text, which runs note in UTC, to the minute."""
+    return f"{written[:16].replace('T', ' ')} UTC"
 
 
 def _seeds(seeds: Sequence[int]) -> str:

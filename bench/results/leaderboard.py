@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.protocol.identity import canonical, identify
+from bench.protocol.spelling import spell_imbalance
 from bench.results.record import Record
 from bench.results.statistics import NOTHING, Estimate, estimates
+from bench.results.versions import lasting, stale, variant, version
 
 METRICS = ("last", "last10", "best")
 """Which evaluation counts: the last round, the mean of the last ten, or the best one, which is optimistic."""
@@ -30,7 +33,13 @@ class Row:
     lr: float | None
     """Learning rate of a preset, of this algorithm alone; None: the setting's."""
     version: str
-    """Of the algorithm, and of its parts after a plus; empty if not recorded."""
+    """Of the algorithm, and of its parts after a plus, as `bench.results.versions.version` writes it."""
+    stale: bool
+    """Whether the results hold a newer version of the same row."""
+    hidden: int
+    """Older versions of the same row that the results hold and no leaderboard shows."""
+    finished: str | None
+    """When the newest of its runs ended, in ISO 8601."""
     tier: str
     seeds: tuple[int, ...]
     """Finished ones, ascending."""
@@ -40,15 +49,19 @@ class Row:
     """What was measured with each of these seeds: fractions 0-1, by key; not all rows have the same keys."""
     metrics: Mapping[str, Estimate]
     """The means of these."""
+    spent: Mapping[str, tuple[float | None, ...]]
+    """With each of these seeds, of a whole run: the recorded costs, and what they add up to: "bytes" sent in both
+    directions, "samples" and "flops" of training, adaptation and the server."""
     cost: Mapping[str, Estimate]
-    """Of a whole run: the recorded costs, and what they add up to: "bytes" sent in both directions, "samples" and
-    "flops" of training, adaptation and the server."""
+    """The means of these."""
     tested: tuple[Mapping[str, Any], ...]
     """On what the personal metrics rest, with each of these seeds: as `Record.tested`."""
     failures: tuple[tuple[int, str], ...]
     """Seed and reason of each failed run."""
     ids: tuple[str, ...]
     """Of the runs, finished and failed."""
+    runs: tuple[str, ...]
+    """Ids of the finished ones, in the order of the seeds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +97,22 @@ class Leaderboard:
     """Days (ISO 8601) on which runs ended, ascending."""
     hardware: tuple[str, ...]
     """Processors, or GPUs where those computed."""
+    packages: Mapping[str, tuple[str, ...]]
+    """Versions of each package that the runs were made with, ascending."""
+    dataset_facts: Mapping[str, object]
+    """Version, source and fields of the dataset, as the runs' identities have them."""
+    apart: Mapping[str, object]
+    """What tells it from the others of the same `base`: fields of the protocol, engine, precision, device."""
+
+    @property
+    def base(self) -> str:
+        """What it compares on; several leaderboards may be called so."""
+        alpha = [] if self.alpha is None else [f"alpha {self.alpha:g}"]
+        known = (self.dataset, f"imbalance {spell_imbalance(self.imbalance)}", *alpha)
+        return ", ".join((*known, f"setting {' or '.join(self.names)}"))
 
 
-def leaderboards(records: Iterable[Record], metric: str = "last") -> list[Leaderboard]:
+def leaderboards(records: Iterable[Record], metric: str = "last", *, all_versions: bool = False) -> list[Leaderboard]:
     """Sort records into tables.
 
     Runs stand in one table only if dataset, imbalance, alpha, protocol, engine, precision and device are
@@ -95,21 +121,27 @@ def leaderboards(records: Iterable[Record], metric: str = "last") -> list[Leader
     Args:
         records: Finished and failed runs, in any order.
         metric: One of `METRICS`: what is shown.
+        all_versions: Whether older versions of a plug-in stand beside the newest.
 
     Returns:
-        Leaderboards in the order of dataset, imbalance, alpha, setting, protocol, engine, precision, device.
+        Leaderboards in the order of dataset, imbalance, alpha, setting, and of what tells them apart.
 
     Raises:
         ValueError: Unknown metric.
     """
     if metric not in METRICS:
         raise ValueError(f"metric {metric!r}: must be one of {', '.join(METRICS)}")
+    known = sorted(records, key=lambda record: record.id)
+    old = stale(known)
     tables: dict[tuple[object, ...], list[Record]] = defaultdict(list)
-    for record in sorted(records, key=lambda record: record.id):
-        place = (record.imbalance, record.alpha, record.protocol)  # the protocol says which dataset, wherever it lay
-        tables[(*place, record.engine, record.precision, record.device)].append(record)
-    boards = [_leaderboard(members, metric) for members in tables.values()]
-    return sorted(boards, key=_place)
+    for record in known:
+        if all_versions or record.id not in old:
+            place = (record.imbalance, record.alpha, record.protocol)  # which dataset it is, wherever it lay
+            tables[(*place, record.engine, record.precision, record.device)].append(record)
+    hidden = {(lasting(record), variant(record)) for record in known if record.id in old and not all_versions}
+    counted = Counter(row for row, _ in hidden)
+    boards = [_leaderboard(members, metric, old, counted) for members in tables.values()]
+    return sorted(_tell_apart(boards), key=_place)
 
 
 def measured(board: Leaderboard, key: str) -> dict[str, dict[Hashable, float]]:
@@ -141,12 +173,50 @@ def suffix(metric: str) -> str:
 
 def _place(board: Leaderboard) -> tuple[object, ...]:
     none_first = [(number is not None, number or 0.0) for number in (board.imbalance, board.alpha)]
+    values = board.apart.values()
+    apart = [(value, "") if isinstance(value, int | float) else (-math.inf, str(value)) for value in values]
     return (
-        board.dataset, *none_first, board.names, board.protocol, board.engine, board.precision, board.device
+        board.dataset, *none_first, board.names, apart, board.protocol, board.engine, board.precision, board.device
     )  # fmt: skip
 
 
-def _leaderboard(records: Sequence[Record], metric: str) -> Leaderboard:
+def _tell_apart(boards: Sequence[Leaderboard]) -> list[Leaderboard]:
+    """Say of those that are called alike what they differ in: of fields, as far as these tell them apart."""
+    alike: dict[str, list[dict[str, object]]] = defaultdict(list)
+    facts = [_facts(board) for board in boards]
+    for board, own in zip(boards, facts, strict=True):
+        alike[board.base].append(own)
+    told = []
+    for board, own in zip(boards, facts, strict=True):
+        others = alike[board.base]
+        fields = [key for key in dict.fromkeys(key for each in others for key in each) if _varies(key, others)]
+        if len({canonical({key: each.get(key) for key in fields}) for each in others}) < len(others):
+            fields, own = [*fields, "protocol"], {**own, "protocol": board.protocol}
+        told.append(replace(board, apart={key: own.get(key) for key in fields}))
+    return told
+
+
+def _varies(key: str, facts: Sequence[Mapping[str, object]]) -> bool:
+    return len({canonical({key: each.get(key)}) for each in facts}) > 1
+
+
+def _facts(board: Leaderboard) -> dict[str, object]:
+    """Give all that may tell a leaderboard from another one."""
+    where = {"engine": board.engine, "precision": board.precision, "device": board.device}
+    return {**board.setting, **board.dataset_facts, **where}
+
+
+def _dataset_facts(record: Record) -> dict[str, object]:
+    described = record.identity.get("dataset")
+    if not isinstance(described, dict):
+        return {}
+    fields = described.get("fields")
+    facts = {key: described[key] for key in ("version", "source") if key in described}
+    facts |= fields if isinstance(fields, dict) else {}
+    return {f"dataset {key}": value for key, value in facts.items()}
+
+
+def _leaderboard(records: Sequence[Record], metric: str, old: Set[str], hidden: Mapping[str, int]) -> Leaderboard:
     first = records[0]
     names = sorted({str(record.setting["name"]) for record in records})
     fingerprints: dict[int, set[str]] = defaultdict(set)
@@ -167,11 +237,14 @@ def _leaderboard(records: Sequence[Record], metric: str) -> Leaderboard:
         device=first.device,
         metric=metric,
         seeds=tuple(sorted({record.seed for record in records})),
-        rows=_rows(records, metric),
+        rows=_rows(records, metric, old, hidden),
         fingerprints={seed: tuple(sorted(known)) for seed, known in sorted(fingerprints.items())},
         commits=tuple(sorted({record.commit for record in records if record.commit})),
         finished=tuple(sorted({record.finished[:10] for record in records if record.finished})),
         hardware=tuple(sorted(filter(None, {_hardware(record) for record in records}))),
+        packages=_packages(records),
+        dataset_facts=_dataset_facts(first),
+        apart={},
     )
 
 
@@ -187,21 +260,34 @@ def _hardware(record: Record) -> str:
     return str(recorded.get("gpu") or recorded.get("cpu") or "")
 
 
+def _packages(records: Sequence[Record]) -> dict[str, tuple[str, ...]]:
+    found: dict[str, set[str]] = defaultdict(set)
+    for record in records:
+        recorded = record.document.get("versions")
+        for package, number in recorded.items() if isinstance(recorded, dict) else ():
+            found[str(package)].add(str(number))
+
+    def order(number: str) -> tuple[list[int], str]:
+        return [int(digits) for digits in re.findall(r"\d+", number)], number
+
+    return {package: tuple(sorted(found[package], key=order)) for package in sorted(found)}
+
+
 def _overrides(records: Sequence[Record], name: str) -> dict[str, object]:
     """Say how the protocol departs from the setting that a run asked for by this name."""
     named = next(record for record in records if record.setting["name"] == name)
     return {key: value for key, value in named.overrides.items() if key not in ("imbalance", "alpha")}
 
 
-def _rows(records: Sequence[Record], metric: str) -> tuple[Row, ...]:
+def _rows(records: Sequence[Record], metric: str, old: Set[str], hidden: Mapping[str, int]) -> tuple[Row, ...]:
     """Make one row of the runs that differ by seed only."""
     runs: dict[str, list[Record]] = defaultdict(list)
     for record in records:
-        runs[canonical({key: value for key, value in record.identity.items() if key != "seed"})].append(record)
+        runs[variant(record)].append(record)
     labels = {key: members[0].label or members[0].call for key, members in runs.items()}
     shared = {label for label in labels.values() if list(labels.values()).count(label) > 1}
     rows = [
-        _row(f"{label} #{identify({'row': key})[:4]}" if label in shared else label, runs[key])
+        _row(f"{label} #{identify({'row': key})[:4]}" if label in shared else label, runs[key], old, hidden)
         for key, label in labels.items()
     ]
     ranking = "@last10" if metric == "last10" else ""
@@ -213,28 +299,32 @@ def _rows(records: Sequence[Record], metric: str) -> tuple[Row, ...]:
     return tuple(sorted(rows, key=rank))
 
 
-def _row(label: str, records: Sequence[Record]) -> Row:
+def _row(label: str, records: Sequence[Record], old: Set[str], hidden: Mapping[str, int]) -> Row:
     done = sorted((record for record in records if record.status == "done"), key=lambda record: record.seed)
     failed = sorted((record.seed, record.reason or "") for record in records if record.status == "failed")
     method: Any = records[0].identity.get("algorithm")
-    method = method if isinstance(method, dict) else {}
-    pieces = [method, *method.get("parts", ())] if method else []
     values = _by_key([record.metrics for record in done])
+    spent = _by_key([{**record.cost, **_totals(record.cost)} for record in done])
     return Row(
         label=label,
         algorithm=records[0].algorithm,
         call=records[0].call,
-        lr=method.get("lr"),
-        version="+".join(str(piece.get("version", "")) for piece in pieces),
+        lr=method.get("lr") if isinstance(method, dict) else None,
+        version=version(records[0]),
+        stale=records[0].id in old,
+        hidden=hidden.get(lasting(records[0]), 0),
+        finished=max(filter(None, (record.finished for record in records)), default=None),
         tier=records[0].tier,
         seeds=tuple(record.seed for record in done),
         splits=tuple(record.fingerprint or "" for record in done),
         values=values,
         metrics=estimates(values, scale=(0.0, 1.0)),
-        cost=estimates(_by_key([{**record.cost, **_totals(record.cost)} for record in done])),
+        spent=spent,
+        cost=estimates(spent),
         tested=tuple(record.tested for record in done),
         failures=tuple(failed),
         ids=tuple(sorted(record.id for record in records)),
+        runs=tuple(record.id for record in done),
     )
 
 

@@ -1,13 +1,11 @@
-"""Leaderboards as text: Markdown, CSV, LaTeX, JSON, HTML, and for the terminal.
+"""Leaderboards as text: Markdown, LaTeX, JSON, HTML, and for the terminal; CSV is `bench.results.sheet`'s.
 
 Accuracies are percentages in tables and fractions 0-1 in CSV and JSON. The same records give the same bytes.
 """
 
 from __future__ import annotations
 
-import csv
 import html
-import io
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -34,25 +32,29 @@ from bench.results.leaderboard import METRICS as METRICS
 from bench.results.leaderboard import RANKS_BY, Row, suffix
 from bench.results.leaderboard import Leaderboard as Leaderboard
 from bench.results.leaderboard import leaderboards as leaderboards
+from bench.results.sheet import long, sheet
 from bench.results.statistics import FEWEST
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-def render(boards: Sequence[Leaderboard], format: str) -> str:
+def render(boards: Sequence[Leaderboard], format: str, *, per_seed: bool = False) -> str:
     """Write leaderboards as text.
 
     Args:
         boards: In the order in which they are to appear.
         format: One of `FORMATS`.
+        per_seed: A line a run in place of the means; of the format "csv" only.
 
     Raises:
-        ValueError: Unknown format.
+        ValueError: Unknown format, or one that has no lines of runs.
     """
     if format not in FORMATS:
         raise ValueError(f"format {format!r}: must be one of {', '.join(FORMATS)}")
-    return FORMATS[format](boards)
+    if per_seed and format != "csv":
+        raise ValueError(f"format {format!r} has no line per seed; csv has")
+    return sheet(boards, per_seed) if per_seed else FORMATS[format](boards)
 
 
 def results_readme(boards: Sequence[Leaderboard], prose: str | None, command: str = "bench table --out results") -> str:
@@ -237,27 +239,6 @@ def _plain(text: str) -> str:
     return "".join(f"\\{character}" if character in "\\`*_<>[]#|" else character for character in text)
 
 
-_CSV_BOARD = ("dataset", "imbalance", "alpha", "protocol", "engine", "precision", "device")
-_CSV_ROW = ("setting", "algorithm", "call", "version", "metric", "mean", "n", "low", "high", "kind")
-
-
-def _csv(boards: Sequence[Leaderboard]) -> str:
-    """One line per leaderboard, algorithm and metric, or cost as "cost.NAME"; what is absent is empty. `kind` says what
-    low and high are, see `Estimate`.
-    """
-    sink = io.StringIO()
-    writer = csv.writer(sink, lineterminator="\n")
-    writer.writerow((*_CSV_BOARD, *_CSV_ROW))
-    for board in boards:
-        start = [*(getattr(board, key) for key in _CSV_BOARD), " or ".join(board.names)]
-        for row in board.rows:
-            costs = {f"cost.{key}": value for key, value in row.cost.items()}
-            for key, number in {**row.metrics, **costs}.items():
-                cells = [row.label, row.call, row.version, key, number.mean, number.n]
-                writer.writerow([*start, *cells, number.low, number.high, number.kind])
-    return sink.getvalue()
-
-
 def _json(boards: Sequence[Leaderboard]) -> str:
     content = [
         {**asdict(board), "title": title(board), "warnings": warnings(board), "best": best(board)} for board in boards
@@ -299,19 +280,27 @@ def _escaped(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in text)
 
 
-def _html(boards: Sequence[Leaderboard]) -> str:
-    body = [] if boards else [_paragraph(NO_RUNS)]
+def fragment(boards: Sequence[Leaderboard]) -> str:
+    """Write leaderboards as a piece of HTML, for a page or a notebook: tables, what stands below them, and how they are
+    read, folded in.
+    """
+    parts = [] if boards else [_paragraph(NO_RUNS)]
     for board in boards:
-        body += [f"<h2>{html.escape(title(board))}</h2>", _paragraph(details(board))]
+        parts += [f"<h2>{html.escape(title(board))}</h2>", _paragraph(details(board))]
         table = _tabulate(*grid(board, bold=_marked), "html").replace(_BOLD, "<strong>").replace(_THIN, "</strong>")
-        body += [table, *map(_paragraph, remarks(board))]
+        parts += [table, *map(_paragraph, remarks(board))]
     summary = averages(boards)
     if summary is not None:
-        body += [f"<h2>{html.escape(summary.title)}</h2>", _tabulate(summary.heading, summary.cells, "html", 1)]
-        body += map(_paragraph, summary.says)
-    body += map(_paragraph, LEGEND if boards else ())
+        parts += [f"<h2>{html.escape(summary.title)}</h2>", _tabulate(summary.heading, summary.cells, "html", 1)]
+        parts += map(_paragraph, summary.says)
+    if boards:
+        parts += ["<details><summary>How to read the tables</summary>", *map(_paragraph, LEGEND), "</details>"]
+    return "\n".join(parts) + "\n"
+
+
+def _html(boards: Sequence[Leaderboard]) -> str:
     head = '<head><meta charset="utf-8"><title>Results</title></head>'
-    return "\n".join(("<!doctype html>", '<html lang="en">', head, "<body>", *body, "</body>", "</html>\n"))
+    return f'<!doctype html>\n<html lang="en">\n{head}\n<body>\n{fragment(boards)}</body>\n</html>\n'
 
 
 def _paragraph(text: str) -> str:
@@ -320,7 +309,8 @@ def _paragraph(text: str) -> str:
 
 FORMATS: dict[str, Callable[[Sequence[Leaderboard]], str]] = {
     "md": _markdown,
-    "csv": _csv,
+    "csv": sheet,
+    "long": long,
     "latex": _latex,
     "json": _json,
     "html": _html,

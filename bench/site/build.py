@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from bench import durable
 from bench.results import records
+from bench.results.leaderboard import leaderboards
 from bench.results.storage import OutputUnwritable
 from bench.site import assets, pages
 from bench.site.run_page import Results, files
@@ -24,6 +25,7 @@ def build(
     *,
     verified: Mapping[str, Verification] | None = None,
     notes: str | None = None,
+    all_versions: bool = False,
 ) -> list[str]:
     """Write a site; the same records give the same bytes.
 
@@ -34,6 +36,7 @@ def build(
         to: Where to: a folder that is new, empty, or holds a site.
         verified: The runs that were run again, by id.
         notes: What a person says about the results, in Markdown.
+        all_versions: Whether older versions of a plug-in have rows and pages too.
 
     Returns:
         The paths of all files within the site, sorted.
@@ -42,11 +45,14 @@ def build(
         OutputUnwritable: The folder holds something else, or cannot be written.
         DamagedResult: A run's files are not what was written.
     """
-    results = Results(records={record.id: record for record in found}, verified=verified or {}, notes=notes)
+    known = {record.id: record for record in found}
+    boards = leaderboards(known.values(), all_versions=all_versions)
+    shown = {run: known[run] for board in boards for row in board.rows for run in row.ids}
+    results = Results(records=shown, verified=verified or {}, notes=notes)
     try:
         old = _earlier(to)
         contents: dict[str, bytes | Path] = {**assets.static()}
-        contents |= {path: text.encode() for path, text in pages.write(results)}
+        contents |= {path: text.encode() for path, text in pages.write(results, boards)}
         for record in results.records.values():
             contents |= {path: record.folder / name for name, path in files(record)}
         _mark(to, {*old, *contents})  # before anything is written: a build that was killed can be repeated

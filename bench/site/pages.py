@@ -12,7 +12,7 @@ from bench.protocol.spelling import spell_imbalance
 from bench.results import table
 from bench.results.comparison import compare, part_over_datasets
 from bench.results.layout import LEGEND, Column, best, columns, details, footnotes, remarks, title, warnings
-from bench.results.leaderboard import Leaderboard, Row, leaderboards
+from bench.results.leaderboard import Leaderboard, Row
 from bench.site import charts
 from bench.site.rendering import many, markdown, render, spell
 from bench.site.run_page import Results, Run, run_page
@@ -105,10 +105,14 @@ class Comparison:
         return bool(self.warnings)
 
 
-def write(results: Results) -> Iterator[tuple[str, str]]:
-    """Give the path of every page within the site, and its text."""
-    boards = leaderboards(results.records.values())
-    comparisons = [_comparison(board, place) for place, board in enumerate(boards)]
+def write(results: Results, boards: Sequence[Leaderboard]) -> Iterator[tuple[str, str]]:
+    """Give the path of every page within the site, and its text.
+
+    Args:
+        results: The runs of the leaderboards.
+        boards: In their order.
+    """
+    comparisons = [page_of(board, place) for place, board in enumerate(boards)]
     yield "index.html", _index(results, comparisons)
     yield "leaderboard.csv", table.render(boards, "csv")
     yield "leaderboard.json", table.render(boards, "json")
@@ -120,8 +124,9 @@ def write(results: Results) -> Iterator[tuple[str, str]]:
                 yield run.page, run_page(results, row, run, [other for other in runs if other != run], comparison)
 
 
-def _comparison(board: Leaderboard, place: int) -> Comparison:
-    named = re.sub(r"[^a-z0-9.]+", "-", title(board).lower()).strip("-.")[:80]
+def page_of(board: Leaderboard, place: int) -> Comparison:
+    """Say what stands on the page of a leaderboard; its address stays, whatever it must be told from."""
+    named = re.sub(r"[^a-z0-9.]+", "-", board.base.lower()).strip("-.")[:80]
     what = (board.protocol, board.imbalance, board.alpha, board.engine, board.precision, board.device)
     own = warnings(board)
     return Comparison(
