@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bench.command.stored import out_option, read_stored
+from bench.command.stored import all_versions_option, chosen, out_option, read_stored
 
 if TYPE_CHECKING:
+    from bench.face.comparing import Compared
     from bench.results.statistics import Ranking
 
 _ENDINGS = (".svg", ".png", ".pdf")
 
 
 @click.command("compare")
-@click.argument("algorithms", nargs=-1)
-@out_option
+@click.argument("algorithms", metavar="[DIR] [ALGORITHMS]...", nargs=-1)
+@out_option()
+@all_versions_option
 @click.option("--dataset", "datasets", help="Only these datasets, separated by commas.")
 @click.option(
     "--metric",
@@ -35,13 +37,15 @@ _ENDINGS = (".svg", ".png", ".pdf")
 )
 def compare_command(
     algorithms: tuple[str, ...],
-    out: Path,
+    out: Path | None,
+    all_versions: bool,
     datasets: str | None,
     metric: str,
     as_json: bool,
     diagram: Path | None,
 ) -> None:
     """Test whether ALGORITHMS differ, paired by split and seed; all that there are results of, if none is given.
+    The first word is DIR if it is a folder of results.
 
     On each leaderboard: mean differences with 95 % intervals, Wilcoxon's signed-rank test with Holm's correction for
     all pairs, average ranks, Friedman's test and Nemenyi's critical difference; over several datasets the same with
@@ -49,7 +53,8 @@ def compare_command(
 
     \b
     bench compare fedavg fedloge
-    bench compare fedavg "fedrep(head_epochs=2)" --out results --metric generic
+    bench compare fedavg "fedrep(head_epochs=2)" --metric generic
+    bench compare results
     bench compare --dataset cifar10 --diagram ranks.svg
     """
     from bench.face.comparing import compare
@@ -60,9 +65,11 @@ def compare_command(
 
     if diagram is not None and diagram.suffix not in _ENDINGS:
         raise click.BadParameter(f"{diagram}: must end in {', '.join(_ENDINGS)}", param_hint="--diagram")
-    boards = leaderboards(read_stored(out, datasets))
+    folder, algorithms = _folder(algorithms)
+    place = chosen(folder, out)
+    boards = leaderboards(read_stored(place, datasets), all_versions=all_versions)
     if not comparison.metrics(boards):
-        raise BadConfig(f"there are no finished runs in {out}{'' if datasets is None else f' on {datasets}'}")
+        raise BadConfig(f"there are no finished runs in {place}{'' if datasets is None else f' on {datasets}'}")
     compared = compare(boards, split_list(",".join(algorithms)), metric)
     if diagram is not None:
         if compared.ranking is None:
@@ -71,7 +78,29 @@ def compare_command(
     if as_json:
         click.echo(json.dumps(comparison.document(compared.comparison), indent=2, allow_nan=False))
     else:
+        _print(compared)
+
+
+def _folder(words: tuple[str, ...]) -> tuple[Path | None, tuple[str, ...]]:
+    """Take the folder off the words: the first, if it is one and is written as a path or holds runs."""
+    if not words or not Path(words[0]).is_dir():
+        return None, words
+    first = Path(words[0])
+    written = first.name != words[0]  # a folder beside us may be called like an algorithm
+    return (first, words[1:]) if written or any(first.glob("*/run.json")) else (None, words)
+
+
+def _print(compared: Compared) -> None:
+    from rich.console import Console
+
+    from bench.results.compared import terminal
+
+    console = Console()
+    if not console.is_terminal:
         click.echo(str(compared))
+        return
+    for part in terminal(compared.comparison):
+        console.print(part)
 
 
 def _save(path: Path, ranking: Ranking, metric: str) -> None:

@@ -27,6 +27,7 @@ _VERBS = {
     "table": ("bench.command.table", "Print the leaderboard of stored results."),
     "track": ("bench.command.track", "Show stored results in MLflow, if a sweep could not while it ran."),
     "compare": ("bench.command.compare", "Test whether algorithms differ, paired by split and seed."),
+    "clean": ("bench.command.clean", "Remove runs of older versions of a plug-in, and failed ones."),
     "site": ("bench.command.site", "Build a static site of stored results."),
     "validate": ("bench.command.publish", "Check whether published results hold together."),
     "submit": ("bench.command.publish", "Pack finished runs for a pull request."),

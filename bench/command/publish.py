@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bench.command.stored import require_folder
+from bench.command.stored import require_folder, stored_in
 
 if TYPE_CHECKING:
     from bench.sweep.config import Run
     from bench.validation.report import Report
     from bench.validation.rerun import Rerun
 
-_FOLDER = click.Path(path_type=Path, file_okay=False)
 _OPTIONS = (
     click.option(
         "--data-root",
@@ -39,7 +38,7 @@ _MOST = 200
 
 
 @click.command("validate")
-@click.argument("out", metavar="[DIR]", type=_FOLDER, default=Path("results"))
+@stored_in(published=True)
 @_OPTIONS[0]
 @_OPTIONS[1]
 @click.option("--rerun", metavar="N|ID,...", help="Run so many finished runs again, drawn by chance, or these.")
@@ -55,7 +54,7 @@ def validate_command(
     write: bool,
     as_json: bool,
 ) -> int:
-    """Check whether the results in DIR (by default results) hold together: exit status 0 if so, 1 if not.
+    """Check whether the results in DIR hold together: exit status 0 if so, 1 if not.
 
     Every file is read, every metric computed again from the stored counts, every identity, split, table and cost
     compared with what it must be. What nobody can compute without training, --rerun does.
@@ -72,7 +71,7 @@ def validate_command(
     from bench.validation.report import summary, validate
 
     torch.set_num_threads(1)
-    require_folder(out, "DIR")
+    require_folder(out)
     if write and rerun is None:
         raise click.UsageError("--write notes what --rerun found; say how many runs are to be run again")
     for file in plugins:
@@ -199,7 +198,7 @@ def _document(report: Report, out: Path, outcomes: Sequence[Rerun], seed: int | 
 
 
 @click.command("submit")
-@click.argument("out", metavar="DIR", type=_FOLDER)
+@stored_in()
 @click.option(
     "--to",
     type=click.Path(path_type=Path),
@@ -226,7 +225,7 @@ def submit_command(out: Path, to: Path, data_root: Path | None, plugins: tuple[P
     from bench.validation.report import validate
 
     torch.set_num_threads(1)
-    require_folder(out, "DIR")
+    require_folder(out)
     for file in plugins:
         load_plugin(file)
     try:

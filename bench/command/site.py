@@ -6,15 +6,16 @@ from pathlib import Path
 
 import click
 
-from bench.command.stored import out_option, read_stored
+from bench.command.stored import all_versions_option, read_stored, stored_in
 
 
 @click.command("site")
-@out_option
+@stored_in()
 @click.option(
     "--to", type=click.Path(path_type=Path), default=Path("site"), show_default=True, help="Folder of the site."
 )
-def site_command(out: Path, to: Path) -> None:
+@all_versions_option
+def site_command(out: Path, to: Path, all_versions: bool) -> None:
     """Build a static site of stored results: a table to sort and filter, and a page for every run.
 
     The pages open in a browser without a server and without a network. Damaged folders are named on standard error and
@@ -22,7 +23,7 @@ def site_command(out: Path, to: Path) -> None:
 
     \b
     bench site
-    bench site --out results --to site
+    bench site results --to site
     """
     from bench.results import records
     from bench.site.build import build
@@ -33,5 +34,5 @@ def site_command(out: Path, to: Path) -> None:
         again = verified(out)
     except ValueError as error:
         raise click.ClickException(str(error)) from error
-    written = build(found, to, verified=again, notes=records.prose(out))
+    written = build(found, to, verified=again, notes=records.prose(out), all_versions=all_versions)
     click.echo(f"wrote {len(written)} files: {to / 'index.html'}", err=True)

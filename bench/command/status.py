@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from bench.command.stored import out_option, require_folder
+from bench.command.stored import require_folder, stored_in
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -27,7 +27,7 @@ _MOST_WAITING = 5
 
 
 @click.command("status")
-@out_option
+@stored_in()
 @click.option("--watch", is_flag=True, help="Again and again, until no driver is at work.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document; with --watch one a line.")
 def status_command(out: Path, watch: bool, as_json: bool) -> None:
@@ -37,7 +37,7 @@ def status_command(out: Path, watch: bool, as_json: bool) -> None:
 
     \b
     bench status
-    bench status --out results --watch
+    bench status results --watch
     """
     require_folder(out)
     if watch and not as_json:

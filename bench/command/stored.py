@@ -1,9 +1,11 @@
-"""What commands on stored results share: the option that says where they are, and how they are read."""
+"""What commands on stored results share: how it is said where they are, and how they are read."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,19 +14,56 @@ from bench.names import meant
 if TYPE_CHECKING:
     from bench.results.record import Record
 
-out_option = click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("runs"),
-    show_default=True,
-    help="Folder of results.",
+_RUNS, _RESULTS = Path("runs"), Path("results")
+
+
+def stored_in(*, published: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command `[DIR]` and `--out`, which mean the same; it gets the folder as `out`.
+
+    Args:
+        published: Whether `results` is the default, where there is such a folder, and not `runs`.
+    """
+    default = "results if it is there, else runs" if published else "runs"
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @click.argument("folder", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
+        @out_option(default)
+        @wraps(command)
+        def with_folder(*, folder: Path | None, out: Path | None, **others: Any) -> Any:
+            return command(out=chosen(folder, out, published), **others)
+
+        return with_folder
+
+    return decorate
+
+
+def out_option(default: str = "runs") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command `--out`, None where it is not given."""
+    return click.option(
+        "--out", type=click.Path(path_type=Path), show_default=default, help="Folder of results; DIR means the same."
+    )
+
+
+all_versions_option = click.option(
+    "--all-versions", is_flag=True, help="Older versions of an algorithm or a dataset too, beside the newest."
 )
 
 
-def require_folder(out: Path, hint: str = "--out") -> None:
+def chosen(folder: Path | None, out: Path | None, published: bool = False) -> Path:
+    """Decide between DIR and --out.
+
+    Raises:
+        UsageError: They are two folders.
+    """
+    if folder is not None and out is not None and folder.resolve() != out.resolve():
+        raise click.UsageError(f"{folder} and --out {out} are two folders of results; name one")
+    return folder or out or (_RESULTS if published and _RESULTS.is_dir() else _RUNS)
+
+
+def require_folder(out: Path) -> None:
     """Make sure that the folder of results is there."""
     if not out.is_dir():
-        raise click.BadParameter(f"{out}: there is no such folder, 'bench run' makes one", param_hint=hint)
+        raise click.UsageError(f"{out}: there is no such folder, 'bench run' makes one")
 
 
 def read_stored(out: Path, datasets: str | None = None) -> list[Record]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bench.command.stored import out_option, read_stored
+from bench.command.stored import all_versions_option, read_stored, stored_in
 from bench.command.typed import Choice
 
 if TYPE_CHECKING:
@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 
 @click.command("table")
 @click.option("--dataset", "datasets", help="Only these datasets, separated by commas.")
-@out_option
+@stored_in()
+@all_versions_option
 @click.option(
     "--format",
     "form",
-    type=Choice(["md", "csv", "latex", "html", "json"]),
-    help="Text in this format instead of a table for the terminal.",
+    type=Choice(["md", "csv", "long", "latex", "html", "json"]),
+    help="Text in this format instead of a table for the terminal; long is CSV with a line for every metric.",
 )
+@click.option("--per-seed", is_flag=True, help="With --format csv: a line a run instead of the means.")
 @click.option(
     "--metric",
     type=Choice(["last", "last10", "best"]),
@@ -39,7 +41,14 @@ if TYPE_CHECKING:
     help="Write the main columns between a page's two comments.",
 )
 def table_command(
-    datasets: str | None, out: Path, form: str | None, metric: str, write: bool, into: Path | None
+    datasets: str | None,
+    out: Path,
+    all_versions: bool,
+    form: str | None,
+    per_seed: bool,
+    metric: str,
+    write: bool,
+    into: Path | None,
 ) -> None:
     """Print the leaderboard of stored results: means over seeds and what these span, one table per protocol.
 
@@ -48,12 +57,17 @@ def table_command(
     \b
     bench table
     bench table --dataset cifar10 --format latex > table.tex
+    bench table results --format csv --per-seed > runs.csv
     bench table --out results --write --into README.md
     """
     from bench.durable import put
     from bench.results import records, table
 
-    boards = table.leaderboards(read_stored(out, datasets), metric)
+    if per_seed and form != "csv":
+        raise click.UsageError("--per-seed is for --format csv: a line a run instead of the means")
+    if all_versions and (write or into is not None):
+        raise click.UsageError("a published table has the newest versions alone; leave --all-versions out")
+    boards = table.leaderboards(read_stored(out, datasets), metric, all_versions=all_versions)
     if write:
         command = f"bench table --out {out} --write" + (f" --metric {metric}" if metric != "last" else "")
         path = records.publish(out, table.results_readme(boards, records.prose(out), command))
@@ -67,7 +81,7 @@ def table_command(
     if write or into is not None:
         return
     if form is not None:
-        click.echo(table.render(boards, form), nl=False)
+        click.echo(table.render(boards, form, per_seed=per_seed), nl=False)
     else:
         print_boards(boards)
 

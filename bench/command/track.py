@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
-from bench.command.stored import out_option, read_stored, require_folder
+from bench.command.stored import read_stored, require_folder, stored_in
 
 
 @click.command("track")
-@out_option
+@stored_in()
 @click.option("--tracking-uri", metavar="URI", help="MLflow; by default SQLite beside the results.")
 def track_command(out: Path, tracking_uri: str | None) -> None:
     """Show the finished and failed runs of a folder in MLflow, those that are not shown there yet.
@@ -22,7 +22,7 @@ def track_command(out: Path, tracking_uri: str | None) -> None:
 
     \b
     bench track
-    bench track --out results --tracking-uri http://127.0.0.1:5000
+    bench track results --tracking-uri http://127.0.0.1:5000
     """
     from bench import tracking
     from bench.results import table
