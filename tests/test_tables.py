@@ -140,6 +140,9 @@ def test_an_edit_may_add_a_field_and_a_part_and_a_dataset_may_be_edited_too() ->
     for content, source in zip(contents, SOURCES, strict=False):
         content["identity"]["algorithm"]["parts"] = [{"name": "own", "version": 1, "fields": {}, "source": source}]
     assert stale(map(made, contents)) == {made(contents[0]).id} and version(made(contents[0])) == "1+1/ababab"
+    contents = [document("fedavg", finished=TIMES[k]) for k in (0, 1)]
+    contents[1]["identity"]["dataset"] = {"name": "digits", "version": 2, "fields": {}}
+    assert stale(map(made, contents)) == {made(contents[0]).id}
     contents = [document("fedavg", dataset="leaves", protocol=f"{k:012x}", finished=TIMES[k]) for k in (0, 1)]
     for k, content in enumerate(contents):
         content["identity"]["dataset"] = {"name": "leaves", "version": 1, "fields": {"x": k}, "source": SOURCES[k]}
@@ -165,6 +168,9 @@ def test_what_was_asked_for_otherwise_is_no_older_version(change: dict[str, Any]
 def test_the_newest_is_the_one_that_ended_last_and_of_two_at_once_the_higher_version() -> None:
     back, seeds = made(edited(0, finished=TIMES[2])), [made(edited(1, seed=seed)) for seed in range(3)]
     assert stale([back, *seeds]) == {each.id for each in seeds}, "one went back to the first file"
+    around = [made(edited(0, seed=seed, finished=TIMES[2 * seed])) for seed in range(2)]
+    between = [made(edited(1, seed=seed, finished=TIMES[1])) for seed in range(2)]
+    assert stale([*around, *between]) == {each.id for each in between}
     ninth, tenth = (record("fedavg", version=number) for number in (9, 10))
     assert stale([tenth, ninth]) == {ninth.id}
     assert stale([made(edited(0)), made(edited(1, reason="broken"))]) == {made(edited(0)).id}, "it is broken now"
@@ -211,7 +217,9 @@ def test_clean_says_what_would_go_and_removes_what_it_was_told_to(tmp_path: Path
     everything = {path.name for path in out.iterdir()}
     said = bench("clean", out).output
     assert "--stale: 2 runs of 6, 0.0" in said and "--failed: 1 run of 6" in said and "nothing is removed" in said
-    said = bench("clean", "--out", out, "--stale", "--failed", "--dry-run").output
+    tried = bench("clean", "--out", out, "--stale", "--failed", "--dry-run")
+    said = tried.output
+    assert tried.exit_code == 0
     assert f"stale  {first}  mine version 1/ababab on digits, seed 0, 2026-02-03 04:05 UTC\n" in said
     assert f"failed  {failed}  local version 1 on digits, seed 0, 2026-02-03 04:06 UTC: diverged at last\n" in said
     assert "3 runs of 6 in" in said and {path.name for path in out.iterdir()} == everything
@@ -277,6 +285,10 @@ def test_rows_that_agree_in_every_digit_are_named() -> None:
     (board,) = leaderboards(found)
     said = "a, b and c gave the same answers in every run: every digit of their accuracies is equal, so that what sets "
     assert told(board, "same answers") == [f"{said}them apart had no effect here."]
+    known = {("a", 0): 0, ("a", 1): 0, ("z", 0): 0, ("z", 1): 1}
+    chain = [record(name, seed=seed, values=values[place]) for (name, seed), place in known.items()]
+    (board,) = leaderboards([*chain, record("m", seed=0, values=values[0])])
+    assert [line.partition(" gave")[0] for line in told(board, "same answers")] == ["a and m"], "m has one of two runs"
     close = [record("a", values={"personal": 0.5}), record("b", values={"personal": 0.5 + 1e-12})]
     assert not told(leaderboards(close)[0], "same answers")
     elsewhere = [record("a"), record("b", fingerprint="another split")]
@@ -306,6 +318,7 @@ def test_several_versions_of_a_library_are_named_in_their_order() -> None:
         ([{"clients": 20}], None),
         ([{}], None),
         ([{"clients": 24, "setting": {"unseen": 4}}], None),
+        ([{"clients": 20, "setting": {"eval_clients": 25}}], None),
         ([{"clients": 60, "setting": {"eval_clients": 25}}],
          "5 of 25 clients that were drawn for testing have no test images and are in no mean of personal models."),
         ([{"clients": 60}, {"clients": 60, "seed": 1, "tested": {"clients": 22}}],
