@@ -102,7 +102,7 @@ def test_a_wrong_name_is_answered_with_the_near_ones() -> None:
 
 
 def test_whole_numbers_go_into_float_fields_and_give_the_same_run() -> None:
-    whole, real = config.parse_algorithms("fedprox(mu=0),fedprox(mu=0.0)")
+    (whole,), (real,) = map(config.parse_algorithms, ("fedprox(mu=0)", "fedprox(mu=0.0)"))
     assert whole == real and repr(whole) == repr(real)
 
 

@@ -99,7 +99,7 @@ def test_the_sets_are_those_of_the_front_page() -> None:
 
 def test_what_the_list_reads_without_importing_is_what_the_classes_say(monkeypatch: pytest.MonkeyPatch) -> None:
     said = {name: ALGORITHMS[name].family for name in ALGORITHMS}
-    monkeypatch.setattr(type(ALGORITHMS), "imported", lambda self: frozenset())
+    monkeypatch.setattr(type(ALGORITHMS), "entered", lambda self: {})
     assert {name: catalogue.family(name) for name in said} == said
 
 

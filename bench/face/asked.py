@@ -77,12 +77,16 @@ def sweep(asked: Asked) -> Sweep:
     """
     from bench.cells import note_sources
     from bench.files import data_root
+    from bench.names import meant
     from bench.protocol.presets import parse_presets
-    from bench.protocol.settings import BadConfig
+    from bench.protocol.settings import SETTINGS, BadConfig
     from bench.protocol.spelling import ask, parse_assignments, parse_numbers, split_list
     from bench.registry import load_plugin
     from bench.sweep import config
 
+    stems = [file.stem for file in asked.plugin]
+    if twice := next((stem for stem in stems if stems.count(stem) > 1), None):
+        raise BadConfig(f"--plugin: two files are called {twice}.py, and plug-ins are known by it; rename one")
     for file in asked.plugin:
         load_plugin(file)
     note_sources()
@@ -102,7 +106,7 @@ def sweep(asked: Asked) -> Sweep:
         algorithms=algorithms.algorithms,
         optional=algorithms.optional,
         datasets=tuple(config.parse_datasets(asked.dataset)),
-        setting=asked.setting,
+        setting=meant(asked.setting, SETTINGS) or asked.setting,
         overrides=overrides,
         imbalance=tuple(config.parse_imbalance(factor) for factor in factors),
         alpha=() if asked.alpha is None else tuple(parse_numbers(asked.alpha, "--alpha")),
@@ -159,6 +163,6 @@ def mirror(asked: Asked, read: Sweep, todo: int, command: str, warn: Callable[[s
     if not tracking.has_mlflow():
         warn("mlflow is not installed, so nothing is tracked; pip install mlflow, or use --tracking-uri off")
         return None
-    about = {"command": command, "setting": asked.setting, "seeds": ",".join(map(str, read.seeds))}
+    about = {"command": command, "setting": read.setting, "seeds": ",".join(map(str, read.seeds))}
     about |= {"algorithms": ",".join(map(label, read.algorithms)), "dataset": ",".join(map(label, read.datasets))}
     return tracking.Mirror(given or tracking.default_uri(asked.out), asked.out, about, warn)

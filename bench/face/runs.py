@@ -30,8 +30,9 @@ class Runs(Sequence[Record]):
     `runs[0]` is a run, `runs["fedrep", 0]` that of an algorithm and seed; `runs[2:5]` and `runs.where(...)` are some.
     """
 
-    def __init__(self, known: Sequence[Record]) -> None:
-        self._boards = leaderboards(known)
+    def __init__(self, known: Sequence[Record], all_versions: bool = False) -> None:
+        self._all_versions = all_versions
+        self._boards = leaderboards(known, all_versions=all_versions)
         by_id = {record.id: record for record in known}
         self._labels = {run: row.label for board in self._boards for row in board.rows for run in row.ids}
         ordered = [by_id[run] for board in self._boards for row in board.rows for run in row.ids]
@@ -54,7 +55,7 @@ class Runs(Sequence[Record]):
             BadConfig: There is no such run, or several.
         """
         if isinstance(key, slice):
-            return Runs(self._records[key])
+            return Runs(self._records[key], self._all_versions)
         if isinstance(key, int):
             return self._records[key]
         algorithm, seed = key if isinstance(key, tuple) else (key, None)
@@ -86,7 +87,7 @@ class Runs(Sequence[Record]):
             wanted = list(value) if isinstance(value, list | tuple | set) else [value]
             chosen &= frame[column].isin(wanted) | (frame[column].isna() & (None in wanted))
         kept = set(frame.index[chosen])
-        return Runs([record for record in self if record.id in kept])
+        return Runs([record for record in self if record.id in kept], self._all_versions)
 
     # As frames of pandas --------------------------------------------------------------------------
 
@@ -116,7 +117,9 @@ class Runs(Sequence[Record]):
 
         import pandas
 
-        return pandas.read_csv(io.StringIO(table.render(leaderboards(self._records, metric), "csv")))
+        return pandas.read_csv(
+            io.StringIO(table.render(leaderboards(self._records, metric, all_versions=self._all_versions), "csv"))
+        )
 
     def _finished(self) -> list[Record]:
         return [record for record in self if record.status == "done"]
@@ -188,18 +191,19 @@ class Runs(Sequence[Record]):
         return str(self)
 
     def _repr_html_(self) -> str:
-        return table.render(self._boards, "html")
+        return table.fragment(self._boards)
 
 
 def _plain(label: str) -> str:
     return label.partition(" #")[0]
 
 
-def load(out: Path | str = "runs") -> Runs:
+def load(out: Path | str = "runs", all_versions: bool = False) -> Runs:
     """Read stored results: a folder of runs, or a pack.
 
     Args:
         out: Where `bench run` wrote, or what was published: "results".
+        all_versions: Whether older versions of what was edited since are there too.
 
     Raises:
         BadConfig: There is no such folder.
@@ -210,4 +214,4 @@ def load(out: Path | str = "runs") -> Runs:
     known, damaged = records.read_all(out)
     for sentence in damaged:
         warnings.warn(sentence, stacklevel=2)
-    return Runs(known)
+    return Runs(known, all_versions)
