@@ -164,6 +164,11 @@ _OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("--dry-run", "Say what would run, and what it will take, and stop.", {"is_flag": True}),
     ("--no-probe", "With --dry-run: try nothing out, forecast from finished runs only.", {"is_flag": True}),
     ("--force", "Run again what is finished, and replace it.", {"is_flag": True}),
+    (
+        "--keep-models",
+        "Write the last models beside the results (safetensors); what is finished without is run again.",
+        {"is_flag": True},
+    ),
     ("--json", "Print one JSON document on standard output.", {"is_flag": True}),
 )
 """Name, help, and the rest of what `click.Option` takes."""

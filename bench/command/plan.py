@@ -35,7 +35,8 @@ def print_plan(runs: Sequence[Run], options: Options, device: str) -> int:
     """
     from bench.sweep import execution, forecast
 
-    todo = [run for run in runs if options.force or not execution.finished(run, options.out)]
+    keep = options.keep_models
+    todo = [run for run in runs if options.force or not execution.finished(run, options.out, keep)]
     _check(todo)
     jobs = _jobs(options, device, len(todo))
     try:

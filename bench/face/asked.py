@@ -67,6 +67,7 @@ class Asked:
     tracking_uri: str | None
     time_budget: str | None
     force: bool
+    keep_models: bool
 
 
 def sweep(asked: Asked) -> Sweep:

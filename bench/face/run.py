@@ -56,6 +56,7 @@ def run(
     tracking_uri: str | None = None,
     time_budget: str | None = None,
     force: bool = False,
+    keep_models: bool = False,
 ) -> Runs:
     """Compare algorithms in every cell of datasets, imbalance, alpha and seeds; what is finished is not run again.
 
@@ -95,6 +96,7 @@ def run(
         tracking_uri: MLflow, by default SQLite beside the results; "off".
         time_budget: Begin no run that would not end in time, "90m".
         force: Whether what is finished is run again.
+        keep_models: Whether the models are written beside each result.
 
     Returns:
         The runs that were asked for, those that failed too.

@@ -117,7 +117,8 @@ class Runs(Sequence[Record]):
 
         import pandas
 
-        return pandas.read_csv(
+        boards = leaderboards(self._records, metric, all_versions=self._all_versions)
+        return pandas.read_csv(io.StringIO(table.render(boards, "csv")))
             io.StringIO(table.render(leaderboards(self._records, metric, all_versions=self._all_versions), "csv"))
         )
 

@@ -78,10 +78,13 @@ def _perform(asked: Asked, command: str, quiet: bool) -> Swept:
     read, budget = asking.sweep(asked), asking.budget(asked)
     runs = asking.expand(read)
     prepare(asked.out)
-    rest = [run for run in runs if asked.force or not execution.finished(run, asked.out)]
+    keep = asked.keep_models
+    rest = [run for run in runs if asked.force or not execution.finished(run, asked.out, keep)]
     prepare_own((run.dataset for run in rest), read.data_root)
     driver.check_data(rest)
     _say_protocol(read, runs)
+    if keep and not asked.force and (again := sum(execution.finished(run, asked.out) for run in rest)):
+        _say(f"run again, to the same numbers, as no models were kept: {again} of {len(runs)} runs")
     forecasts = forecast(rest, asked.out, probe=False)
     journal = Journal(asked.out, command, forecasts)
     # Standard output is for results, whatever Ray and MLflow think.
@@ -91,7 +94,9 @@ def _perform(asked: Asked, command: str, quiet: bool) -> Swept:
         watchers: list[Watcher] = [journal, display, *([mirror] if mirror else [])]
         schedule = partial(Schedule, forecasts=forecasts, budget=budget)
         try:
-            results = driver.run(runs, asked.out, pool=pool, watchers=watchers, force=asked.force, schedule=schedule)
+            results = driver.run(
+                runs, asked.out, pool=pool, watchers=watchers, force=asked.force, keep_models=keep, schedule=schedule
+            )
         except KeyboardInterrupt as interrupt:
             done = sum(execution.finished(run, asked.out) for run in runs)
             kept = f"interrupted: {done} of {len(runs)} runs are done and kept"

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 FORMAT = 2
 """Of run.json; raised when a reader of the old one would misread the new one."""
 DOCUMENT, ROUNDS, COUNTS = "run.json", "rounds.parquet", "clients.parquet"
+MODELS = "models"
+"""Folder of the models that a run kept, and the key of run.json that lists its files."""
 _OF_A_FINISHED_RUN = ("fingerprint", "metrics", "cost", "groups", "class_counts", "tested")
 
 
@@ -79,11 +81,18 @@ class Record:
     """On what the personal metrics rest, as `bench.training.rounds.Outcome` has it. Empty if the run failed."""
     files: dict[str, str] = field(default_factory=dict, repr=False)
     """SHA-256 of the Parquet files."""
+    models: dict[str, str] = field(default_factory=dict, repr=False)
+    """SHA-256 of the files of kept models, which `bench.results.kept` reads; empty if none were kept."""
     reason: str | None = None
     """Why the run failed, in a sentence."""
     commit: str | None = None
     finished: str | None = None
     """When, in ISO 8601."""
+
+    @property
+    def has_models(self) -> bool:
+        """Whether the run kept its models, and their files are there; what is in them is checked when they are read."""
+        return bool(self.models) and all((self.folder / MODELS / name).is_file() for name in self.models)
 
     def rounds(self) -> pandas.DataFrame:
         """Read the curves: a row an evaluated round, NaN where a metric is absent.

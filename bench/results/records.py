@@ -2,6 +2,7 @@
 
     OUT/<id>/rounds.parquet    the curves: a row an evaluated round
     OUT/<id>/clients.parquet   a row per round, model, client and class: correct, total, and whether it was drawn
+    OUT/<id>/models/           only if they were to be kept: see `bench.training.keeping`
     OUT/<id>/run.json          everything else; written last, so that a folder without it is unfinished
 
 Every file appears whole or not at all, whenever the process is killed. `run.json` holds the SHA-256 of its
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from bench.results import storage
-from bench.results.record import COUNTS, DOCUMENT, FORMAT, ROUNDS, check
+from bench.results.record import COUNTS, DOCUMENT, FORMAT, MODELS, ROUNDS, check
 from bench.results.record import DamagedResult as DamagedResult
 from bench.results.record import Record as Record
 from bench.results.record import read as read
@@ -55,6 +56,7 @@ def write(
     rounds: Sequence[Mapping[str, float | int | None]],
     counts: Mapping[str, Sequence[int | str]],
     *,
+    models: Path | None = None,
     replace: bool = False,
 ) -> Path:
     """Store a finished run.
@@ -65,6 +67,7 @@ def write(
         document: What run.json is to hold; "format", "id", "status" and "files" are put in here.
         rounds: A row an evaluated round, with a "round"; not all need the same keys. None and NaN are absent.
         counts: Columns round, model, client (-1: generic), class, correct, total and drawn, all of one length.
+        models: Folder of the files that `document["models"]` lists; it is moved into the run's. None: none were kept.
         replace: Whether a finished or damaged result may be overwritten.
 
     Returns:
@@ -87,7 +90,7 @@ def write(
         COUNTS: storage.parquet(tallies),
     }
     files = {name: hashlib.sha256(content).hexdigest() for name, content in companions.items()}
-    _put(folder, {**document, "id": run_id, "status": "done", "files": files}, companions)
+    _put(folder, {**document, "id": run_id, "status": "done", "files": files}, companions, models)
     return folder
 
 
@@ -148,9 +151,11 @@ def publish(out: Path, text: str) -> Path:
     return out / "README.md"
 
 
-def _put(folder: Path, document: Mapping[str, object], companions: Mapping[str, bytes]) -> None:
+def _put(
+    folder: Path, document: Mapping[str, object], companions: Mapping[str, bytes], models: Path | None = None
+) -> None:
     """Write a run's files, run.json last; what could not be read back is not written."""
     content = storage.absent_is_none({**document, "format": FORMAT})
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     check(folder, json.loads(text))
-    storage.place(folder, {**companions, DOCUMENT: text.encode()})
+    storage.place(folder, {**companions, DOCUMENT: text.encode()}, {MODELS: models})

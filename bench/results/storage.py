@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -38,7 +39,7 @@ def prepare(out: Path) -> Path:
     return out
 
 
-def place(folder: Path, contents: Mapping[str, bytes]) -> None:
+def place(folder: Path, contents: Mapping[str, bytes], moved: Mapping[str, Path | None] | None = None) -> None:
     """Put files into a folder, which is made; the last of them vouches for the others.
 
     All are on disk under temporary names before the first old file goes. From then on, for the few system
@@ -47,6 +48,8 @@ def place(folder: Path, contents: Mapping[str, bytes]) -> None:
     Args:
         folder: Where to.
         contents: File name to content, in the order in which they appear.
+        moved: By name, folders of the same file system that take their place there before the last file appears; None:
+            what has the name goes.
 
     Raises:
         OutputUnwritable: The disk is full, or the folder cannot be made or written.
@@ -62,6 +65,11 @@ def place(folder: Path, contents: Mapping[str, bytes]) -> None:
             durable.flush(folder)
         for name in others:
             os.replace(parts[name], folder / name)
+        for name, source in (moved or {}).items():
+            if (folder / name).exists():
+                shutil.rmtree(folder / name)
+            if source is not None:
+                os.replace(source, folder / name)
         durable.flush(folder)  # the others' names are on disk before the file that vouches for them
         os.replace(parts[last], folder / last)
         durable.flush(folder)

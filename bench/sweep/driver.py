@@ -70,6 +70,7 @@ def run(
     pool: Pool,
     watchers: Sequence[Watcher] = (),
     force: bool = False,
+    keep_models: bool = False,
     schedule: Callable[[Sequence[Run]], Schedule] = Schedule,
 ) -> list[Result]:
     """Do what is not done.
@@ -80,6 +81,7 @@ def run(
         pool: Where they execute.
         watchers: Who is told.
         force: Whether finished runs are done again, from their first round.
+        keep_models: Whether models are kept; finished runs without them are done again.
         schedule: Makes of the runs that are to be done the order in which they begin, and the end.
 
     Returns:
@@ -90,7 +92,7 @@ def run(
         DamagedResult: A finished run's files are not what was written, and `force` is not set.
     """
     records.prepare(out)
-    results = {run.id: Result(run, "cached") for run in runs if not force and finished(run, out)}
+    results = {run.id: Result(run, "cached") for run in runs if not force and finished(run, out, keep_models)}
     cached = [result.run for result in results.values()]
     rest = [run for run in runs if run.id not in results]
     for each in runs:
@@ -101,7 +103,7 @@ def run(
     for watcher in watchers:
         watcher.begin(rest, cached)
     if rest:
-        pool(waiting, out, partial(execute, force=force), collector)
+        pool(waiting, out, partial(execute, force=force, keep_models=keep_models), collector)
     return [results.get(each.id, Result(each, "waiting")) for each in runs]
 
 

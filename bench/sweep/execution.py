@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -34,8 +35,14 @@ from bench.training.job import Job, surroundings
 from bench.training.rounds import BadCohort, Diverged, Report, Tally, train
 from bench.training.states import StatesUnwritable
 
+
+class OtherNumbers(RuntimeError):
+    """A finished run, done again for its models, has come out otherwise; the message says what to do."""
+
+
 _EXPECTED = (
-    BadCohort, BadConfig, CannotStack, Diverged, Misnamed, StatesUnwritable, WorkersDied, records.OutputUnwritable,
+    BadCohort, BadConfig, CannotStack, Diverged, Misnamed, OtherNumbers, StatesUnwritable, WorkersDied,
+    records.OutputUnwritable,
 )  # fmt: skip
 """Errors whose message is a whole sentence."""
 _GOES_ON = (MemoryError, torch.OutOfMemoryError, StatesUnwritable, WorkersDied)
@@ -44,16 +51,24 @@ _MEMORY = (MemoryError, torch.OutOfMemoryError)
 """Errors that a run may not have when it has all memory for itself."""
 
 
-def finished(run: Run, out: Path) -> bool:
-    """Tell whether a run's folder is complete.
+def finished(run: Run, out: Path, models: bool = False) -> bool:
+    """Tell whether a run's folder is complete, with its models if they are wanted.
 
     Raises:
         DamagedResult: It was, and its files are not what was written.
     """
-    return records.status(out, run.id) == "done"
+    if records.status(out, run.id) != "done":
+        return False
+    return not models or records.read(out / run.id).has_models
 
 
-def execute(run: Run, out: Path, report: Callable[[Report], None] | None = None, force: bool = False) -> Failure | None:
+def execute(
+    run: Run,
+    out: Path,
+    report: Callable[[Report], None] | None = None,
+    force: bool = False,
+    keep_models: bool = False,
+) -> Failure | None:
     """Do one run from start to end, or from its checkpoint on, and write its folder.
 
     Args:
@@ -61,6 +76,7 @@ def execute(run: Run, out: Path, report: Callable[[Report], None] | None = None,
         out: The folder of all results.
         report: Called after each round, besides the line in the progress file.
         force: Whether a finished result may be replaced.
+        keep_models: Whether the models are written beside it; a finished result without them is replaced by itself.
 
     Returns:
         None, or why the run failed; that is recorded too. Nothing is done if another process does it, or has done it,
@@ -72,14 +88,16 @@ def execute(run: Run, out: Path, report: Callable[[Report], None] | None = None,
     folder = records.prepare(out / run.id)
     try:
         with claim(folder):
-            if not force and finished(run, out):
+            if not force and finished(run, out, keep_models):
                 return Failure("another process has done it", "found")  # since it was looked up
-            return _execute(run, out, report, force)
+            return _execute(run, out, report, force, keep_models)
     except Claimed as error:
         return Failure(str(error), "later")
 
 
-def _execute(run: Run, out: Path, report: Callable[[Report], None] | None, force: bool) -> Failure | None:
+def _execute(
+    run: Run, out: Path, report: Callable[[Report], None] | None, force: bool, keep_models: bool
+) -> Failure | None:
     torch.set_num_threads(1)
     started = _now()
     progress = progress_file(out, run)
@@ -92,14 +110,21 @@ def _execute(run: Run, out: Path, report: Callable[[Report], None] | None, force
             report(news)
 
     described = document(run, started)
+    again = not force and finished(run, out)
+    models = out / run.id / "checkpoint.models" if keep_models else None
     try:
         with hire(run.workers, run.device, run.plugins, partial(_surroundings, run)) as crew:
             needed = job(run)
             described |= _describe_split(run, needed.splits.labels, needed.split)
-            outcome = train(needed, checkpoint=out / run.id / "checkpoint.pt", report=tell, crew=crew)
+            checkpoint = out / run.id / "checkpoint.pt"
+            outcome = train(needed, checkpoint=checkpoint, report=tell, crew=crew, models=models)
+        if again:
+            _require_the_same(records.read(out / run.id), outcome.digest)
         described |= {"metrics": outcome.metrics, "cost": outcome.cost, "digest": outcome.digest}
         described["tested"] = outcome.tested
-        _write(out, run, described, outcome.rounds, _columns(outcome.counts), force)
+        if models is not None:
+            described["models"] = outcome.models
+        _write(out, run, described, outcome.rounds, _columns(outcome.counts), models, force or again)
     except records.OutputUnwritable:
         raise
     except Exception as error:  # a plug-in may raise anything; the other runs of the sweep go on
@@ -187,9 +212,21 @@ def _columns(tallies: Sequence[Tally]) -> dict[str, list[Any]]:
     return columns
 
 
-def _write(out: Path, run: Run, described: dict[str, Any], rounds: Any, counts: Any, force: bool) -> None:
+def _require_the_same(stored: records.Record, digest: str) -> None:
+    """Require that a finished run came out as before, so that kept models are those of its stored numbers."""
+    if stored.document["digest"] != digest:
+        raise OtherNumbers(
+            "run again for its models, it came out with another digest than the stored result, as on another machine "
+            "or with other versions; the result is left as it is, and --force --keep-models replaces it"
+        )
+
+
+def _write(
+    out: Path, run: Run, described: dict[str, Any], rounds: Any, counts: Any, models: Path | None, replace: bool
+) -> None:
+    whole = {**described, "finished": _now()}
     try:
-        records.write(out, run.id, {**described, "finished": _now()}, rounds, counts, replace=force)
+        records.write(out, run.id, whole, rounds, counts, models=models, replace=replace)
     except records.AlreadyDone:  # another process did the same run meanwhile, with the same numbers
         return
 
@@ -208,7 +245,10 @@ def _now() -> str:
 def forget_checkpoint(out: Path, run: Run) -> None:
     """Remove what only an unfinished run needs."""
     for file in (out / run.id).glob("checkpoint.*"):
-        remove(file)
+        if file.is_dir():
+            shutil.rmtree(file, ignore_errors=True)
+        else:
+            remove(file)
 
 
 def remove(file: Path) -> None:

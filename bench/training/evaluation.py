@@ -26,6 +26,7 @@ from bench.protocol.settings import BEYOND_TRAINING
 from bench.task import Task
 from bench.training import adaptation as tuning
 from bench.training.crew import Crew, Surroundings, visit_all
+from bench.training.keeping import Keeper
 from bench.training.states import Store
 from bench.training.visit import Verb, Visit
 from bench.tree import Tree
@@ -50,6 +51,8 @@ class Evaluator:
     """What counts samples and operations as adaptation."""
     wrap: Callable[[Verb], Verb] = lambda verb: verb
     """Put around the verbs of personal models: where statistics stay at the client, it puts them in."""
+    keeper: Keeper | None = None
+    """Who writes what is tested to files; None: nobody."""
     _features: dict[tuple[int, ...], tuple[Tree, Tensor]] = field(default_factory=dict)
     """By the memory of a body: the body, so that its memory is no other's meanwhile, and its features of all test
     images; emptied after each evaluation."""
@@ -65,6 +68,8 @@ class Evaluator:
         counts: Counts = {}
         for name, model in models.items():
             if model is not None:
+                if self.keeper is not None:
+                    self.keeper.put(name, model)
                 correct, total = self._test_on_all(task, model, _predictor(self.here, name))
                 counts[name] = (correct[None], total[None])
         return counts
@@ -152,7 +157,10 @@ class Evaluator:
     ) -> Counts:
         counts: Counts = {}
         setting = self.here.population.setting
-        for name, models in self.models(task, server, shared, store, clients, final).items():
+        named = self.models(task, server, shared, store, clients, final)
+        if self.keeper is not None:
+            self.keeper.clients(clients, store, named)
+        for name, models in named.items():
             plain, masked = self._test(task, models, shared, clients, _predictor(self.here, name))
             counts[name] = plain
             # Which classes a client has not is known of its labels; its test may have others nevertheless.

@@ -28,6 +28,7 @@ from bench.training import metrics
 from bench.training.crew import Alone, Crew, visit_all
 from bench.training.evaluation import Counts, Evaluator
 from bench.training.job import Job, surroundings
+from bench.training.keeping import Keeper, holds
 from bench.training.memory import peak_memory, reset_peak_memory
 from bench.training.states import StatesUnwritable, store
 from bench.training.statistics import with_own_statistics
@@ -95,6 +96,8 @@ class Outcome:
     tested: dict[str, int | list[int] | None]
     """On what the personal metrics rest: "clients" that have test images, "images" of the one with fewest and most,
     clients in the "worst_decile", with "one_class" only in training, "drawn" for any cohort and "never"."""
+    models: dict[str, str]
+    """SHA-256 of each file of kept models, by name; empty if none were to be kept."""
 
 
 @dataclass
@@ -106,6 +109,8 @@ class Progress:
     rows: list[Row] = field(default_factory=list)
     counts: list[Tally] = field(default_factory=list)
     cost: dict[str, float] = field(default_factory=dict)
+    models: dict[str, str] = field(default_factory=dict)
+    """As `Outcome` has them."""
 
 
 def train(
@@ -114,6 +119,7 @@ def train(
     checkpoint: Path | None = None,
     report: Callable[[Report], None] | None = None,
     crew: Crew | None = None,
+    models: Path | None = None,
 ) -> Outcome:
     """Train and test one algorithm on one split.
 
@@ -122,11 +128,13 @@ def train(
         checkpoint: File to save to after rounds, and to continue from if it is there.
         report: Called after each round.
         crew: Processes that share the clients of a round and the tests; None: this one does it all, with the same bits.
+        models: Folder that the final states and the models of the last evaluation are written to; None: nowhere.
 
     Raises:
         Diverged: A state is no longer finite.
+        StatesUnwritable: A file of states or models cannot be written.
     """
-    run = Run(job, checkpoint, crew)
+    run = Run(job, checkpoint, crew, models)
     while run.progress.round < job.setting.rounds:
         measured = run.step()
         if report is not None:
@@ -137,10 +145,13 @@ def train(
 class Run:
     """One run between two rounds. `train` drives it; tests may step through it."""
 
-    def __init__(self, job: Job, checkpoint: Path | None = None, crew: Crew | None = None) -> None:
+    def __init__(
+        self, job: Job, checkpoint: Path | None = None, crew: Crew | None = None, models: Path | None = None
+    ) -> None:
         self.started = time.perf_counter()
         algorithm, setting = self.algorithm, self.setting = job.algorithm, job.setting
-        self.checkpoint, self.device = checkpoint, job.device
+        self.checkpoint, self.models, self.device = checkpoint, models, job.device
+        self.job = job
         self.here = here = surroundings(job)
         self.population, self.task = here.population, here.task
         self.crew = Alone() if crew is None else crew
@@ -205,7 +216,7 @@ class Run:
         cost["peak_memory_bytes"] = None if peak is None else peak + self.crew.peak_memory()
         cost["client_state_bytes"] = float(self.store.nbytes())
         digest = tree.digest([self.progress.server, *self.store.all()])
-        return Outcome(final, rows, self.progress.counts, cost, digest, self._tested())
+        return Outcome(final, rows, self.progress.counts, cost, digest, self._tested(), self.progress.models)
 
     def _tested(self) -> dict[str, int | list[int] | None]:
         """Say on what the personal metrics of the last evaluation rest."""
@@ -337,12 +348,18 @@ class Run:
         """Test all models, note counts and metrics, and give the metrics."""
         server, population = self.progress.server, self.population
         evaluator = self.evaluator
+        keeper = evaluator.keeper = Keeper(self.models, self.job) if last and self.models is not None else None
         if last and self.setting.final_visit and "pooled" not in self.algorithm.needs:
             self._visit_all_once_more(task)
+        if keeper is not None:
+            keeper.put("server", server)
+            keeper.put("clients/initial", self.store.initial)
         counts: Counts = {}
         tested: dict[str, Sequence[int]] = {"generic": (-1,)}
         if not self.own_statistics:  # a generic model would need statistics that nobody has
             counts |= evaluator.generic(task, server)
+        if keeper is not None:
+            keeper.close_server()
         for kind, clients in (
             ("personal", range(population.training)),
             ("unseen", range(population.training, population.size)),
@@ -351,6 +368,8 @@ class Run:
             if tested[kind]:
                 counts |= evaluator.personal(task, server, self.store, tested[kind], last)
         evaluator.forget()
+        if keeper is not None:
+            self.progress.models = keeper.finish(self.store)
         by_then = population.drawn_by(completed)
         drawn = torch.tensor([k in by_then for k in tested["personal"]])
         measured = metrics.summarise(counts, self.groups, drawn)
@@ -411,7 +430,14 @@ class Run:
             saved = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, KeyError, ValueError):
             return None  # half a file is no file: the run starts anew
-        if saved.pop("fingerprint") != self.fingerprint or not self.store.restore(saved.pop("store")):
+        if saved.pop("fingerprint") != self.fingerprint or self._lacks_models(saved):
+            return None
+        if not self.store.restore(saved.pop("store")):
             return None
         counts = [Tally(**{**tally, "rows": tally["rows"].cpu()}) for tally in saved.pop("counts")]
         return Progress(**saved, counts=counts)
+
+    def _lacks_models(self, saved: dict[str, Any]) -> bool:
+        """Tell whether models are wanted of a run that is over, and were not kept: they are those of its last test."""
+        over = saved["round"] == self.setting.rounds
+        return over and self.models is not None and not holds(self.models, saved.get("models", {}))

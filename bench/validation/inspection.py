@@ -14,7 +14,7 @@ import torch
 import bench
 from bench.dataset import DataDamaged, DataMissing
 from bench.protocol.settings import BadConfig
-from bench.results.record import COUNTS, DOCUMENT, ROUNDS, Record, check
+from bench.results.record import COUNTS, DOCUMENT, MODELS, ROUNDS, Record, check
 from bench.splits.auxiliary import NEEDS
 from bench.splits.longtail import group_classes
 from bench.splits.split import PartitionFailed
@@ -75,7 +75,7 @@ def _open(found: Inspected) -> None:
     """Read run.json, and compare the other files with what it says of them."""
     folder = found.folder
     for path in sorted(folder.iterdir()):
-        if path.name not in (DOCUMENT, ROUNDS, COUNTS):
+        if path.name not in (DOCUMENT, ROUNDS, COUNTS, MODELS):
             found.add(path.name, "", "does not belong into a run's folder; remove it")
     try:
         text = (folder / DOCUMENT).read_text(encoding="utf-8")
@@ -87,6 +87,8 @@ def _open(found: Inspected) -> None:
     except (OSError, ValueError, RecursionError) as error:
         found.add(DOCUMENT, "", str(error).splitlines()[0])
         return
+    if (folder / MODELS).exists() and not record.models:
+        found.add(MODELS, "", f"is not listed in {DOCUMENT}; remove it")
     if record.id != folder.name:
         found.add(DOCUMENT, "id", f"is {record.id}, and the folder is called {folder.name}")
     if record.status == "failed":

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from bench import durable
 from bench.results import storage
-from bench.results.record import COUNTS, DOCUMENT, ROUNDS, DamagedResult, read
+from bench.results.record import COUNTS, DOCUMENT, MODELS, ROUNDS, DamagedResult, read
 
 _IN_QUOTES = re.compile(r"(?<=['\"])(?:/|~|[A-Za-z]:[\\/])[^'\"]*(?=['\"])")
 _PATH = re.compile(r"(?<![\w.:/])(?:~?/[\w.@+-]+/[\w.@+/-]+|[A-Za-z]:\\[\w.\\-]+)")
@@ -52,7 +52,7 @@ def gather(folders: Sequence[Path]) -> dict[str, dict[str, bytes]]:
     """Read the files of finished runs as they are submitted.
 
     Where run.json spells a dataset of somebody's own files with the path to them, only the path's last part stays: the
-    identity tells the files by their contents.
+    identity tells the files by their contents. Kept models stay behind, and are not listed.
 
     Returns:
         By run the contents of its files, run.json last.
@@ -65,9 +65,10 @@ def gather(folders: Sequence[Path]) -> dict[str, dict[str, bytes]]:
         content = (folder / DOCUMENT).read_bytes()
         document = json.loads(content)
         shortened = _IN_QUOTES.sub(_last_part, str(document["dataset"]))
-        if shortened != document["dataset"]:
-            content = (json.dumps({**document, "dataset": shortened}, indent=2, allow_nan=False) + "\n").encode()
-            document = json.loads(content)
+        if shortened != document["dataset"] or MODELS in document:
+            document = {**document, "dataset": shortened}
+            document.pop(MODELS, None)
+            content = (json.dumps(document, indent=2, allow_nan=False) + "\n").encode()
         for key, what in told(document):
             raise NotSubmittable(f"{folder / DOCUMENT}: {key} tells {what} of this machine; take it out and try again")
         runs[folder.name] = {name: (folder / name).read_bytes() for name in (ROUNDS, COUNTS)} | {DOCUMENT: content}
