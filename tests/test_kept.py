@@ -94,11 +94,14 @@ def digest(models: Kept) -> str:
     return tree.digest([models.tree("server"), *states])
 
 
+STORED = run(overrides={"unseen": 2}, seeds=(1,))
+
+
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """FedRep with two clients held out."""
     out = tmp_path_factory.mktemp("kept")
-    done(run(overrides={"unseen": 2}), out, keep_models=True)
+    done(STORED, out, keep_models=True)
     return out
 
 
@@ -187,7 +190,7 @@ def recipe() -> str:
 
 def test_strangers_need_torch_and_safetensors_alone(out: Path) -> None:
     record = only(out)
-    job = execution.job(run(overrides={"unseen": 2}))
+    job = execution.job(STORED)
     rows: dict[str, Any] = {f"rows {client}": own.numpy() for client, own in enumerate(job.split.tests)}
     assert isinstance(job.splits.test_x, Tensor)
     np.savez(record.folder / "images.npz", x=job.splits.test_x.numpy(), y=job.splits.test_y.numpy(), **rows)
@@ -201,7 +204,7 @@ def test_strangers_need_torch_and_safetensors_alone(out: Path) -> None:
 
 def test_a_fresh_process_gives_the_same_counts(out: Path) -> None:
     record = only(out)
-    answer = process("eval", record.id[:5], "--seed", 0, "--out", out, "--json", cwd=out)
+    answer = process("eval", record.id[:5], "--clients", 20, "--out", out, "--json", cwd=out)
     assert answer.status == 0, answer.err
     told = json.loads(answer.out)
     found = {
@@ -242,7 +245,7 @@ def test_many_clients_are_several_files_and_none_refers_to_another(
     out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(keeping, "_FILE_BYTES", 150_000)
-    asked = run(overrides={"unseen": 2})
+    asked = STORED
     record = done(asked, tmp_path / "small", keep_models=True)
     names = ["clients-00000.safetensors", "clients-00001.safetensors", "clients-00002.safetensors"]
     assert sorted(record.models) == [*names, "server.safetensors"]
@@ -292,7 +295,7 @@ def test_a_crew_keeps_the_same_files(kind: str, tmp_path: Path) -> None:
 
 def test_models_are_no_part_of_the_identity_and_change_no_number(out: Path, tmp_path: Path) -> None:
     with_models = only(out)
-    without = done(run(overrides={"unseen": 2}), tmp_path / "plain")
+    without = done(STORED, tmp_path / "plain")
     assert without.id == with_models.id
     assert without.files == with_models.files
     assert without.metrics == with_models.metrics
@@ -336,6 +339,7 @@ def test_a_run_that_was_killed_keeps_the_same_models(
     assert train(execution.job(asked), checkpoint=checkpoint, models=models).models == wanted
     assert computed == [0, 1]
     (models / "server.safetensors").write_bytes(b"half")
+    (models / "clients-00007.safetensors").write_bytes(b"of a run in more files")
     assert train(execution.job(asked), checkpoint=checkpoint, models=models).models == wanted
     assert computed == [0, 1, 0, 1]
     assert {path.name: keeping.sha256(path) for path in models.iterdir()} == wanted
@@ -469,7 +473,7 @@ def test_models_are_not_submitted(out: Path, tmp_path: Path) -> None:
 
 
 def test_a_module_is_in_evaluation_mode_and_takes_what_networks_take(out: Path) -> None:
-    job, record = execution.job(run(overrides={"unseen": 2})), only(out)
+    job, record = execution.job(STORED), only(out)
     module = kept.module(record, "personal", 3)
     assert not module.training
     pixels = job.splits.test_x[torch.arange(5)]
@@ -498,6 +502,14 @@ def test_the_state_of_a_module_is_what_it_computes_with(out: Path) -> None:
     assert torch.equal(one(x), other(x))
     assert torch.equal(copy.deepcopy(one)(x), one(x))
     assert one.double().state_dict()["head/weight"].dtype == torch.float64
+
+
+def test_pixels_are_normalised_to_the_bit_as_in_a_run(out: Path) -> None:
+    look: dict[str, Any] = {"scale": 255.0, "mean": (0.49139968, 0.48215827, 0.44653124), "std": (0.247, 0.243, 0.261)}
+    module = Module({}, replace(kept.load(only(out)).network, **look), lambda model, x: x)
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    wanted = Images(pixels, torch.zeros(1, dtype=torch.int64), look["mean"], look["std"], scale=255.0)
+    assert torch.equal(module.normalise(pixels), wanted.plain(torch.tensor([0])))
 
 
 def test_what_is_no_floating_point_number_and_what_is_a_statistic_are_buffers() -> None:
@@ -558,9 +570,12 @@ def test_models_are_tested_on_all_images_and_on_new_clients(out: Path, bench: Be
     trained = bench("eval", record.id, "--out", out, "--dataset", "digits:train", "--partition", "iid", "--json")
     assert "was trained on some of these images" in trained.err
     dealt = json.loads(trained.out)
-    job = execution.job(run(overrides={"unseen": 2, "partition": "iid"}))
-    assert images(dealt, "personal") == [len(own) for own in job.split.clients[:18]]
-    assert images(dealt, "unseen") == [len(own) for own in job.split.clients[18:]]
+    job, models = execution.job(run(overrides={"unseen": 2, "partition": "iid"}, seeds=(1,))), kept.load(record)
+    look = models.network.mean, models.network.std
+    found = retest(models, Images(job.splits.train_x, job.splits.train_y, *look, scale=16.0), job.split.clients)
+    for name in ("personal", "unseen"):
+        assert dealt["models"][name]["correct"] == found[name].correct.tolist()
+        assert dealt["models"][name]["total"] == found[name].total.tolist()
     job = execution.job(run(overrides={"unseen": 2, "alpha": 5.0}, seeds=(3,)))
     assert images(told("--alpha", 5.0, "--seed", 3), "personal") == [len(own) for own in job.split.tests[:18]]
 
@@ -583,7 +598,7 @@ def test_other_images_are_normalised_as_the_runs_were(
 
 
 def test_the_table_is_short_and_says_what_it_shows(out: Path, bench: Bench) -> None:
-    answer = bench("eval", only(out).id[:4], "--out", out, "--seed", 0)
+    answer = bench("eval", only(out).id[:4], "--out", out, "--seed", 1)
     lines = answer.out.splitlines()
     assert lines[0] == f"fedrep(head_epochs=1) ({only(out).id}) on digits, test part: new clients have their own images"
     metrics = only(out).metrics
