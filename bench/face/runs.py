@@ -119,8 +119,6 @@ class Runs(Sequence[Record]):
 
         boards = leaderboards(self._records, metric, all_versions=self._all_versions)
         return pandas.read_csv(io.StringIO(table.render(boards, "csv")))
-            io.StringIO(table.render(leaderboards(self._records, metric, all_versions=self._all_versions), "csv"))
-        )
 
     def _finished(self) -> list[Record]:
         return [record for record in self if record.status == "done"]
