@@ -24,6 +24,7 @@ from bench.dataset import DataMissing
 from bench.protocol.identity import identify
 from bench.registry import ALGORITHMS, DATASETS
 from bench.results import records, storage
+from bench.results.curves import curves
 from bench.results.leaderboard import leaderboards
 from bench.results.table import results_readme
 from bench.sweep import driver, execution
@@ -33,7 +34,6 @@ from bench.training import metrics
 from bench.training.population import Population
 from bench.training.rounds import WORK
 from bench.validation import expected, inspection, rebuilding, submission, verification
-from bench.validation.counted import drawn, tables
 from bench.validation.report import validate
 from bench.validation.rerun import candidates, draw, rerun
 from bench.validation.verification import verified
@@ -100,12 +100,7 @@ class Forger:
 
     def recompute(self) -> Forger:
         """Make curves and metrics of the counts."""
-        groups = {name: torch.tensor(those, dtype=torch.int64) for name, those in self.document["groups"].items()}
-        classes = len(self.document["class_counts"])
-        rows: list[dict[str, Any]] = [
-            {"round": round, **metrics.summarise(tables(frame, classes), groups, drawn(frame))}
-            for round, frame in self.counts.groupby("round")
-        ]
+        rows: list[dict[str, Any]] = curves(self.counts, len(self.document["class_counts"]), self.document["groups"])
         final = {key: value for key, value in rows[-1].items() if key != "round"}
         for key in metrics.FOLLOWED:
             final |= {f"{key}@last10": metrics.last_mean(rows, key), f"{key}@best": metrics.best(rows, key)}
@@ -115,12 +110,12 @@ class Forger:
 
     def save(self) -> Path:
         """Write the files, with checksums, the identity's hash, the protocol and the folder's name as they must be."""
-        curves = [{str(k): v for k, v in row.items()} for row in self.rounds.to_dict("records")]
+        rows = [{str(k): v for k, v in row.items()} for row in self.rounds.to_dict("records")]
         counts: Any = {
             str(name): ("string" if name == "model" else "int32", self.counts[name].tolist()) for name in self.counts
         }
         contents = {
-            "rounds.parquet": storage.parquet(storage.columns(curves, first="round")),
+            "rounds.parquet": storage.parquet(storage.columns(rows, first="round")),
             "clients.parquet": storage.parquet(counts),
         }
         for name, content in contents.items():

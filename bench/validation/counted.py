@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
+from bench.results.curves import curves as computed
 from bench.results.record import COUNTS, DOCUMENT, ROUNDS, DamagedResult, Record
 from bench.training import metrics
 from bench.validation.expected import Cells, drawn_by, evaluations, tested_models
@@ -97,31 +98,33 @@ def _tests(found: Inspected, frame: pandas.DataFrame) -> None:
                 COUNTS, "round", f"has {brief(rounds)}, and by the setting models are tested after {brief(wanted)}"
             )
         each, final = tested_models(asked)
-        for round, models in frame.groupby("round")["model"].unique().items():
+        there: dict[int, set[str]] = {}
+        for round, model in frame[["round", "model"]].drop_duplicates().itertuples(index=False):
+            there.setdefault(round, set()).add(model)
+        for round, named in sorted(there.items()):
             names = final if round == asked.trained_by.rounds else each
-            if not asked.outdated and set(models) != names:
-                apart = ", ".join(sorted(set(models) ^ names))
+            if not asked.outdated and named != names:
+                apart = ", ".join(sorted(named ^ names))
                 found.add(
                     COUNTS, "model", f"has not the models of {asked.record.algorithm} after round {round}: {apart}"
                 )
-        known = [] if found.clients is None else drawn_by(asked, found.clients)
-        of_personal = frame[frame["drawn"] != -1]
-        for round in of_personal["round"].unique().tolist() if known else ():
-            rows = of_personal[of_personal["round"] == round]
-            by_then = known[round - 1] if 0 < round <= len(known) else frozenset()
-            if ((rows["drawn"] == 1) != rows["client"].isin(by_then)).any():
-                found.add(COUNTS, "drawn", f"names others than the clients drawn by round {round}")
-                break
+        if found.clients is not None:
+            _drawn(found, frame[frame["drawn"] != -1], drawn_by(asked, found.clients), found.clients)
     references = dict(dealt.tested) if dealt is not None else {}
-    for (round, model), rows in frame.groupby(["round", "model"], sort=False):
-        cells = rows[["client", "class", "total"]].to_numpy(dtype=np.int64).T
-        cells = cells[:, np.lexsort((cells[1], cells[0]))]
-        kind = _kind(str(model))
+    codes, names_ = frame["model"].factorize()
+    columns = [frame[column].to_numpy() for column in ("class", "client", "round")]
+    order = np.lexsort((columns[0], columns[1], codes, columns[2]))
+    rounds_, codes = columns[2][order], codes[order]
+    changes = np.flatnonzero(np.diff(rounds_, prepend=-1) | np.diff(codes, prepend=-1))
+    cells_ = np.stack([frame[column].to_numpy(dtype=np.int64)[order] for column in ("client", "class", "total")])
+    for start, stop in itertools.pairwise([*changes, len(order)]):
+        cells, model = cells_[:, start:stop], str(names_[codes[start]])
+        kind = _kind(model)
         reference = references.setdefault(kind, cells)
         found.tested.setdefault(kind, cells)
         if not np.array_equal(cells, reference):
             whose = "by the data" if dealt is not None else "of the other models"
-            place = f"round {round}, model {model}"
+            place = f"round {rounds_[start]}, model {model}"
             found.add(
                 COUNTS, "total", f"has other test images than those {whose}: {place}, {apart_at(cells, reference)}"
             )
@@ -132,6 +135,19 @@ def _tests(found: Inspected, frame: pandas.DataFrame) -> None:
         first = ", ".join(f"{column} {odd.iloc[0][column]}" for column in ("round", "client", "class"))
         found.add(COUNTS, "correct", "of personal.masked is below that of personal, and leaving classes out takes no "
                   f"right answer away, in {len(odd)} row(s), the first: {first}")  # fmt: skip
+
+
+def _drawn(found: Inspected, frame: pandas.DataFrame, known: Sequence[frozenset[int]], clients: int) -> None:
+    """See that the clients that are said to have been drawn are those of the cohorts."""
+    by_then = np.zeros((len(known) + 1, clients), dtype=bool)
+    for round, those in enumerate(known, start=1):
+        by_then[round, list(those)] = True
+    rounds, client = frame["round"].to_numpy(), frame["client"].to_numpy()
+    inside = (rounds > 0) & (rounds <= len(known)) & (client >= 0) & (client < clients)
+    wanted = inside & by_then[np.where(inside, rounds, 0), np.where(inside, client, 0)]
+    others = rounds[(frame["drawn"].to_numpy() == 1) != wanted]
+    if len(others):
+        found.add(COUNTS, "drawn", f"names others than the clients drawn by round {others.min()}")
 
 
 def apart_at(cells: Cells, reference: Cells) -> str:
@@ -150,10 +166,7 @@ def _measured(found: Inspected, record: Record, counts: pandas.DataFrame, curves
     classes = len(record.class_counts)
     if any(not 0 <= label < classes for those in record.groups.values() for label in those):
         return  # that they are not the groups of the classes was said
-    groups = {name: torch.tensor(those, dtype=torch.int64) for name, those in record.groups.items()}
-    rows: list[dict[str, float | int | None]] = []
-    for round, frame in counts.groupby("round"):
-        rows.append({"round": int(str(round)), **metrics.summarise(tables(frame, classes), groups, drawn(frame))})
+    rows = computed(counts, classes, record.groups)
     if curves is not None:
         _curves(found, rows, curves)
     final = {key: value for key, value in rows[-1].items() if key != "round"}
@@ -169,23 +182,6 @@ def _measured(found: Inspected, record: Record, counts: pandas.DataFrame, curves
     for key, value in record.metrics.items():
         if value is not None and not 0 <= value <= 1:
             found.add(DOCUMENT, f"metrics.{key}", f"is {value}, and must lie between 0 and 1")
-
-
-def tables(frame: pandas.DataFrame, classes: int) -> metrics.Counts:
-    """Turn the rows of one evaluation into a pair of (K, C) for each model; clients ascend."""
-    counts: metrics.Counts = {}
-    for model, rows in frame.groupby("model", sort=False):
-        clients, k = np.unique(rows["client"].to_numpy(), return_inverse=True)
-        pair = np.zeros((2, len(clients), classes), dtype=np.int64)
-        pair[:, k, rows["class"].to_numpy()] = rows[["correct", "total"]].to_numpy().T
-        counts[str(model)] = (torch.from_numpy(pair[0]), torch.from_numpy(pair[1]))
-    return counts
-
-
-def drawn(frame: pandas.DataFrame) -> torch.Tensor | None:
-    """Give which clients with personal models were drawn by one evaluation; None where nobody says."""
-    told = frame[frame["drawn"] != -1].groupby("client")["drawn"].max()
-    return torch.from_numpy(told.to_numpy() == 1) if len(told) else None
 
 
 def _curves(found: Inspected, rows: Sequence[Mapping[str, float | int | None]], frame: pandas.DataFrame) -> None:
