@@ -117,7 +117,8 @@ def test_a_run_is_reported_as_json_and_the_second_time_as_cached(bench: Bench) -
     second = bench("run", *SMALL, "--json")
     assert json.loads(second.out)["runs"] == [{**run, "status": "cached"}]
     assert sorted(path.name for path in Path("runs", run["id"]).iterdir()) == [
-        "clients.parquet",
+        "counts.parquet",
+        "predictions.parquet",
         "rounds.parquet",
         "run.json",
     ]

@@ -100,8 +100,11 @@ def test_any_nan_is_one() -> None:
 
 
 def test_numbers_of_full_width_are_told_apart() -> None:
-    ends = {digest(pyarrow.table({"a": pyarrow.array([n], "int64")})) for n in (2**63 - 1, -(2**63), -1, 0, 127, 128)}
-    assert len(ends) == 6
+    ends = {
+        digest(pyarrow.table({"a": pyarrow.array([n], "int64")}))
+        for n in (2**63 - 1, -(2**63), -1, 0, 127, 128, -128, -129)
+    }
+    assert len(ends) == 8
 
 
 def test_what_has_no_digest_is_said() -> None:

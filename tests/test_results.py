@@ -32,6 +32,7 @@ from bench.results.record import check
 from bench.results.records import Record
 from bench.results.statistics import Estimate, estimate
 from bench.training import metrics
+from tests.answers import parted
 
 GROUPS = {"many": torch.tensor([0]), "medium": torch.tensor([1, 2]), "few": torch.tensor([3])}
 
@@ -160,6 +161,7 @@ def test_an_identity_does_not_depend_on_the_order_of_its_keys() -> None:
 
 # Records ----------------------------------------------------------------------------------------------------
 
+FILES = ["counts.parquet", "predictions.parquet", "rounds.parquet", "run.json"]
 COUNTS = {
     "generic": (torch.tensor([[9, 5, 1, 0]]), torch.tensor([[10, 10, 10, 2]])),
     "personal": (torch.tensor([[1, 2, 0, 0], [3, 0, 1, 0]]), torch.tensor([[2, 2, 0, 0], [4, 0, 4, 0]])),
@@ -229,14 +231,14 @@ def columns_of(rows: Sequence[Mapping[str, int | str]]) -> dict[str, list[int | 
 
 def store(out: Path, content: dict[str, Any], *, replace: bool = False) -> Path:
     run_id = identify(content["identity"])
-    return records.write(out, run_id, content, ROUNDS, columns_of(rows_of(COUNTS)), replace=replace)
+    return records.write(out, run_id, content, ROUNDS, *parted(columns_of(rows_of(COUNTS))), replace=replace)
 
 
 def record(*positional: Any, **named: Any) -> Record:
     """A record that never saw a disk."""
     content = document(*positional, **named)
-    files = {"rounds.parquet": "0", "clients.parquet": "0"}
-    state = {"status": "done", "files": files, "format": 2, "id": identify(content["identity"])}
+    digests = dict.fromkeys(("rounds", "counts", "predictions"), "0")
+    state = {"status": "done", "tables": digests, "format": 3, "id": identify(content["identity"])}
     return check(Path(), {**content, **state, **({"status": "failed"} if "reason" in content else {})})
 
 
@@ -244,7 +246,7 @@ def test_what_was_written_is_read_again(tmp_path: Path) -> None:
     content = document(values={"unseen": math.nan}, heterogeneity={"classes per client": 2.5})
     folder = store(tmp_path, content)
     found = records.read(folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["clients.parquet", "rounds.parquet", "run.json"]
+    assert sorted(path.name for path in folder.iterdir()) == FILES
     assert (found.id, found.status, found.seed, found.metrics["unseen"]) == (folder.name, "done", 0, None)
     assert found.document["heterogeneity"] == {"classes per client": 2.5}
     assert "NaN" not in (folder / "run.json").read_text()
@@ -253,14 +255,16 @@ def test_what_was_written_is_read_again(tmp_path: Path) -> None:
     assert rounds["round"].tolist() == [1, 2] and rounds["generic"].tolist() == [0.1, 0.375]
     assert rounds["personal"].isna().all() and rounds["unseen"].tolist()[1] == 0.5
     counts = found.counts()
-    assert counts.to_dict("records") == rows_of(COUNTS)
+    assert counts.to_dict("records") == [row for row in rows_of(COUNTS) if row["total"]]
 
 
 def test_the_metrics_can_be_computed_again_from_the_stored_counts(tmp_path: Path) -> None:
     wrong = [{**row, "correct": 0} for row in rows_of(COUNTS, completed=1)]
     content = document()
     run_id = identify(content["identity"])
-    folder = records.write(tmp_path, run_id, content, ROUNDS, columns_of([*wrong, *rows_of(COUNTS, completed=2)]))
+    folder = records.write(
+        tmp_path, run_id, content, ROUNDS, *parted(columns_of([*wrong, *rows_of(COUNTS, completed=2)]))
+    )
     found = records.read(folder)
     assert found.recompute() == found.metrics == metrics.summarise(COUNTS, GROUPS)
 
@@ -306,7 +310,7 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path: Path, change: dict
     content = document()
     run_id = identify(content["identity"])
     with pytest.raises(ValueError, match=reason):
-        records.write(tmp_path, run_id, {**content, **change}, ROUNDS, columns_of(rows_of(COUNTS)))
+        records.write(tmp_path, run_id, {**content, **change}, ROUNDS, *parted(columns_of(rows_of(COUNTS))))
     assert records.status(tmp_path, run_id) == "absent"
 
 
@@ -316,11 +320,11 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path: Path, change: dict
         ("run.json", b"", "cannot be read"),
         ("run.json", b"[]", "is not a JSON object"),
         ("run.json", b"\xff\xfe\x00", "cannot be read"),
-        ("run.json", b'{"format": "2"}', "has format '2', and this version reads format 2"),
+        ("run.json", b'{"format": "2"}', "has format '2', and must have a whole number from 1 to 3"),
         ("run.json", b'{"format": 2}', "has a bad key"),
         ("run.json", b'{"format": NaN}', "NaN is not a number of JSON"),
-        ("rounds.parquet", b"", "is not the file that run.json was written with"),
-        ("clients.parquet", None, "cannot be read: No such file"),
+        ("rounds.parquet", b"", "is no Parquet file that can be read"),
+        ("counts.parquet", None, "cannot be read: No such file"),
     ],
 )
 def test_a_damaged_result_names_the_file_and_what_to_do(
@@ -342,16 +346,13 @@ def test_a_damaged_result_names_the_file_and_what_to_do(
     assert records.status(tmp_path, folder.name) == "done"
 
 
-@pytest.mark.parametrize(
-    ("format", "says"),
-    [(1, "an earlier version of bench wrote it"), (3, "a later version of bench wrote it, so update")],
-)
-def test_a_result_of_another_version_is_not_to_be_deleted(tmp_path: Path, format: int, says: str) -> None:
+def test_a_result_of_a_later_version_is_not_to_be_deleted(tmp_path: Path) -> None:
     folder = store(tmp_path, document())
     file = folder / "run.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "format": format}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format": 4}))
     found, told = records.read_all(tmp_path)
-    assert not found and told[0].startswith(f"{file} has format {format}, and this version reads format 2: {says}")
+    says = "has format 4, and this version reads formats up to 3: a later version of bench wrote it, so update bench"
+    assert not found and told == [f"{file} {says}"]
     assert "delete" not in told[0] and "--force" not in told[0]
 
 
@@ -367,7 +368,7 @@ def test_a_result_of_another_run_is_damaged(tmp_path: Path) -> None:
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(name=st.sampled_from(["run.json", "rounds.parquet", "clients.parquet"]), share=st.floats(0, 1))
+@given(name=st.sampled_from(FILES), share=st.floats(0, 1))
 def test_a_file_that_was_cut_off_is_damage_and_never_another_result(name: str, share: float) -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = store(Path(place), document())
@@ -438,7 +439,7 @@ import pyarrow.parquet, pydantic
 from bench.results import records
 
 out, run_id, given = sys.argv[1:]
-content, rounds, counts = json.loads(given)
+content, *written = json.loads(given)
 last = 0
 while True:
     child = os.fork()
@@ -453,7 +454,7 @@ while True:
                 return function(*positional)
             return call
         os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
-        records.write(Path(out) / str(last), run_id, content, rounds, counts)
+        records.write(Path(out) / str(last), run_id, content, *written)
         os._exit(0)
     if os.waitpid(child, 0)[1] == 0:
         break
@@ -465,7 +466,7 @@ print(last)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a process that can be copied")
 def test_a_process_killed_at_any_system_call_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
     run_id = identify(document()["identity"])
-    given = json.dumps([document(), ROUNDS[:1], columns_of(rows_of(COUNTS))])
+    given = json.dumps([document(), ROUNDS[:1], *parted(columns_of(rows_of(COUNTS)))])
     command = [sys.executable, "-c", _KILLED, str(tmp_path), run_id, given]
     printed = subprocess.run(command, capture_output=True, text=True, check=True)
     deaths = int(printed.stdout)
@@ -476,7 +477,7 @@ def test_a_process_killed_at_any_system_call_leaves_nothing_that_looks_finished(
     for last in range(finished):  # the next process takes over, and cleans up
         folder = store(tmp_path / str(last), document())
         names = sorted(path.name for path in folder.iterdir())
-        assert names == ["clients.parquet", "rounds.parquet", "run.json"]
+        assert names == FILES
 
 
 def test_a_folder_that_cannot_be_written_is_said_so_in_a_sentence(tmp_path: Path) -> None:
@@ -501,7 +502,7 @@ def test_a_full_disk_leaves_the_old_result_in_place(tmp_path: Path, monkeypatch:
         with pytest.raises(records.OutputUnwritable, match="No space left on device"):
             store(tmp_path, document(digest="new"), replace=True)
     assert records.read(folder).document["digest"] == "old"
-    assert len(list(folder.iterdir())) == 3
+    assert len(list(folder.iterdir())) == 4
 
 
 # Statistics -------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from bench.site import charts
 from bench.site.build import MARKER, build
 from bench.site.counts import MOST, count
 from bench.validation import verification
+from tests.answers import parted
 
 WILD = "<img src=x onerror=\"window.wild=1\"> & 'quoted' </script><script>window.wild=2</script>"
 """What a label, a reason or a person's notes may hold."""
@@ -145,7 +146,7 @@ def plant(
     document["tested"] = {"clients": clients - 1, "images": [28, 28], "worst_decile": 2, "one_class": 0}
     document["tested"] |= {"drawn": clients - 3, "never": 2}
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    records.write(out, run, document, curve, {**columns, "round": [2 * evaluations] * len(rows)})
+    records.write(out, run, document, curve, *parted({**columns, "round": [2 * evaluations] * len(rows)}))
     return run
 
 
@@ -752,7 +753,7 @@ def test_a_run_opens_from_the_leaderboard_and_draws_its_pictures(planted: Plante
     assert browser.run("return document.querySelectorAll('.chart svg').length") == 5
     marks = browser.run("return document.querySelectorAll('#clients .mark-symbol path').length")
     assert marks >= 2 * 11
-    raw = browser.find('a[href$="clients.parquet"]').get_attribute("href")
+    raw = browser.find('a[href$="predictions.parquet"]').get_attribute("href")
     assert Path(unquote(urlsplit(raw).path)).read_bytes()[:4] == b"PAR1"
     browser.driver.back()
     browser.until(lambda: browser.state() == {"dataset": "digits", "find": "beta"})

@@ -32,6 +32,7 @@ from bench.tracking import described, importing, mirror
 from bench.tracking.described import Point
 from bench.tracking.server import Server, Shown, Status
 from bench.training.rounds import Report
+from tests.answers import parted
 from tests.processes import SLOW, finish, start, wait
 from tests.tracked import ask, assert_tracked, free_port, kill, mlflow_server, on_server, tracked
 
@@ -217,7 +218,7 @@ def write(out: Path, run: Run, minute: int = 0) -> None:
         "drawn": [-1],
     }
     rounds = [{"round": number, **row} for number, row in enumerate(rows, start=1)]
-    records.write(out, run.id, document, rounds, counts, replace=True)
+    records.write(out, run.id, document, rounds, *parted(counts), replace=True)
 
 
 def fail(out: Path, run: Run, reason: str = "it broke") -> None:

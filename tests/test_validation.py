@@ -9,13 +9,14 @@ import os
 import shutil
 import subprocess
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas
+import pyarrow
 import pytest
 import torch
 
@@ -23,7 +24,8 @@ from bench.algorithm import Exchange
 from bench.dataset import DataMissing
 from bench.protocol.identity import identify
 from bench.registry import ALGORITHMS, DATASETS
-from bench.results import records, storage
+from bench.results import records, storage, tables
+from bench.results.content import digest
 from bench.results.curves import curves
 from bench.results.leaderboard import leaderboards
 from bench.results.table import results_readme
@@ -37,6 +39,7 @@ from bench.validation import expected, inspection, rebuilding, submission, verif
 from bench.validation.report import validate
 from bench.validation.rerun import candidates, draw, rerun
 from bench.validation.verification import verified
+from tests.answers import parted
 from tests.test_command import Bench
 from tests.test_command import bench as bench
 
@@ -89,13 +92,20 @@ def document(folder: Path) -> dict[str, Any]:
     return content
 
 
+def _table(columns: Mapping[str, list[Any]]) -> pyarrow.Table:
+    kinds = {name: "string" if name == "model" else "int32" for name in columns}
+    return pyarrow.table({name: pyarrow.array(cells, type=kinds[name]) for name, cells in columns.items()})
+
+
 class Forger:
     """Somebody who knows the formats and recomputes all that can be recomputed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.document = document(folder)
-        self.counts: Any = pandas.read_parquet(folder / "clients.parquet")
+        self.counts: Any = records.read(folder).counts()
+        self.predictions: Any = None
+        """As they are to be written; None: made of the counts."""
         self.rounds: Any = pandas.read_parquet(folder / "rounds.parquet")
 
     def recompute(self) -> Forger:
@@ -111,16 +121,13 @@ class Forger:
     def save(self) -> Path:
         """Write the files, with checksums, the identity's hash, the protocol and the folder's name as they must be."""
         rows = [{str(k): v for k, v in row.items()} for row in self.rounds.to_dict("records")]
-        counts: Any = {
-            str(name): ("string" if name == "model" else "int32", self.counts[name].tolist()) for name in self.counts
-        }
-        contents = {
-            "rounds.parquet": storage.parquet(storage.columns(rows, first="round")),
-            "clients.parquet": storage.parquet(counts),
-        }
-        for name, content in contents.items():
-            (self.folder / name).write_bytes(content)
-            self.document["files"][name] = hashlib.sha256(content).hexdigest()
+        before, last = parted({str(name): self.counts[name].tolist() for name in self.counts})
+        if self.predictions is not None:
+            last = {str(name): self.predictions[name].tolist() for name in self.predictions}
+        written = {"rounds": tables.curves(rows), "counts": _table(before), "predictions": _table(last)}
+        for name, table in written.items():
+            (self.folder / f"{name}.parquet").write_bytes(storage.parquet(table))
+            self.document["tables"][name] = digest(table)
         identity = self.document["identity"]
         self.document["protocol"] = identify({key: identity[key] for key in ("dataset", "setting")})
         self.document["id"] = identify(identity)
@@ -166,7 +173,7 @@ def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_failed_run_may_be_published_with_its_reason(out: Path) -> None:
     here = folder(out)
-    said = {key: value for key, value in document(here).items() if key not in ("metrics", "cost", "files", "digest")}
+    said = {key: value for key, value in document(here).items() if key not in ("metrics", "cost", "tables", "digest")}
     shutil.rmtree(here)
     records.fail(out, here.name, said, "diverged: after round 2 a state is no longer finite")
     write_table(out)
@@ -305,7 +312,7 @@ def test_every_leaf_of_run_json_that_is_removed_is_found(out: Path) -> None:
         del content[key]
         file.write_text(json.dumps(content))
         assert validate(out, ROOT, [here]).problems or key in may_lack, key
-    for part in ("metrics", "cost", "groups", "setting", "tested", "files", "identity", "overrides", "heterogeneity"):
+    for part in ("metrics", "cost", "groups", "setting", "tested", "tables", "identity", "overrides", "heterogeneity"):
         for key in json.loads(original)[part]:
             content = json.loads(original)
             del content[part][key]
@@ -317,7 +324,7 @@ def test_every_leaf_of_run_json_that_is_removed_is_found(out: Path) -> None:
 def test_nothing_that_is_made_up_stops_the_validation(out: Path, value: object) -> None:
     here = folder(out)
     original = json.loads((here / "run.json").read_text())
-    for key in ("class_counts", "groups", "setting", "identity", "heterogeneity", "versions", "files"):
+    for key in ("class_counts", "groups", "setting", "identity", "heterogeneity", "versions", "tables"):
         for inside in (False, True):
             content = json.loads(json.dumps(original))
             if inside:
@@ -350,13 +357,13 @@ def a_metric_changed_by_a_billionth(out: Path) -> None:
     forger.save()
 
 
-@tampering("clients.parquet: is not the file that run.json was written with")
+@tampering("predictions.parquet: does not hold what run.json was written with")
 def a_count_changed(out: Path) -> None:
     forger = Forger(folder(out))
-    files = dict(forger.document["files"])
+    digests = dict(forger.document["tables"])
     forger.counts.loc[3, "correct"] -= 1
     here = forger.save()
-    content = document(here) | {"files": files}
+    content = document(here) | {"tables": digests}
     (here / "run.json").write_text(json.dumps(content))
 
 
@@ -371,7 +378,8 @@ def a_count_changed_and_its_checksum(out: Path) -> None:
 @tampering("correct is not between 0 and total")
 def more_right_than_tested(out: Path) -> None:
     forger = Forger(folder(out))
-    forger.counts.loc[5, "correct"] = forger.counts.loc[5, "total"] + 1
+    early = forger.counts.index[forger.counts["round"] == 2][5]
+    forger.counts.loc[early, "correct"] = forger.counts.loc[early, "total"] + 1
     forger.recompute().save()
 
 
@@ -778,14 +786,10 @@ def two_metrics_of_one_name(out: Path) -> None:
     file.write_text(file.read_text().replace('"personal": ', '"personal": 0.99, "personal": ', 1))
 
 
-@tampering("clients.parquet: is no Parquet file")
-def a_file_cut_off_and_its_checksum(out: Path) -> None:
-    here = folder(out)
-    content = (here / "clients.parquet").read_bytes()[:-40]
-    (here / "clients.parquet").write_bytes(content)
-    said = document(here)
-    said["files"]["clients.parquet"] = hashlib.sha256(content).hexdigest()
-    (here / "run.json").write_text(json.dumps(said))
+@tampering("counts.parquet: is no Parquet file")
+def a_file_cut_off(out: Path) -> None:
+    file = folder(out) / "counts.parquet"
+    file.write_bytes(file.read_bytes()[:-40])
 
 
 @tampering("rounds.parquet: cannot be read")
@@ -1087,7 +1091,12 @@ def test_a_submission_holds_the_results_and_nothing_else(out: Path, bench: Bench
     with zipfile.ZipFile(tmp_path / "one.zip") as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "taken")
-    assert {name.split("/")[1] for name in names} == {"clients.parquet", "rounds.parquet", "run.json"}
+    assert {name.split("/")[1] for name in names} == {
+        "counts.parquet",
+        "predictions.parquet",
+        "rounds.parquet",
+        "run.json",
+    }
     assert len(names) == 18 and all("/" in name and ".." not in name for name in names)
     write_table(tmp_path / "taken")
     assert complaints(tmp_path / "taken") == ""

@@ -35,7 +35,7 @@ _OF_THE_CLIENTS = ("partition", "clients", "alpha")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Of the new clients; by default the run's.")
 @click.option("--plugin", "plugins", type=_PATH, multiple=True, help="File with an algorithm or dataset; repeatable.")
 @click.option("--data-root", type=_PATH, help="Folder of datasets; else $BENCH_DATA, else the user's cache.")
-@out_option
+@out_option()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document, with the counts of each class.")
 def eval_command(
     run: str,

@@ -246,7 +246,7 @@ def remarks(board: Leaderboard) -> list[str]:
     _, notes = footnotes(board)
     numbered = [f"[{number}] {note}" for number, note in enumerate(notes, start=1)]
     rests = [*_rests(board), *cautions(board)]
-    return [*warnings(board), order(board), *rests, provenance(board), *_power(board), *numbered]
+    return [*warnings(board), order(board), *rests, provenance(board), *_power(board), *board.lacks, *numbered]
 
 
 def order(board: Leaderboard) -> str:
@@ -257,7 +257,7 @@ def order(board: Leaderboard) -> str:
 
 def _rests(board: Leaderboard) -> list[str]:
     """Say on what the personal numbers of a leaderboard rest."""
-    known = [tested for row in board.rows for tested in row.tested if tested["clients"]]
+    known = [tested for row in board.rows for tested in row.tested if tested.get("clients")]
     if not known:
         return []
 

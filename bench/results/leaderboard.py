@@ -11,6 +11,7 @@ from typing import Any
 
 from bench.protocol.identity import canonical, identify
 from bench.protocol.spelling import spell_imbalance
+from bench.results import older
 from bench.results.record import Record
 from bench.results.statistics import NOTHING, Estimate, estimates
 from bench.results.versions import lasting, stale, variant, version
@@ -103,6 +104,8 @@ class Leaderboard:
     """Version, source and fields of the dataset, as the runs' identities have them."""
     apart: Mapping[str, object]
     """What tells it from the others of the same `base`: fields of the protocol, engine, precision, device."""
+    lacks: tuple[str, ...]
+    """What runs of earlier formats do not have, a sentence each."""
 
     @property
     def base(self) -> str:
@@ -245,6 +248,7 @@ def _leaderboard(records: Sequence[Record], metric: str, old: Set[str], hidden: 
         packages=_packages(records),
         dataset_facts=_dataset_facts(first),
         apart={},
+        lacks=older.remarks(records),
     )
 
 

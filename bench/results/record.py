@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from dataclasses import dataclass, field
 from functools import cache
@@ -11,21 +10,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from bench.protocol.identity import identify
+from bench.results import content, older, tables
 
 if TYPE_CHECKING:
+    import numpy
+    import numpy.typing
     import pandas
+    import pyarrow
     from pydantic import TypeAdapter
 
-FORMAT = 2
-"""Of run.json; raised when a reader of the old one would misread the new one."""
-DOCUMENT, ROUNDS, COUNTS = "run.json", "rounds.parquet", "clients.parquet"
+FORMAT = 3
+"""Of run.json; raised when a reader of the old one would misread the new one. Earlier ones are read: `older`."""
+DOCUMENT = "run.json"
 MODELS = "models"
 """Folder of the models that a run kept, and the key of run.json that lists its files."""
 _OF_A_FINISHED_RUN = ("fingerprint", "metrics", "cost", "groups", "class_counts", "tested")
 
 
 class OtherFormat(ValueError):
-    """A document of an earlier or a later version: no damage, and no reason to delete it."""
+    """A document of a later version: no damage, and no reason to delete it."""
+
+
+class Lacking(ValueError):
+    """A result does not hold what is asked of it, or there is no such thing. The message says what there is."""
 
 
 class DamagedResult(ValueError):
@@ -41,6 +48,10 @@ class Record:
     folder: Path
     document: dict[str, object] = field(repr=False)
     """The whole of run.json."""
+    pack: Path | None = None
+    """The file that the run is packed in; None: it has a folder of its own."""
+    format: int
+    """Of run.json."""
     id: str
     protocol: str
     """Hash of what must be equal within a table: the dataset and the setting."""
@@ -79,8 +90,10 @@ class Record:
     """All clients; None if the run failed before there was a split."""
     tested: dict[str, int | list[int] | None] = field(default_factory=dict)
     """On what the personal metrics rest, as `bench.training.rounds.Outcome` has it. Empty if the run failed."""
+    tables: dict[str, str] = field(default_factory=dict, repr=False)
+    """Table to the SHA-256 of its content, as `bench.results.content` has it. Empty if the run failed, or is older."""
     files: dict[str, str] = field(default_factory=dict, repr=False)
-    """SHA-256 of the Parquet files."""
+    """Of formats before 3, SHA-256 of the Parquet files."""
     models: dict[str, str] = field(default_factory=dict, repr=False)
     """SHA-256 of the files of kept models, which `bench.results.kept` reads; empty if none were kept."""
     reason: str | None = None
@@ -94,22 +107,106 @@ class Record:
         """Whether the run kept its models, and their files are there; what is in them is checked when they are read."""
         return bool(self.models) and all((self.folder / MODELS / name).is_file() for name in self.models)
 
+    @property
+    def lacks(self) -> tuple[str, ...]:
+        """What a run of this format does not have: "counts by predicted class"."""
+        return older.lacks(self.format)
+
+    @property
+    def companions(self) -> dict[str, str]:
+        """Table to the name of its file beside run.json."""
+        if self.format < 3:
+            return {name: file for name, file in older.FILES.items() if file in self.files}
+        return {name: tables.file(name) for name in tables.NAMES if name in self.tables}
+
+    def table(self, name: str) -> pyarrow.Table:
+        """Read a table: "rounds", "counts" or "predictions".
+
+        Raises:
+            DamagedResult: It is not what was written, or there is none because the run failed.
+            Lacking: Runs of this format have no such table.
+        """
+        if self.pack is not None:
+            raise DamagedResult(f"{self.pack} is a pack, and this version reads folders; update bench")
+        if self.status == "done" and name not in self.companions:
+            raise Lacking(f"run {self.id} is of format {self.format}, which has no {name}; a run of today has them")
+        path = self.folder / self.companions.get(name, tables.file(name))
+        try:
+            written = path.read_bytes()
+        except OSError as error:
+            raise _damaged(path, f"cannot be read: {error.strerror}") from error
+        if self.format < 3 and hashlib.sha256(written).hexdigest() != self.files.get(path.name):
+            raise _damaged(path, f"is not the file that {DOCUMENT} was written with")
+        try:
+            table = tables.parse(written)
+            alike = self.format < 3 or content.digest(table) == self.tables.get(name)
+        except Exception as error:  # whatever a file that was cut off or made up makes of pyarrow
+            raise _damaged(path, f"is no Parquet file that can be read ({type(error).__name__})") from error
+        if not alike:
+            raise _damaged(path, f"does not hold what {DOCUMENT} was written with")
+        return table
+
     def rounds(self) -> pandas.DataFrame:
         """Read the curves: a row an evaluated round, NaN where a metric is absent.
 
         Raises:
-            DamagedResult: The file is not what was written, or there is none because the run failed.
+            DamagedResult: As for `table`.
         """
-        return self._frame(ROUNDS)
+        frame: pandas.DataFrame = self.table(tables.ROUNDS).to_pandas()
+        return frame[[name for name in frame.columns if older.is_legible(self.format, name)]]
 
     def counts(self) -> pandas.DataFrame:
-        """Read what each model got right: columns round, model, client (-1: generic), class, correct, total, and drawn
-        (1 where the client was in the cohort of any round by then, 0, or -1 where that is no question).
+        """Read what each model got right in each evaluation: columns round, model, client (-1: generic), class,
+        correct, total, and drawn (1 where the client was in the cohort of any round by then, 0, or -1 where that is no
+        question), sorted by model, client, class and round.
 
         Raises:
-            DamagedResult: As for `rounds`.
+            DamagedResult: As for `table`.
         """
-        return self._frame(COUNTS)
+        import pandas
+
+        frame: pandas.DataFrame = self.table(tables.COUNTS).to_pandas()
+        if self.format >= 3:
+            frame = pandas.concat([frame, tables.right(self.predictions())])
+        elif self.format == 1:
+            frame = frame[frame["model"].map(lambda model: older.is_legible(1, model))].assign(drawn=-1)
+        return tables.ordered(frame)
+
+    def predictions(self) -> pandas.DataFrame:
+        """Read what each model took the test images for in the last evaluation: columns round, model, client (-1:
+        generic), class, predicted, count and drawn, a row for what happened at all.
+
+        Raises:
+            DamagedResult: As for `table`.
+            Lacking: Runs of this format have none.
+        """
+        frame: pandas.DataFrame = self.table(tables.PREDICTIONS).to_pandas()
+        return frame
+
+    def confusion(self, model: str, client: int | None = None) -> numpy.typing.NDArray[numpy.int64]:
+        """Count the test images of each class (rows) that a model took for each class (columns): (C, C) int64.
+
+        Args:
+            model: "generic", "personal", "personal.masked", "generic:NAME" ...
+            client: Whose personal model; None: those of all clients together.
+
+        Raises:
+            DamagedResult: As for `table`.
+            Lacking: Runs of this format do not say, or there is no such model or client.
+        """
+        import numpy
+
+        frame = self.predictions()
+        rows = frame[frame["model"] == model]
+        if rows.empty:
+            raise Lacking(f"run {self.id} has no model {model!r}; it has {', '.join(sorted(set(frame['model'])))}")
+        if client is not None:
+            rows = rows[rows["client"] == client]
+            if rows.empty:
+                raise Lacking(f"run {self.id} has no test images of client {client} for {model}")
+        counted = numpy.zeros((len(self.class_counts),) * 2, dtype=numpy.int64)
+        numpy.add.at(counted, (rows["class"].to_numpy(), rows["predicted"].to_numpy()), rows["count"].to_numpy())
+        return counted
 
     def recompute(self) -> dict[str, float | None]:
         """Compute the metrics of the last counted round anew, from the stored counts.
@@ -128,17 +225,12 @@ class Record:
         counts, drawn = metrics.from_rows(rows, len(self.class_counts))
         return metrics.summarise(counts, groups, drawn)
 
-    def _frame(self, name: str) -> pandas.DataFrame:
-        import pandas
-
-        return pandas.read_parquet(io.BytesIO(_companion(self, name)))
-
 
 def read(folder: Path) -> Record:
     """Read a finished or failed run and check it.
 
     Raises:
-        DamagedResult: A file is missing, cut off, of another format, or of another run.
+        DamagedResult: A file is missing, cut off, of a later format, or of another run.
     """
     path = folder / DOCUMENT
     try:
@@ -153,27 +245,39 @@ def read(folder: Path) -> Record:
         raise _damaged(path, str(error)) from error
     if record.id != folder.name:
         raise _damaged(path, f"is that of run {record.id}, and its folder is called {folder.name}")
-    for name in record.files:
-        _companion(record, name)
+    for name in record.companions:
+        record.table(name)
     return record
 
 
-def check(folder: Path, document: object) -> Record:
-    """Turn the content of a run.json into a record, without looking at the files beside it.
+def check(folder: Path, document: object, pack: Path | None = None) -> Record:
+    """Turn the content of a run.json into a record, without looking at its tables.
+
+    Args:
+        folder: Where it lies.
+        document: The content.
+        pack: The file that it is packed in, if it is.
 
     Raises:
-        OtherFormat: It is another version's.
+        OtherFormat: It is a later version's.
         ValueError: No object, a key missing or of the wrong type, or an identity that is not the id's.
     """
     from pydantic import ValidationError
 
     if not isinstance(document, dict):
         raise ValueError("is not a JSON object")
-    if document.get("format") != FORMAT:
-        raise OtherFormat(_told(document.get("format")))
+    format = document.get("format")
+    if type(format) is not int or format < 1:
+        raise ValueError(f"has format {format!r}, and must have a whole number from 1 to {FORMAT}")
+    if format > FORMAT:
+        raise OtherFormat(
+            f"has format {format}, and this version reads formats up to {FORMAT}: a later version of bench wrote it, "
+            "so update bench"
+        )
     try:
         # As JSON: "strict" lets an object be a dataclass there, and a string a path, yet no string a number.
-        whole = json.dumps({**document, "folder": str(folder), "document": document})
+        place = {"folder": str(folder), "pack": None if pack is None else str(pack)}
+        whole = json.dumps({**older.legible(document), **place, "document": document})
         record = _adapter().validate_json(whole)
     except ValidationError as error:
         first = error.errors()[0]
@@ -183,21 +287,14 @@ def check(folder: Path, document: object) -> Record:
     if not isinstance(record.setting.get("name"), str):
         raise ValueError("has a setting without a name")
     if record.status == "done":
-        lacking = [key for key in _OF_A_FINISHED_RUN if not document.get(key)]
-        lacking += [name for name in (ROUNDS, COUNTS) if name not in record.files]
+        lacking = [key for key in _OF_A_FINISHED_RUN if not document.get(key) and (format, key) != (1, "tested")]
+        if format < 3:
+            lacking += [file for file in older.FILES.values() if file not in record.files]
+        else:
+            lacking += [f"tables.{name}" for name in tables.NAMES if name not in record.tables]
         if lacking:
             raise ValueError(f"lacks {', '.join(lacking)}")
     return record
-
-
-def _told(format: object) -> str:
-    """Say what to do about another format."""
-    known = f"has format {format!r}, and this version reads format {FORMAT}"
-    if type(format) is not int or format < 1:
-        return f"{known}; delete the folder, or run again with --force"
-    if format > FORMAT:
-        return f"{known}: a later version of bench wrote it, so update bench"
-    return f"{known}: an earlier version of bench wrote it and still reads it; what it says is counted otherwise now"
 
 
 @cache
@@ -205,18 +302,6 @@ def _adapter() -> TypeAdapter[Record]:
     from pydantic import TypeAdapter
 
     return TypeAdapter(Record)
-
-
-def _companion(record: Record, name: str) -> bytes:
-    """Read a Parquet file of a record, if it is the one that was written."""
-    path = record.folder / name
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise _damaged(path, f"cannot be read: {error.strerror}") from error
-    if hashlib.sha256(content).hexdigest() != record.files.get(name):
-        raise _damaged(path, f"is not the file that {DOCUMENT} was written with")
-    return content
 
 
 def _damaged(path: Path, what: str) -> DamagedResult:

@@ -1,31 +1,30 @@
 """One folder per run: written once, read for ever.
 
-    OUT/<id>/rounds.parquet    the curves: a row an evaluated round
-    OUT/<id>/clients.parquet   a row per round, model, client and class: correct, total, and whether it was drawn
-    OUT/<id>/models/           only if they were to be kept: see `bench.training.keeping`
-    OUT/<id>/run.json          everything else; written last, so that a folder without it is unfinished
+    OUT/<id>/rounds.parquet        the curves: a row an evaluated round
+    OUT/<id>/counts.parquet        a row per round but the last, model, client and class: correct, total, and whether
+                                   it was drawn
+    OUT/<id>/predictions.parquet   of the last round, a row per model, client, class and predicted class: how often
+    OUT/<id>/models/               only if they were to be kept: see `bench.training.keeping`
+    OUT/<id>/run.json              everything else; written last, so that a folder without it is unfinished
 
 Every file appears whole or not at all, whenever the process is killed. `run.json` holds the SHA-256 of its
-companions and its own identity's hash, so that files of different runs cannot be taken for one result.
+companions' contents and its own identity's hash, so that files of different runs cannot be taken for one result.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from bench.results import storage
-from bench.results.record import COUNTS, DOCUMENT, FORMAT, MODELS, ROUNDS, check
+from bench.results import content, storage, tables
+from bench.results.record import DOCUMENT, FORMAT, MODELS, check
 from bench.results.record import DamagedResult as DamagedResult
 from bench.results.record import Record as Record
 from bench.results.record import read as read
 from bench.results.storage import OutputUnwritable as OutputUnwritable
 from bench.results.storage import prepare as prepare
-
-_COUNT_COLUMNS = ("round", "model", "client", "class", "correct", "total", "drawn")
 
 Status = Literal["done", "failed", "partial", "absent"]
 
@@ -55,6 +54,7 @@ def write(
     document: Mapping[str, object],
     rounds: Sequence[Mapping[str, float | int | None]],
     counts: Mapping[str, Sequence[int | str]],
+    predictions: Mapping[str, Sequence[int | str]],
     *,
     models: Path | None = None,
     replace: bool = False,
@@ -64,9 +64,12 @@ def write(
     Args:
         out: The folder of all results.
         run_id: First 12 hexadecimal digits of the SHA-256 of `document["identity"]`.
-        document: What run.json is to hold; "format", "id", "status" and "files" are put in here.
+        document: What run.json is to hold; "format", "id", "status" and "tables" are put in here.
         rounds: A row an evaluated round, with a "round"; not all need the same keys. None and NaN are absent.
-        counts: Columns round, model, client (-1: generic), class, correct, total and drawn, all of one length.
+        counts: Columns round, model, client (-1: generic), class, correct, total and drawn, all of one length: of all
+            evaluations but the last.
+        predictions: Columns round, model, client, class, predicted, count and drawn, all of one length: of the last
+            evaluation, without what never happened.
         models: Folder of the files that `document["models"]` lists; it is moved into the run's. None: none were kept.
         replace: Whether a finished or damaged result may be overwritten.
 
@@ -82,15 +85,14 @@ def write(
     folder = out / run_id
     if not replace and status(out, run_id) == "done":
         raise AlreadyDone(f"{folder} holds a finished run; --force runs it again and replaces it")
-    tallies: storage.Columns = {
-        name: ("string" if name == "model" else "int32", counts[name]) for name in _COUNT_COLUMNS
+    written = {
+        tables.ROUNDS: tables.curves(rounds),
+        tables.COUNTS: tables.tally(tables.COUNTS, counts),
+        tables.PREDICTIONS: tables.tally(tables.PREDICTIONS, predictions),
     }
-    companions = {
-        ROUNDS: storage.parquet(storage.columns(rounds, first="round")),
-        COUNTS: storage.parquet(tallies),
-    }
-    files = {name: hashlib.sha256(content).hexdigest() for name, content in companions.items()}
-    _put(folder, {**document, "id": run_id, "status": "done", "files": files}, companions, models)
+    companions = {tables.file(name): storage.parquet(table) for name, table in written.items()}
+    digests = {name: content.digest(table) for name, table in written.items()}
+    _put(folder, {**document, "id": run_id, "status": "done", "tables": digests}, companions, models)
     return folder
 
 
@@ -155,7 +157,7 @@ def _put(
     folder: Path, document: Mapping[str, object], companions: Mapping[str, bytes], models: Path | None = None
 ) -> None:
     """Write a run's files, run.json last; what could not be read back is not written."""
-    content = storage.absent_is_none({**document, "format": FORMAT})
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    whole = storage.absent_is_none({**document, "format": FORMAT})
+    text = json.dumps(whole, indent=2, allow_nan=False) + "\n"
     check(folder, json.loads(text))
     storage.place(folder, {**companions, DOCUMENT: text.encode()}, {MODELS: models})

@@ -8,8 +8,12 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench import durable
+
+if TYPE_CHECKING:
+    import pyarrow
 
 Value = float | int | str | None
 Columns = dict[str, tuple[str, Sequence[Value]]]
@@ -113,14 +117,13 @@ def columns(rows: Sequence[Mapping[str, float | int | None]], first: str) -> Col
     return result
 
 
-def parquet(columns: Columns) -> bytes:
-    """Write columns as the content of a Parquet file."""
+def parquet(table: pyarrow.Table) -> bytes:
+    """Write a table as the content of a Parquet file."""
     import pyarrow
     from pyarrow import parquet
 
-    arrays = {name: pyarrow.array(values, type=kind) for name, (kind, values) in columns.items()}
     sink = pyarrow.BufferOutputStream()
-    parquet.write_table(pyarrow.table(arrays), sink, compression="zstd")
+    parquet.write_table(table, sink, compression="zstd")
     content: bytes = sink.getvalue().to_pybytes()
     return content
 

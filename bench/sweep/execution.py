@@ -21,7 +21,7 @@ from bench.protocol import provenance
 from bench.protocol.settings import BadConfig
 from bench.protocol.spelling import label, name
 from bench.registry import plugin_files
-from bench.results import records
+from bench.results import records, tables
 from bench.results.claims import Claimed, claim
 from bench.splits.split import Split, describe, group_classes, make_split
 from bench.sweep.actors import hire
@@ -32,7 +32,7 @@ from bench.sweep.watch import append, progress_file
 from bench.training.crew import Surroundings
 from bench.training.engine import CannotStack
 from bench.training.job import Job, surroundings
-from bench.training.rounds import BadCohort, Diverged, Report, Tally, train
+from bench.training.rounds import BadCohort, Diverged, Outcome, Report, Tally, train
 from bench.training.states import StatesUnwritable
 
 
@@ -124,7 +124,7 @@ def _execute(
         described["tested"] = outcome.tested
         if models is not None:
             described["models"] = outcome.models
-        _write(out, run, described, outcome.rounds, _columns(outcome.counts), models, force or again)
+        _write(out, run, described, outcome, models, force or again)
     except records.OutputUnwritable:
         raise
     except Exception as error:  # a plug-in may raise anything; the other runs of the sweep go on
@@ -199,9 +199,8 @@ def _load(dataset: Dataset, root: Path) -> Splits:
     return source.load(dataset, root)
 
 
-def _columns(tallies: Sequence[Tally]) -> dict[str, list[Any]]:
-    """Lay tallies out as columns, a row for each model, client and class."""
-    cells = ("client", "class", "correct", "total", "drawn")
+def _columns(tallies: Sequence[Tally], cells: Sequence[str]) -> dict[str, list[Any]]:
+    """Lay tallies out as columns: round, model, and those of their rows."""
     columns: dict[str, list[Any]] = {column: [] for column in ("round", "model", *cells)}
     for tally in tallies:
         n = tally.rows.shape[1]
@@ -222,11 +221,15 @@ def _require_the_same(stored: records.Record, digest: str) -> None:
 
 
 def _write(
-    out: Path, run: Run, described: dict[str, Any], rounds: Any, counts: Any, models: Path | None, replace: bool
+    out: Path, run: Run, described: dict[str, Any], outcome: Outcome, models: Path | None, replace: bool
 ) -> None:
+    last = outcome.predictions[-1].round
+    before = [tally for tally in outcome.counts if tally.round < last]  # those of the last follow from predictions
+    counts = _columns(before, tables.COUNT_COLUMNS[2:])
+    predictions = _columns(outcome.predictions, tables.PREDICTION_COLUMNS[2:])
     whole = {**described, "finished": _now()}
     try:
-        records.write(out, run.id, whole, rounds, counts, models=models, replace=replace)
+        records.write(out, run.id, whole, outcome.rounds, counts, predictions, models=models, replace=replace)
     except records.AlreadyDone:  # another process did the same run meanwhile, with the same numbers
         return
 

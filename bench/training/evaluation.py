@@ -1,8 +1,8 @@
 """What every model gets right, per client and class, at the least cost.
 
 A personal model is a body and a head. Where clients share a body, each test image goes through it once and
-the heads are products with the features. Counts are all that is kept; every metric is a function of them
-(`bench.training.metrics`).
+the heads are products with the features. How often a class was taken for which is all that is kept; every metric is a
+function of it (`bench.training.metrics`, `bench.results.classes`).
 
 What is costly is shared out among the run's crew: models are made, tuned and tested a client at a time, and features
 that several models need a portion of the test images at a time.
@@ -31,8 +31,9 @@ from bench.training.states import Store
 from bench.training.visit import Verb, Visit
 from bench.tree import Tree
 
-Counts = dict[str, tuple[Tensor, Tensor]]
-"""Model name to (correct, total), each (K, C) int64; (1, C) for a generic model."""
+Answers = dict[str, list[Tensor]]
+"""Model name to what it took the test images of each client for, of all of them for a generic model: (3, n) int64 with
+class, predicted class and number of images, ascending; what never happened is not there."""
 
 Work = Callable[[str, Verb, Task, Tree, Sequence[Visit]], list[Any]]
 """Runs a verb for every visit, and counts it: (name, verb, task, shared, visits) -> one result a visit."""
@@ -57,7 +58,7 @@ class Evaluator:
     """By the memory of a body: the body, so that its memory is no other's meanwhile, and its features of all test
     images; emptied after each evaluation."""
 
-    def generic(self, task: Task, server: Tree) -> Counts:
+    def generic(self, task: Task, server: Tree) -> Answers:
         """Test the one model of all clients, and its variants, on the whole official test set."""
         algorithm = self.here.algorithm
         models = {"generic": algorithm.global_model(task, server)}
@@ -65,16 +66,15 @@ class Evaluator:
         if algorithm.corrects and (trained := models["generic"]) is not None:
             changed = algorithm.corrected(task, algorithm.broadcast(task, server), trained, None)
             models |= {name: each for name, (each,) in _beside("generic", [trained], [changed]).items()}
-        counts: Counts = {}
+        answers: Answers = {}
         for name, model in models.items():
             if model is not None:
                 if self.keeper is not None:
                     self.keeper.put(name, model)
-                correct, total = self._test_on_all(task, model, _predictor(self.here, name))
-                counts[name] = (correct[None], total[None])
-        return counts
+                answers[name] = [self._test_on_all(task, model, _predictor(self.here, name))]
+        return answers
 
-    def personal(self, task: Task, server: Tree, store: Store, clients: Sequence[int], final: bool) -> Counts:
+    def personal(self, task: Task, server: Tree, store: Store, clients: Sequence[int], final: bool) -> Answers:
         """Test each client's own models on its own test images, some clients at a time.
 
         Args:
@@ -94,10 +94,7 @@ class Evaluator:
             self._some(task, server, shared, store, clients[start : start + at_once], final)
             for start in range(0, len(clients), at_once)
         ]
-        return {
-            name: (torch.cat([part[name][0] for part in parts]), torch.cat([part[name][1] for part in parts]))
-            for name in parts[0]
-        }
+        return {name: [each for part in parts for each in part[name]] for name in parts[0]}
 
     def models(
         self, task: Task, server: Tree, shared: Tree, store: Store, clients: Sequence[int], final: bool
@@ -154,20 +151,20 @@ class Evaluator:
 
     def _some(
         self, task: Task, server: Tree, shared: Tree, store: Store, clients: Sequence[int], final: bool
-    ) -> Counts:
-        counts: Counts = {}
+    ) -> Answers:
+        answers: Answers = {}
         setting = self.here.population.setting
         named = self.models(task, server, shared, store, clients, final)
         if self.keeper is not None:
             self.keeper.clients(clients, store, named)
         for name, models in named.items():
             plain, masked = self._test(task, models, shared, clients, _predictor(self.here, name))
-            counts[name] = plain
+            answers[name] = plain
             # Which classes a client has not is known of its labels; its test may have others nevertheless.
             known = name == "personal" or (name == "unseen" and setting.unseen_labels)
             if known and setting.client_test not in BEYOND_TRAINING:
-                counts[f"{name}.masked"] = masked
-        return counts
+                answers[f"{name}.masked"] = masked
+        return answers
 
     def forget(self) -> None:
         """Drop the features kept for this evaluation."""
@@ -215,11 +212,11 @@ class Evaluator:
 
     def _test(
         self, task: Task, models: list[Tree], shared: Tree, clients: Sequence[int], predictor: str
-    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    ) -> tuple[list[Tensor], list[Tensor]]:
         population = self.here.population
         bodies = [_memory(model) for model in models]
         common = _memory(shared)
-        found: list[_Found] = [()] * len(clients)
+        found: dict[int, _Found] = {}
         apart = []
         items: list[_Item] = []
         for k, client in enumerate(clients):
@@ -227,7 +224,7 @@ class Evaluator:
             often = bodies[k] == common or bodies.count(bodies[k]) > 1 or bodies[k] in self._features
             if often and not _predicts(self.here, predictor):
                 scores = _logits(self.here, models[k], self._features_of(models[k])[rows])
-                found[k] = _count(self.here, scores, rows, absent)
+                found[k] = _compare(self.here, scores, rows, absent)
             else:
                 apart.append(k)
                 items.append((models[k], rows, absent))
@@ -235,21 +232,19 @@ class Evaluator:
         work = partial(_try, task.round, task.lr, predictor)
         for k, answer in zip(apart, self.crew.map(work, {}, items, sizes), strict=True):
             found[k] = answer
-        plain, masked, total = (torch.stack(column) for column in zip(*found, strict=True))
-        return (plain, total), (masked, total)
+        return [found[k][0] for k in range(len(clients))], [found[k][1] for k in range(len(clients))]
 
-    def _test_on_all(self, task: Task, model: Tree, predictor: str) -> tuple[Tensor, Tensor]:
-        """Test one model on all test images: right answers and images of each class, (C,) int64 twice."""
+    def _test_on_all(self, task: Task, model: Tree, predictor: str) -> Tensor:
+        """Test one model on all test images: (3, n) as in `Answers`."""
         everything = torch.arange(len(self.here.population.test), device=self.here.population.device)
         if not _predicts(self.here, predictor):
             scores = _logits(self.here, model, self._features_of(model))
-            correct, _, total = _count(self.here, scores, everything, None)
-            return correct, total
+            return _compare(self.here, scores, everything, None)[0]
         items: list[_Item] = [({}, rows, None) for rows in self._portions(everything)]
         work = partial(_try, task.round, task.lr, predictor)
         found = self.crew.map(work, model, items, [len(rows) for _, rows, _ in items])
-        correct, _, total = (torch.stack(column).sum(0) for column in zip(*found, strict=True))
-        return correct, total
+        classes, predicted, images = torch.cat([plain for plain, _ in found], 1)
+        return _sparse(classes, predicted, images, self.here.task.num_classes)
 
     def _features_of(self, model: Tree) -> Tensor:
         """Give the features of all test images, (M, d), computed once for a body."""
@@ -270,8 +265,8 @@ class Evaluator:
 
 _Item = tuple[Tree, Tensor, Tensor | None]
 """A model of its own (empty: the shared one), (n,) test images, and (C,) which classes are absent (None: not asked)."""
-_Found = tuple[Tensor, ...]
-"""Right answers, right answers among classes that are not absent, and images, of each class: (C,) int64 each."""
+_Found = tuple[Tensor, Tensor]
+"""What images were taken for, and what they were taken for among the classes that are not absent: (3, n) int64 each."""
 
 
 def _arrive(
@@ -313,12 +308,12 @@ def _try(round: int, lr: float, predictor: str, here: Surroundings, shared: Tree
     own, rows, absent = item
     model = own or shared
     if not _predicts(here, predictor):
-        return _count(here, _logits(here, model, _embed(here, model["body"], rows)), rows, absent)
+        return _compare(here, _logits(here, model, _embed(here, model["body"], rows)), rows, absent)
     task, test = here.task.at(round, lr), here.population.test
     predict = method_of(here.algorithm, predictor)
     with _inference(here):
         scores = torch.cat([predict(task, model, test.plain(part)) for part in rows.split(_SLICE)]).float()
-    return _count(here, scores, rows, absent)
+    return _compare(here, scores, rows, absent)
 
 
 def _embed(here: Surroundings, body: Tree, rows: Tensor) -> Tensor:
@@ -341,15 +336,30 @@ def _inference(here: Surroundings) -> Iterator[None]:
         yield
 
 
-def _count(here: Surroundings, scores: Tensor, rows: Tensor, absent: Tensor | None) -> _Found:
+def _compare(here: Surroundings, scores: Tensor, rows: Tensor, absent: Tensor | None) -> _Found:
     y = here.population.test.y[rows]
 
-    def right(scores: Tensor) -> Tensor:
-        return torch.bincount(y[scores.argmax(1) == y], minlength=here.task.num_classes).cpu()
+    def taken_for(scores: Tensor) -> Tensor:
+        return _sparse(y, scores.argmax(1), torch.ones_like(y), here.task.num_classes)
 
-    total = torch.bincount(y, minlength=here.task.num_classes).cpu()
-    plain = right(scores)
-    return plain, plain if absent is None else right(scores.masked_fill(absent, -torch.inf)), total
+    plain = taken_for(scores)
+    return plain, plain if absent is None else taken_for(scores.masked_fill(absent, -torch.inf))
+
+
+def _sparse(classes: Tensor, predicted: Tensor, images: Tensor, num_classes: int) -> Tensor:
+    """Add up images by class and predicted class, (n,) each: as in `Answers`, in host memory."""
+    pairs, which = torch.unique(classes * num_classes + predicted, return_inverse=True)
+    sums = torch.zeros_like(pairs).index_add_(0, which, images)
+    return torch.stack([pairs // num_classes, pairs % num_classes, sums]).cpu()
+
+
+def right(answers: Sequence[Tensor], num_classes: int) -> tuple[Tensor, Tensor]:
+    """Count right answers and test images of each client and class: (K, C) int64 each, of K entries of `Answers`."""
+    correct, total = torch.zeros(2, len(answers), num_classes, dtype=torch.int64)
+    for k, (classes, predicted, images) in enumerate(answers):
+        total[k].index_add_(0, classes, images)
+        correct[k].index_add_(0, classes, images * (classes == predicted))
+    return correct, total
 
 
 def _memory(model: Tree) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ from bench.task import Task
 from bench.training import engine as engines
 from bench.training import metrics
 from bench.training.crew import Alone, Crew, visit_all
-from bench.training.evaluation import Counts, Evaluator
+from bench.training.evaluation import Answers, Evaluator, right
 from bench.training.job import Job, surroundings
 from bench.training.keeping import Keeper, holds
 from bench.training.memory import peak_memory, reset_peak_memory
@@ -39,6 +39,9 @@ WORK = tuple(f"{whose}_{what}" for what in ("samples", "flops") for whose in ("t
 """Costs of computing: in training, in making the tested models of trained states, and at the server."""
 _RATE = "flops of "
 """Begins the operations a sample, or of one time at the server, among what a checkpoint knows of costs."""
+
+_TALLIED = ("counts", "predictions")
+"""Of what a checkpoint holds."""
 
 _VISITED_AT_ONCE = 128
 """Clients of a final visit whose states are in memory together."""
@@ -76,7 +79,8 @@ class Tally:
     model: str
     rows: Tensor
     """(5, n) int32: client (-1: generic), class, correct, total, and whether the client was in the cohort of any round
-    by then: 1, 0, or -1 where that is no question; no row without test images."""
+    by then: 1, 0, or -1 where that is no question; no row without test images. Of predictions: client, class, predicted
+    class, number of images, and the same."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,9 @@ class Outcome:
     rounds: list[Row]
     """One row an evaluated round: "round" and the metrics."""
     counts: list[Tally]
+    """Right answers of all evaluations."""
+    predictions: list[Tally]
+    """What images were taken for, of the last evaluation."""
     cost: dict[str, float | None]
     digest: str
     """SHA-256 over the server's and all clients' final states."""
@@ -108,6 +115,7 @@ class Progress:
     server: Tree
     rows: list[Row] = field(default_factory=list)
     counts: list[Tally] = field(default_factory=list)
+    predictions: list[Tally] = field(default_factory=list)
     cost: dict[str, float] = field(default_factory=dict)
     models: dict[str, str] = field(default_factory=dict)
     """As `Outcome` has them."""
@@ -216,7 +224,8 @@ class Run:
         cost["peak_memory_bytes"] = None if peak is None else peak + self.crew.peak_memory()
         cost["client_state_bytes"] = float(self.store.nbytes())
         digest = tree.digest([self.progress.server, *self.store.all()])
-        return Outcome(final, rows, self.progress.counts, cost, digest, self._tested(), self.progress.models)
+        counts, predictions = self.progress.counts, self.progress.predictions
+        return Outcome(final, rows, counts, predictions, cost, digest, self._tested(), self.progress.models)
 
     def _tested(self) -> dict[str, int | list[int] | None]:
         """Say on what the personal metrics of the last evaluation rest."""
@@ -354,10 +363,10 @@ class Run:
         if keeper is not None:
             keeper.put("server", server)
             keeper.put("clients/initial", self.store.initial)
-        counts: Counts = {}
+        answers: Answers = {}
         tested: dict[str, Sequence[int]] = {"generic": (-1,)}
         if not self.own_statistics:  # a generic model would need statistics that nobody has
-            counts |= evaluator.generic(task, server)
+            answers |= evaluator.generic(task, server)
         if keeper is not None:
             keeper.close_server()
         for kind, clients in (
@@ -366,12 +375,13 @@ class Run:
         ):
             tested[kind] = population.evaluated(clients)
             if tested[kind]:
-                counts |= evaluator.personal(task, server, self.store, tested[kind], last)
+                answers |= evaluator.personal(task, server, self.store, tested[kind], last)
         evaluator.forget()
         if keeper is not None:
             self.progress.models = keeper.finish(self.store)
         by_then = population.drawn_by(completed)
         drawn = torch.tensor([k in by_then for k in tested["personal"]])
+        counts = {name: right(told, task.num_classes) for name, told in answers.items()}
         measured = metrics.summarise(counts, self.groups, drawn)
         self.progress.rows.append({"round": completed, **measured})
         for name, (correct, total) in counts.items():
@@ -381,6 +391,11 @@ class Run:
             known = drawn[k].long() if kind == "personal" else torch.full_like(k, -1)
             rows = torch.stack([client, c, correct[k, c], total[k, c], known]).to(torch.int32)
             self.progress.counts.append(Tally(completed, name, rows))
+            if last:
+                k = torch.repeat_interleave(torch.tensor([told.shape[1] for told in answers[name]]))
+                known = drawn[k].long() if kind == "personal" else torch.full_like(k, -1)
+                rows = torch.cat([torch.tensor(tested[kind])[k][None], torch.cat(answers[name], 1), known[None]])
+                self.progress.predictions.append(Tally(completed, name, rows.to(torch.int32)))
         return measured
 
     def _require_finite(self, finite: bool, when: str) -> None:
@@ -404,8 +419,8 @@ class Run:
             return
         started = time.perf_counter()
         partial = self.checkpoint.with_suffix(".partial")
-        counts = [vars(tally) for tally in self.progress.counts]
-        saved = {"fingerprint": self.fingerprint, **vars(self.progress), "counts": counts}
+        tallies = {key: [vars(tally) for tally in getattr(self.progress, key)] for key in _TALLIED}
+        saved = {"fingerprint": self.fingerprint, **vars(self.progress), **tallies}
         saved["store"] = self.store.snapshot()
         try:
             self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -430,12 +445,15 @@ class Run:
             saved = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, KeyError, ValueError):
             return None  # half a file is no file: the run starts anew
+        if saved["round"] == self.setting.rounds and not saved.get("predictions"):
+            return None  # an earlier version's, which has not noted what its last evaluation took images for
         if saved.pop("fingerprint") != self.fingerprint or self._lacks_models(saved):
             return None
         if not self.store.restore(saved.pop("store")):
             return None
-        counts = [Tally(**{**tally, "rows": tally["rows"].cpu()}) for tally in saved.pop("counts")]
-        return Progress(**saved, counts=counts)
+        for key in _TALLIED:
+            saved[key] = [Tally(**{**tally, "rows": tally["rows"].cpu()}) for tally in saved.get(key, [])]
+        return Progress(**saved)
 
     def _lacks_models(self, saved: dict[str, Any]) -> bool:
         """Tell whether models are wanted of a run that is over, and were not kept: they are those of its last test."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bench.results.curves import curves as computed
-from bench.results.record import COUNTS, DOCUMENT, ROUNDS, DamagedResult, Record
+from bench.results.record import DOCUMENT, DamagedResult, Record
+from bench.results.tables import COUNT_COLUMNS, COUNTS, PREDICTION_COLUMNS, PREDICTIONS, ROUNDS
 from bench.training import metrics
 from bench.validation.expected import Cells, drawn_by, evaluations, tested_models
 from bench.validation.found import Inspected, brief, close
@@ -18,27 +20,50 @@ from bench.validation.found import Inspected, brief, close
 if TYPE_CHECKING:
     import pandas
 
-COUNT_COLUMNS = ("round", "model", "client", "class", "correct", "total", "drawn")
+_CELLS = {
+    COUNTS: ["round", "model", "client", "class"],
+    PREDICTIONS: ["round", "model", "client", "class", "predicted"],
+}
+"""What no two rows have in common."""
 
 
 def look(found: Inspected) -> None:
     """Look at a finished run's counts and curves."""
-    assert found.record is not None
-    counts, rounds = _frame(found, COUNTS), _frame(found, ROUNDS)
-    if counts is not None and _counts_fit(found, found.record, counts):
+    record = found.record
+    assert record is not None
+    names = (COUNTS, PREDICTIONS) if PREDICTIONS in record.companions else (COUNTS,)
+    frames = {name: _frame(found, name, partial(_raw, record, name)) for name in names}
+    rounds = _frame(found, ROUNDS, record.rounds)
+    fit = [frame is not None and _rows_fit(found, record, name, frame) for name, frame in frames.items()]
+    if all(fit) and (counts := _frame(found, COUNTS, record.counts)) is not None:
         _tests(found, counts)
-        _measured(found, found.record, counts, rounds)
+        _measured(found, record, counts, rounds)
+        if (predictions := frames.get(PREDICTIONS)) is not None:
+            _predicted(found, record, predictions, counts)
 
 
-def _frame(found: Inspected, name: str) -> pandas.DataFrame | None:
-    assert found.record is not None
+def _raw(record: Record, name: str) -> pandas.DataFrame:
+    frame: pandas.DataFrame = record.table(name).to_pandas()
+    return frame
+
+
+def _frame(found: Inspected, name: str, read: Callable[[], pandas.DataFrame]) -> pandas.DataFrame | None:
     try:
-        return found.record.rounds() if name == ROUNDS else found.record.counts()
+        return read()
     except DamagedResult:  # that was said
         return None
     except Exception as error:  # whatever a made-up file makes of pyarrow
-        found.add(name, "", f"is no Parquet file that can be read ({type(error).__name__})")
+        found.add(_file(found, name), "", f"is no table that can be read ({type(error).__name__})")
         return None
+
+
+def _file(found: Inspected, name: str, round: int | None = None) -> str:
+    """Name the file of a table; of counts after a round, the one that tells them."""
+    assert found.record is not None
+    files = found.record.companions
+    if name == COUNTS and PREDICTIONS in files and found.asked is not None and round == found.asked.trained_by.rounds:
+        return files[PREDICTIONS]
+    return files[name]
 
 
 def _kind(model: str) -> str:
@@ -46,16 +71,17 @@ def _kind(model: str) -> str:
     return model.split(":")[0].split(".")[0]
 
 
-def _counts_fit(found: Inspected, record: Record, frame: pandas.DataFrame) -> bool:
-    """Look at each row; tell whether metrics can be computed of them."""
-    if tuple(frame.columns) != COUNT_COLUMNS:
-        found.add(COUNTS, "", f"has the columns {', '.join(frame.columns)}, and must have {', '.join(COUNT_COLUMNS)}")
+def _rows_fit(found: Inspected, record: Record, name: str, frame: pandas.DataFrame) -> bool:
+    """Look at each row of counts or predictions; tell whether metrics can be computed of them."""
+    file, columns = _file(found, name), COUNT_COLUMNS if name == COUNTS else PREDICTION_COLUMNS
+    if tuple(frame.columns) != columns:
+        found.add(file, "", f"has the columns {', '.join(frame.columns)}, and must have {', '.join(columns)}")
         return False
-    for column in COUNT_COLUMNS:
+    for column in columns:
         texts = column == "model"
         kinds = {type(cell) for cell in frame[column]} if texts else {frame[column].dtype.kind}
         if not kinds <= ({str} if texts else {"i", "u"}):
-            found.add(COUNTS, column, f"holds other things than {'texts' if texts else 'whole numbers'}")
+            found.add(file, column, f"holds other things than {'texts' if texts else 'whole numbers'}")
             return False
     kind = frame["model"].map({model: _kind(model) for model in frame["model"].unique()})
     client, classes = frame["client"], len(record.class_counts)
@@ -73,17 +99,22 @@ def _counts_fit(found: Inspected, record: Record, frame: pandas.DataFrame) -> bo
         "model": (~kind.isin(("generic", "personal", "unseen")), "is of no kind that is tested"),
         "client": (~at_home, "is no client of the model"),
         "class": ((frame["class"] < 0) | (frame["class"] >= classes), f"is none of the {classes} classes"),
-        "total": (frame["total"] < 1, "is below 1: what has no test images has no row"),
-        "correct": ((frame["correct"] < 0) | (frame["correct"] > frame["total"]), "is not between 0 and total"),
         "drawn": (asks != frame["drawn"].isin((0, 1)), "does not say whether the client was drawn"),
-        "": (frame.duplicated(["round", "model", "client", "class"]), "stands there twice"),
+        "": (frame.duplicated(_CELLS[name]), "stands there twice"),
     }
+    if name == COUNTS:
+        wrong["total"] = frame["total"] < 1, "is below 1: what has no test images has no row"
+        wrong["correct"] = (frame["correct"] < 0) | (frame["correct"] > frame["total"]), "is not between 0 and total"
+    else:
+        others = (frame["predicted"] < 0) | (frame["predicted"] >= classes)
+        wrong["predicted"] = others, f"is none of the {classes} classes"
+        wrong["count"] = frame["count"] < 1, "is below 1: what never happened has no row"
     fits = True
     for key, (rows, what) in wrong.items():
         if rows.any():
             first = frame[rows].iloc[0]
-            place = ", ".join(f"{column} {first[column]}" for column in ("round", "model", "client", "class"))
-            found.add(COUNTS, key, f"{what} in {int(rows.sum())} row(s), the first: {place}")
+            place = ", ".join(f"{column} {first[column]}" for column in _CELLS[name])
+            found.add(file, key, f"{what} in {int(rows.sum())} row(s), the first: {place}")
             fits = fits and key in ("correct", "total", "client", "drawn")
     return fits
 
@@ -95,7 +126,9 @@ def _tests(found: Inspected, frame: pandas.DataFrame) -> None:
         rounds, wanted = sorted(frame["round"].unique().tolist()), evaluations(asked.trained_by)
         if rounds != wanted:
             found.add(
-                COUNTS, "round", f"has {brief(rounds)}, and by the setting models are tested after {brief(wanted)}"
+                _file(found, COUNTS),
+                "round",
+                f"has {brief(rounds)}, and by the setting models are tested after {brief(wanted)}",
             )
         each, final = tested_models(asked)
         there: dict[int, set[str]] = {}
@@ -106,7 +139,9 @@ def _tests(found: Inspected, frame: pandas.DataFrame) -> None:
             if not asked.outdated and named != names:
                 apart = ", ".join(sorted(named ^ names))
                 found.add(
-                    COUNTS, "model", f"has not the models of {asked.record.algorithm} after round {round}: {apart}"
+                    _file(found, COUNTS, round),
+                    "model",
+                    f"has not the models of {asked.record.algorithm} after round {round}: {apart}",
                 )
         if found.clients is not None:
             _drawn(found, frame[frame["drawn"] != -1], drawn_by(asked, found.clients), found.clients)
@@ -126,15 +161,40 @@ def _tests(found: Inspected, frame: pandas.DataFrame) -> None:
             whose = "by the data" if dealt is not None else "of the other models"
             place = f"round {rounds_[start]}, model {model}"
             found.add(
-                COUNTS, "total", f"has other test images than those {whose}: {place}, {apart_at(cells, reference)}"
+                _file(found, COUNTS, int(rounds_[start])),
+                "total",
+                f"has other test images than those {whose}: {place}, {apart_at(cells, reference)}",
             )
     plain, masked = (frame[frame["model"] == model] for model in ("personal", "personal.masked"))
     both = plain.merge(masked, on=["round", "client", "class"], suffixes=("", "_masked"))
     odd = both[(both["correct_masked"] < both["correct"]) & (both["correct_masked"] > 0)]
     if len(odd):
         first = ", ".join(f"{column} {odd.iloc[0][column]}" for column in ("round", "client", "class"))
-        found.add(COUNTS, "correct", "of personal.masked is below that of personal, and leaving classes out takes no "
-                  f"right answer away, in {len(odd)} row(s), the first: {first}")  # fmt: skip
+        what = "of personal.masked is below that of personal, and leaving classes out takes no right answer away, in"
+        file = _file(found, COUNTS, int(odd.iloc[0]["round"]))
+        found.add(file, "correct", f"{what} {len(odd)} row(s), the first: {first}")
+
+
+def _predicted(found: Inspected, record: Record, frame: pandas.DataFrame, counts: pandas.DataFrame) -> None:
+    """See that predictions are of the last evaluation alone, and that no masked one is of a class left out."""
+    file = record.companions[PREDICTIONS]
+    rounds, last = sorted(frame["round"].unique().tolist()), int(counts["round"].max())
+    if rounds != [last]:
+        found.add(file, "round", f"has {brief(rounds)}, and the last evaluation is after round {last}")
+    before = record.table(COUNTS).column("round").to_numpy()
+    if (before >= last).any():
+        found.add(record.companions[COUNTS], "round", f"has {last}, of which the counts follow from {file}")
+    if found.dealt is None:
+        return
+    held = found.dealt.held
+    rows = frame[frame["model"].str.endswith(".masked")]
+    pairs = zip(rows["client"].tolist(), rows["predicted"].tolist(), strict=True)
+    # Of who has no training images all classes would be left out, and the first is what is left.
+    odd = [pair for pair in pairs if held.get(pair[0]) and pair[1] not in held[pair[0]]]
+    if odd:
+        place = f"client {odd[0][0]}, predicted {odd[0][1]}"
+        found.add(file, "predicted", f"is a class that the client never trained on, which masked models leave out, in "
+                  f"{len(odd)} row(s), the first: {place}")  # fmt: skip
 
 
 def _drawn(found: Inspected, frame: pandas.DataFrame, known: Sequence[frozenset[int]], clients: int) -> None:
@@ -147,7 +207,11 @@ def _drawn(found: Inspected, frame: pandas.DataFrame, known: Sequence[frozenset[
     wanted = inside & by_then[np.where(inside, rounds, 0), np.where(inside, client, 0)]
     others = rounds[(frame["drawn"].to_numpy() == 1) != wanted]
     if len(others):
-        found.add(COUNTS, "drawn", f"names others than the clients drawn by round {others.min()}")
+        found.add(
+            _file(found, COUNTS, int(others.min())),
+            "drawn",
+            f"names others than the clients drawn by round {others.min()}",
+        )
 
 
 def apart_at(cells: Cells, reference: Cells) -> str:
@@ -193,15 +257,15 @@ def _curves(found: Inspected, rows: Sequence[Mapping[str, float | int | None]], 
         or len(set(frame.columns)) < frame.shape[1]
     ):
         apart = ", ".join(sorted(set(columns) ^ set(frame.columns))) or "their order"
-        found.add(ROUNDS, "", f"has not the columns round and the metrics of the stored counts: {apart}")
+        found.add(_file(found, ROUNDS), "", f"has not the columns round and the metrics of the stored counts: {apart}")
         return
     if any(frame[column].dtype.kind not in "iuf" for column in frame.columns if frame[column].notna().any()):
-        found.add(ROUNDS, "", "holds other things than numbers")
+        found.add(_file(found, ROUNDS), "", "holds other things than numbers")
         return
     if frame["round"].tolist() != [row["round"] for row in rows]:
         stored = brief(frame["round"].tolist())
         found.add(
-            ROUNDS,
+            _file(found, ROUNDS),
             "round",
             f"is {stored}, and the stored counts are of rounds {brief([row['round'] for row in rows])}",
         )
@@ -211,5 +275,5 @@ def _curves(found: Inspected, rows: Sequence[Mapping[str, float | int | None]], 
             there = None if written is None or math.isnan(written) else float(written)
             if not close(there, row.get(column)):
                 place = f"is {there} after round {row['round']}"
-                found.add(ROUNDS, column, f"{place}, and the stored counts give {row.get(column)}")
+                found.add(_file(found, ROUNDS), column, f"{place}, and the stored counts give {row.get(column)}")
                 break

@@ -48,6 +48,8 @@ class Dealt:
     """Test images of each client whose personal models are tested."""
     classes: Mapping[int, int]
     """Classes among their training images."""
+    held: Mapping[int, frozenset[int]]
+    """Which classes are among the training images of each client that is tested, those held out of training too."""
     visited: int
     """Training images that the cohorts of all rounds hold together."""
 
@@ -83,8 +85,15 @@ def _dealt(dataset: Dataset, root: Path, setting: Setting, seed: int) -> Dealt:
     chosen = evaluated(setting, kinds["personal"], seed)
     images = {k: len(split.tests[k]) for k in chosen}
     classes = {k: int(said["clients"][k]["classes"]) for k in chosen}
+    asked = (*chosen, *evaluated(setting, kinds["unseen"], seed))
+    held = {k: frozenset(labels.train[split.clients[k]].unique().tolist()) for k in asked}
     return Dealt(
-        images=images, classes=classes, described={**described, "clients": clients}, tested=tested, visited=visited
+        images=images,
+        classes=classes,
+        held=held,
+        described={**described, "clients": clients},
+        tested=tested,
+        visited=visited,
     )
 
 

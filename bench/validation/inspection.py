@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,7 @@ import torch
 import bench
 from bench.dataset import DataDamaged, DataMissing
 from bench.protocol.settings import BadConfig
-from bench.results.record import COUNTS, DOCUMENT, MODELS, ROUNDS, Record, check
+from bench.results.record import DOCUMENT, FORMAT, MODELS, DamagedResult, Record, check
 from bench.splits.auxiliary import NEEDS
 from bench.splits.longtail import group_classes
 from bench.splits.split import PartitionFailed
@@ -51,6 +50,11 @@ def _inspect(found: Inspected, root: Path) -> None:
     record = found.record
     if record is None:
         return
+    if record.format == 1:
+        found.add(
+            DOCUMENT, "format", "is 1, which this version reads and cannot validate: the version that wrote it can"
+        )
+        return
     _provenance(found, record)
     try:
         found.asked = rebuild(record)
@@ -74,9 +78,6 @@ def _inspect(found: Inspected, root: Path) -> None:
 def _open(found: Inspected) -> None:
     """Read run.json, and compare the other files with what it says of them."""
     folder = found.folder
-    for path in sorted(folder.iterdir()):
-        if path.name not in (DOCUMENT, ROUNDS, COUNTS, MODELS):
-            found.add(path.name, "", "does not belong into a run's folder; remove it")
     try:
         text = (folder / DOCUMENT).read_text(encoding="utf-8")
         document = json.loads(text, parse_constant=_refuse, object_pairs_hook=_without_repetition)
@@ -87,23 +88,28 @@ def _open(found: Inspected) -> None:
     except (OSError, ValueError, RecursionError) as error:
         found.add(DOCUMENT, "", str(error).splitlines()[0])
         return
+    for path in sorted(folder.iterdir()):
+        if path.name not in (DOCUMENT, *record.companions.values(), MODELS):
+            found.add(path.name, "", "does not belong into a run's folder; remove it")
     if (folder / MODELS).exists() and not record.models:
         found.add(MODELS, "", f"is not listed in {DOCUMENT}; remove it")
     if record.id != folder.name:
         found.add(DOCUMENT, "id", f"is {record.id}, and the folder is called {folder.name}")
     if record.status == "failed":
         return
-    for name in sorted({*record.files, ROUNDS, COUNTS}):
-        if name not in (ROUNDS, COUNTS):
-            found.add(DOCUMENT, f"files.{name}", "is no file of a run")
-            continue
+    for key, told, known in (
+        ("tables", record.tables, record.companions.keys() if record.format >= 3 else ()),
+        ("files", record.files, record.companions.values() if record.format < 3 else ()),
+    ):
+        for name in sorted(set(told) - set(known)):
+            found.add(DOCUMENT, f"{key}.{name}", f"is none of a run of format {record.format}")
+    for name, file in record.companions.items():
         try:
-            content = (folder / name).read_bytes()
-        except OSError as error:
-            found.add(name, "", f"cannot be read: {error.strerror}")
-            continue
-        if hashlib.sha256(content).hexdigest() != record.files[name]:
-            found.add(name, "", f"is not the file that {DOCUMENT} was written with: it has another checksum")
+            record.table(name)
+        except DamagedResult as error:
+            found.add(file, "", str(error).removeprefix(f"{folder / file} ").partition(";")[0])
+    if record.format < FORMAT:
+        found.notes.append(f"of format {record.format}, without {', '.join(record.lacks)}")
 
 
 def _refuse(constant: str) -> float:
@@ -213,7 +219,7 @@ def _equal(one: object, other: object) -> bool:
 def _failure(found: Inspected, record: Record) -> None:
     if not (record.reason or "").strip():
         found.add(DOCUMENT, "reason", "does not say why the run failed")
-    for key in ("metrics", "cost", "files", "digest"):
+    for key in ("metrics", "cost", "files", "tables", "digest"):
         if record.document.get(key):
             found.add(DOCUMENT, key, "is there, and the run failed")
 

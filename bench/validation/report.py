@@ -16,7 +16,7 @@ from bench.protocol import presets
 from bench.protocol.identity import canonical
 from bench.results import records
 from bench.results.leaderboard import leaderboards
-from bench.results.record import COUNTS, DOCUMENT, Record
+from bench.results.record import DOCUMENT, Record
 from bench.results.table import results_readme
 from bench.validation import verification
 from bench.validation.counted import apart_at
@@ -102,13 +102,14 @@ def _splits_agree(done: Sequence[Inspected]) -> Iterator[Problem]:
     for members in _grouped(unknown, _protocol_and_seed):
         for kind in ("generic", "personal", "unseen"):
             cells = {one.folder.name: one.tested[kind] for one in members if kind in one.tested}
+            files = {one.folder.name: one.record.companions["counts"] for one in members if one.record}
             spelled = {name: str(table.tolist()) for name, table in cells.items()}
             odd = _odd(spelled)
             usual = next((table for name, table in cells.items() if name not in odd), None)
             for name in odd:
                 where = "" if usual is None else f": {apart_at(cells[name], usual)}"
                 what = f"has other test images ({kind}) than other runs of its protocol and seed"
-                yield Problem(f"{name}/{COUNTS}", "total", what + where)
+                yield Problem(f"{name}/{files[name]}", "total", what + where)
 
 
 def _work_agrees(done: Sequence[Inspected]) -> Iterator[Problem]:
@@ -152,9 +153,16 @@ def _copies(done: Sequence[Inspected]) -> Iterator[Problem]:
             yield Problem(f"{one.folder.name}/{DOCUMENT}", "cost.wall_seconds", what)
 
 
+def _answers(one: Inspected) -> str | None:
+    """Give what is the same of runs that gave the same answers."""
+    assert one.record is not None
+    kept = one.record.tables or one.record.files
+    return "|".join(digest for name, digest in sorted(kept.items()) if name not in ("rounds", "rounds.parquet"))
+
+
 def _oddities(done: Sequence[Inspected]) -> Iterator[str]:
     """Name what can be, and is what a forged run looks like."""
-    for members in _grouped(done, lambda one: one.record and one.record.files.get(COUNTS)):
+    for members in _grouped(done, _answers):
         if len({one.record.document.get("digest") for one in members if one.record}) > 1:
             names = ", ".join(one.folder.name for one in members)
             yield f"{names} have the same right answers and other final states; --rerun tells whether that is so."

@@ -180,6 +180,8 @@ def _bits(record: Record, again: Record) -> list[str]:
             break  # with one they mostly all differ
     if not record.counts().equals(again.counts()):
         found.append("the stored counts are others")
+    if not record.lacks and not record.predictions().equals(again.predictions()):
+        found.append("classes were taken for others")
     if not record.rounds().equals(again.rounds()):
         found.append("the curves are others")
     return found

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from bench import durable
 from bench.results import storage
-from bench.results.record import COUNTS, DOCUMENT, MODELS, ROUNDS, DamagedResult, read
+from bench.results.record import DOCUMENT, MODELS, DamagedResult, check, read
 
 _IN_QUOTES = re.compile(r"(?<=['\"])(?:/|~|[A-Za-z]:[\\/])[^'\"]*(?=['\"])")
 _PATH = re.compile(r"(?<![\w.:/])(?:~?/[\w.@+-]+/[\w.@+/-]+|[A-Za-z]:\\[\w.\\-]+)")
@@ -71,7 +71,8 @@ def gather(folders: Sequence[Path]) -> dict[str, dict[str, bytes]]:
             content = (json.dumps(document, indent=2, allow_nan=False) + "\n").encode()
         for key, what in told(document):
             raise NotSubmittable(f"{folder / DOCUMENT}: {key} tells {what} of this machine; take it out and try again")
-        runs[folder.name] = {name: (folder / name).read_bytes() for name in (ROUNDS, COUNTS)} | {DOCUMENT: content}
+        companions = check(folder, document).companions.values()
+        runs[folder.name] = {name: (folder / name).read_bytes() for name in companions} | {DOCUMENT: content}
     return runs
 
 
