@@ -26,7 +26,7 @@ _ENDINGS = (".svg", ".png", ".pdf")
     "--metric",
     default="personal.balanced",
     show_default=True,
-    help="generic, personal, generic.few, unseen ...; with @last10 the mean of the last ten evaluations.",
+    help="generic, personal, generic.few, generic.f1, unseen ...; with @last10 the mean of the last ten evaluations.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
 @click.option(
@@ -60,14 +60,16 @@ def compare_command(
     from bench.face.comparing import compare
     from bench.protocol.settings import BadConfig
     from bench.protocol.spelling import split_list
-    from bench.results import comparison
+    from bench.results import classes, comparison
     from bench.results.leaderboard import leaderboards
 
     if diagram is not None and diagram.suffix not in _ENDINGS:
         raise click.BadParameter(f"{diagram}: must end in {', '.join(_ENDINGS)}", param_hint="--diagram")
     folder, algorithms = _folder(algorithms)
     place = chosen(folder, out)
-    boards = leaderboards(read_stored(place, datasets), all_versions=all_versions)
+    found = read_stored(place, datasets)
+    measured = classes.with_derived(found) if classes.is_derived(metric) else found
+    boards = leaderboards(measured, all_versions=all_versions)
     if not comparison.metrics(boards):
         raise BadConfig(f"there are no finished runs in {place}{'' if datasets is None else f' on {datasets}'}")
     compared = compare(boards, split_list(",".join(algorithms)), metric)

@@ -33,6 +33,12 @@ if TYPE_CHECKING:
     show_default=True,
     help="Last round, mean of the last ten evaluations, or the best on test data (optimistic).",
 )
+@click.option(
+    "--metrics",
+    "shown",
+    metavar="NAME,NAME",
+    help="These columns: any metric or cost, f1, generic.precision, personal.pooled_f1 ...",
+)
 @click.option("--write", is_flag=True, help="Write the README.md of the folder of results.")
 @click.option(
     "--into",
@@ -47,6 +53,7 @@ def table_command(
     form: str | None,
     per_seed: bool,
     metric: str,
+    shown: str | None,
     write: bool,
     into: Path | None,
 ) -> None:
@@ -58,16 +65,25 @@ def table_command(
     bench table
     bench table --dataset cifar10 --format latex > table.tex
     bench table results --format csv --per-seed > runs.csv
+    bench table --metrics generic,f1,personal.balanced,samples
     bench table --out results --write --into README.md
     """
     from bench.durable import put
-    from bench.results import records, table
+    from bench.results import chosen, records, table
 
     if per_seed and form != "csv":
         raise click.UsageError("--per-seed is for --format csv: a line a run instead of the means")
     if all_versions and (write or into is not None):
         raise click.UsageError("a published table has the newest versions alone; leave --all-versions out")
-    boards = table.leaderboards(read_stored(out, datasets), metric, all_versions=all_versions)
+    if shown is not None and write:
+        raise click.BadParameter(
+            "the README of a folder has all columns; leave one of them out", param_hint="--metrics"
+        )
+    found = read_stored(out, datasets)
+    if shown is None:
+        boards = table.leaderboards(found, metric, all_versions=all_versions)
+    else:
+        boards = chosen.boards(found, metric, shown, all_versions=all_versions)
     if write:
         command = f"bench table --out {out} --write" + (f" --metric {metric}" if metric != "last" else "")
         path = records.publish(out, table.results_readme(boards, records.prose(out), command))

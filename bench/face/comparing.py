@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from bench.face.shown import as_html, as_text
-from bench.names import near
 from bench.protocol.settings import BadConfig
-from bench.results import comparison
+from bench.results import chosen, comparison
 from bench.results.compared import terminal
 from bench.results.comparison import Comparison
 from bench.results.leaderboard import RANKS_BY, Leaderboard
@@ -96,8 +95,8 @@ def compare(boards: Sequence[Leaderboard], algorithms: Sequence[str] = (), metri
     """
     known = comparison.metrics(boards)
     if metric not in known:
-        plain = [key for key in known if not set(key) & set(":@")]  # there are dozens
-        raise BadConfig(f"--metric {metric}: the results have none that can be compared; {near(metric, plain)}")
+        listed = chosen.known(metric, known)
+        raise BadConfig(f"--metric {metric}: the results have none that can be compared; {listed}")
     labels = comparison.choose(boards, algorithms) if algorithms else None
     if labels is not None and len(labels) < 2:
         raise BadConfig(f"{labels[0]}: two algorithms or more are wanted, or none for all")

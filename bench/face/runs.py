@@ -11,7 +11,7 @@ from bench.face.comparing import Compared, compare
 from bench.face.shown import as_text
 from bench.names import near
 from bench.protocol.settings import BadConfig
-from bench.results import comparison, records, table
+from bench.results import classes, comparison, records, table
 from bench.results.leaderboard import RANKS_BY, Leaderboard, leaderboards
 from bench.results.record import Record
 
@@ -171,7 +171,10 @@ class Runs(Sequence[Record]):
             *algorithms: Two or more, as on the command line; none for all.
             metric: Key of a metric, such as "generic" or "personal@last10".
         """
-        return compare(self._boards, algorithms, metric)
+        boards = self._boards
+        if classes.is_derived(metric):
+            boards = leaderboards(classes.with_derived(self._records), all_versions=self._all_versions)
+        return compare(boards, algorithms, metric)
 
     def plot(self, metric: str = RANKS_BY[0]) -> Picture:
         """Draw a metric by round, a panel a leaderboard.

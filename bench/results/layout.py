@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
+from bench.results import classes
 from bench.results.cautions import cautions
 from bench.results.leaderboard import Leaderboard, Row, measured, suffix
 from bench.results.statistics import (
@@ -158,12 +159,15 @@ def columns(board: Leaderboard) -> tuple[Column, ...]:
     accuracy = [replace(column, key=column.key + followed) for column in ACCURACY]
     samples, flops = (_scaled(board, title, place) for place, title in ((1, "{0} {1} samples"), (2, "{1} {0}FLOP")))
     known = (*accuracy, *samples, Column("MB", "bytes", 1e6), *flops, *_TIME_AND_MEMORY)
+    if board.shown:
+        named, costs = {column.key: column for column in known}, {key for row in board.rows for key in row.cost}
+        return tuple(named.get(key, Column(key, key, 1.0 if key in costs else None)) for key in board.shown)
     return tuple(column for column in known if any(column.estimate(row).n for row in board.rows))
 
 
 def main_columns(board: Leaderboard) -> tuple[Column, ...]:
     """Choose those that have room on a terminal and a front page."""
-    return tuple(column for column in columns(board) if column.key.partition("@")[0] in _MAIN)
+    return tuple(column for column in columns(board) if board.shown or column.key.partition("@")[0] in _MAIN)
 
 
 def _scaled(board: Leaderboard, title: str, place: int) -> list[Column]:
@@ -245,8 +249,21 @@ def remarks(board: Leaderboard) -> list[str]:
     """List what stands below a leaderboard: warnings, where the numbers come from, numbered footnotes."""
     _, notes = footnotes(board)
     numbered = [f"[{number}] {note}" for number, note in enumerate(notes, start=1)]
-    rests = [*_rests(board), *cautions(board)]
-    return [*warnings(board), order(board), *rests, provenance(board), *_power(board), *board.lacks, *numbered]
+    return [
+        *warnings(board),
+        order(board),
+        *_rests(board),
+        *cautions(board),
+        provenance(board),
+        *_power(board),
+        *board.lacks,
+        *_derived(board),
+        *numbered,
+    ]
+
+
+def _derived(board: Leaderboard) -> list[str]:
+    return [classes.SAYS] if any(map(classes.is_derived, board.shown)) else []
 
 
 def order(board: Leaderboard) -> str:

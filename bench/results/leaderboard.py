@@ -106,6 +106,8 @@ class Leaderboard:
     """What tells it from the others of the same `base`: fields of the protocol, engine, precision, device."""
     lacks: tuple[str, ...]
     """What runs of earlier formats do not have, a sentence each."""
+    shown: tuple[str, ...] = ()
+    """Keys of the metrics and costs that were asked for, in this order; none: the usual columns."""
 
     @property
     def base(self) -> str:
