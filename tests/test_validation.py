@@ -118,13 +118,15 @@ class Forger:
         self.rounds = pandas.DataFrame(rows)
         return self
 
-    def save(self) -> Path:
+    def save(self, before: Any = None) -> Path:
         """Write the files, with checksums, the identity's hash, the protocol and the folder's name as they must be."""
         rows = [{str(k): v for k, v in row.items()} for row in self.rounds.to_dict("records")]
-        before, last = parted({str(name): self.counts[name].tolist() for name in self.counts})
+        earlier, last = parted({str(name): self.counts[name].tolist() for name in self.counts})
+        if before is not None:
+            earlier = {str(name): before[name].tolist() for name in before}
         if self.predictions is not None:
             last = {str(name): self.predictions[name].tolist() for name in self.predictions}
-        written = {"rounds": tables.curves(rows), "counts": _table(before), "predictions": _table(last)}
+        written = {"rounds": tables.curves(rows), "counts": _table(earlier), "predictions": _table(last)}
         for name, table in written.items():
             (self.folder / f"{name}.parquet").write_bytes(storage.parquet(table))
             self.document["tables"][name] = digest(table)
@@ -460,6 +462,75 @@ def a_round_hidden(out: Path) -> None:
     forger = Forger(folder(out))
     forger.counts = forger.counts[forger.counts["round"] == 3]
     forger.recompute().save()
+
+
+def taken(out: Path, label: str = "fedavg_ft") -> Forger:
+    """Somebody who writes predictions as they please."""
+    forger = Forger(folder(out, label))
+    forger.predictions = records.read(forger.folder).predictions()
+    return forger
+
+
+@tampering("predictions.parquet: stands there twice")
+def a_prediction_twice(out: Path) -> None:
+    forger = taken(out)
+    forger.predictions = pandas.concat([forger.predictions, forger.predictions.iloc[[4]]])
+    forger.save()
+
+
+@tampering("predictions.parquet: predicted is none of the 10 classes")
+def a_class_predicted_too_many(out: Path) -> None:
+    forger = taken(out)
+    forger.predictions.loc[2, "predicted"] = -1
+    forger.save()
+
+
+@tampering("predictions.parquet: count is below 1")
+def what_never_happened(out: Path) -> None:
+    forger = taken(out)
+    forger.predictions.loc[2, "count"] = 0
+    forger.save()
+
+
+@tampering("predictions.parquet: total has other test images")
+def an_image_more(out: Path) -> None:
+    forger = taken(out)
+    wrong = forger.predictions["class"] != forger.predictions["predicted"]
+    forger.predictions.loc[forger.predictions.index[wrong][0], "count"] += 1
+    forger.save()
+
+
+@tampering("predictions.parquet: predicted is a class that the client never trained on")
+def a_masked_class_predicted(out: Path) -> None:
+    forger = taken(out)
+    masked = forger.predictions[forger.predictions["model"] == "personal.masked"]
+    wrong = masked[masked["class"] != masked["predicted"]]
+    for place, row in wrong.iterrows():
+        absent = set(range(10)) - set(masked[masked["client"] == row["client"]]["class"])
+        if absent:  # of a client's test, which has the classes of its training images
+            forger.predictions.loc[place, "predicted"] = min(absent)
+            break
+    forger.save()
+
+
+@tampering("predictions.parquet: round has [2, 3], and must be of the last evaluation alone")
+def an_earlier_round_among_the_predictions(out: Path) -> None:
+    forger = taken(out)
+    forger.predictions = pandas.concat([forger.predictions.assign(round=2), forger.predictions])
+    forger.save()
+
+
+@tampering("counts.parquet: round has [2, 3], and the last evaluation, of which predictions are, is after round 3")
+def counts_stored_twice(out: Path) -> None:
+    forger = taken(out)
+    forger.save(before=forger.counts)
+
+
+@tampering("run.json: tables.notes is none of a run of format 3")
+def a_table_more(out: Path) -> None:
+    forger = Forger(folder(out))
+    forger.document["tables"]["notes"] = "0" * 64
+    forger.save()
 
 
 @tampering("rounds.parquet: generic is")
@@ -975,9 +1046,20 @@ def answers_swapped(forger: Forger) -> None:
         counts.loc[[first, second], "correct"] = counts.loc[[second, first], "correct"].to_numpy()
 
 
+def classes_taken_for_others(forger: Forger) -> None:
+    """Have wrong answers of the generic model be of another class: nothing that is counted changes."""
+    frame = forger.predictions = records.read(forger.folder).predictions()
+    wrong = frame[(frame["model"] == "generic") & (frame["class"] != frame["predicted"])]
+    there = set(zip(wrong["class"], wrong["predicted"], strict=True))
+    place, row = next(iter(wrong.iterrows()))
+    free = (label for label in range(10) if label != row["class"] and (row["class"], label) not in there)
+    frame.loc[place, "predicted"] = next(free)
+
+
 ADVERSARIES = (
-    answers_swapped, all_right, a_little_better, another_digest, another_learning_rate, another_momentum, other_epochs,
-    another_batch_size, another_field, another_engine, another_precision, work_left_out, nothing_sent_up,
+    classes_taken_for_others, answers_swapped, all_right, a_little_better, another_digest, another_learning_rate,
+    another_momentum, other_epochs, another_batch_size, another_field, another_engine, another_precision,
+    work_left_out, nothing_sent_up,
 )  # fmt: skip
 
 
@@ -1097,7 +1179,7 @@ def test_a_submission_holds_the_results_and_nothing_else(out: Path, bench: Bench
         "rounds.parquet",
         "run.json",
     }
-    assert len(names) == 18 and all("/" in name and ".." not in name for name in names)
+    assert len(names) == 24 and all("/" in name and ".." not in name for name in names)
     write_table(tmp_path / "taken")
     assert complaints(tmp_path / "taken") == ""
     assert bench("submit", out, "--to", tmp_path / "folders").status == 0

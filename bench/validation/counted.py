@@ -35,11 +35,11 @@ def look(found: Inspected) -> None:
     frames = {name: _frame(found, name, partial(_raw, record, name)) for name in names}
     rounds = _frame(found, ROUNDS, record.rounds)
     fit = [frame is not None and _rows_fit(found, record, name, frame) for name, frame in frames.items()]
-    if all(fit) and (counts := _frame(found, COUNTS, record.counts)) is not None:
+    if all(fit) and _apart(found, frames) and (counts := _frame(found, COUNTS, record.counts)) is not None:
         _tests(found, counts)
         _measured(found, record, counts, rounds)
         if (predictions := frames.get(PREDICTIONS)) is not None:
-            _predicted(found, record, predictions, counts)
+            _predicted(found, predictions)
 
 
 def _raw(record: Record, name: str) -> pandas.DataFrame:
@@ -175,26 +175,33 @@ def _tests(found: Inspected, frame: pandas.DataFrame) -> None:
         found.add(file, "correct", f"{what} {len(odd)} row(s), the first: {first}")
 
 
-def _predicted(found: Inspected, record: Record, frame: pandas.DataFrame, counts: pandas.DataFrame) -> None:
-    """See that predictions are of the last evaluation alone, and that no masked one is of a class left out."""
-    file = record.companions[PREDICTIONS]
-    rounds, last = sorted(frame["round"].unique().tolist()), int(counts["round"].max())
-    if rounds != [last]:
-        found.add(file, "round", f"has {brief(rounds)}, and the last evaluation is after round {last}")
-    before = record.table(COUNTS).column("round").to_numpy()
-    if (before >= last).any():
-        found.add(record.companions[COUNTS], "round", f"has {last}, of which the counts follow from {file}")
-    if found.dealt is None:
-        return
-    held = found.dealt.held
+def _apart(found: Inspected, frames: Mapping[str, pandas.DataFrame | None]) -> bool:
+    """Tell whether predictions are of one evaluation, after those of which there are counts."""
+    counts, predictions = frames.get(COUNTS), frames.get(PREDICTIONS)
+    if counts is None or predictions is None:
+        return True
+    last, before = sorted(predictions["round"].unique().tolist()), sorted(counts["round"].unique().tolist())
+    if len(last) != 1:
+        found.add(_file(found, PREDICTIONS), "round", f"has {brief(last)}, and must be of the last evaluation alone")
+        return False
+    if before and before[-1] >= last[0]:
+        what = f"has {brief(before)}, and the last evaluation, of which predictions are, is after round {last[0]}"
+        found.add(_file(found, COUNTS), "round", what)
+        return False
+    return True
+
+
+def _predicted(found: Inspected, frame: pandas.DataFrame) -> None:
+    """See that no masked prediction is of a class that is left out."""
+    held = {} if found.dealt is None else found.dealt.held
     rows = frame[frame["model"].str.endswith(".masked")]
     pairs = zip(rows["client"].tolist(), rows["predicted"].tolist(), strict=True)
     # Of who has no training images all classes would be left out, and the first is what is left.
     odd = [pair for pair in pairs if held.get(pair[0]) and pair[1] not in held[pair[0]]]
     if odd:
+        what = "is a class that the client never trained on, which masked models leave out, in"
         place = f"client {odd[0][0]}, predicted {odd[0][1]}"
-        found.add(file, "predicted", f"is a class that the client never trained on, which masked models leave out, in "
-                  f"{len(odd)} row(s), the first: {place}")  # fmt: skip
+        found.add(_file(found, PREDICTIONS), "predicted", f"{what} {len(odd)} row(s), the first: {place}")
 
 
 def _drawn(found: Inspected, frame: pandas.DataFrame, known: Sequence[frozenset[int]], clients: int) -> None:
