@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bench.results import older
 from bench.results.layout import ABSENT
 from bench.results.leaderboard import Row
 from bench.results.record import DOCUMENT, Record
 from bench.site import charts
 from bench.site.counts import count
+from bench.site.matrix import matrices
 from bench.site.rendering import TIERS, render, spell
 from bench.validation.verification import Verification
 
@@ -92,14 +94,16 @@ def run_page(results: Results, row: Row, run: Run, siblings: Sequence[Run], boar
         counted = count(record)
         curves = charts.curves(record)
         pictures = (curves, charts.classes(counted), charts.clients(counted))
+        confused = matrices(record)
         content |= {
             "metrics_heading": ("model", *(name for _, name in _PARTS)),
             "metrics": _metrics(record),
             "metrics_note": "Mean: over classes for generic, over clients for personal and unseen, each weighing the "
             "same; balanced: over the classes of a client first; drawn, never: over the clients that were in the "
             f"cohort of any round, and never were; weighted: by test images. {ABSENT} stands for what there is not.",
-            "figures": [[figure] for figure in pictures if figure is not None],
+            "figures": [[figure] for figure in pictures if figure is not None] + [list(confused)] * bool(confused),
             "evaluated_often": curves is not None,
+            "lacks": older.remarks([record]),
             "cost": _cost(record),
         }
     return render("run.html", "../", **content)
@@ -182,17 +186,21 @@ def _provenance(record: Record) -> list[tuple[str, str]]:
 _SAYS = {
     DOCUMENT: "identity, setting, versions, hardware, metrics, cost",
     "rounds.parquet": "a row an evaluated round: the curves",
-    "clients.parquet": "a row a model, client and class: right answers and test images",
+    "counts.parquet": "a row a round but the last, model, client and class: right answers and test images",
+    "predictions.parquet": "of the last round, a row a model, client, class and predicted class: test images",
+    "clients.parquet": "a row a round, model, client and class: right answers and test images",
 }
 
 
 def files(record: Record) -> list[tuple[str, str]]:
     """Name the files of a run that the site carries, each with its path within the site."""
-    return [(name, f"data/{record.id}/{name}") for name in (DOCUMENT, *(n for n in _SAYS if n in record.files))]
+    return [(name, f"data/{record.id}/{name}") for name in (DOCUMENT, *record.companions.values())]
 
 
 def _files(record: Record) -> list[dict[str, str | None]]:
+    digests = {file: record.tables.get(name, record.files.get(file)) for name, file in record.companions.items()}
+    of = "content, SHA-256" if record.tables else "SHA-256"
     return [
-        {"name": name, "path": path, "says": _SAYS[name], "digest": record.files.get(name)}
+        {"name": name, "path": path, "says": _SAYS[name], "digest": digests.get(name), "of": of}
         for name, path in files(record)
     ]
