@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -298,3 +299,11 @@ def test_a_file_that_shrinks_or_changes_under_a_run_is_noticed(root: Path) -> No
         images[torch.tensor([30])]
     with pytest.raises(DataDamaged, match=r"has 1,000 bytes instead of 28,416"):
         again.part("train")[torch.tensor([0])]
+
+
+def test_a_store_of_a_later_version_is_not_to_be_deleted(tmp_path: Path) -> None:
+    document = {"format": prepared.FORMAT + 1}
+    content = json.dumps({**document, "sha256": prepared.checksum(document)}).encode()
+    with pytest.raises(DataDamaged, match="a later version of bench wrote it, so update bench") as error:
+        prepared._read_index(tmp_path / "index.json", content)
+    assert "delete" not in str(error.value)

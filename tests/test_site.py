@@ -501,7 +501,7 @@ def test_a_folder_that_is_no_site_is_refused_and_left_alone(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", '{"format": 2, "files": []}', '{"format": 1, "files": ["../precious"]}', '{"format": 1, "files": [3]}',
+    ["", "[]", '{"format": 0, "files": []}', '{"format": 1, "files": ["../precious"]}', '{"format": 1, "files": [3]}',
      '{"format": 1, "files": ["/etc"]}', '{"format": 1}'],
 )  # fmt: skip
 def test_a_list_of_files_that_is_not_ours_removes_nothing(tmp_path: Path, text: str) -> None:
@@ -513,6 +513,15 @@ def test_a_list_of_files_that_is_not_ours_removes_nothing(tmp_path: Path, text: 
         made(tmp_path / "out", tmp_path / "site")
     assert (tmp_path / "precious").read_text() == "kept"
     assert contents(tmp_path / "site") == {MARKER: text.encode()}
+
+
+def test_a_site_of_a_later_version_is_not_to_be_deleted(tmp_path: Path) -> None:
+    plant(tmp_path / "out")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / MARKER).write_text('{"format": 2, "files": []}')
+    with pytest.raises(records.OutputUnwritable, match="of a later version of bench; update bench") as error:
+        made(tmp_path / "out", tmp_path / "site")
+    assert "delete" not in str(error.value)
 
 
 def test_a_build_that_was_killed_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

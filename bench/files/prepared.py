@@ -347,6 +347,9 @@ def _read_index(file: Path, content: bytes) -> tuple[Plan, dict[str, tuple[str, 
         raise _damaged(file.parent, f"{file} is not what was written") from error
     if own != checksum(document):
         raise _damaged(file.parent, f"{file} is not what was written")
+    if document["format"] > FORMAT:
+        later = "a later version of bench wrote it, so update bench"
+        raise DataDamaged(f"{file} has format {document['format']}, and this version reads {FORMAT}: {later}")
     if document["format"] != FORMAT:
         raise _damaged(file.parent, f"{file} has format {document['format']}, and this version reads {FORMAT}")
     plan = Plan(**{**document["plan"], "shape": tuple(document["plan"]["shape"])})

@@ -84,6 +84,8 @@ def _earlier(to: Path) -> set[str]:
     try:
         content = json.loads(marker.read_bytes())
         known = content["files"]
+        if content["format"] > FORMAT:
+            raise OutputUnwritable(f"{marker} is of a later version of bench; update bench, or name another --to")
         if content["format"] != FORMAT or not all(isinstance(path, str) and _inside(path) for path in known):
             raise ValueError("its paths are not ours")
     except (ValueError, TypeError, KeyError) as error:

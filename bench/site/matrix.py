@@ -56,8 +56,8 @@ def _figure(record: Record, model: str) -> Figure:
         title=f"What {model} takes for what",
         says=f"{len(order):,} classes in the order of their training images{', neighbours together' * several}, the "
         f"rows, and what their test images are taken for by {_MODELS[model]}, the columns. The fuller a cell, the "
-        "larger a share of the row, on a logarithmic scale; what is right lies on the diagonal. In the table, precision "
-        f"is the share that is right of what is taken for a class, {ABSENT} where nothing is.",
+        "larger a share of the row, on a logarithmic scale; what is right lies on the diagonal. In the table, "
+        f"precision is the share that is right of what is taken for a class, {ABSENT} where nothing is.",
         specs=(_drawn(places, together),),
         heading=("class", "group", "test images", "precision", "recall", "F1", "mostly mistaken for"),
         rows=tuple(
