@@ -176,7 +176,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
     )
     checked = [ids[f"alpha {seed}"] for seed in range(3)]
     verification.note(
-        out, {run: replace(again, document=verification.digest(out / run) or "") for run in [*checked, ids["beta 0"]]}
+        out, {run: replace(again, document=verification.digest(out, run) or "") for run in [*checked, ids["beta 0"]]}
     )
     (out / "NOTES.md").write_text(NOTES)
     return Planted(out=out, site=made(out, out.parent / "site"), ids=ids)

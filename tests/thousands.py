@@ -22,11 +22,10 @@ import torch
 
 from bench.files import data_root
 from bench.protocol.identity import identify
-from bench.results import records
+from bench.results import records, tables
 from bench.results.record import Record
 from bench.training import metrics
 from bench.training.population import rests_on
-from bench.validation import counted
 from bench.validation.expected import Dealt, dealt, drawn_by, evaluations, sent
 from bench.validation.rebuilding import Asked, rebuild
 
@@ -73,7 +72,7 @@ def _store(out: Path, template: Record, rates: Rates, seed: int) -> str:
         **({} if known is None else {"bytes_down": known.bytes_down, "client_state_bytes": known.client_state_bytes}),
     }
     document = {
-        **{key: value for key, value in template.document.items() if key not in ("files", "tables")},
+        **{key: value for key, value in template.document.items() if key not in ("files", "tables", "format")},
         **given.described,
         "identity": identity,
         "seed": seed,
@@ -82,9 +81,32 @@ def _store(out: Path, template: Record, rates: Rates, seed: int) -> str:
         "digest": hashlib.sha256(run.encode()).hexdigest(),
         "tested": rests_on(given.images, given.classes, drawn[-1]),
     }
-    columns = {key: [row[key] for row in rows] for key in counted.COUNT_COLUMNS}
-    records.write(out, run, document, curves, columns)
+    last = max(row["round"] for row in rows)
+    earlier = [row for row in rows if row["round"] < last]
+    spread = [each for row in rows if row["round"] == last for each in _spread(row, given)]
+    counts = {key: [row[key] for row in earlier] for key in tables.COUNT_COLUMNS}
+    predictions = {key: [row[key] for row in spread] for key in tables.PREDICTION_COLUMNS}
+    records.write(out, run, document, curves, counts, predictions)
     return run
+
+
+def _spread(row: dict[str, Any], given: Dealt) -> Iterator[dict[str, Any]]:
+    """Say which classes an evaluation took the images of a class for: the wrong ones lie in up to three others."""
+    kind = row["model"].split(":")[0].split(".")[0]
+    here = given.tested[kind][1][given.tested[kind][0] == row["client"]]
+    others = [label for label in here.tolist() if label != row["class"]] or [row["class"]]
+    wrong = row["total"] - row["correct"]
+    parts = {row["class"]: row["correct"]}
+    for k in range(wrong):
+        label = others[(row["class"] * 7 + (k % 3) * 5 + row["client"] * 11) % len(others)]
+        parts[label] = parts.get(label, 0) + 1
+    for label, count in sorted(parts.items()):
+        if count:
+            yield {
+                **{k: row[k] for k in ("round", "model", "client", "class", "drawn")},
+                "predicted": label,
+                "count": count,
+            }
 
 
 def _summed(cells: list[dict[str, Any]], classes: int, groups: dict[str, torch.Tensor]) -> tuple[Any, Any, Any]:
@@ -105,6 +127,7 @@ def _answers(
 ) -> Iterator[dict[str, Any]]:
     """Draw the rows of counts: an image is answered rightly where its own threshold lies below the class's rate."""
     thresholds: dict[tuple[str, int, int], Any] = {}
+    usual: dict[tuple[str, int, int, int], int] = {}
     for (model, round), of_classes in rates.items():
         kind = model.split(":")[0].split(".")[0]
         base = model.removesuffix(".masked")
@@ -116,9 +139,9 @@ def _answers(
             rate = of_classes.get(label, 0.0)
             correct = int((noisy < rate).sum())
             if model.endswith(".masked"):
-                correct = max(correct, thresholds.get((base, client, label, round), 0))  # type: ignore[call-overload]
+                correct = max(correct, usual.get((*place, round), 0))
             else:
-                thresholds[base, client, label, round] = correct  # type: ignore[index]
+                usual[(*place, round)] = correct
             told = -1 if kind != "personal" else int(client in drawn[round - 1])
             yield {
                 "round": round, "model": model, "client": client, "class": label,

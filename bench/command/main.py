@@ -30,6 +30,7 @@ _VERBS = {
     "compare": ("bench.command.compare", "Test whether algorithms differ, paired by split and seed."),
     "clean": ("bench.command.clean", "Remove runs of older versions of a plug-in, and failed ones."),
     "site": ("bench.command.site", "Build a static site of stored results."),
+    "pack": ("bench.command.pack", "Put many runs into a few files, and take them out again."),
     "validate": ("bench.command.publish", "Check whether published results hold together."),
     "submit": ("bench.command.publish", "Pack finished runs for a pull request."),
     "check": ("bench.command.plugin", "Check that an algorithm, a part or a dataset keeps the contract."),

@@ -49,7 +49,7 @@ class Record:
     document: dict[str, object] = field(repr=False)
     """The whole of run.json."""
     pack: Path | None = None
-    """The file that the run is packed in; None: it has a folder of its own."""
+    """The folder of the pack that the run is in; None: it has a folder of its own."""
     format: int
     """Of run.json."""
     id: str
@@ -127,7 +127,15 @@ class Record:
             Lacking: Runs of this format have no such table.
         """
         if self.pack is not None:
-            raise DamagedResult(f"{self.pack} is a pack, and this version reads folders; update bench")
+            from bench.results import packed
+
+            table = packed.table(self.pack, self.id, name)
+            if content.digest(table) != self.tables.get(name):
+                raise DamagedResult(
+                    f"{self.pack}: the {name} of run {self.id} are not what it was packed with; "
+                    "put the pack's files back as they were published"
+                )
+            return table
         if self.status == "done" and name not in self.companions:
             raise Lacking(f"run {self.id} is of format {self.format}, which has no {name}; a run of today has them")
         path = self.folder / self.companions.get(name, tables.file(name))
@@ -256,7 +264,7 @@ def check(folder: Path, document: object, pack: Path | None = None) -> Record:
     Args:
         folder: Where it lies.
         document: The content.
-        pack: The file that it is packed in, if it is.
+        pack: The pack that it is in, if it is.
 
     Raises:
         OtherFormat: It is a later version's.

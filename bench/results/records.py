@@ -1,4 +1,4 @@
-"""One folder per run: written once, read for ever.
+"""One folder per run: written once, read for ever. Many of them in few files are a pack: `bench.results.packed`.
 
     OUT/<id>/rounds.parquet        the curves: a row an evaluated round
     OUT/<id>/counts.parquet        a row per round but the last, model, client and class: correct, total, and whether
@@ -14,11 +14,12 @@ companions' contents and its own identity's hash, so that files of different run
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from bench.results import content, storage, tables
+from bench.results import content, packed, storage, tables
 from bench.results.record import DOCUMENT, FORMAT, MODELS, check
 from bench.results.record import DamagedResult as DamagedResult
 from bench.results.record import Record as Record
@@ -123,18 +124,67 @@ def fail(out: Path, run_id: str, document: Mapping[str, object], reason: str) ->
 
 
 def read_all(out: Path) -> tuple[list[Record], list[str]]:
-    """Read all finished and failed runs of a folder; unfinished ones are passed over.
+    """Read all finished and failed runs of a folder: of run folders and of packs in it, or of a pack, if it is one.
+    Unfinished ones are passed over. The same result in two places is one.
 
     Returns:
         The runs sorted by id, and a sentence for each damaged one.
     """
-    records, damaged = [], []
+    found: list[Record] = []
+    damaged: list[str] = []
     for path in sorted(out.glob(f"*/{DOCUMENT}")):
         try:
-            records.append(read(path.parent))
+            found.append(read(path.parent))
         except DamagedResult as error:
             damaged.append(str(error))
-    return records, damaged
+    for pack in packed.packs(out):
+        runs, told = packed.read(pack)
+        found += runs
+        damaged += told
+    by_id: dict[str, list[Record]] = {}
+    for record in found:
+        by_id.setdefault(record.id, []).append(record)
+    several = [runs for runs in by_id.values() if len(runs) > 1 and len(set(map(text_of, runs))) > 1]
+    for runs in several:
+        places = " and ".join(str(record.pack or record.folder) for record in by_id.pop(runs[0].id))
+        damaged.append(f"run {runs[0].id} is another result in each of {places}; remove all but the right one")
+    return [by_id[id][0] for id in sorted(by_id)], damaged
+
+
+def text_of(record: Record) -> bytes:
+    """Read a run's run.json to the letter.
+
+    Raises:
+        DamagedResult: It is not there any more.
+    """
+    if record.pack is not None:
+        return packed.documents(record.pack)[record.id]
+    try:
+        return (record.folder / DOCUMENT).read_bytes()
+    except OSError as error:
+        raise DamagedResult(f"{record.folder / DOCUMENT} cannot be read: {error.strerror}") from error
+
+
+def document(out: Path, id: str) -> bytes | None:
+    """Read the run.json of a run of a folder, to the letter; None if the folder and its packs have none.
+
+    Raises:
+        DamagedResult: A pack cannot be read.
+    """
+    path = out / id / DOCUMENT
+    if path.is_file():
+        return path.read_bytes()
+    return next((known[id] for known in map(packed.documents, packed.packs(out)) if id in known), None)
+
+
+def unfinished(out: Path) -> list[Path]:
+    """Give the folders of runs that were begun and have not ended, sorted."""
+    return sorted(path for path in out.iterdir() if is_run(path) and path.is_dir() and not (path / DOCUMENT).exists())
+
+
+def is_run(path: Path) -> bool:
+    """Tell by its name whether a folder is a run's."""
+    return re.fullmatch("[0-9a-f]{12}", path.name) is not None
 
 
 def prose(out: Path) -> str | None:

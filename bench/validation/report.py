@@ -271,7 +271,7 @@ def _verifications(out: Path) -> Iterator[Problem]:
         yield Problem(verification.FILE, "", f"cannot be read: {error}")
         return
     for run, entry in entries.items():
-        digest = verification.digest(out / run) if _ID.fullmatch(run) else None
+        digest = verification.digest(out, run) if _ID.fullmatch(run) else None
         if digest is None:
             yield Problem(verification.FILE, run, "is no run of this folder; remove the entry")
         elif digest != entry.document:

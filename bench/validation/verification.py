@@ -15,8 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bench.results import storage
-from bench.results.record import DOCUMENT
+from bench.results import records, storage
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -55,7 +54,7 @@ def verified(out: Path) -> Mapping[str, Verification]:
     Raises:
         ValueError: There is a verified.json, and it is not one.
     """
-    return {run: entry for run, entry in read(out).items() if digest(out / run) == entry.document}
+    return {run: entry for run, entry in read(out).items() if digest(out, run) == entry.document}
 
 
 def read(out: Path) -> dict[str, Verification]:
@@ -89,12 +88,13 @@ def note(out: Path, entries: Mapping[str, Verification]) -> Path:
     return out / FILE
 
 
-def digest(folder: Path) -> str | None:
-    """Give the SHA-256 of a run's run.json, which holds those of its other files; None if it has none."""
+def digest(out: Path, run: str) -> str | None:
+    """Give the SHA-256 of the run.json of a folder's run, which holds those of its tables; None if it has none."""
     try:
-        return hashlib.sha256((folder / DOCUMENT).read_bytes()).hexdigest()
-    except OSError:
+        content = records.document(out, run)
+    except (OSError, records.DamagedResult):
         return None
+    return None if content is None else hashlib.sha256(content).hexdigest()
 
 
 @cache

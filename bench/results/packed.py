@@ -1,0 +1,249 @@
+"""Many runs in one folder of three Parquet files, read run by run.
+
+    PACK/runs.parquet           a row a run, by id: id, its run.json to the letter, and the SHA-256 of that
+    PACK/counts.parquet         the rows of all runs' counts.parquet; `run` is the run's place in runs.parquet
+    PACK/predictions.parquet    the same of predictions.parquet
+
+Each document vouches for its own tables, as in a run's folder; runs.parquet says besides which documents and which two
+files it was written with. Curves are not stored: they are computed of the counts, to the digit. A row group holds whole
+runs, so that one run is read without the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bench.protocol.identity import canonical
+from bench.results import tables
+from bench.results.record import DamagedResult, OtherFormat, Record, check
+
+if TYPE_CHECKING:
+    import pyarrow
+    from pyarrow import parquet
+
+RUNS = "runs.parquet"
+TABLES = (tables.COUNTS, tables.PREDICTIONS)
+FILES = (*map(tables.file, TABLES), RUNS)
+"""In the order in which they are written."""
+FORMAT = 1
+NOTE = b"bench.pack"
+"""Key of the metadata of runs.parquet that say what belongs to it, as JSON."""
+_MEND = "put the pack's files back as they were published"
+
+
+def is_pack(folder: Path) -> bool:
+    """Tell a pack from any other folder."""
+    return (folder / RUNS).is_file()
+
+
+def packs(out: Path) -> list[Path]:
+    """Give the packs of a folder of results: itself, if it is one, or those in it."""
+    return [out] if is_pack(out) else sorted(path.parent for path in out.glob(f"*/{RUNS}"))
+
+
+def documents(pack: Path) -> dict[str, bytes]:
+    """Read all runs' run.json, by id.
+
+    Raises:
+        DamagedResult: runs.parquet cannot be read, or is not what was written.
+    """
+    return opened(pack).documents
+
+
+def table(pack: Path, id: str, name: str) -> pyarrow.Table:
+    """Read a table of a run: "counts", "predictions", or "rounds", which is computed of these.
+
+    Raises:
+        DamagedResult: The pack lacks the run, or its file cannot be read.
+    """
+    whole = opened(pack)
+    if id not in whole.documents:
+        raise DamagedResult(f"{pack / RUNS} holds no run {id}; {_MEND}")
+    if name != tables.ROUNDS:
+        return whole.table(name, whole.places[id])
+    from bench.results.curves import curves
+
+    record = whole.record(id)
+    return tables.curves(curves(record.counts(), len(record.class_counts), record.groups))
+
+
+def read(pack: Path) -> tuple[list[Record], list[str]]:
+    """Read all runs of a pack that are what was written.
+
+    Returns:
+        The runs by id, and a sentence for each that is damaged, or for the pack if nothing of it can be believed.
+    """
+    found, damaged = [], []
+    try:
+        whole = opened(pack)
+        altered = [name for name in TABLES if not whole.companion(name)]
+        for id in whole.documents:
+            try:
+                record = whole.record(id)
+                for name in altered if record.status == "done" else ():
+                    record.table(name)
+                found.append(record)
+            except DamagedResult as error:
+                damaged.append(str(error))
+        if altered and not damaged:  # every run is whole, and yet a file is another
+            names = " and ".join(map(tables.file, altered))
+            damaged.append(f"{pack}: {names} is not the file that {RUNS} was written with; {_MEND}")
+    except DamagedResult as error:
+        return [], [str(error)]
+    return found, damaged
+
+
+def opened(pack: Path) -> Pack:
+    """Open a pack, once for as long as its file stays the same.
+
+    Raises:
+        DamagedResult: runs.parquet cannot be read, or is not what was written.
+    """
+    try:
+        at = os.stat(pack / RUNS)
+    except OSError as error:
+        raise DamagedResult(f"{pack / RUNS} cannot be read: {error.strerror}; {_MEND}") from error
+    return _open(pack, at.st_mtime_ns, at.st_size, at.st_ino)
+
+
+@lru_cache(maxsize=16)
+def _open(pack: Path, *_: int) -> Pack:
+    import pyarrow
+    from pyarrow import parquet
+
+    path = pack / RUNS
+    try:
+        rows = parquet.read_table(path)
+        note = json.loads((rows.schema.metadata or {})[NOTE])
+        ids, texts, sums = (rows[name].to_pylist() for name in ("id", "document", "sha256"))
+        format = note["format"]
+    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+        raise DamagedResult(f"{path} cannot be read ({str(error).partition(chr(10))[0]}); {_MEND}") from error
+    if format != FORMAT:
+        raise DamagedResult(f"{path} has format {format!r}, and this version reads format {FORMAT}; update bench")
+    texts = [text.encode() for text in texts]
+    for id, text, sum in zip(ids, texts, sums, strict=True):
+        if hashlib.sha256(text).hexdigest() != sum:
+            raise DamagedResult(f"{path}: the document of run {id} is not the one that was packed; {_MEND}")
+    if ids != sorted(set(ids)) or vouch(dict(zip(ids, sums, strict=True)), note["files"]) != note["digest"]:
+        raise DamagedResult(f"{path} has not the runs that it was written with; {_MEND}")
+    return Pack(folder=pack, documents=dict(zip(ids, texts, strict=True)), note=note)
+
+
+def vouch(documents: Mapping[str, str], files: Mapping[str, str]) -> str:
+    """Give a pack's digest, over those of its runs' documents and of its two other files."""
+    return hashlib.sha256(canonical({"runs": dict(documents), "files": dict(files)}).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pack:
+    """A pack whose runs.parquet was read."""
+
+    folder: Path
+    documents: dict[str, bytes] = field(repr=False)
+    """By id, which ascend."""
+    note: dict[str, dict[str, str]]
+    """What runs.parquet says of the pack: "format", "digest", and "files", the SHA-256 of the two others."""
+    _groups: dict[str, tuple[int, pyarrow.Table]] = field(default_factory=dict, repr=False)
+    _files: dict[str, parquet.ParquetFile] = field(default_factory=dict, repr=False)
+    _records: dict[str, Record] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """The place of each run."""
+        return {id: place for place, id in enumerate(self.documents)}
+
+    def record(self, id: str) -> Record:
+        """Read a run's document.
+
+        Raises:
+            DamagedResult: It is none of a run.
+        """
+        if id not in self._records:
+            try:
+                self._records[id] = check(self.folder / id, json.loads(self.documents[id]), self.folder)
+            except OtherFormat as error:
+                raise DamagedResult(f"run {id} of {self.folder} {error}") from error
+            except ValueError as error:
+                raise DamagedResult(f"the document of run {id} of {self.folder} {error}; {_MEND}") from error
+        return self._records[id]
+
+    def companion(self, name: str) -> bool:
+        """Tell whether a file is the one that runs.parquet was written with, to the byte.
+
+        Raises:
+            DamagedResult: It cannot be read.
+        """
+        path = self.path(name)
+        try:
+            return _checksum(path) == self.note["files"][tables.file(name)]
+        except OSError as error:
+            raise DamagedResult(f"{path} cannot be read: {error.strerror}; {_MEND}") from error
+
+    def path(self, name: str) -> Path:
+        """Give the place of a file, also if whoever added runs was killed before it got its name."""
+        path, waiting = self.folder / tables.file(name), self.folder / waiting_name(name)
+        if waiting.is_file() and _checksum(waiting) == self.note["files"][tables.file(name)]:
+            return waiting
+        return path
+
+    def table(self, name: str, place: int) -> pyarrow.Table:
+        """Read the rows of a run.
+
+        Raises:
+            DamagedResult: The file cannot be read.
+        """
+        import pyarrow
+        from pyarrow import parquet
+
+        try:
+            if name not in self._files:
+                self._files[name] = parquet.ParquetFile(self.path(name))
+            file = self._files[name]
+            group, rows = self._groups.get(name, (-1, None))
+            wanted = _group_of(file.metadata, place)
+            if rows is None or group != wanted:
+                rows = file.read_row_group(wanted)
+                self._groups[name] = wanted, rows
+            runs = rows["run"].to_numpy()
+            first, behind = runs.searchsorted(place), runs.searchsorted(place, "right")
+            return rows.slice(first, behind - first).drop_columns("run")
+        except (OSError, ValueError, KeyError, IndexError, pyarrow.ArrowException) as error:
+            told = str(error).partition("\n")[0]
+            raise DamagedResult(f"{self.path(name)} cannot be read ({told}); {_MEND}") from error
+
+
+def waiting_name(name: str) -> str:
+    """Name a table's file that waits for runs.parquet to be written."""
+    return f".{tables.file(name)}.waiting"
+
+
+def _group_of(metadata: parquet.FileMetaData, place: int) -> int:
+    """Find the row group that holds a run; the last one if none does."""
+    column = metadata.schema.names.index("run")
+    low, high = 0, metadata.num_row_groups - 1
+    while low < high:
+        middle = (low + high) // 2
+        if metadata.row_group(middle).column(column).statistics.max < place:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+def _checksum(path: Path) -> str:
+    at = os.stat(path)
+    return _sum(path, at.st_mtime_ns, at.st_size, at.st_ino)
+
+
+@lru_cache(maxsize=64)
+def _sum(path: Path, *_: int) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
