@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -285,8 +285,8 @@ def check(folder: Path, document: object, pack: Path | None = None) -> Record:
     try:
         # As JSON: "strict" lets an object be a dataclass there, and a string a path, yet no string a number.
         place = {"folder": str(folder), "pack": None if pack is None else str(pack)}
-        whole = json.dumps({**older.legible(document), **place, "document": document})
-        record = _adapter().validate_json(whole)
+        whole = json.dumps({**older.legible(document), **place, "document": {}})
+        record = replace(_adapter().validate_json(whole), document=document)
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"has a bad key {'.'.join(map(str, first['loc']))!r}: {first['msg']}") from error

@@ -30,6 +30,7 @@ FEWEST = 5
 """Values from which there is an interval: Student's of two is 12.7 times as wide as they are apart."""
 FEWEST_RESAMPLED = 6
 """Values from which an interval is a bootstrap's: fewer cannot be resampled to 95 %, see `estimate`."""
+_MOST_RESAMPLED = 100  # of more the two intervals are the same to a tenth of their width, and resampling takes seconds
 _EXACT = 13
 """Differences up to which all signs are tried, 2^13 of them."""
 _RESAMPLES = 9999
@@ -71,9 +72,9 @@ def estimate(
     1 - 2 Phi(-sqrt(n / (n - 1)) t), t Student's quantile with n - 1 degrees of freedom: a bootstrap takes the deviation
     with n below and the normal's tails, and would otherwise cover 87 % instead of 95 % with six normal values.
 
-    Of five it is Student's interval, mean ± t s / sqrt(n), s the sample standard deviation: no resample leaves the
+    Of five, and of more than a hundred, it is Student's interval, mean ± t s / sqrt(n), s the sample standard deviation: no resample leaves the
     range of the values, and that of five covers the middle of a symmetric distribution 1 - 2 / 2^5 = 94 % of the time
-    at best. Below five there is none, and the range of the values in its place.
+    at best, and of a hundred the mean is as good as normal. Below five there is none, and the range of the values in its place.
 
     Args:
         values: One a seed; None and NaN are absent and do not count.
@@ -98,7 +99,7 @@ def estimates(
     found = {key: _plainly(values, confidence) for key, values in known.items()}
     alike: dict[int, list[str]] = defaultdict(list)  # rows that can be resampled, by their length
     for key, values in known.items():
-        if len(values) >= FEWEST_RESAMPLED and not math.isclose(min(values), max(values)):
+        if FEWEST_RESAMPLED <= len(values) <= _MOST_RESAMPLED and not math.isclose(min(values), max(values)):
             alike[len(values)].append(key)
     for keys in alike.values():
         found |= zip(keys, _bootstrap([known[key] for key in keys], confidence), strict=True)
@@ -125,7 +126,8 @@ def _plainly(values: Sequence[float], confidence: float) -> Estimate:
         return Estimate(mean, n, min(values), max(values), "range")
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
     half = float(stdtrit(n - 1, (1 + confidence) / 2)) * deviation / math.sqrt(n)
-    return Estimate(mean, n, mean - half, mean + half, "student" if n < FEWEST_RESAMPLED else "bootstrap")
+    kind: Kind = "bootstrap" if FEWEST_RESAMPLED <= n <= _MOST_RESAMPLED else "student"
+    return Estimate(mean, n, mean - half, mean + half, kind)
 
 
 def _bootstrap(rows: Sequence[Sequence[float]], confidence: float) -> list[Estimate]:
