@@ -211,7 +211,8 @@ def test_one_run_in_two_places_is_one_and_two_results_are_damage(stored: Path, p
 def test_a_pack_is_there_whole_or_as_it_was_whenever_the_writer_is_killed(
     stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known, place, left = runs(stored), tmp_path / "pack", []
+    known, place = runs(stored), tmp_path / "pack"
+    left: list[Path] = []
     packing.pack(known[:3], place)
     packing.pack(known, tmp_path / "whole")
 

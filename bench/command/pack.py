@@ -31,7 +31,7 @@ def pack_command(out: Path, to: Path, unpack: bool, remove: bool) -> int:
     from bench.results import packed, packing, records
     from bench.results.record import DOCUMENT
 
-    require_folder(out, "DIR")
+    require_folder(out)
     try:
         if unpack:
             if remove:

@@ -32,6 +32,8 @@ RUNS = "runs.parquet"
 TABLES = (tables.COUNTS, tables.PREDICTIONS)
 FILES = (*map(tables.file, TABLES), RUNS)
 """In the order in which they are written."""
+PLUGINS = "plugins"
+"""Folder of the files of plug-ins that the runs were made with, for whoever runs them again; nothing reads it."""
 FORMAT = 1
 NOTE = b"bench.pack"
 """Key of the metadata of runs.parquet that say what belongs to it, as JSON."""

@@ -72,9 +72,10 @@ def estimate(
     1 - 2 Phi(-sqrt(n / (n - 1)) t), t Student's quantile with n - 1 degrees of freedom: a bootstrap takes the deviation
     with n below and the normal's tails, and would otherwise cover 87 % instead of 95 % with six normal values.
 
-    Of five, and of more than a hundred, it is Student's interval, mean ± t s / sqrt(n), s the sample standard deviation: no resample leaves the
-    range of the values, and that of five covers the middle of a symmetric distribution 1 - 2 / 2^5 = 94 % of the time
-    at best, and of a hundred the mean is as good as normal. Below five there is none, and the range of the values in its place.
+    Of five, and of more than a hundred, it is Student's interval, mean ± t s / sqrt(n), s the sample standard
+    deviation: no resample leaves the range of the values, and that of five covers the middle of a symmetric
+    distribution 1 - 2 / 2^5 = 94 % of the time at best; of a hundred the mean is as good as normal. Below five there is
+    none, and the range of the values in its place.
 
     Args:
         values: One a seed; None and NaN are absent and do not count.

@@ -34,6 +34,8 @@ class Inspected:
     """A run's folder after inspection."""
 
     folder: Path
+    pack: Path | None = None
+    """The pack that the run is in; the folder is then the run's id below it."""
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """What is no problem and yet to be known; the same words for all runs that it holds for."""

@@ -13,6 +13,7 @@ import torch
 import bench
 from bench.dataset import DataDamaged, DataMissing
 from bench.protocol.settings import BadConfig
+from bench.results import packed
 from bench.results.record import DOCUMENT, FORMAT, MODELS, DamagedResult, Record, check
 from bench.splits.auxiliary import NEEDS
 from bench.splits.longtail import group_classes
@@ -30,14 +31,15 @@ _ALWAYS = ("train_samples", "device_seconds", "wall_seconds")
 """Costs that no run is without."""
 
 
-def inspect(folder: Path, root: Path) -> Inspected:
+def inspect(folder: Path, root: Path, pack: Path | None = None) -> Inspected:
     """Look at a run's folder.
 
     Args:
         folder: Named by the run's id.
         root: Of all datasets; where it has the run's, the split is made anew.
+        pack: The pack that the run is in; the folder is then the run's id below it.
     """
-    found = Inspected(folder=folder)
+    found = Inspected(folder=folder, pack=pack)
     try:
         _inspect(found, root)
     except Exception as error:  # what was made up may be anything, and the other folders are still of interest
@@ -79,16 +81,16 @@ def _open(found: Inspected) -> None:
     """Read run.json, and compare the other files with what it says of them."""
     folder = found.folder
     try:
-        text = (folder / DOCUMENT).read_text(encoding="utf-8")
-        document = json.loads(text, parse_constant=_refuse, object_pairs_hook=_without_repetition)
-        found.record = record = check(folder, document)
+        text = (folder / DOCUMENT).read_bytes() if found.pack is None else packed.documents(found.pack)[folder.name]
+        document = json.loads(text.decode(), parse_constant=_refuse, object_pairs_hook=_without_repetition)
+        found.record = record = check(folder, document, found.pack)
     except FileNotFoundError:
         found.add("", "", f"has no {DOCUMENT}: the run is unfinished; finish it, or leave the folder out")
         return
     except (OSError, ValueError, RecursionError) as error:
         found.add(DOCUMENT, "", str(error).splitlines()[0])
         return
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.iterdir()) if found.pack is None else ():
         if path.name not in (DOCUMENT, *record.companions.values(), MODELS):
             found.add(path.name, "", "does not belong into a run's folder; remove it")
     if (folder / MODELS).exists() and not record.models:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bench.protocol import presets
 from bench.protocol.identity import canonical
-from bench.results import records
+from bench.results import packed, records
 from bench.results.leaderboard import leaderboards
 from bench.results.record import DOCUMENT, Record
 from bench.results.table import results_readme
@@ -66,8 +66,11 @@ def validate(out: Path, root: Path, folders: Sequence[Path] | None = None) -> Re
         Problems and notes; no problem, and the results hold together.
     """
     everything = folders is None
-    here = sorted(_run_folders(out) if folders is None else folders)
-    inspected = [inspect(folder, root) for folder in here]
+    here: list[tuple[Path, Path | None]] = [(folder, None) for folder in folders or ()]
+    if everything:
+        here = [(folder, None) for folder in _run_folders(out)]
+        here += [(pack / run, pack) for pack in packed.packs(out) for run in _readable(pack)]
+    inspected = [inspect(folder, root, pack) for folder, pack in sorted(here, key=lambda each: each[0].name)]
     problems = [problem for one in inspected for problem in one.problems]
     said: dict[str, list[str]] = defaultdict(list)
     for one in inspected:
@@ -78,7 +81,7 @@ def validate(out: Path, root: Path, folders: Sequence[Path] | None = None) -> Re
     problems += [*_splits_agree(done), *_work_agrees(done), *_copies(done)]
     notes += _oddities(done)
     if everything:
-        problems += [*_strangers(out), *_table(out), *_verifications(out)]
+        problems += [*_packs(out), *_strangers(out), *_table(out), *_verifications(out)]
     return Report(inspected=tuple(inspected), problems=tuple(sorted(set(problems))), notes=tuple(notes))
 
 
@@ -229,10 +232,38 @@ def _run_folders(out: Path) -> list[Path]:
     return [path for path in out.iterdir() if path.is_dir() and _ID.fullmatch(path.name)]
 
 
+def _readable(pack: Path) -> list[str]:
+    """Give the runs of a pack, none if it cannot be read; that is said elsewhere."""
+    try:
+        return [*packed.documents(pack)]
+    except records.DamagedResult:
+        return []
+
+
+def _packs(out: Path) -> Iterator[Problem]:
+    """Look at packs as a whole, and for runs that stand in two places with different contents."""
+    for pack in packed.packs(out):
+        name = "" if pack == out else f"{pack.name}/"
+        try:
+            for table in packed.TABLES:
+                if not packed.opened(pack).companion(table):
+                    what = f"is not the file that {packed.RUNS} was written with: it has another checksum"
+                    yield Problem(f"{name}{table}.parquet", "", what)
+        except records.DamagedResult as error:
+            yield Problem(f"{name}{packed.RUNS}", "", str(error))
+        for path in sorted(pack.iterdir()) if pack != out else ():
+            if path.name not in (*packed.FILES, packed.PLUGINS):
+                yield Problem(f"{name}{path.name}", "", "does not belong into a pack; remove it")
+    for sentence in records.read_all(out)[1]:
+        if "is another result in each of" in sentence:
+            yield Problem(sentence.split()[1], "", sentence.partition(" is ")[2])
+
+
 def _strangers(out: Path) -> Iterator[Problem]:
+    beside = (*_BESIDE, *_FOLDERS, *((*packed.FILES, packed.PLUGINS) if packed.is_pack(out) else ()))
     for path in sorted(out.iterdir()):
-        if path.name not in (*_BESIDE, *_FOLDERS) and not (path.is_dir() and _ID.fullmatch(path.name)):
-            what = "does not belong into a folder of published results, where run folders have 12 hexadecimal digits"
+        if path.name not in beside and not (path.is_dir() and (_ID.fullmatch(path.name) or packed.is_pack(path))):
+            what = "does not belong into a folder of published results, which holds packs and folders of runs"
             yield Problem(path.name, "", f"{what}; remove it")
 
 
