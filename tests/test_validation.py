@@ -19,12 +19,13 @@ import pandas
 import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 
 from bench.algorithm import Exchange
 from bench.dataset import DataMissing
 from bench.protocol.identity import identify
 from bench.registry import ALGORITHMS, DATASETS
-from bench.results import records, storage, tables
+from bench.results import packed, packing, records, storage, tables
 from bench.results.content import digest
 from bench.results.curves import curves
 from bench.results.leaderboard import leaderboards
@@ -1173,19 +1174,63 @@ def test_a_submission_holds_the_results_and_nothing_else(out: Path, bench: Bench
     with zipfile.ZipFile(tmp_path / "one.zip") as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "taken")
-    assert {name.split("/")[1] for name in names} == {
-        "counts.parquet",
-        "predictions.parquet",
-        "rounds.parquet",
-        "run.json",
-    }
-    assert len(names) == 24 and all("/" in name and ".." not in name for name in names)
+    assert {name.split("/")[1] for name in names} == {"counts.parquet", "predictions.parquet", "runs.parquet"}
+    assert len(names) == 3 and len({name.split("/")[0] for name in names}) == 1
+    assert len(records.read_all(tmp_path / "taken")[0]) == 6
     write_table(tmp_path / "taken")
     assert complaints(tmp_path / "taken") == ""
     assert bench("submit", out, "--to", tmp_path / "folders").status == 0
     write_table(tmp_path / "folders")
     assert complaints(tmp_path / "folders") == ""
     assert bench("submit", out, "--to", tmp_path / "folders").status == 0  # the same again is no harm
+
+
+def test_the_plugin_that_made_a_result_comes_along(out: Path, bench: Bench, tmp_path: Path) -> None:
+    mine = tmp_path / "came_along.py"
+    mine.write_text("from bench import register\nfrom bench.algorithm import Algorithm\n\n\n"
+                    "@register('came_along')\nclass CameAlong(Algorithm):\n    pass\n")  # fmt: skip
+    answer = bench("submit", out, "--to", tmp_path / "results", "--plugin", mine)
+    assert answer.status == 0 and "can run them again: came_along.py" in answer.out
+    (pack,) = packed.packs(tmp_path / "results")
+    assert (pack / packed.PLUGINS / "came_along.py").read_bytes() == mine.read_bytes()
+    assert packed.opened(pack).note["plugins"] == {"came_along.py": hashlib.sha256(mine.read_bytes()).hexdigest()}
+    write_table(tmp_path / "results")
+    assert complaints(tmp_path / "results") == ""
+    answer = bench("submit", tmp_path / "results", "--to", tmp_path / "again.zip")  # of a pack
+    assert answer.status == 0 and "packed 6 runs" in answer.out
+
+
+def test_ones_own_folder_is_valid_without_a_table(out: Path, bench: Bench) -> None:
+    (out / "README.md").unlink(missing_ok=True)
+    (out / "sweeps").mkdir()
+    (out / "mlflow.db").write_bytes(b"")
+    answer = bench("validate", out)
+    assert answer.status == 0 and "a folder of one's own" in answer.err
+    (folder(out) / "letter.txt").write_text("dear")
+    told = bench("validate", out).err.splitlines()[-1]
+    assert told == "bench: problems: 1; put back the files that the runs wrote, or run them again"
+
+
+def test_remedies_fit_the_problems(out: Path, bench: Bench) -> None:
+    (out / "letter.txt").write_text("dear")
+    assert bench("validate", out).err.splitlines()[-1] == "bench: problems: 1; do what its line says"
+
+
+def test_a_pack_of_results_is_valid_and_its_damage_is_not(out: Path) -> None:
+    packing.pack(records.read_all(out)[0], out / "pack")
+    for each in records.read_all(out)[0]:
+        shutil.rmtree(each.folder)
+    write_table(out)
+    report = validate(out, ROOT)
+    assert report.problems == () and len(report.runs) == report.splits == 6
+    (out / "pack" / "letter.txt").write_text("dear")
+    rows = parquet.read_table(out / "pack" / "counts.parquet")
+    place = rows.column_names.index("correct")
+    parquet.write_table(rows.set_column(place, "correct", [[0] * len(rows)]), out / "pack" / "counts.parquet")
+    found = complaints(out)
+    assert "pack/letter.txt: does not belong into a pack" in found
+    assert "pack/counts.parquet: is not the file that runs.parquet was written with" in found
+    assert found.count("/counts.parquet: ") >= 7  # each run's
 
 
 def test_what_would_not_be_valid_is_not_packed(published: Path, out: Path, bench: Bench, tmp_path: Path) -> None:
@@ -1259,6 +1304,9 @@ def test_results_on_somebodys_own_images_are_checked_as_far_as_can_be(tmp_path: 
     assert str(tmp_path) in document(folder(tmp_path / "runs", "fedavg"))["dataset"]
     assert bench("submit", tmp_path / "runs", "--to", tmp_path / "results").status == 0
     taken = tmp_path / "results"
+    (pack,) = packed.packs(taken)
+    packing.unpack(pack, taken)
+    shutil.rmtree(pack)
     assert document(folder(taken, "fedavg"))["dataset"] == "arrays(path='mine.npz')"
     write_table(taken)
     report = validate(taken, ROOT)

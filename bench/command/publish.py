@@ -91,7 +91,7 @@ def validate_command(
     differing = sum(not outcome.agrees for outcome in outcomes)
     if report.problems or differing:
         told = f"problems: {len(report.problems)}" + f", runs that came out otherwise: {differing}" * bool(differing)
-        click.echo(f"bench: {told}; put back the files that the runs wrote, or run them again", err=True)
+        click.echo(f"bench: {told}; {_remedy(report, differing)}", err=True)
         return 1
     if rerun is not None and not outcomes:
         click.echo("bench: no run could be run again, as no run's data and device are at hand here", err=True)
@@ -106,6 +106,15 @@ def _print(report: Report) -> None:
         click.echo(f"... and {len(report.problems) - _MOST} more; --json has them all")
     for note in report.notes:
         click.echo(f"note: {note}", err=True)
+
+
+def _remedy(report: Report, differing: int) -> str:
+    """Say what to do about the problems that there are."""
+    of_runs = [re.match("[0-9a-f]{12}(/|$)", problem.file) is not None for problem in report.problems]
+    words = ["put back the files that the runs wrote, or run them again"] if any(of_runs) or differing else []
+    if others := of_runs.count(False):
+        words.append("do what its line says" if others == 1 else "do what their lines say")
+    return ", and ".join(words)
 
 
 def _problems_of(report: Report, run: str) -> bool:
@@ -211,7 +220,8 @@ def _document(report: Report, out: Path, outcomes: Sequence[Rerun], seed: int | 
 def submit_command(out: Path, to: Path, data_root: Path | None, plugins: tuple[Path, ...]) -> int:
     """Pack the finished runs in DIR for a pull request, once they are valid.
 
-    The three files of each run are packed and nothing else: no checkpoint, no path and no name of this machine.
+    What the runs left and the files named by --plugin are packed, and nothing else: no checkpoint, no path and no name
+    of this machine.
 
     \b
     bench submit runs
@@ -221,6 +231,7 @@ def submit_command(out: Path, to: Path, data_root: Path | None, plugins: tuple[P
 
     from bench.files import data_root as root_of
     from bench.registry import load_plugin
+    from bench.results import packed, packing
     from bench.validation import submission
     from bench.validation.report import validate
 
@@ -229,13 +240,18 @@ def submit_command(out: Path, to: Path, data_root: Path | None, plugins: tuple[P
     for file in plugins:
         load_plugin(file)
     try:
-        folders, others = submission.finished(out)
-        if not folders:
-            raise click.BadParameter(f"{out}: holds no finished run, 'bench run' makes them", param_hint="DIR")
-        runs = submission.gather(folders)
-        with tempfile.TemporaryDirectory() as place:  # what is handed in is what is validated
-            submission.write(runs, Path(place))
+        with tempfile.TemporaryDirectory() as unpacked, tempfile.TemporaryDirectory() as place:
+            for pack in packed.packs(out):
+                packing.unpack(pack, Path(unpacked))
+            folders, others = submission.finished(out)
+            names = {folder.name for folder in folders}
+            folders += [each for each in submission.finished(Path(unpacked))[0] if each.name not in names]
+            if not folders:
+                raise click.BadParameter(f"{out}: holds no finished run, 'bench run' makes them", param_hint="DIR")
+            runs = submission.gather(folders)
+            submission.write(runs, Path(place))  # what is handed in is what is validated
             report = validate(Path(place), root_of(data_root).resolve(), [Path(place) / run for run in runs])
+            contents = {} if report.problems else submission.as_pack(Path(place), [*runs], plugins)
         _print(report)
         for sentence in others:
             click.echo(f"left out: {sentence}", err=True)
@@ -243,13 +259,15 @@ def submit_command(out: Path, to: Path, data_root: Path | None, plugins: tuple[P
             told = f"problems: {len(report.problems)}, so nothing was packed"
             click.echo(f"bench: {told}; run what is named above again with --force, or remove its folder", err=True)
             return 1
-        submission.write(runs, to)
-    except submission.NotSubmittable as error:
+        submission.write(contents, to)
+    except (submission.NotSubmittable, packing.NotPackable) as error:
         raise click.ClickException(str(error)) from error
-    size = sum(len(content) for files in runs.values() for content in files.values())
+    size = sum(len(content) for files in contents.values() for content in files.values())
     click.echo(f"packed {len(runs)} runs into {to} ({size / 1e6:.2f} MB); the split of {report.splits} was checked")
+    if plugins:
+        click.echo(f"packed with them, so that others can run them again: {', '.join(file.name for file in plugins)}")
     click.echo(
-        f"next: {'unpack it' if to.suffix == '.zip' else 'put its folders'} below results/ of a checkout, then\n"
+        f"next: {'unpack it' if to.suffix == '.zip' else 'put its content'} below results/ of a checkout, then\n"
         "  bench table --out results --write\n"
         "  bench validate results\n"
         "commit results/, and open a pull request that says which command made the runs"

@@ -109,10 +109,10 @@ def opened(pack: Path) -> Pack:
         DamagedResult: runs.parquet cannot be read, or is not what was written.
     """
     try:
-        at = os.stat(pack / RUNS)
+        at = _stamp(pack / RUNS)
     except OSError as error:
         raise DamagedResult(f"{pack / RUNS} cannot be read: {error.strerror}; {_MEND}") from error
-    return _open(pack, at.st_mtime_ns, at.st_size, at.st_ino)
+    return _open(pack, *at)
 
 
 @lru_cache(maxsize=16)
@@ -152,9 +152,10 @@ class Pack:
     documents: dict[str, bytes] = field(repr=False)
     """By id, which ascend."""
     note: dict[str, dict[str, str]]
-    """What runs.parquet says of the pack: "format", "digest", and "files", the SHA-256 of the two others."""
+    """What runs.parquet says of the pack: "format", "digest", and "files", the SHA-256 of the two others, and
+    "plugins", that of each file in the folder of this name."""
     _groups: dict[str, tuple[int, pyarrow.Table]] = field(default_factory=dict, repr=False)
-    _files: dict[str, parquet.ParquetFile] = field(default_factory=dict, repr=False)
+    _files: dict[str, tuple[tuple[int, int, int], parquet.ParquetFile]] = field(default_factory=dict, repr=False)
     _records: dict[str, Record] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -206,9 +207,12 @@ class Pack:
         from pyarrow import parquet
 
         try:
-            if name not in self._files:
-                self._files[name] = parquet.ParquetFile(self.path(name))
-            file = self._files[name]
+            path = self.path(name)
+            at = _stamp(path)
+            if name not in self._files or self._files[name][0] != at:  # the file may be replaced meanwhile
+                self._files[name] = at, parquet.ParquetFile(path)
+                self._groups.pop(name, None)
+            file = self._files[name][1]
             group, rows = self._groups.get(name, (-1, None))
             wanted = _group_of(file.metadata, place)
             if rows is None or group != wanted:
@@ -241,8 +245,13 @@ def _group_of(metadata: parquet.FileMetaData, place: int) -> int:
 
 
 def _checksum(path: Path) -> str:
+    return _sum(path, *_stamp(path))
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    """Give what changes with a file."""
     at = os.stat(path)
-    return _sum(path, at.st_mtime_ns, at.st_size, at.st_ino)
+    return at.st_mtime_ns, at.st_size, at.st_ino
 
 
 @lru_cache(maxsize=64)

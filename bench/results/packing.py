@@ -69,16 +69,18 @@ def pack(records: Iterable[Record], to: Path) -> list[str]:
         if known[0] != text:
             place = known[1].pack or known[1].folder
             raise NotPackable(f"run {record.id} of {record.folder} differs from that of {place}; remove one of them")
-    contents = written([together[id] for id in sorted(together)])
+    plugins = packed.opened(to).note["plugins"] if packed.is_pack(to) else {}
+    contents = written([together[id] for id in sorted(together)], plugins)
     _place(to, contents)
     return sorted(together)
 
 
-def written(runs: Sequence[tuple[bytes, Record]]) -> dict[str, bytes]:
+def written(runs: Sequence[tuple[bytes, Record]], plugins: Mapping[str, str] | None = None) -> dict[str, bytes]:
     """Give the content of a pack's files, runs.parquet last.
 
     Args:
         runs: Documents as bytes, and what they say, by id.
+        plugins: Of the files of plug-ins that lie in the pack, their names and SHA-256.
 
     Raises:
         DamagedResult: A run's table is not what was written.
@@ -88,7 +90,7 @@ def written(runs: Sequence[tuple[bytes, Record]]) -> dict[str, bytes]:
     contents = {tables.file(name): _joined(name, [record for _, record in runs]) for name in TABLES}
     files = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     sums = {record.id: hashlib.sha256(text).hexdigest() for text, record in runs}
-    note = json.dumps({"format": FORMAT, "digest": vouch(sums, files), "files": files})
+    note = json.dumps({"format": FORMAT, "digest": vouch(sums, files), "files": files, "plugins": plugins or {}})
     texts = pyarrow.array([text.decode() for text, _ in runs], pyarrow.string())
     rows = pyarrow.table({"id": [*sums], "document": texts, "sha256": [*sums.values()]})
     kinds = pyarrow.schema([(name, pyarrow.string()) for name in rows.column_names], metadata={NOTE: note})

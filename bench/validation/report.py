@@ -18,6 +18,7 @@ from bench.results import packed, records
 from bench.results.leaderboard import leaderboards
 from bench.results.record import DOCUMENT, Record
 from bench.results.table import results_readme
+from bench.sweep import journal
 from bench.validation import verification
 from bench.validation.counted import apart_at
 from bench.validation.found import Inspected, Problem
@@ -66,11 +67,11 @@ def validate(out: Path, root: Path, folders: Sequence[Path] | None = None) -> Re
         Problems and notes; no problem, and the results hold together.
     """
     everything = folders is None
-    here: list[tuple[Path, Path | None]] = [(folder, None) for folder in folders or ()]
+    here: dict[str, tuple[Path, Path | None]] = {folder.name: (folder, None) for folder in folders or ()}
     if everything:
-        here = [(folder, None) for folder in _run_folders(out)]
-        here += [(pack / run, pack) for pack in packed.packs(out) for run in _readable(pack)]
-    inspected = [inspect(folder, root, pack) for folder, pack in sorted(here, key=lambda each: each[0].name)]
+        here = {run: (pack / run, pack) for pack in packed.packs(out) for run in _readable(pack)}
+        here |= {folder.name: (folder, None) for folder in _run_folders(out)}  # a copy in a pack is the same, or damage
+    inspected = [inspect(folder, root, pack) for _, (folder, pack) in sorted(here.items())]
     problems = [problem for one in inspected for problem in one.problems]
     said: dict[str, list[str]] = defaultdict(list)
     for one in inspected:
@@ -80,7 +81,10 @@ def validate(out: Path, root: Path, folders: Sequence[Path] | None = None) -> Re
     done = [one for one in inspected if one.record is not None and one.record.status == "done"]
     problems += [*_splits_agree(done), *_work_agrees(done), *_copies(done)]
     notes += _oddities(done)
-    if everything:
+    if everything and (out / journal.FOLDER).is_dir():  # of `bench run`: somebody's own folder
+        problems += [*_packs(out), *_verifications(out)]
+        notes.append("a folder of one's own: its table and other files do not matter, 'bench submit' takes its runs.")
+    elif everything:
         problems += [*_packs(out), *_strangers(out), *_table(out), *_verifications(out)]
     return Report(inspected=tuple(inspected), problems=tuple(sorted(set(problems))), notes=tuple(notes))
 
@@ -168,12 +172,13 @@ def _oddities(done: Sequence[Inspected]) -> Iterator[str]:
     for members in _grouped(done, _answers):
         if len({one.record.document.get("digest") for one in members if one.record}) > 1:
             names = ", ".join(one.folder.name for one in members)
-            yield f"{names} have the same right answers and other final states; --rerun tells whether that is so."
+            what = "have the same right answers and other final states"
+            yield f"{names} {what}: a copy, or a difference that moves no answer."
     for members in _grouped([one for one in done if one.dealt is not None], _all_but_seed):
         passes = {one.folder.name: _digits(_passes(one)) for one in members}
         for name in _odd({name: value for name, value in passes.items() if value is not None}):
-            what = "cost.train_samples does not go with that of the other seeds; --rerun tells whether that is so."
-            yield f"{name}: {what}"
+            what = "cost.train_samples does not go with that of the other seeds"
+            yield f"{name}: {what}; 'bench validate --rerun {name}' tells whether it is so."
 
 
 def _passes(one: Inspected) -> float | None:

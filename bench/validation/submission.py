@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -11,8 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from bench import durable
-from bench.results import storage
+from bench.results import packing, storage
+from bench.results.packed import PLUGINS, RUNS
 from bench.results.record import DOCUMENT, MODELS, DamagedResult, check, read
+from bench.results.records import text_of
 
 _IN_QUOTES = re.compile(r"(?<=['\"])(?:/|~|[A-Za-z]:[\\/])[^'\"]*(?=['\"])")
 _PATH = re.compile(r"(?<![\w.:/])(?:~?/[\w.@+-]+/[\w.@+/-]+|[A-Za-z]:\\[\w.\\-]+)")
@@ -74,6 +77,34 @@ def gather(folders: Sequence[Path]) -> dict[str, dict[str, bytes]]:
         companions = check(folder, document).companions.values()
         runs[folder.name] = {name: (folder / name).read_bytes() for name in companions} | {DOCUMENT: content}
     return runs
+
+
+def as_pack(place: Path, runs: Sequence[str], plugins: Sequence[Path] = ()) -> dict[str, dict[str, bytes]]:
+    """Put runs into one pack, with the files of the plug-ins that made them; those of earlier formats stay folders.
+
+    Args:
+        place: Where the folders of the runs are, as `gather` and `write` make them.
+        runs: Their ids.
+        plugins: Files, which go along so that others can run the runs again.
+
+    Returns:
+        By folder the contents of its files, as `write` takes them.
+
+    Raises:
+        NotSubmittable: Two plug-ins have one name.
+    """
+    if len({file.name for file in plugins}) < len(plugins):
+        raise NotSubmittable("two plug-ins have one file name; rename one of them and run it again")
+    chosen, _ = packing.packable([read(place / run) for run in sorted(runs)])
+    older = {*runs} - {record.id for record in chosen}
+    folders = {run: {file.name: file.read_bytes() for file in sorted((place / run).iterdir())} for run in older}
+    if chosen:
+        files = {file.name: file.read_bytes() for file in sorted(plugins)}
+        sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        contents = packing.written([(text_of(record), record) for record in chosen], sums)
+        name = f"pack-{hashlib.sha256(contents[RUNS]).hexdigest()[:8]}"
+        folders |= {name: contents, **({f"{name}/{PLUGINS}": files} if files else {})}
+    return folders
 
 
 def _last_part(path: re.Match[str]) -> str:
