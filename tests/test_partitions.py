@@ -81,12 +81,13 @@ def test_the_seed_deals_the_classes_the_shares_and_the_images(sizes: str) -> Non
 
 
 def test_pairs_of_classes_are_drawn_and_no_client_is_first() -> None:
-    pairs, more = set(), np.zeros(7)
+    pairs, fewest, more = set(), set(), np.zeros(7)
     for seed in range(60):
         has = table(classes(pool(*[30] * 5), 7, 2, seed=seed), pool(*[30] * 5)) > 0
         pairs |= {tuple(np.flatnonzero(row)) for row in has}
+        fewest |= set(np.flatnonzero(has.sum(0) == 2))
         more += has[:, has.sum(0) == 3].sum(1)  # 14 places: four classes have three clients, one has two
-    assert len(pairs) == 10
+    assert len(pairs) == 10 and len(fewest) == 5
     assert more.max() < 1.25 * more.min()
     largest = [
         max(range(3), key=[len(part) for part in classes(pool(10), 3, 1, seed=seed)].__getitem__) for seed in range(9)

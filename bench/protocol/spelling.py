@@ -104,10 +104,8 @@ def ask(given: str | Sequence[str | Algorithm]) -> Asked:
             try:
                 algorithms.append(_algorithm(call))
             except BadConfig as error:
-                if not item.startswith(PREFIX):
-                    raise
                 refusals.append(error)
-        if len(refusals) == len(calls):  # the parts themselves are wrong
+        if len(refusals) == len(calls):  # it is no set, or what stands after it is wrong
             raise refusals[0]
         left_out += [f"left out of {item}: {refusal}" for refusal in refusals]
         named += [] if item.startswith(PREFIX) else algorithms[-1:]
