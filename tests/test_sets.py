@@ -148,7 +148,8 @@ def test_the_contract_wants_a_family_that_there_is_and_one_of_ours_to_have_it(
 def test_a_set_is_its_algorithms_each_once() -> None:
     assert [label(each) for each in parse_algorithms("set:references")] == ["centralised", "fedavg_prior", "local"]
     mixed = ask("fedprox(mu=0.5),set:generic,fedavg(),fedavg")
-    assert [label(each) for each in mixed.algorithms] == [
+    runs = sweep("fedprox(mu=0.5),set:generic,fedavg(),fedavg").expand()
+    assert [label(run.algorithm) for run in runs] == [
         "fedprox(mu=0.5)", "fedavg", "fedavgm", "fedprox", "fedsam", "moon", "scaffold",
     ]  # fmt: skip
     assert [label(each) for each in mixed.optional] == ["fedavgm", "fedprox", "fedsam", "moon", "scaffold"]

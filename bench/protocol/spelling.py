@@ -78,7 +78,7 @@ class Asked:
     """What a list of algorithms asks for."""
 
     algorithms: tuple[Algorithm, ...]
-    """Each once, in the order of the list."""
+    """In the order of the list; one may stand there twice, and is one run."""
     optional: tuple[Algorithm, ...]
     """Those of them that a set brought and nobody named: where they cannot run they are left out."""
     left_out: tuple[str, ...]
@@ -109,8 +109,7 @@ def ask(given: str | Sequence[str | Algorithm]) -> Asked:
             raise refusals[0]
         left_out += [f"left out of {item}: {refusal}" for refusal in refusals]
         named += [] if item.startswith(PREFIX) else algorithms[-1:]
-    unique = [each for place, each in enumerate(algorithms) if each not in algorithms[:place]]
-    return Asked(tuple(unique), tuple(each for each in unique if each not in named), tuple(left_out))
+    return Asked(tuple(algorithms), tuple(each for each in algorithms if each not in named), tuple(left_out))
 
 
 def unfold(item: str) -> list[str]:
