@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.models import BadModel
+from bench.models import BadModel, build
 from bench.protocol import spelling
 from bench.protocol.identity import canonical
 from bench.protocol.presets import DEFAULT, PAPER, Choice, Preset
@@ -19,6 +19,7 @@ from bench.protocol.settings import FIELDS, LATER, BadConfig
 from bench.registry import UnknownPlugin
 from bench.sweep import config
 from bench.sweep.config import Run, Sweep
+from bench.training import engine as engines
 
 
 def sweep(algorithms: str = "fedavg", dataset: str = "digits", **more: object) -> Sweep:
@@ -288,8 +289,26 @@ def test_a_model_too_large_for_the_images_is_refused() -> None:
 
 def test_the_engine_is_resolved_and_recorded() -> None:
     assert one().engine == "stacked"
-    assert one(overrides={"model": "small_cnn"}).engine == "serial"
+    assert one(overrides={"model": "small_cnn"}).engine == "serial"  # by its convolutions: it has 13,706 weights
     assert one(engine="serial").engine == "serial"
+
+
+@pytest.mark.parametrize(
+    ("model", "classes", "shape", "engine"),
+    [
+        ("mlp", 10, (1, 28, 28), "stacked"),  # 50,890 weights
+        ("mlp", 10, (3, 32, 32), "serial"),  # 197,322
+        ("frozen", 10, (1280, 1, 1), "stacked"),
+        ("frozen", 100, (1280, 1, 1), "serial"),
+        ("frozen", 16, (4095, 1, 1), "stacked"),  # 65,536, the most
+        ("frozen", 16, (4096, 1, 1), "serial"),
+        ("lenet5", 10, (1, 28, 28), "serial"),
+    ],
+)
+def test_auto_stacks_dense_networks_of_few_weights(
+    model: str, classes: int, shape: tuple[int, int, int], engine: str
+) -> None:
+    assert engines.choose("auto", build(model, classes, shape), "cpu") == engine
 
 
 def test_assignments_are_literals_or_text() -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bench.command.typed import Choice
+from bench.face.asked import DEFAULT_DATASET, DEFAULT_SETTING
 
 if TYPE_CHECKING:
     from bench.contract.promises import Finding
@@ -102,17 +103,42 @@ def _say_unseen(findings: Sequence[Finding]) -> None:
 @click.option(
     "--scale", "at_scale", is_flag=True, help="Measure many clients and many images instead: minutes, 2.5 GB."
 )
+@click.option("--model", help="Measure both engines for this network instead; see 'bench list models'.")
+@click.option("--dataset", default=DEFAULT_DATASET, show_default=True, help="Whose shape and classes --model is for.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="For --model; the default setting's by default.")
+@click.option("--plugin", type=_FILE, help="File that the network or dataset is defined in.")
 @click.option("--json", "as_json", is_flag=True, help="Print the measurement as JSON.")
-def speed_command(at_scale: bool, as_json: bool) -> None:
+def speed_command(
+    at_scale: bool, model: str | None, dataset: str, batch_size: int | None, plugin: Path | None, as_json: bool
+) -> None:
     """Measure images/s of federated training and of the bare training loop, interleaved in one run.
+
+    With --model: of clients stacked, and one by one, and which of them --engine auto takes.
 
     With --scale: the memory that ten thousand clients take, and a store of 200,000 generated images, and how fast
     training from it is against the same images in memory.
     """
     from bench.speed import scale, throughput
 
-    measured = scale.measure() if at_scale else throughput.measure()
+    if model is not None:
+        if at_scale:
+            raise click.UsageError("--scale and --model exclude each other; leave one out")
+        measured: Any = _both_engines(model, dataset, batch_size, plugin)
+    else:
+        measured = scale.measure() if at_scale else throughput.measure()
     click.echo(json.dumps(measured, indent=2) if as_json else _lines(measured))
+
+
+def _both_engines(model: str, dataset: str, batch_size: int | None, plugin: Path | None) -> Any:
+    from bench.protocol.settings import named
+    from bench.protocol.spelling import parse_dataset
+    from bench.registry import load_plugin
+    from bench.speed import throughput
+
+    if plugin is not None:
+        load_plugin(plugin)
+    images = parse_dataset(dataset)
+    return throughput.engines(images, model, batch_size or named(DEFAULT_SETTING, images).batch_size)
 
 
 def _lines(measured: Any, indent: str = "") -> str:

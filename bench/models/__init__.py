@@ -26,7 +26,6 @@ from bench.models.networks import Model as Model
 from bench.models.networks import Network as Network
 from bench.models.networks import block_of as block_of
 from bench.models.resnets import (
-    ResNet,
     ResNet8,
     ResNet10,
     ResNet18,
@@ -82,11 +81,6 @@ def build(name: str, num_classes: int, shape: tuple[int, ...], norm: str = "grou
     if min(shape[1:], default=1) < network.smallest:
         raise BadModel(f"{name} needs images of at least {network.smallest} pixels, these have {shape[1]}×{shape[2]}")
     return network(name, num_classes, shape, norm)
-
-
-def is_convolutional(model: Model) -> bool:
-    """Tell whether most of a model's work is convolutions: then stacking clients does not pay on a CPU."""
-    return isinstance(model, SmallCNN | FedAvgCNN | LeNet5 | ResNet | MobileNetV2)
 
 
 def has_body(model: Model) -> bool:

@@ -38,6 +38,8 @@ class Block:
 class Model(Protocol):
     """What the rest of the suite knows of a network."""
 
+    def __hash__(self) -> int: ...
+
     @property
     def name(self) -> str:
         """Key in `MODELS`."""

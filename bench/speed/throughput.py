@@ -12,7 +12,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +24,7 @@ from bench.dataset import Dataset, Splits
 from bench.protocol.settings import Setting
 from bench.splits.split import Split
 from bench.task import Task
+from bench.training.engine import choose
 from bench.training.job import Job
 from bench.training.rounds import Run
 from bench.tree import Tree
@@ -43,8 +43,8 @@ class _Average(Algorithm):
 class _Noise(Dataset):
     """Random images of any shape."""
 
-    num_classes: ClassVar[int] = 10
     shape: tuple[int, int, int]
+    num_classes: int = 10
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -63,15 +63,17 @@ class _Noise(Dataset):
         raise NotImplementedError
 
 
-def _federated(model: str, shape: tuple[int, int, int], clients: int, examples: int, batch: int, engine: str) -> Run:
+def _federated(
+    model: str, shape: tuple[int, int, int], clients: int, examples: int, batch: int, engine: str, classes: int = 10
+) -> Run:
     """Set up a run over random images, each client with as many."""
     n = clients * examples
     key = keys.key(7)
     x = keys.integers(key, 256, n, *shape).to(torch.uint8)
-    y = keys.integers(keys.fold(key, "y"), 10, n)
+    y = keys.integers(keys.fold(key, "y"), classes, n)
     rows = tuple(torch.arange(n).split(examples))
     none = tuple(torch.arange(0) for _ in rows)
-    split = Split(class_counts=torch.bincount(y, minlength=10), clients=rows, tests=none, fingerprint="speed")
+    split = Split(class_counts=torch.bincount(y, minlength=classes), clients=rows, tests=none, fingerprint="speed")
     setting = Setting(
         name="speed",
         model=model,
@@ -82,7 +84,7 @@ def _federated(model: str, shape: tuple[int, int, int], clients: int, examples: 
         lr=0.01,
         momentum=0.5,
     )
-    return Run(Job(_Average(), _Noise(shape), Splits(x, y, x[:1], y[:1]), split, setting, 0, engine))
+    return Run(Job(_Average(), _Noise(shape, classes), Splits(x, y, x[:1], y[:1]), split, setting, 0, engine))
 
 
 def _round(run: Run) -> Callable[[], float]:
@@ -166,10 +168,35 @@ def measure(repeats: int = 7) -> dict[str, dict[str, float]]:
         for model, clients, examples in (("fedavg_cnn", 8, 128), ("resnet8", 4, 64)):
             run = _federated(model, (3, 32, 32), clients, examples, 32, "serial")
             result[f"serial {model} against the bare loop"] = _compare(_round(run), _bare(run), repeats)
-        serial = _federated("mlp", (1, 8, 8), 64, 24, 16, "serial")
-        stacked = _federated("mlp", (1, 8, 8), 64, 24, 16, "stacked")
-        stacked.progress.round = serial.progress.round
+        stacked, serial = (_federated("mlp", (1, 8, 8), 64, 24, 16, engine) for engine in ("stacked", "serial"))
         result["stacked mlp, 64 clients, against serial"] = _compare(_round(stacked), _round(serial), repeats)
         return result
+    finally:
+        torch.set_num_threads(threads)
+
+
+def engines(dataset: Dataset, model: str, batch: int, repeats: int = 7) -> dict[str, dict[str, float | str]]:
+    """Let both engines take turns on one thread of this machine's CPU: rounds of 16 clients with 64 images each.
+
+    Args:
+        dataset: Whose shape and classes made-up images have; its files are not read.
+        model: Name in `bench.models.MODELS`.
+        batch: Images of an optimiser step.
+        repeats: Rounds of each engine that are timed.
+
+    Returns:
+        By name of the comparison: images per second stacked and serial, their ratio, and what "auto" takes.
+
+    Raises:
+        BadModel: The images are too small for the model.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        shape, classes = dataset.image_shape, dataset.num_classes
+        stacked, serial = (_federated(model, shape, 16, 64, batch, each, classes) for each in ("stacked", "serial"))
+        compared = _compare(_round(stacked), _round(serial), repeats)
+        of = f"stacked {model}, {'×'.join(map(str, shape))}, {classes} classes, batch {batch}, against serial"
+        return {of: {**compared, "auto is": choose("auto", serial.task.model, "cpu")}}
     finally:
         torch.set_num_threads(threads)

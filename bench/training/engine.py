@@ -15,16 +15,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import tree
+from bench import keys, tree
 from bench.data import Images, LocalData, Meter
-from bench.models import Model, is_convolutional
+from bench.models import Model
 from bench.task import Task
 from bench.training.visit import Verb, Visit
 from bench.tree import Tree
@@ -35,6 +35,8 @@ TOLERANCE = 2e-4
 (float32).
 """
 
+STACKED_WEIGHTS = 2**16
+"""Up to so many weights of a client, "auto" stacks clients: see `choose`."""
 
 Share = Callable[[list[list[Visit]]], list[list[tuple[Any, float]]]]
 """Does groups of visits wherever it likes: for each group what `Engine.work` gives."""
@@ -233,15 +235,38 @@ def _run_group(verb: Verb, task: Task, shared: Tree, images: Images, group: Sequ
 
 
 def choose(engine: str, model: Model, device: str) -> str:
-    """Resolve "auto": stacked for models without convolutions, serial otherwise.
+    """Resolve "auto": stacked for models without convolutions of at most `STACKED_WEIGHTS` weights, serial otherwise.
 
-    On a CPU `vmap` turns convolutions into grouped ones that are 2-4 times slower than a client loop (`bench
-    speed`), while small dense models gain an order of magnitude. On a GPU the same rule holds until a
-    benchmark there says otherwise.
+    The engine is part of a run's identity, so this is a rule, and no timing at the time of the run. The rule follows
+    measurements such as those of `bench speed --model`, on one core of a CPU: how many times as fast as serial is
+    stacked, by weights of a client, images of a batch, and clients stacked at once.
+
+                    weights    batch 8-16    batch 32-64
+        dense         4,810     2.0-11          3.2         8-128 clients
+                     12,810     1.3-2.7      1.6-3.1        8-128
+                     33,482       1.8           2.5            16
+                     50,890     1.4-2.0         1.9         8-128
+                     82,634     0.8-1.4         1.5         8-128
+                    128,100     0.4-0.6      0.6-1.6        8-128
+                    197,322     0.5-1.0         1.3         8-128
+                  1,281,000       0.2           0.4          8-32
+        convolutions 62,006 and more         0.5-0.6          4-8
+
+    A step costs its calls, which a stack shares, and reading and writing weights, gradients and momentum several times,
+    which in a stack do not stay in the cache; and `vmap` turns convolutions into grouped ones. On a GPU the same rule
+    holds until a benchmark there says otherwise.
     """
     if engine != "auto":
         return engine
-    return "serial" if is_convolutional(model) else "stacked"
+    convolutions, weights = _made_of(model)
+    return "serial" if convolutions or weights > STACKED_WEIGHTS else "stacked"
+
+
+@lru_cache(maxsize=64)
+def _made_of(model: Model) -> tuple[bool, int]:
+    """Tell whether a model has convolutions, and count its weights."""
+    leaves = tree.flatten(tree.parameters(model.init(keys.key(0, "meta")))).values()  # shapes only: nothing is drawn
+    return any(leaf.ndim > 2 for leaf in leaves), sum(leaf.numel() for leaf in leaves)
 
 
 BY_NAME = {engine.name: engine for engine in (serial, stacked)}
