@@ -87,6 +87,20 @@ class Short(Good):
         return self.hide(body, self.convolve(body, x))
 
 
+class Twisted(Good):
+    def features(self, body: Tree, x: Tensor) -> Tensor:
+        return 2 * super().features(body, x)
+
+
+class Still(Good):
+    def convolve(self, body: Tree, x: Tensor) -> Tensor:
+        y = layers.convolve(body["conv"]["conv"], x, padding=1)
+        if self.norm == "group":
+            return F.relu(layers.group_norm(body["conv"]["norm"], y)).mean((2, 3))
+        scale, stats = body["conv"]["norm"], body["conv"]["norm"]["stats"]
+        return F.relu(F.batch_norm(y, stats["mean"], stats["var"], scale["weight"], scale["bias"])).mean((2, 3))
+
+
 class Unasked(Good):
     def init_body(self, key: Tensor) -> Tree:
         conv = layers.NormedConvolution("conv", self.shape[0], 32, 3).init(keys.fold(key, 1), "batch")
@@ -137,6 +151,8 @@ BROKEN: dict[type[Network], set[str]] = {
     Here: {"the key decides, and nothing else"},
     Greedy: {"blocks are the body, a head is on top"},
     Short: {"blocks are the body, a head is on top"},
+    Twisted: {"blocks are the body, a head is on top"},
+    Still: {"norm layers are explicit"},
     Unasked: {"norm layers are explicit"},
     Mixing: {"images are apart"},
     Idle: {"gradients are everywhere"},
