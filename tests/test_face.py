@@ -27,6 +27,7 @@ from bench.face.run import run
 from bench.protocol.settings import BadConfig
 from bench.registry import ALGORITHMS, REGISTRIES, BadPlugin, UnknownPlugin
 from bench.results import records
+from bench.results.kept import NotKept
 from bench.sweep import driver
 
 HERE: dict[str, Any] = {"ray": "off", "tracking_uri": "off"}
@@ -60,6 +61,16 @@ def test_a_sweep_gives_the_runs_that_were_asked_for_as_frames(swept: tuple[Runs,
     one = counts[counts.id == runs[0].id].drop(columns=["id", "algorithm", "dataset", "imbalance", "alpha", "seed"])
     assert one.reset_index(drop=True).equals(runs[0].counts())
     assert set(runs.leaderboard()["algorithm"]) == {"fedavg", "local"}
+
+
+def test_models_that_were_kept_are_modules_of_torch(tmp_path: Path) -> None:
+    runs = run("fedavg, fedrep", rounds=1, clients=4, keep_models=True, out=tmp_path, **HERE)
+    images = torch.zeros(3, 1, 8, 8)
+    for name, client in (("fedavg", None), ("fedrep", 2)):
+        model = runs[name].model("generic" if client is None else "personal", client)
+        assert not model.training and model(images).shape == (3, 10)
+    with pytest.raises(NotKept):
+        runs["fedrep"].model("generic")
 
 
 def test_runs_are_chosen_by_number_name_and_column(swept: tuple[Runs, Path]) -> None:

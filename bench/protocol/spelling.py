@@ -120,10 +120,11 @@ def unfold(item: str) -> list[str]:
     """
     if not item.startswith(PREFIX):
         return [item]
-    called, plus, parts = item.removeprefix(PREFIX).partition("+")
-    if called.strip() not in SETS:
-        raise BadConfig(f"{item}: no set is called {called.strip()!r}; {near(called.strip(), SETS)}")
-    return [f"{each}{plus}{parts}" for each in members(called.strip())]
+    typed, plus, parts = item.removeprefix(PREFIX).partition("+")
+    called = meant(typed.strip(), SETS)
+    if called is None:
+        raise BadConfig(f"{item}: no set is called {typed.strip()!r}; {near(typed.strip(), SETS)}")
+    return [f"{each}{plus}{parts}" for each in members(called)]
 
 
 def respell(call: str) -> str:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pandas
     import pyarrow
     from pydantic import TypeAdapter
+    from torch.nn import Module
 
 FORMAT = 3
 """Of run.json; raised when a reader of the old one would misread the new one. Earlier ones are read: `older`."""
@@ -153,6 +154,23 @@ class Record:
         if not alike:
             raise _damaged(path, f"does not hold what {DOCUMENT} was written with")
         return table
+
+    def model(self, name: str, client: int | None = None) -> Module:
+        """Read a kept model: "generic", "personal" of a client, or another of `kept.load(record).names()`.
+
+        Args:
+            name: Which.
+            client: Whose; None for models of nobody's own.
+
+        Returns:
+            In evaluation mode; it takes normalised images (B, ...), and gives logits (B, C).
+
+        Raises:
+            NotKept: The run kept no models (`bench run --keep-models`), or not this one.
+        """
+        from bench.results import kept
+
+        return kept.module(self, name, client)
 
     def rounds(self) -> pandas.DataFrame:
         """Read the curves: a row an evaluated round, NaN where a metric is absent.

@@ -43,11 +43,11 @@ class _Average(Algorithm):
 class _Noise(Dataset):
     """Random images of any shape."""
 
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     num_classes: int = 10
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
+    def image_shape(self) -> tuple[int, ...]:
         """As asked for."""
         return self.shape
 
@@ -64,7 +64,7 @@ class _Noise(Dataset):
 
 
 def _federated(
-    model: str, shape: tuple[int, int, int], clients: int, examples: int, batch: int, engine: str, classes: int = 10
+    model: str, shape: tuple[int, ...], clients: int, examples: int, batch: int, engine: str, classes: int = 10
 ) -> Run:
     """Set up a run over random images, each client with as many."""
     n = clients * examples
