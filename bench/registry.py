@@ -178,7 +178,12 @@ def load_plugin(path: Path) -> list[str]:
 
 def plugin_files() -> set[str]:
     """Give the files of all plug-ins that were loaded, for `bench.blame`."""
-    plugins = [plugin for registry in REGISTRIES for plugin in registry.entered().values()]
+    plugins = [
+        plugin
+        for registry in REGISTRIES
+        for plugin in registry.entered().values()
+        if registry.a_file_each or not plugin.__module__.startswith("bench.")  # else a library of ours
+    ]
     modules = {plugin.__module__ for plugin in plugins}
     files = {file for module in modules if (file := getattr(sys.modules.get(module), "__file__", None)) is not None}
     methods = (member for plugin in plugins if plugin.__module__ == "__main__" for member in vars(plugin).values())

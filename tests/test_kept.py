@@ -166,18 +166,18 @@ images = numpy.load("images.npz")
 about = json.loads(safe_open("models/server.safetensors", "pt").metadata()["about"])["network"]
 scale, mean, std = (torch.tensor(about[key])[..., None, None] for key in ("scale", "mean", "std"))
 x = torch.from_numpy(images["x"]).float() * (1 / (scale * std)) - mean / std
-counts = pandas.read_parquet("clients.parquet")
-counts = counts[(counts["round"] == counts["round"].max()) & ~counts["model"].str.endswith(".masked")]
-for (model, client), rows in counts.groupby(["model", "client"]):
+predictions = pandas.read_parquet("predictions.parquet")
+predictions = predictions[~predictions["model"].str.endswith(".masked")]
+for (model, client), rows in predictions.groupby(["model", "client"]):
     own = images[f"rows {{client}}"]
     of = lambda path: tensors[f"{{model}}/{{client}}/{{path}}"]
     z = (x[own].flatten(1) @ of("body/hidden/weight").T + of("body/hidden/bias")).relu()
     scores = z @ of("head/weight").T + of("head/bias")
-    right = images["y"][own][(scores.argmax(1).numpy() == images["y"][own])]
-    found = numpy.bincount(right, minlength=10), numpy.bincount(images["y"][own], minlength=10)
-    for row in rows.itertuples():
-        assert (row.correct, row.total) == (found[0][row[4]], found[1][row[4]]), (model, client)
-    print(model, client, rows["correct"].sum(), rows["total"].sum())
+    found, told = numpy.zeros((2, 10, 10), dtype=int)
+    numpy.add.at(found, (images["y"][own], scores.argmax(1).numpy()), 1)
+    told[rows["class"], rows["predicted"]] = rows["count"]
+    assert (found == told).all(), (model, client)
+    print(model, client, told.trace(), told.sum())
 assert not [name for name in sys.modules if name.partition(".")[0] == "bench"]
 """
 
@@ -297,13 +297,13 @@ def test_models_are_no_part_of_the_identity_and_change_no_number(out: Path, tmp_
     with_models = only(out)
     without = done(STORED, tmp_path / "plain")
     assert without.id == with_models.id
-    assert without.files == with_models.files
+    assert without.tables == with_models.tables
     assert without.metrics == with_models.metrics
     assert without.document["digest"] == with_models.document["digest"]
     assert "models" not in without.document
     assert not (without.folder / "models").exists()
     assert sorted(path.name for path in with_models.folder.iterdir()) == [
-        "clients.parquet", "models", "rounds.parquet", "run.json",
+        "counts.parquet", "models", "predictions.parquet", "rounds.parquet", "run.json",
     ]  # fmt: skip
 
 
@@ -394,7 +394,12 @@ def test_a_run_that_comes_out_otherwise_is_left_as_it_is(tmp_path: Path) -> None
     assert result.status == "failed"
     assert "another digest" in str(result.reason) and "--force" in str(result.reason)
     assert (record.folder / "run.json").read_text() == text
-    assert sorted(path.name for path in record.folder.iterdir()) == ["clients.parquet", "rounds.parquet", "run.json"]
+    assert sorted(path.name for path in record.folder.iterdir()) == [
+        "counts.parquet",
+        "predictions.parquet",
+        "rounds.parquet",
+        "run.json",
+    ]
     assert sweep(asked, tmp_path, keep_models=True, force=True).status == "done"
     assert records.read(record.folder).document["digest"] == document["digest"]
 
@@ -462,7 +467,7 @@ def test_models_that_are_listed_are_valid_and_others_are_not(out: Path) -> None:
 def test_models_are_not_submitted(out: Path, tmp_path: Path) -> None:
     record = only(out)
     packed = submission.gather([record.folder])
-    assert sorted(packed[record.id]) == ["clients.parquet", "rounds.parquet", "run.json"]
+    assert sorted(packed[record.id]) == ["counts.parquet", "predictions.parquet", "rounds.parquet", "run.json"]
     submission.write(packed, tmp_path / "packed")
     handed_in = only(tmp_path / "packed")
     assert not handed_in.models

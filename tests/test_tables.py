@@ -107,8 +107,8 @@ def made(content: dict[str, Any]) -> records.Record:
     from bench.protocol.identity import identify
     from bench.results.record import FORMAT, check
 
-    files = {"rounds.parquet": "0", "clients.parquet": "0"}
-    known = {"id": identify(content["identity"]), "format": FORMAT, "files": files}
+    digests = dict.fromkeys(("rounds", "counts", "predictions"), "0")
+    known = {"id": identify(content["identity"]), "format": FORMAT, "tables": digests}
     return check(Path(), {**content, **known, "status": "failed" if "reason" in content else "done"})
 
 

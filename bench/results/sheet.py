@@ -33,7 +33,9 @@ def sheet(boards: Sequence[Leaderboard], per_seed: bool = False) -> str:
         span, whose `interval` is the kind of `bench.results.statistics.Estimate`.
     """
     fields = _fields(boards)
-    shown = [column for column in ACCURACY if any(column.title == each.title for b in boards for each in columns(b))]
+    usual = {column.title for board in boards for column in columns(board)}
+    asked = {column.key: column for board in boards if board.shown for column in columns(board) if column.unit is None}
+    shown = list(asked.values()) or [column for column in ACCURACY if column.title in usual]
     costs = list(dict.fromkeys(each.key for b in boards for each in columns(b) if each.unit is not None))
     ends = ("", " low", " high")
     accuracies = [f"{column.title}{end}" for column in shown for end in ("",) * per_seed or ends]
@@ -44,7 +46,7 @@ def sheet(boards: Sequence[Leaderboard], per_seed: bool = False) -> str:
         start: list[object] = [board.dataset, board.imbalance, board.alpha, " or ".join(board.names), board.clients]
         start += [{**board.setting, **board.dataset_facts}.get(field) for field in fields]
         start += [getattr(board, key) for key in _CELL]
-        keys = [column.key + suffix(board.metric) for column in shown]
+        keys = [column.key if asked else column.key + suffix(board.metric) for column in shown]
         for row in board.rows:
             own = [*start, row.label, *(getattr(row, key) for key in _ROW[1:])]
             made = _runs(row, keys, costs) if per_seed else [_means(row, keys, costs)]
