@@ -22,7 +22,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from bench import Algorithm, Batch, LocalData, Task, Tree, evaluating, keys, losses, register
+from bench import Algorithm, Batch, LocalData, Task, Tree, evaluating, keys, losses, register, tree
 
 
 @register("balancefl")
@@ -103,9 +103,9 @@ class BalanceFL(Algorithm):
 
 def symmetric_root(covariance: Tensor) -> Tensor:
     """Give the one symmetric root of a (d, d) covariance: rows of standard normal noise times it have that one."""
-    values, vectors = torch.linalg.eigh(covariance.double())
+    values, vectors = torch.linalg.eigh(tree.in_float64(covariance))
     root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    return root.float()
+    return root.to(covariance.device, torch.float32)
 
 
 def crossed(teacher: Tensor, logits: Tensor, among: Tensor) -> Tensor:

@@ -112,8 +112,8 @@ def combination(average: Tensor, variance: Tensor) -> Tensor:
     """
     from scipy.optimize import nnls
 
-    along = torch.linalg.qr(average.double().cpu().flatten(1).T, mode="r").R.T  # in the space that they span
-    spread = variance.double().cpu().sqrt().diag()
+    along = torch.linalg.qr(average.cpu().double().flatten(1).T, mode="r").R.T  # in the space that they span
+    spread = variance.cpu().double().sqrt().diag()
     weights, goal = torch.zeros_like(spread), [0.0] * (along.shape[1] + len(spread)) + [1.0]
     for i, own in enumerate(along):
         points = torch.cat([own - along, spread, torch.ones(len(spread), 1)], 1)

@@ -18,6 +18,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bench import tree
+
 
 def _signed(value: int) -> int:
     """Give the int64 with the same 64 bits."""
@@ -107,9 +109,9 @@ def normal_rows(keys: Tensor, n: int) -> Tensor:
     """Draw `n` numbers for each of many keys, as `normal` does for one: (B,) int64 to (B, n) float32; see
     `uniform_rows`.
     """
-    draws = (_shift(bits(keys, 2 * n), 11).to(torch.float64) + 0.5) * 2.0**-53
+    draws = (tree.in_float64(_shift(bits(keys, 2 * n), 11)) + 0.5) * 2.0**-53
     radius = torch.sqrt(-2.0 * torch.log(draws[..., :n]))
-    return (radius * torch.cos(2.0 * math.pi * draws[..., n:])).to(torch.float32)
+    return (radius * torch.cos(2.0 * math.pi * draws[..., n:])).to(keys.device, torch.float32)
 
 
 def integers(key: Tensor, high: int, *shape: int) -> Tensor:
@@ -150,6 +152,6 @@ def weighted(key: Tensor, weights: Tensor, size: int) -> Tensor:
         weights: (n,), ≥ 0, any scale, not all zero. Zeros behind them change no draw.
         size: A longer result begins with the shorter one.
     """
-    ends = weights.to(torch.float64).cumsum(0)
-    draws = _shift(bits(key, size), 11).to(torch.float64) * 2.0**-53  # below 1, so that the last end is not reached
-    return torch.searchsorted(ends, draws * ends[-1:], right=True).clamp(max=len(weights) - 1)
+    ends = tree.in_float64(weights).cumsum(0)
+    draws = tree.in_float64(_shift(bits(key, size), 11)) * 2.0**-53  # below 1, so that the last end is not reached
+    return torch.searchsorted(ends, draws * ends[-1:], right=True).clamp(max=len(weights) - 1).to(key.device)

@@ -23,6 +23,19 @@ STATISTICS = "stats"
 differentiated.
 """
 
+WITHOUT_FLOAT64 = frozenset({"mps"})
+"""Types of devices whose tensors have at most 32 bits: there float64 is computed on the CPU, in the same steps."""
+
+
+def in_float64(x: Tensor) -> Tensor:
+    """Give a tensor in float64, on the CPU where its device has none; `.to(x)` brings a result back."""
+    return (x.cpu() if x.device.type in WITHOUT_FLOAT64 else x).to(torch.float64)
+
+
+def counting(device: torch.device | str) -> torch.dtype:
+    """Give the type in which a device counts: float64, or float32, exact up to 16,777,216, where it has none."""
+    return torch.float32 if torch.device(device).type in WITHOUT_FLOAT64 else torch.float64
+
 
 def map(function: Callable[..., Tensor], first: Tree, *rest: Tree) -> Tree:
     """Apply `function` to corresponding leaves of trees of one structure."""
@@ -222,7 +235,7 @@ def largest_difference(a: Tree, b: Tree) -> float:
     if left.keys() != right.keys():
         return math.inf
     return max(
-        (float((x.double() - right[path].double()).abs().max()) for path, x in left.items() if x.numel()),
+        (float((in_float64(x) - in_float64(right[path])).abs().max()) for path, x in left.items() if x.numel()),
         default=0.0,
     )
 

@@ -23,7 +23,7 @@ _ROOT = "Folder of all datasets; else $BENCH_DATA, else the user's cache."
 @click.option("--random-weights", is_flag=True, help="Take the weights that a run would start from: for tests.")
 @click.option("--norm", type=Choice(["group", "batch"]), help=_NORM)
 @click.option("--batch-size", type=click.IntRange(1, 256), default=64, show_default=True, help="Images at once.")
-@click.option("--device", type=Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--device", type=Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
 @click.option("--data-root", type=click.Path(path_type=Path), help=_ROOT)
 def embed_command(
     name: str,

@@ -140,7 +140,7 @@ _OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ),
     ("--engine", "Clients one by one, or stacked.", _one_of("auto", "serial", "stacked")),
     ("--precision", "Arithmetic of the networks.", _one_of("fp32", "bf16")),
-    ("--device", "auto is a GPU where there is one.", _one_of("auto", "cpu", "cuda")),
+    ("--device", "auto is a CUDA GPU where there is one; mps is Apple's.", _one_of("auto", "cpu", "cuda", "mps")),
     ("--jobs", "Runs at once; by default what the machine holds.", {"type": click.IntRange(min=1)}),
     (
         "--workers-per-run",

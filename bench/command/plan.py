@@ -151,7 +151,7 @@ def _summary(runs: int, todo: int, late: int, total: Total, forecasts: Mapping[s
 
 
 def _unit(device: str) -> str:
-    return "GPU-hours" if device == "cuda" else "core-hours"
+    return "core-hours" if device == "cpu" else "GPU-hours"
 
 
 def _memory(known: Forecast | None) -> str:

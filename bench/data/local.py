@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from bench import keys
+from bench import keys, tree
 from bench.data.batch import BY_HAND, Batch, of_view
 from bench.data.images import Images
 
@@ -190,7 +190,8 @@ class LocalData:
         real = torch.arange(length, device=device) < self.n
         group = torch.where(real, self.y + 1, classes + 1)  # without a label, class 0..C-1, padding
         counts = torch.zeros(classes + 2, dtype=torch.int64, device=device).scatter_add(0, group, real.long())
-        taken = (counts.double() * share + 1e-6).floor().long()  # 28.9999999 is 29 that met floating-point arithmetic
+        # 28.9999999 is 29 that met floating-point arithmetic
+        taken = (tree.in_float64(counts) * share + 1e-6).floor().to(counts)
         key = keys.fold(self.client_key, "part", purpose)
         order = keys.permutation(key, length, self.n)
         order = order[torch.argsort(group[order], stable=True)]
@@ -212,7 +213,7 @@ class LocalData:
         """Count the samples that were processed, exactly, per view and batch taken: () float64 for a padded client, a
         number for any other, so that nobody waits for a GPU. For the loop.
         """
-        return self.meter.samples(self.n.to(torch.float64) if self.padded else float(len(self.index)))
+        return self.meter.samples(tree.in_float64(self.n) if self.padded else float(len(self.index)))
 
     def _labels(self, rows: Tensor) -> Tensor:
         return self.images.y[rows] if self.labelled else torch.full_like(rows, -1)
@@ -247,8 +248,8 @@ class LocalData:
         """Give the example at each place of an epoch: (L,) int64, of padding last."""
         if weights is None:
             return keys.permutation(key, len(self.index), self.n)
-        mask = self.mask.to(torch.float64)
-        weights = weights.to(torch.float64) * mask
+        mask = tree.in_float64(self.mask)
+        weights = tree.in_float64(weights) * mask
         return keys.weighted(key, torch.where(weights.sum() > 0, weights, mask), len(weights))
 
     def _batch(

@@ -53,7 +53,7 @@ class Uploads:
         """
 
         def shares(weights: Tensor) -> Tensor:
-            weights = weights.to(torch.float64)
+            weights = tree.in_float64(weights)
             total = weights.sum(0, keepdim=True)
             return torch.where(total > 0, weights / total.clamp(min=1e-300), torch.ones_like(weights) / len(weights))
 
@@ -66,14 +66,14 @@ class Uploads:
 
     def _combine(self, key: str | None, weights: Tensor | Tree) -> Any:
         def combine(weights: Tensor, *leaves: Tensor) -> Tensor:
-            weights = weights.to(torch.float64)
+            weights = tree.in_float64(weights)
             if weights.ndim > 1:
                 w = weights.reshape(weights.shape + (1,) * (leaves[0].ndim + 1 - weights.ndim))
-                return (torch.stack(leaves).to(torch.float64) * w).sum(0).to(leaves[0].dtype)
-            result = torch.zeros_like(leaves[0], dtype=torch.float64)
+                return (tree.in_float64(torch.stack(leaves)) * w).sum(0).to(leaves[0])
+            result = torch.zeros_like(tree.in_float64(leaves[0]))
             for leaf, weight in zip(leaves, weights.tolist(), strict=True):
-                result.add_(leaf, alpha=weight)  # one after the other: K models are never held twice
-            return result.to(leaves[0].dtype)
+                result.add_(leaf.to(result.device), alpha=weight)  # one after the other: K models are never held twice
+            return result.to(leaves[0])
 
         sent = self.trees if key is None else [upload[key] for upload in self.trees]
         if isinstance(weights, dict):

@@ -38,6 +38,6 @@ class TrimmedMean(Aggregation):
 
         def middle(*leaves: Tensor) -> Tensor:
             kept = torch.stack(leaves).sort(0).values[out : len(leaves) - out]
-            return kept.double().mean(0).to(kept.dtype)
+            return tree.in_float64(kept).mean(0).to(kept)
 
         return tree.map(middle, *updates)

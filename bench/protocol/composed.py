@@ -269,7 +269,7 @@ class _Combined(Uploads):
         weights = self.weights if weights is None else weights
         if isinstance(weights, dict) or weights.ndim > 1 or key not in (None, *MODEL):
             return plain
-        weights = weights.to(torch.float64)
+        weights = tree.in_float64(weights)
         models = [tree.split(upload, _moves(self.shared))[0] for upload in self.trees]
         known = tuple(weights.tolist())
         if models[0] and known not in self.known:

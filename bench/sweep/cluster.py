@@ -130,6 +130,8 @@ def cores(device: str) -> int:
         import torch
 
         return max(torch.cuda.device_count(), 1)
+    if device == "mps":
+        return 1
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

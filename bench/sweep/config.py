@@ -50,7 +50,7 @@ class Run:
     precision: str = "fp32"
     """"fp32", without TF32, or "bf16"."""
     device: str = "cpu"
-    """"cpu" or "cuda", resolved."""
+    """"cpu", "cuda" or "mps", resolved."""
     weights: Path | None = None
     """File of a body that models start from."""
     data_root: Path
@@ -229,7 +229,7 @@ class Sweep:
     """"auto", "serial" or "stacked"."""
     precision: str = "fp32"
     device: str = "cpu"
-    """"cpu" or "cuda"."""
+    """"cpu", "cuda" or "mps"."""
     weights: Path | None = None
     """File of a body that models start from."""
     data_root: Path
@@ -424,7 +424,8 @@ def _reconcile(setting: Setting, dataset: Dataset, given: Mapping[str, Any], usu
 
 
 def resolve_device(device: str) -> str:
-    """Resolve "auto": a GPU where there is one.
+    """Resolve "auto": a CUDA GPU where there is one. Apple's ("mps") is asked for by its name: there float64, in which
+    models are averaged and weights drawn, is computed on the CPU, and the suite's own tests do not run on it.
 
     Raises:
         BadConfig: A GPU is asked for, and there is none.
@@ -434,4 +435,6 @@ def resolve_device(device: str) -> str:
         return "cuda" if available else "cpu"
     if device == "cuda" and not available:
         raise BadConfig("--device cuda: torch finds no GPU here; use --device cpu")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise BadConfig("--device mps: torch finds no Apple GPU here; use --device cpu")
     return device

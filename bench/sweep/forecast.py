@@ -94,7 +94,7 @@ def forecast(
     known = {key: forecast for key, (run, *_) in cells.items() if (forecast := cached.get(key, run.device))} | here
     unknown = {key: run for key, (run, *_) in cells.items() if key not in known}
     if probe and unknown:
-        on_gpu = any(run.device == "cuda" for run in unknown.values())
+        on_gpu = any(run.device != "cpu" for run in unknown.values())
         for key, forecast in _probe_all(unknown, 1 if on_gpu else jobs, say):
             cached.put(key, unknown[key], forecast)
             known[key] = forecast

@@ -49,7 +49,8 @@ class OnRay:
 
     def cpus(self, runs: int) -> int:
         """Count the cores that Ray is started with for so many runs, if it is started here."""
-        held = cores("cpu" if self.workers == 1 else self.device)  # runs share GPUs, as far as their memory goes
+        shared = self.workers == 1 and self.device == "cuda"  # runs share GPUs, as far as their memory goes
+        held = cores("cpu" if shared else self.device)
         return self.workers * min(self.jobs or max(held // self.workers, 1), runs)
 
 

@@ -42,7 +42,7 @@ class Job:
     """"fp32", on a GPU too: TF32, which torch takes for convolutions there, is switched off in the whole process. Or
     "bf16", for automatic mixed precision."""
     device: str = "cpu"
-    """Or "cuda"."""
+    """Or "cuda", or "mps"."""
     weights: Tree | None = None
     """Body that models start from; None: drawn by the seed."""
     reserve: Reserve | None = None

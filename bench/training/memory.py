@@ -11,6 +11,7 @@ def reset_peak_memory(device: str) -> None:
     """Start to measure peak memory anew, where the system allows it."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    if device != "cpu":
         return
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -19,9 +20,13 @@ def reset_peak_memory(device: str) -> None:
 
 
 def peak_memory(device: str) -> float | None:
-    """Give the largest resident memory of this process (CPU) or of its tensors on the GPU, in bytes."""
+    """Give the largest resident memory of this process (CPU) or of its tensors on the GPU, in bytes; None on
+    Apple's, where torch counts none.
+    """
     if device == "cuda":
         return float(torch.cuda.max_memory_allocated())
+    if device == "mps":
+        return None
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bench import keys
+from bench import keys, tree
 from bench.data import Images, LocalData
 from bench.dataset import Dataset, Splits
 from bench.protocol.settings import Setting
@@ -170,7 +170,7 @@ class Population:
         """Give the training examples of clients: (K,) float64; -1 stands for the union of all."""
         union = sum(len(index) for index in self.index[: self.training])
         counts = [len(self.index[k]) if k >= 0 else union for k in clients]
-        return torch.tensor(counts, dtype=torch.float64, device=self.device)
+        return torch.tensor(counts, dtype=tree.counting(self.device), device=self.device)
 
 
 def at_the_server(

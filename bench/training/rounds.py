@@ -271,7 +271,7 @@ class Run:
         if uploads:
             ids = torch.tensor(arrived, device=population.device)
             sizes = population.sizes(arrived)
-            alike = (sizes > 0).double() if self.setting.client_weights == "uniform" else None
+            alike = (sizes > 0).to(sizes.dtype) if self.setting.client_weights == "uniform" else None
             taken = Uploads(uploads, sizes, ids, alike)
             self.progress.server = self._serve(exchange, knowing, server, taken)
         return finite
@@ -408,6 +408,8 @@ class Run:
     def _synchronise(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
+        if self.device == "mps":
+            torch.mps.synchronize()
 
     # Checkpoints ----------------------------------------------------------------------------------
 

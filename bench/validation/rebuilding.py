@@ -30,7 +30,7 @@ from bench.training.job import PRECISIONS
 
 P = TypeVar("P")
 
-DEVICES = ("cpu", "cuda")
+DEVICES = ("cpu", "cuda", "mps")
 _STAND_IN = "digits"
 """Of which every machine has the data; stands for a dataset where only the other parts of a run matter."""
 
