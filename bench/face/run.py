@@ -87,7 +87,7 @@ def run(
         plugin: Files with algorithms, parts or datasets.
         engine: "auto", "serial" or "stacked".
         precision: "fp32" or "bf16".
-        device: "auto", "cpu" or "cuda".
+        device: "auto", "cpu", "cuda" or "mps".
         jobs: Runs at once.
         workers_per_run: Processes that share the clients of each run.
         ray: "local" (default for several runs), "off", or a cluster's address.
