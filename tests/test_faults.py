@@ -5,6 +5,7 @@ Everything runs in processes of its own, which are killed by their number; clust
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.results.claims import Claimed, claim, is_claimed
+from bench.results.claims import Claimed, _remark, claim, is_claimed
 from tests.processes import ROOT, digests, finish, start, wait
 
 FAULTY = '''
@@ -261,6 +262,31 @@ def test_a_run_is_claimed_by_one_process_and_given_back_by_one_that_is_killed(tm
     with claim(tmp_path):
         assert is_claimed(tmp_path)
     assert not is_claimed(tmp_path) and list(tmp_path.iterdir()) == []
+
+
+def test_that_nobody_is_kept_away_on_a_file_system_without_locks_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def flock(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    for looks in (False, True):  # a reader says it as well
+        _remark.cache_clear()
+        monkeypatch.setattr("bench.results.claims.fcntl.flock", flock)
+        for name in ("one", "two"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            with claim(tmp_path / name):
+                if looks:
+                    capsys.readouterr()
+                    _remark.cache_clear()
+                assert not is_claimed(tmp_path / name)
+        said = capsys.readouterr().err
+        assert said.startswith("the file system has no locks: two sweeps") and said.count("\n") == 1
+    monkeypatch.undo()
+    _remark.cache_clear()
+    with claim(tmp_path):
+        assert is_claimed(tmp_path)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_claim_that_is_given_back_while_another_process_asks_is_taken_anew(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 try:
@@ -20,17 +22,20 @@ class Claimed(RuntimeError):
 
 
 @contextmanager
-def claim(folder: Path) -> Iterator[None]:
+def claim(folder: Path, file_name: str = FILE) -> Iterator[None]:
     """Keep other processes from doing the run of a folder; a process that dies, however it dies, gives it back.
+
+    Where the file system has no locks, nobody is kept away, and that is said on standard error.
 
     Args:
         folder: The run's; must be there.
+        file_name: Of the file that is locked, and removed afterwards.
 
     Raises:
         Claimed: Another process has it.
         OSError: The folder cannot be written.
     """
-    file = folder / FILE
+    file = folder / file_name
     handle = _take(file)
     try:
         yield
@@ -52,7 +57,8 @@ def is_claimed(folder: Path) -> bool:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # a file system without locks
+    except OSError:
+        _remark()
         return False
     finally:
         os.close(handle)
@@ -70,7 +76,8 @@ def _take(file: Path) -> int:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise Claimed(f"another process is doing {file.parent}") from error
-            except OSError:  # a file system without locks
+            except OSError:
+                _remark()
                 return handle
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(handle), file.stat()):
@@ -79,3 +86,12 @@ def _take(file: Path) -> int:
             os.close(handle)
             raise
         os.close(handle)
+
+
+@cache  # once a process
+def _remark() -> None:
+    print(
+        "the file system has no locks: two sweeps that are at work in one folder are not kept apart there, and may do "
+        "the same run; start one at a time",
+        file=sys.stderr,
+    )
