@@ -21,7 +21,7 @@ from bench.tracking.described import (
     record_tags,
     record_times,
 )
-from bench.tracking.server import Server, Shown, TrackingFailed, import_command, why
+from bench.tracking.server import Refused, Server, Shown, TrackingFailed, import_command, why
 
 
 @dataclass(kw_only=True)
@@ -59,6 +59,8 @@ def import_records(
     """
     try:
         return _Import(Server(uri, out), out, records).run(tables, tell)
+    except Refused as error:
+        raise TrackingFailed(f"MLflow at {uri} cannot be written: {why(error)}") from error
     except Exception as error:  # whatever MLflow raises
         again = f"what was imported stays, and the same command goes on: {import_command(uri, out)}"
         raise TrackingFailed(f"MLflow at {uri} cannot be written: {why(error)}; {again}") from error

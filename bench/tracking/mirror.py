@@ -31,7 +31,7 @@ from bench.tracking.described import (
     record_times,
 )
 from bench.tracking.importing import show_record
-from bench.tracking.server import Server, Shown, Status, import_command, import_mlflow, is_remote, why
+from bench.tracking.server import Server, Shown, Status, import_command, import_mlflow, is_remote, refused, why
 from bench.training.rounds import Report
 
 if TYPE_CHECKING:
@@ -159,7 +159,8 @@ class Mirror:
                 for _ in sweep.write(self.uri):
                     self._moved = time.monotonic()
             except Exception as error:  # a mirror must not break what it shows, whatever MLflow raises
-                self._fail(why(error))
+                refusal = refused(error, sweep.server)
+                self._fail(why(refusal or error), by_itself=refusal is None)
                 sweep.forget()
                 self._try_at = time.monotonic() + _REST_SECONDS
                 if sweep.status is not None:
@@ -178,12 +179,15 @@ class Mirror:
         except queue.Empty:
             return
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, reason: str, by_itself: bool = True) -> None:
+        """Say once that MLflow is not written, and what is to be done; more than a command, where not `by_itself`."""
         self.healthy = False
         if not self._warned:
             self._warned = True
             said = f"MLflow at {self.uri} is not written any more: {reason}"
-            rest = f"what it lacks is imported afterwards by: {import_command(self.uri, self.out)}"
+            rest = "bench track imports what MLflow lacks once that is done"
+            if by_itself:
+                rest = f"what it lacks is imported afterwards by: {import_command(self.uri, self.out)}"
             self.warn(f"{said}. The runs go on, and their results are in {self.out}; {rest}")
 
 

@@ -7,18 +7,22 @@ import importlib.util
 import logging
 import os
 import shlex
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from bench.results.claims import Claimed, claim
 from bench.tracking.described import Point
 
 EXPERIMENT = "bench"
 _MOST_POINTS = 800
 """In a request; MLflow takes 1000 of points, params and tags together."""
 _LONGEST_TAG, _LONGEST_PARAM = 5000, 6000
+_MAKING_SECONDS = 30.0
+"""How long a process waits for another one to make the tables of a new database."""
 
 _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -36,6 +40,10 @@ class TrackingFailed(RuntimeError):
     """MLflow cannot be written. The message says where, why and what to do."""
 
 
+class Refused(RuntimeError):
+    """MLflow cannot be written before somebody does what the message says."""
+
+
 def has_mlflow() -> bool:
     """Tell whether mlflow is installed, without importing it."""
     return importlib.util.find_spec("mlflow") is not None
@@ -43,7 +51,11 @@ def has_mlflow() -> bool:
 
 def default_uri(out: Path) -> str:
     """Give the address of the SQLite database beside the results."""
-    return f"sqlite:///{out / 'mlflow.db'}"
+    path = str(out / "mlflow.db")
+    if not {"?", "%"} & set(path):
+        return f"sqlite:///{path}"
+    quoted = path.replace("%", "%25").replace("?", "%3F")
+    return f"sqlite+pysqlite:///{quoted}"  # without the driver's name MLflow makes a folder that is called as is quoted
 
 
 def is_remote(uri: str) -> bool:
@@ -83,18 +95,50 @@ class Server:
         out: The folder of results. With the default URI artifacts lie there too.
 
     Everything raises what MLflow raises, which may be anything.
+
+    Raises:
+        Refused: The experiment was deleted, or the database cannot lie there.
     """
 
     def __init__(self, uri: str, out: Path) -> None:
-        self.is_remote = is_remote(uri)
-        self.client = import_mlflow()(tracking_uri=uri)
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
-        experiment = self.client.get_experiment_by_name(name)
-        if experiment is None:
-            beside = (out / "mlflow-artifacts").resolve().as_uri() if uri == default_uri(out) else None
-            self.experiment: str = self.client.create_experiment(name, artifact_location=beside)
-        else:
-            self.experiment = experiment.experiment_id
+        self.uri, self.is_remote = uri, is_remote(uri)
+        self.name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+        connect = import_mlflow()
+        file = _database(uri)
+        beside = None
+        if uri == default_uri(out):
+            if file != out / "mlflow.db":
+                raise Refused(
+                    f"this SQLAlchemy finds no database in {out}, because of ? or % in its name: upgrade it "
+                    "(pip install 'sqlalchemy>=2.1'), or use another --out or --tracking-uri"
+                )
+            beside = (out / "mlflow-artifacts").resolve().as_uri()
+        with nullcontext() if file is None else _alone(file):
+            self.client = connect(tracking_uri=uri)
+            self.experiment: str = self.find() or self._make(beside)
+
+    def find(self) -> str | None:
+        """Look the experiment up: its id, or None if there is none yet.
+
+        Raises:
+            Refused: It was deleted.
+        """
+        experiment = self.client.get_experiment_by_name(self.name)
+        if experiment is not None and experiment.lifecycle_stage == "deleted":
+            where = f"MLFLOW_TRACKING_URI={shlex.quote(self.uri)}"
+            raise Refused(
+                f"the experiment {self.name} was deleted in MLflow: restore it ({where} mlflow experiments restore "
+                f"--experiment-id {experiment.experiment_id}) or use another --tracking-uri"
+            )
+        return None if experiment is None else str(experiment.experiment_id)
+
+    def _make(self, beside: str | None) -> str:
+        try:
+            return str(self.client.create_experiment(self.name, artifact_location=beside))
+        except Exception:  # another sweep has made it since
+            if (made := self.find()) is None:
+                raise
+            return made
 
     def create(self, title: str, tags: Mapping[str, str], started: int) -> str:
         """Begin an MLflow run, and give its id."""
@@ -170,8 +214,52 @@ def _no_collector() -> Iterator[None]:
             gc.enable()
 
 
+def _database(uri: str) -> Path | None:
+    """Give the file of an SQLite database; None of anything else."""
+    if not uri.startswith("sqlite"):
+        return None
+    from sqlalchemy.engine import make_url
+
+    url = make_url(uri)
+    in_memory = url.database in (None, "", ":memory:") or "uri" in url.query
+    return None if in_memory else Path(str(url.database))
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """Keep other processes from making the tables of a database meanwhile: two that do it at once break it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + _MAKING_SECONDS
+    with ExitStack() as held:
+        while time.monotonic() < until:
+            try:
+                held.enter_context(claim(file.parent, f"{file.name}.claim"))
+                break
+            except Claimed:
+                time.sleep(0.1)
+        yield
+
+
+def refused(error: Exception, server: Server | None) -> Refused | None:
+    """Give what somebody has to do before MLflow can be written, if an error says so: the experiment may have been
+    deleted since it was opened.
+    """
+    if isinstance(error, Refused):
+        return error
+    if server is not None and "must be in the 'active' state" in str(error):
+        try:
+            server.find()
+        except Refused as deleted:
+            return deleted
+        except Exception:  # whatever MLflow raises; the first error is told
+            return None
+    return None
+
+
 def why(error: Exception) -> str:
-    """Shorten what a library says to its first line, at most 200 characters."""
+    """Shorten what a library says to its first line, at most 200 characters; our own words are left whole."""
+    if isinstance(error, Refused):
+        return str(error)
     if "Max retries exceeded" in str(error):
         return "nobody answers there"
     lines = str(error).strip().splitlines() or [type(error).__name__]
