@@ -78,7 +78,7 @@ def test_an_experiment_that_was_deleted_is_to_be_restored(
     connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mirror, "_GATHER_SECONDS", 0.1)
-    out, runs = Path("my runs"), some_runs(3, rounds=2)
+    out, runs = Path("my runs of " + "long " * 20), some_runs(3, rounds=2)  # no sentence is cut off
     uri = tracking.default_uri(out)
     write(out, runs[0])
     assert import_all(out, uri) == (0, 0, 1)
@@ -95,7 +95,7 @@ def test_an_experiment_that_was_deleted_is_to_be_restored(
     watcher = watched(out, warnings, uri)
     watcher.begin([], [])
     watcher.finish("FINISHED", {})
-    rest = "The runs go on, and their results are in my runs; bench track imports what MLflow lacks once that is done"
+    rest = f"The runs go on, and their results are in {out}; bench track imports what MLflow lacks once that is done"
     assert warnings == [f"MLflow at {uri} is not written any more: {remedy}. {rest}"]
 
     client.restore_experiment(number)
