@@ -797,7 +797,7 @@ ranks(ranking, "personal").save(Path(sys.argv[1]))
         (("fedavg", "fedrep", "--metric", "personal@best"), "none that can be compared"),
         (("fedavg", "fedrep", "--metric", "personal.std"), "none that can be compared"),
         (("fedavg", "fedrep", "--metric", "unseen"), "none that can be compared"),
-        (("--dataset", "cifar10"), "there are no finished runs"),
+        (("--dataset", "cifar10"), "there are no results on 'cifar10'"),
         (("--diagram", "ranks.doc"), "must end in .svg, .png, .pdf"),
         (("--diagram", "/proc/nothing/ranks.svg"), "cannot be written"),
         (("--out", "nowhere"), "there is no such folder"),

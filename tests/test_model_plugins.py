@@ -214,7 +214,7 @@ def test_a_new_model_passes_the_check_is_shown_and_runs(bench: Bench) -> None:
     (row,) = json.loads(bench(*run, "--force", "--dry-run", "--json", *plugin)[0])["runs"]
     assert row["forecast"] is not None and row["id"] == folder.parent.name
     # published, and run again
-    _, again = bench("validate", "runs", "--rerun", "1", *plugin, status=1)  # there is no README.md
+    _, again = bench("validate", "runs", "--rerun", "1", *plugin)
     assert "run again, it gives the same states, counts and metrics to the bit" in again
     unknown, _ = bench("validate", "runs", status=1)
     assert "identity.model.name" in unknown and "a file is named with --plugin" in unknown

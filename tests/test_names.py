@@ -12,7 +12,7 @@ import pytest
 from bench.command.main import _VERBS, main
 from bench.names import close, meant, near, with_article
 from bench.protocol.presets import Choice, Preset
-from bench.protocol.settings import NAMED, BadConfig
+from bench.protocol.settings import NAMED, READ_BY, BadConfig
 from bench.protocol.spelling import parse_algorithms, parse_assignments, parse_dataset, respell
 from bench.registry import ALGORITHMS, DATASETS, BadPlugin, UnknownPlugin, label, load_plugin
 from bench.sweep.config import resolve_setting
@@ -121,7 +121,8 @@ def test_names_of_a_setting_are_stored_as_they_are_spelt() -> None:
     for field, names in NAMED.items():
         for name in names if field != "client_test" else ("matched", "balanced"):
             (typed,) = parse_assignments([f"{field.upper()}={name.upper()}"]).items()
-            assert getattr(resolve_setting("quick", dataset, dict([typed])), field) == name
+            given = dict([typed], **({"partition": READ_BY[field]} if field in READ_BY else {}))
+            assert getattr(resolve_setting("quick", dataset, given), field) == name
     (algorithm,) = parse_algorithms("fedavg+balanced_softmax(prior='GLOBAL')")
     assert label(algorithm) == "fedavg+balanced_softmax(prior='global')"
 

@@ -408,7 +408,7 @@ def test_users_and_shards_say_what_they_need() -> None:
 
 def test_wrong_names_labels_and_seeds_are_refused_in_a_sentence() -> None:
     labels = official(3, 30, 10)
-    with pytest.raises(PartitionFailed, match="no partition is called 'dirichlt'; there are iid, dirichlet"):
+    with pytest.raises(PartitionFailed, match="no partition is called 'dirichlt'; did you mean dirichlet"):
         make_split(labels, 3, setting(partition="dirichlt"), 0)
     with pytest.raises(DataDamaged, match="labels run from 0 to 2, and there are 2 classes"):
         make_split(labels, 2, setting(), 0)

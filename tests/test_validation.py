@@ -29,6 +29,7 @@ from bench.results import packed, packing, records, storage, tables
 from bench.results.content import digest
 from bench.results.curves import curves
 from bench.results.leaderboard import leaderboards
+from bench.results.record import check
 from bench.results.table import results_readme
 from bench.sweep import driver, execution
 from bench.sweep.config import Sweep, parse_algorithms, parse_datasets
@@ -104,7 +105,7 @@ class Forger:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.document = document(folder)
-        self.counts: Any = records.read(folder).counts()
+        self.counts: Any = check(folder, self.document).counts()
         self.predictions: Any = None
         """As they are to be written; None: made of the counts."""
         self.rounds: Any = pandas.read_parquet(folder / "rounds.parquet")
@@ -705,10 +706,10 @@ def a_bench_of_tomorrow(out: Path) -> None:
     forger.save()
 
 
-@tampering("has format 3, and this version reads format 2")
+@tampering("has format 4, and this version reads formats up to 3")
 def another_format(out: Path) -> None:
     forger = Forger(folder(out))
-    forger.document["format"] = 3
+    forger.document["format"] = 4
     forger.save()
 
 

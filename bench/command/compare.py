@@ -99,8 +99,7 @@ def _print(compared: Compared) -> None:
 
     console = Console()
     if not console.is_terminal:
-        click.echo(str(compared))
-        return
+        console.width = 120
     for part in terminal(compared.comparison):
         console.print(part)
 

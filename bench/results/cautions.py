@@ -19,7 +19,9 @@ def _untested(board: Leaderboard) -> list[str]:
     unseen, drawn = (_number(board.setting.get(key)) for key in ("unseen", "eval_clients"))
     whole = board.clients - (unseen or 0)
     asked = whole if drawn is None else min(whole, drawn)
-    known = [clients for row in board.rows for each in row.tested if (clients := _number(each["clients"])) is not None]
+    known = [
+        clients for row in board.rows for each in row.tested if (clients := _number(each.get("clients"))) is not None
+    ]
     lacking = {asked - clients for clients in known}
     if not lacking or max(lacking) <= 0:
         return []

@@ -12,7 +12,7 @@ from typing import Literal
 from bench.dataset import Dataset, Labels
 from bench.files import source
 from bench.results import records
-from bench.results.claims import is_claimed
+from bench.results.claims import Claimed, claim, is_claimed
 from bench.splits.split import make_split
 from bench.sweep.config import Run
 from bench.sweep.execution import document, execute, finished, forget_checkpoint, remove
@@ -92,6 +92,8 @@ def run(
         DamagedResult: A finished run's files are not what was written, and `force` is not set.
     """
     records.prepare(out)
+    with suppress(Claimed), claim(out):  # where there are no locks, this says so; a worker would not be heard
+        pass
     results = {run.id: Result(run, "cached") for run in runs if not force and finished(run, out, keep_models)}
     cached = [result.run for result in results.values()]
     rest = [run for run in runs if run.id not in results]
