@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from bench.face.shown import as_text
 from bench.names import near
 from bench.protocol.settings import BadConfig
 from bench.results import classes, comparison, records, table
+from bench.results.layout import main_columns
 from bench.results.leaderboard import RANKS_BY, Leaderboard, leaderboards
 from bench.results.record import Record
 
@@ -193,7 +195,8 @@ class Runs(Sequence[Record]):
         return str(self)
 
     def _repr_html_(self) -> str:
-        return table.fragment(self._boards)
+        main = [replace(board, shown=tuple(each.key for each in main_columns(board))) for board in self._boards]
+        return table.fragment(main).replace("<table>", '<table style="white-space: nowrap">')
 
 
 def _plain(label: str) -> str:
