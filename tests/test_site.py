@@ -554,7 +554,7 @@ def test_the_command_builds_names_damage_and_refuses_in_a_sentence(tmp_path: Pat
     options = ["--out", str(tmp_path / "out"), "--to", str(tmp_path / "site")]
     done = CliRunner().invoke(site_command, options)
     assert done.exit_code == 0, done.output
-    assert bad in done.output and "is not the file" in done.output
+    assert bad in done.output and "is no Parquet file" in done.output
     assert [file.stem for file in (tmp_path / "site" / "runs").iterdir()] == [good]
     (tmp_path / "out" / verification.FILE).write_text("{}")
     done = CliRunner().invoke(site_command, options)
