@@ -321,7 +321,7 @@ def test_a_second_network_is_for_the_same_images_and_classes() -> None:
 
 def test_a_network_that_is_not_there_or_too_large_is_a_sentence() -> None:
     task = toy.run(ALGORITHMS["fedavg"]()).task
-    with pytest.raises(BadModel, match="no model is called 'resnet9'; there are fedavg_cnn, frozen"):
+    with pytest.raises(BadModel, match="no model is called 'resnet9'; did you mean resnet8"):
         task.network("resnet9")
     with pytest.raises(BadModel, match="fedavg_cnn needs images of at least 16 pixels, these have 8×8"):
         task.network("fedavg_cnn")

@@ -144,6 +144,7 @@ def test_the_published_work_of_a_server_is_compared_by_a_rerun(published: Path, 
         out = Path(shutil.copytree(published, tmp_path / "changed", dirs_exist_ok=True))
         (found,) = records.read_all(out)[0]
         forger = Forger(found.folder)
+        forger.predictions = found.predictions()
         change(forger.document["cost"])
         here = forger.save()
         write_table(out)

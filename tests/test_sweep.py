@@ -224,7 +224,7 @@ def test_what_another_process_has_written_meanwhile_stays(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert execution.execute(run, tmp_path) is None
-    monkeypatch.setattr(execution, "finished", lambda run, out: False)  # as where a file system has no locks
+    monkeypatch.setattr(execution, "finished", lambda *_: False)  # as where a file system has no locks
     before = (tmp_path / run.id / "run.json").read_bytes()
     assert execution.execute(run, tmp_path) is None
     assert (tmp_path / run.id / "run.json").read_bytes() == before
