@@ -253,14 +253,12 @@ def test_the_command_packs_removes_and_unpacks(stored: Path, tmp_path: Path) -> 
     out, to = tmp_path / "runs", tmp_path / "results" / "pack"
     shutil.copytree(stored, out)
     (out / ("0" * 12)).mkdir()
-    old = thousands.templates()[0]  # may be of an earlier format
-    shutil.copytree(old.folder, out / old.id)
+    (old,) = (path for path in (Path(__file__).parent / "formats" / "2").iterdir() if path.is_dir())
+    shutil.copytree(old, out / old.name)
     told = bench("pack", out, "--to", to, "--remove")
     assert told.startswith("0") and "000000000000 is unfinished" in told
-    if old.format < 3:
-        assert f"{old.id} stays a folder: an earlier version of bench wrote it" in told
-    assert "removed 7 folders" in told or old.format >= 3
-    assert sorted(path.name for path in out.iterdir()) == ["0" * 12, *([old.id] if old.format < 3 else [])]
+    assert f"{old.name} stays a folder: an earlier version of bench wrote it" in told and "removed 7 folders" in told
+    assert sorted(path.name for path in out.iterdir()) == ["0" * 12, old.name]
     assert bench("pack", to, "--unpack", "--to", tmp_path / "back").startswith("0")
     assert contents(tmp_path / "back").items() >= contents(stored).items()
     assert "it has no runs.parquet" in bench("pack", stored, "--unpack", "--to", tmp_path / "back")
