@@ -91,6 +91,8 @@ class Registry(Mapping[str, type[P]], Generic[P]):
 
     def add(self, name: str, plugin: type[P]) -> None:
         """Enter a class under a name; another class under a taken name is an error, never a replacement."""
+        if name in self._files() and not plugin.__module__.startswith(f"bench.{self.kind}."):
+            raise BadPlugin(f"{name!r} of {_file(plugin)} has the name of a built-in of {self.kind}; rename it")
         known = self._classes.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (
             plugin.__module__,
@@ -98,8 +100,6 @@ class Registry(Mapping[str, type[P]], Generic[P]):
         ):
             both = f"{known.__qualname__} of {_file(known)} and {plugin.__qualname__} of {_file(plugin)}"
             raise BadPlugin(f"two {self.kind} are called {name!r}: {both}; rename one")
-        if name in self._files() and not plugin.__module__.startswith(f"bench.{self.kind}."):
-            raise BadPlugin(f"{name!r} of {_file(plugin)} has the name of a built-in of {self.kind}; rename it")
         self._classes[name] = plugin
 
     def entered(self) -> dict[str, type[P]]:
