@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from bench.part import Correction as Correction
     from bench.part import Loss as Loss
     from bench.part import UsesPrior as UsesPrior
-    from bench.registry import register as register
+    from bench.plugins.registry import register as register
     from bench.task import Task as Task
     from bench.tree import Tree as Tree
 
@@ -60,7 +60,7 @@ _HOMES = {
     "Correction": "part",
     "Loss": "part",
     "UsesPrior": "part",
-    "register": "registry",
+    "register": "plugins.registry",
     "Task": "task",
     "Tree": "tree",
 }

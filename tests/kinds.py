@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from bench.dataset import DataDamaged
 from bench.files.listing import Listing
 from bench.files.lists import Known, Listed
-from bench.registry import DATASETS
+from bench.plugins.registry import DATASETS
 from tests import trees
 
 

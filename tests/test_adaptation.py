@@ -24,8 +24,8 @@ from bench.contract import checks, toy
 from bench.contract.promises import ContractBroken
 from bench.losses import cross_entropy
 from bench.models import layers
+from bench.plugins.registry import ALGORITHMS
 from bench.protocol.settings import Setting
-from bench.registry import ALGORITHMS
 from bench.training import adaptation as tuning
 from bench.training.adaptation import budgets
 from bench.training.engine import CannotStack

@@ -23,10 +23,10 @@ from bench.contract.promises import ContractBroken
 from bench.data import Uploads
 from bench.dataset import DataMissing
 from bench.files import pack
+from bench.plugins.registry import ALGORITHMS, DATASETS, UnknownPlugin, load_plugin
 from bench.protocol.identity import identify
 from bench.protocol.settings import BadConfig, Setting
 from bench.protocol.spelling import parse_algorithms, parse_dataset
-from bench.registry import ALGORITHMS, DATASETS, UnknownPlugin, load_plugin
 from bench.results import records
 from bench.results.leaderboard import leaderboards
 from bench.splits import auxiliary
@@ -132,7 +132,7 @@ from pathlib import Path
 import torch
 
 from bench import Dataset, Splits, keys, register
-from bench.registry import DATASETS
+from bench.plugins.registry import DATASETS
 
 
 @register("paired")

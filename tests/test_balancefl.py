@@ -15,8 +15,8 @@ from torch import Tensor
 
 from bench import LocalData, Tree, keys, tree
 from bench.contract import toy
+from bench.plugins.registry import ALGORITHMS
 from bench.protocol.settings import Setting
-from bench.registry import ALGORITHMS
 from bench.training.rounds import Run
 from bench.tree import largest_difference
 

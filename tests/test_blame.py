@@ -13,14 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import Algorithm, LocalData, Task, Tree, Uploads, blame, tree
+from bench import Algorithm, LocalData, Task, Tree, Uploads, tree
 from bench.command import scaffold
 from bench.command.main import main
 from bench.contract import checks, probes, toy
 from bench.contract.promises import ContractBroken, findings
 from bench.parts.trimmed_mean import TrimmedMean
+from bench.plugins import blame
+from bench.plugins.registry import ALGORITHMS, PARTS, BadPlugin, load_plugin, plugin_files
 from bench.protocol.composed import Composed, _Combined
-from bench.registry import ALGORITHMS, PARTS, BadPlugin, load_plugin, plugin_files
 from bench.training.engine import TOLERANCE
 
 

@@ -15,7 +15,7 @@ from bench.contract import toy
 from bench.contract.toy import finish, states
 from bench.models import MODELS, BadModel, block_of, is_norm
 from bench.models.layers import NORMS, Recorder, apply_linear, is_norm_statistic, linear, training
-from bench.registry import ALGORITHMS
+from bench.plugins.registry import ALGORITHMS
 
 # Blocks of a body -------------------------------------------------------------------------------------------
 

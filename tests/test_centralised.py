@@ -10,7 +10,7 @@ import torch
 
 from bench import LocalData
 from bench.contract import toy
-from bench.registry import ALGORITHMS
+from bench.plugins.registry import ALGORITHMS
 from bench.training.rounds import Run
 from bench.tree import largest_difference
 from tests.by_hand import trained

@@ -12,7 +12,7 @@ import torch
 from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
 
 from bench.contract import toy
-from bench.registry import ALGORITHMS
+from bench.plugins.registry import ALGORITHMS
 from bench.results import classes, records
 from bench.results.record import Lacking, Record
 from bench.sweep import execution

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.models import BadModel, build
+from bench.plugins.registry import UnknownPlugin
 from bench.protocol import spelling
 from bench.protocol.identity import canonical
 from bench.protocol.presets import DEFAULT, PAPER, Choice, Preset
 from bench.protocol.settings import FIELDS, LATER, BadConfig
-from bench.registry import UnknownPlugin
 from bench.sweep import config
 from bench.sweep.config import Run, Sweep
 from bench.training import engine as engines

@@ -16,7 +16,7 @@ import torch
 from bench import Algorithm, LocalData, Task, Tree, tree
 from bench.contract import checks, datasets, toy
 from bench.contract.promises import ContractBroken
-from bench.registry import ALGORITHMS, DATASETS
+from bench.plugins.registry import ALGORITHMS, DATASETS
 
 GOLDEN = Path(__file__).parent / "golden.json"
 

@@ -28,8 +28,8 @@ from torch import Tensor
 from bench import Algorithm, LocalData, Task, Tree, tree
 from bench.contract import toy
 from bench.dataset import DataMissing
+from bench.plugins.registry import ALGORITHMS
 from bench.protocol.settings import BadConfig, Setting
-from bench.registry import ALGORITHMS
 from bench.sweep import actors, cluster, config, on_ray
 from bench.sweep.actors import OnActors
 from bench.sweep.cluster import WorkersDied

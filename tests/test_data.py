@@ -28,8 +28,8 @@ from bench.command.data import data_command
 from bench.data import Images
 from bench.files import data_root
 from bench.files.official import Official, read_idx
+from bench.plugins.registry import DATASETS
 from bench.protocol.settings import SETTINGS, BadConfig
-from bench.registry import DATASETS
 
 # Files ------------------------------------------------------------------------------------------------------
 

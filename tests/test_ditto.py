@@ -13,8 +13,8 @@ from torch import Tensor
 from bench import Batch, Tree, losses, tree
 from bench.algorithm import stages
 from bench.contract import toy
+from bench.plugins.registry import ALGORITHMS
 from bench.protocol.spelling import parse_algorithms
-from bench.registry import ALGORITHMS
 from bench.training.rounds import Run
 from bench.tree import largest_difference
 from tests.by_hand import data_of

@@ -21,9 +21,9 @@ from bench.contract.promises import ContractBroken
 from bench.data import Images
 from bench.files.moments import moments
 from bench.models import BadModel
+from bench.plugins.registry import DATASETS
 from bench.preparing.embedding import Embedding
 from bench.protocol.settings import SETTINGS, BadConfig, named
-from bench.registry import DATASETS
 from bench.splits.split import make_split
 from bench.sweep.config import resolve_setting
 from bench.training.population import Population

@@ -19,13 +19,14 @@ import torch
 from nbclient import NotebookClient
 
 import bench
-from bench import Runs, cells
+from bench import Runs
 from bench.command.main import main
 from bench.command.options import defaults
 from bench.dataset import DataMissing
 from bench.face.run import run
+from bench.plugins import cells
+from bench.plugins.registry import ALGORITHMS, REGISTRIES, BadPlugin, UnknownPlugin
 from bench.protocol.settings import BadConfig
-from bench.registry import ALGORITHMS, REGISTRIES, BadPlugin, UnknownPlugin
 from bench.results import records
 from bench.results.kept import NotKept
 from bench.sweep import driver
@@ -279,8 +280,8 @@ def test_what_is_sent_to_workers_takes_the_class_and_its_version_along(cell: Any
     content = cells.packed(plugin())
     code = f"""
 import sys
-from bench import cells
-from bench.registry import ALGORITHMS, REGISTRIES, label, source_digest
+from bench.plugins import cells
+from bench.plugins.registry import ALGORITHMS, REGISTRIES, label, source_digest
 instance = cells.unpacked(open({str(tmp_path / "sent")!r}, "rb").read())
 assert type(instance) is ALGORITHMS["halfway"] and "a_notebook" not in sys.modules
 print(label(instance), source_digest(type(instance)))

@@ -12,7 +12,7 @@ import torch
 
 from bench import Tree, tree
 from bench.contract import toy
-from bench.registry import ALGORITHMS
+from bench.plugins.registry import ALGORITHMS
 from bench.training.rounds import Run
 
 ENGINES = ("serial", "stacked")

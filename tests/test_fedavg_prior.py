@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bench import Algorithm, Tree
 from bench.contract import checks, toy
+from bench.plugins.registry import ALGORITHMS
 from bench.protocol.spelling import parse_algorithms
-from bench.registry import ALGORITHMS
 from bench.training.rounds import Run
 from bench.tree import largest_difference
 

@@ -11,7 +11,7 @@ import torch
 
 from bench import Exchange, Tree, Uploads, tree
 from bench.contract import toy
-from bench.registry import ALGORITHMS
+from bench.plugins.registry import ALGORITHMS
 from bench.training.rounds import Run
 from bench.tree import largest_difference
 

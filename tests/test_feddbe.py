@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench import Batch, Exchange, LocalData, Tree, tree
 from bench.contract import toy
-from bench.registry import ALGORITHMS
+from bench.plugins.registry import ALGORITHMS
 from bench.training.rounds import Run
 from bench.tree import largest_difference
 

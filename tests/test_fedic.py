@@ -17,8 +17,8 @@ from torch import Tensor
 from bench import LocalData, Tree, Uploads, tree
 from bench.contract import toy
 from bench.losses import cross_entropy
+from bench.plugins.registry import ALGORITHMS
 from bench.protocol.settings import BadConfig, Setting
-from bench.registry import ALGORITHMS
 from bench.training.job import Job, surroundings
 from bench.training.rounds import Run
 from bench.tree import largest_difference

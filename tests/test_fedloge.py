@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench import LocalData, Tree, tree
 from bench.contract import toy
-from bench.registry import ALGORITHMS
+from bench.plugins.registry import ALGORITHMS
 from bench.training.rounds import Run
 from bench.tree import largest_difference
 from tests.by_hand import data_of, mean_by_size

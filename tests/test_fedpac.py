@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench import Tree, Uploads, tree
 from bench.contract import toy
-from bench.registry import ALGORITHMS
+from bench.plugins.registry import ALGORITHMS
 from bench.training.rounds import Run
 
 ENGINES = ("serial", "stacked")

@@ -34,7 +34,7 @@ from bench import DataDamaged, DataMissing
 from bench.command.data import data_command
 from bench.files import download
 from bench.files.download import Remote, fetch_all, reporting
-from bench.registry import DATASETS
+from bench.plugins.registry import DATASETS
 
 ROOT = Path(__file__).parents[1]
 CONTENT = bytes(np.random.RandomState(0).randint(0, 256, 1_000_000, dtype=np.uint8))
@@ -332,7 +332,7 @@ PROGRAM = """
     from bench import Dataset, DataMissing, Splits
     from bench.command.main import main
     from bench.files.download import Remote, fetch_all
-    from bench.registry import DATASETS
+    from bench.plugins.registry import DATASETS
 
     @dataclass(frozen=True, kw_only=True)
     class Toy(Dataset):

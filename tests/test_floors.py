@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = {
     # what needs nothing of ours
-    0: "names blame tree keys durable dataset registry",
+    0: "plugins tree keys durable dataset",
     # one batch, one client, one model: what an algorithm's author reads
-    1: "data losses models optim task part algorithm cells",
+    1: "data losses models optim task part algorithm",
     # from files to labels; what a comparison holds equal; from labels to clients
     2: "files protocol splits",
     # one run

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 
 from bench.dataset import DataDamaged, DataMissing
-from bench.registry import DATASETS
+from bench.plugins.registry import DATASETS
 from tests import trees
 from tests.kinds import complaint, contents, damage, damages
 

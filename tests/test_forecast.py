@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from bench.command import plan
 from bench.command.main import main
+from bench.plugins.registry import load_plugin
 from bench.protocol import provenance
 from bench.protocol.settings import BadConfig
-from bench.registry import load_plugin
 from bench.sweep import config, execution, forecast
 from bench.sweep.config import Run
 from bench.sweep.schedule import Budget, Forecast, Outlook, Schedule, cell, order, parse_duration, wall_seconds

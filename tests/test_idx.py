@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bench import DataDamaged, DataMissing, Dataset
 from bench.files.download import Remote
-from bench.registry import DATASETS
+from bench.plugins.registry import DATASETS
 from tests import trees
 
 mnist = import_module("bench.datasets.mnist")

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bench import tree
 from bench.data import Images
-from bench.registry import DATASETS, load_plugin
+from bench.plugins.registry import DATASETS, load_plugin
 from bench.results import kept, records
 from bench.results.kept import Kept, Module, NotKept
 from bench.results.record import DamagedResult, Record

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from bench.dataset import DataDamaged, DataMissing
 from bench.files.lists import images_below
-from bench.registry import DATASETS
+from bench.plugins.registry import DATASETS
 from tests import trees
 from tests.kinds import (
     CLASSES,

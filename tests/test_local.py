@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from bench.contract import toy
+from bench.plugins.registry import ALGORITHMS
 from bench.protocol.spelling import parse_algorithms
-from bench.registry import ALGORITHMS
 from bench.training.rounds import Run
 from bench.tree import largest_difference
 from tests.by_hand import data_of, trained

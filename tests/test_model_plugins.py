@@ -18,8 +18,8 @@ from bench import Block, Network, Tree, keys
 from bench.command import scaffold
 from bench.contract import networks
 from bench.models import BUILT_IN, MODELS, build, layers
+from bench.plugins.registry import ALGORITHMS, DATASETS, BadPlugin, load_plugin, register
 from bench.protocol.settings import BadConfig
-from bench.registry import ALGORITHMS, DATASETS, BadPlugin, load_plugin, register
 from bench.sweep.cluster import packed, unpacked
 from bench.sweep.config import Run, Sweep
 from tests.test_plugins import OFF, Bench, bench, digest

@@ -33,9 +33,9 @@ from bench.models.mobilenets import MobileNetV2
 from bench.models.networks import Network
 from bench.models.resnets import ResNet50
 from bench.models.weights import BadWeights
+from bench.plugins.registry import ALGORITHMS, DATASETS
 from bench.preparing.embedding import CHUNK, Embedding
 from bench.protocol.settings import SETTINGS, named
-from bench.registry import ALGORITHMS, DATASETS
 from bench.training.engine import TOLERANCE
 from bench.training.rounds import Run
 

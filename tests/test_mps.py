@@ -13,8 +13,8 @@ from bench import Uploads, keys, tree
 from bench.command.embed import embed_command
 from bench.command.run import run_command
 from bench.contract import toy
+from bench.plugins.registry import ALGORITHMS
 from bench.protocol.settings import BadConfig
-from bench.registry import ALGORITHMS
 from bench.sweep.cluster import cores
 from bench.sweep.config import resolve_device
 from bench.training import memory

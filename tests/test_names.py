@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from bench.command.main import _VERBS, main
-from bench.names import close, meant, near, with_article
+from bench.plugins.names import close, meant, near, with_article
+from bench.plugins.registry import ALGORITHMS, DATASETS, BadPlugin, UnknownPlugin, label, load_plugin
 from bench.protocol.presets import Choice, Preset
 from bench.protocol.settings import NAMED, READ_BY, BadConfig
 from bench.protocol.spelling import parse_algorithms, parse_assignments, parse_dataset, respell
-from bench.registry import ALGORITHMS, DATASETS, BadPlugin, UnknownPlugin, label, load_plugin
 from bench.sweep.config import resolve_setting
 
 Bench = Callable[..., tuple[int, str, str]]

@@ -13,9 +13,9 @@ from bench import DataDamaged, DataMissing, Dataset
 from bench.command.data import data_command
 from bench.command.main import main
 from bench.files.listing import Listing
+from bench.plugins.registry import DATASETS
 from bench.preparing import at_once
 from bench.preparing.preparation import prepare
-from bench.registry import DATASETS
 from tests import trees
 from tests.kinds import complaint
 from tests.shots import Heard

@@ -23,8 +23,8 @@ from bench import DataDamaged, DataMissing, Dataset, Splits
 from bench.command.data import data_command
 from bench.command.main import main
 from bench.files import pack, source
+from bench.plugins.registry import DATASETS
 from bench.protocol.settings import PROFILES, BadConfig
-from bench.registry import DATASETS
 from bench.splits.longtail import subsample
 from tests import trees
 

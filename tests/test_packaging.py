@@ -78,7 +78,7 @@ def test_a_wheel_holds_one_top_level_package_with_the_plugins_inside(tmp_path: P
         archive.extractall(tmp_path / "site")
     code = """
         import sys
-        from bench.registry import ALGORITHMS, DATASETS
+        from bench.plugins.registry import ALGORITHMS, DATASETS
         assert ALGORITHMS["fedrep"].__module__ == "bench.algorithms.fedrep"
         assert "digits" in list(DATASETS)
         print(sys.modules["bench.algorithms.fedrep"].__file__)

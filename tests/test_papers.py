@@ -21,8 +21,8 @@ from bench.contract import toy
 from bench.contract.toy import finish, states, upload_once
 from bench.contract.toy import run as toy_run
 from bench.models import layers
+from bench.plugins.registry import ALGORITHMS
 from bench.protocol.settings import Setting
-from bench.registry import ALGORITHMS
 from bench.training.rounds import Run
 from bench.tree import largest_difference
 

@@ -15,8 +15,8 @@ from click.testing import CliRunner
 
 from bench.command.main import main
 from bench.dataset import Labels
+from bench.plugins.registry import ALGORITHMS, DATASETS
 from bench.protocol.settings import LATER, READ_BY, BadConfig, Setting
-from bench.registry import ALGORITHMS, DATASETS
 from bench.splits.dealing import PartitionFailed, Pool
 from bench.splits.partition import PARTITIONS
 from bench.splits.split import Split, describe, make_split

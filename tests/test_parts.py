@@ -38,13 +38,13 @@ from bench.contract.promises import ContractBroken, findings
 from bench.data import Batch
 from bench.losses import cross_entropy, mean
 from bench.part import Part
+from bench.plugins.registry import ALGORITHMS, PARTS, UnknownPlugin, label, name
 from bench.protocol import composed
 from bench.protocol.composed import Composed
 from bench.protocol.composition import compose, is_neutral, refusal
 from bench.protocol.presets import PAPER, Choice, Preset
 from bench.protocol.settings import BadConfig
 from bench.protocol.spelling import parse_algorithms
-from bench.registry import ALGORITHMS, PARTS, UnknownPlugin, label, name
 from bench.results import comparison, records
 from bench.results.leaderboard import leaderboards
 from bench.sweep import config, driver

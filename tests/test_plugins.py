@@ -13,8 +13,8 @@ import pytest
 
 from bench.command import scaffold
 from bench.command.main import main
+from bench.plugins.registry import ALGORITHMS, REGISTRIES
 from bench.protocol.settings import BadConfig
-from bench.registry import ALGORITHMS, REGISTRIES
 
 OFF = ("--ray", "off", "--tracking-uri", "off", "--json")
 

@@ -19,8 +19,8 @@ from bench.algorithm import Algorithm
 from bench.contract import toy
 from bench.data import AUGMENTATIONS, Images
 from bench.dataset import Labels, Splits
+from bench.plugins.registry import ALGORITHMS
 from bench.protocol.settings import Setting
-from bench.registry import ALGORITHMS
 from bench.splits.split import PartitionFailed, make_split
 from bench.training import states
 from bench.training.job import Job

@@ -28,8 +28,8 @@ from bench.files.decode import decode
 from bench.files.photographs import Photographs
 from bench.files.prepared import Plan, find
 from bench.files.unfinished import StoreBusy, StoreUnwritable, writing
+from bench.plugins.registry import DATASETS
 from bench.preparing import preparation
-from bench.registry import DATASETS
 from bench.sweep.cluster import spread
 from tests import trees
 from tests.shots import CHUNK, PIXELS, TEST, TRAIN, Heard, Shots, contents, damage, decoded, prepare, write_shots
@@ -199,7 +199,7 @@ import os, signal, shutil, sys
 from pathlib import Path
 from tests.shots import Heard, Shots, contents, prepare
 from bench.files.prepared import find
-from bench.registry import DATASETS
+from bench.plugins.registry import DATASETS
 
 DATASETS._classes["shots"] = Shots
 root = Path(sys.argv[1])
@@ -426,7 +426,7 @@ from pathlib import Path
 from tests.shots import Heard, Shots, contents, prepare
 from bench.files.unfinished import StoreUnwritable
 from bench.files.prepared import find
-from bench.registry import DATASETS
+from bench.plugins.registry import DATASETS
 
 DATASETS._classes["shots"] = Shots
 root, disk = Path(sys.argv[1]), Path(sys.argv[2])

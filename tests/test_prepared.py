@@ -22,7 +22,7 @@ from bench import DataDamaged, Labels
 from bench.files import prepared
 from bench.files.prepared import Plan, Stored, find
 from bench.files.unfinished import writing
-from bench.registry import DATASETS
+from bench.plugins.registry import DATASETS
 from tests.shots import PIXELS, TEST, TRAIN, Shots, damage, decoded, prepare, streamed, write_shots
 
 

@@ -25,7 +25,7 @@ from scipy.io import savemat
 
 from bench import DataDamaged, DataMissing, Dataset, Splits
 from bench.command.main import main
-from bench.registry import DATASETS
+from bench.plugins.registry import DATASETS
 from bench.splits.split import make_split
 from bench.sweep.config import resolve_setting
 

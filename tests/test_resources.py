@@ -26,7 +26,7 @@ def test_forty_full_personal_resnets_on_cifar10_stay_under_two_gibibytes() -> No
         import torch
         torch.set_num_threads(1)
         from bench.dataset import Labels
-        from bench.registry import ALGORITHMS, DATASETS
+        from bench.plugins.registry import ALGORITHMS, DATASETS
         from bench.training.job import Job
         from bench.training.rounds import Run
         from bench.protocol.settings import SETTINGS

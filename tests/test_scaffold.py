@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from bench import LocalData, Tree, Uploads, tree
 from bench.contract import toy
-from bench.registry import ALGORITHMS
+from bench.plugins.registry import ALGORITHMS
 from bench.training.rounds import Run
 from bench.tree import largest_difference
 

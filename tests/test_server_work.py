@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from bench import Algorithm, Exchange, LocalData, Task, Tree, Uploads
 from bench.contract import toy
 from bench.contract.toy import finish
-from bench.registry import ALGORITHMS
+from bench.plugins.registry import ALGORITHMS
 from bench.results import records
 from bench.sweep import driver
 from bench.sweep.config import Sweep, parse_algorithms, parse_datasets

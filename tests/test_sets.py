@@ -19,11 +19,11 @@ from bench.command.options import Options, defaults
 from bench.command.tune import _studies
 from bench.contract.checks import ALGORITHM_PROMISES
 from bench.contract.promises import ContractBroken
+from bench.plugins.registry import ALGORITHMS, load_plugin
 from bench.protocol.presets import Choice, Preset
 from bench.protocol.sets import FAMILIES, SETS, members
 from bench.protocol.settings import BadConfig
 from bench.protocol.spelling import ask, label, parse_algorithms, parse_datasets, unfold
-from bench.registry import ALGORITHMS, load_plugin
 from bench.results.comparison import choose
 from bench.results.leaderboard import leaderboards
 from bench.sweep.config import Sweep

@@ -16,9 +16,9 @@ from bench import Algorithm, LocalData, Task, Tree, keys, tree
 from bench.command.main import main
 from bench.contract import toy
 from bench.models import is_norm
+from bench.plugins.registry import ALGORITHMS, DATASETS
 from bench.protocol.settings import FIELDS, SETTINGS, BadConfig, named
 from bench.protocol.spelling import parse_assignments
-from bench.registry import ALGORITHMS, DATASETS
 from bench.results import records
 from bench.splits.longtail import class_sizes, group_classes
 from bench.sweep.config import resolve_setting

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from bench.command.plugin import speed_command
-from bench.registry import DATASETS
+from bench.plugins.registry import DATASETS
 from bench.speed import throughput
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from bench import Algorithm, Batch, LocalData, Tree, tree
 from bench.contract import checks, toy
+from bench.plugins.registry import ALGORITHMS
 from bench.protocol.presets import PAPER
-from bench.registry import ALGORITHMS
 from bench.training.rounds import Run
 from bench.tuning.space import space
 

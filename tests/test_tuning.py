@@ -25,10 +25,10 @@ from bench.algorithm import Algorithm
 from bench.command.main import main
 from bench.dataset import Labels, Splits
 from bench.files import source
+from bench.plugins.registry import ALGORITHMS, label
 from bench.protocol import presets
 from bench.protocol.presets import Choice, Preset
 from bench.protocol.settings import BadConfig, Setting
-from bench.registry import ALGORITHMS, label
 from bench.results import records
 from bench.results.claims import claim
 from bench.splits import selection

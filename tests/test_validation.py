@@ -23,8 +23,8 @@ from pyarrow import parquet
 
 from bench.algorithm import Exchange
 from bench.dataset import DataMissing
+from bench.plugins.registry import ALGORITHMS, DATASETS
 from bench.protocol.identity import identify
-from bench.registry import ALGORITHMS, DATASETS
 from bench.results import packed, packing, records, storage, tables
 from bench.results.content import digest
 from bench.results.curves import curves

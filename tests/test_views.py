@@ -10,8 +10,8 @@ import torch
 
 from bench import Algorithm, LocalData, Task, Tree, tree
 from bench.contract import toy
+from bench.plugins.registry import ALGORITHMS
 from bench.protocol.spelling import parse_algorithms
-from bench.registry import ALGORITHMS
 from bench.training import metrics
 from bench.training.rounds import Diverged, Run
 from tests import by_hand

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench import Algorithm, Tree, Uploads, tree
 from bench.contract import toy
-from bench.registry import ALGORITHMS
+from bench.plugins.registry import ALGORITHMS
 from bench.tree import largest_difference
 
 CHEAP: dict[str, dict[str, Any]] = {

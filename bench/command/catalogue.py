@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.face.asked import DEFAULT_SETTING
-from bench.names import meant, near
-from bench.registry import ALGORITHMS, DATASETS, MODELS, PARTS, Registry, UnknownPlugin
+from bench.plugins.names import meant, near
+from bench.plugins.registry import ALGORITHMS, DATASETS, MODELS, PARTS, Registry, UnknownPlugin
 
 if TYPE_CHECKING:
     from bench.algorithm import Adaptation, Algorithm

@@ -61,7 +61,7 @@ def eval_command(
 
     from bench.files import data_root as root_of
     from bench.files import source
-    from bench.registry import load_plugin
+    from bench.plugins.registry import load_plugin
     from bench.results.kept import load
     from bench.results.retest import retest
 
@@ -108,7 +108,7 @@ def _dataset(text: str) -> tuple[Dataset, str]:
 
 def _require_fit(network: Network, dataset: Dataset) -> None:
     """Require images that the models take, of classes that they know."""
-    from bench.registry import label
+    from bench.plugins.registry import label
 
     if dataset.num_classes != network.classes:
         said = f"has {dataset.num_classes} classes, and the models tell {network.classes} apart"
@@ -173,7 +173,7 @@ def _measures(name: str, found: Retested) -> dict[str, float | None]:
 def _document(
     record: Record, dataset: Dataset, part: str, dealt: bool, found: Mapping[str, Retested]
 ) -> dict[str, object]:
-    from bench.registry import label
+    from bench.plugins.registry import label
 
     models = {}
     for name, each in found.items():
@@ -192,7 +192,7 @@ def _print(record: Record, dataset: Dataset, part: str, dealt: bool, found: Mapp
     from rich.table import Table
     from rich.text import Text
 
-    from bench.registry import label
+    from bench.plugins.registry import label
     from bench.results.layout import ABSENT
 
     where = "new clients have their own images" if dealt else "every model has all images"

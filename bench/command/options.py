@@ -12,7 +12,7 @@ import click
 
 from bench.command.typed import Choice
 from bench.face.asked import DEFAULT_ALGORITHMS, DEFAULT_DATASET, DEFAULT_SETTING, Asked
-from bench.names import meant, near
+from bench.plugins.names import meant, near
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,8 +61,8 @@ def check_command(name: str, plugin: Path | None, kind: str | None, as_json: boo
 
     from bench.command.catalogue import PLUGINS
     from bench.contract import checks, networks, parts
-    from bench.names import near
-    from bench.registry import UnknownPlugin, load_plugin
+    from bench.plugins.names import near
+    from bench.plugins.registry import UnknownPlugin, load_plugin
 
     if plugin is not None:
         load_plugin(plugin)
@@ -130,9 +130,9 @@ def speed_command(
 
 
 def _both_engines(model: str, dataset: str, batch_size: int | None, plugin: Path | None) -> Any:
+    from bench.plugins.registry import load_plugin
     from bench.protocol.settings import named
     from bench.protocol.spelling import parse_dataset
-    from bench.registry import load_plugin
     from bench.speed import throughput
 
     if plugin is not None:

@@ -83,9 +83,9 @@ def check_command(name: str, jobs: int | None, data_root: Path | None) -> int:
 
     Photographs are decoded, each of them, and a prepared store is compared with its checksums.
     """
-    from bench import registry
     from bench.dataset import DataDamaged
     from bench.files import data_root as choose
+    from bench.plugins import registry
     from bench.preparing import preparation
     from bench.sweep.config import parse_dataset
 

@@ -67,7 +67,7 @@ def validate_command(
     import torch
 
     from bench.files import data_root as root_of
-    from bench.registry import load_plugin
+    from bench.plugins.registry import load_plugin
     from bench.validation.report import summary, validate
 
     torch.set_num_threads(1)
@@ -230,7 +230,7 @@ def submit_command(out: Path, to: Path, data_root: Path | None, plugins: tuple[P
     import torch
 
     from bench.files import data_root as root_of
-    from bench.registry import load_plugin
+    from bench.plugins.registry import load_plugin
     from bench.results import packed, packing
     from bench.validation import submission
     from bench.validation.report import validate

@@ -6,9 +6,9 @@ import keyword
 from pathlib import Path
 from typing import Any
 
-from bench.names import with_article
+from bench.plugins.names import with_article
+from bench.plugins.registry import ALGORITHMS, DATASETS, MODELS, PARTS, Registry
 from bench.protocol.settings import BadConfig
-from bench.registry import ALGORITHMS, DATASETS, MODELS, PARTS, Registry
 
 _ALGORITHM = '''"""{Class}: one line on what it does that others do not.
 

@@ -60,7 +60,7 @@ def show_command(name: str, plugin: Path | None, kind: str | None, dataset: str,
     bench show mine --plugin mine.py
     """
     from bench.command import catalogue
-    from bench.registry import UnknownPlugin, load_plugin
+    from bench.plugins.registry import UnknownPlugin, load_plugin
 
     if plugin is not None:
         load_plugin(plugin)

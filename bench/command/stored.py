@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bench.names import meant
+from bench.plugins.names import meant
 
 if TYPE_CHECKING:
     from bench.results.record import Record

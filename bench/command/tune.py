@@ -83,9 +83,9 @@ def _tune(options: Options, trials: int, target: str, fields: str | None, valida
         raise BadConfig("optuna is not installed, which chooses what is tried; pip install optuna")
     import torch
 
+    from bench.plugins.registry import label
     from bench.protocol import presets
     from bench.protocol.spelling import split_list
-    from bench.registry import label
     from bench.results.storage import place, prepare
     from bench.tuning.book import check, opened
     from bench.tuning.choice import best, kept, preset
@@ -187,7 +187,7 @@ def _command() -> str:
 
 def _say(book: Book, trials: int) -> None:
     """Say what is tuned, and how far it has come."""
-    from bench.registry import label
+    from bench.plugins.registry import label
 
     first = book.studies[0]
     share, seeds = f"{first.share:.0%}", ",".join(map(str, first.seeds))
@@ -208,7 +208,7 @@ def _spell_values(values: Any) -> str:
 
 
 def _teller(trials: int) -> Callable[[Study, Trial], None]:
-    from bench.registry import label
+    from bench.plugins.registry import label
 
     def tell(study: Study, trial: Trial) -> None:
         values = ", ".join(f"{name} {_value(value)}" for name, value in trial.values.items()) or "as written"
@@ -232,7 +232,7 @@ def _print(book: Book) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from bench.registry import label
+    from bench.plugins.registry import label
     from bench.tuning.choice import best, scored_by
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
@@ -264,7 +264,7 @@ def _processed(cost: Mapping[str, float | None]) -> float:
 
 
 def _as_json(book: Book, file: Path | None) -> dict[str, Any]:
-    from bench.registry import label
+    from bench.plugins.registry import label
     from bench.tuning.choice import best, scored_by
 
     studies = [

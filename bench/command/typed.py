@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from bench.names import close, meant, near
+from bench.plugins.names import close, meant, near
 
 
 class Choice(click.Choice[str]):

@@ -26,9 +26,9 @@ from bench.contract import datasets, probes, toy
 from bench.contract.promises import Finding, findings, require
 from bench.data import Uploads
 from bench.dataset import Dataset
+from bench.plugins.registry import ALGORITHMS
 from bench.protocol.composition import refusal
 from bench.protocol.sets import FAMILIES
-from bench.registry import ALGORITHMS
 from bench.splits.auxiliary import NEEDS
 from bench.training import engine as engines
 from bench.training.rounds import Run

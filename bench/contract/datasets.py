@@ -12,7 +12,7 @@ import torch
 from bench.contract.promises import ContractBroken, require
 from bench.dataset import DataDamaged, DataMissing, Dataset
 from bench.files import data_root
-from bench.registry import DATASETS
+from bench.plugins.registry import DATASETS
 
 
 def name_is_file_name(plugin: type[Dataset]) -> None:

@@ -6,7 +6,7 @@ import inspect
 import math
 import pickle
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from bench.contract import toy
 from bench.contract.promises import Finding, findings, require
 from bench.models import BUILT_IN, Network, block_of, is_norm
 from bench.models.layers import NORMS, Recorder, training
-from bench.registry import MODELS
+from bench.plugins.registry import MODELS
 from bench.training import engine as engines
 from bench.training.rounds import Run
 from bench.tree import Tree
@@ -231,8 +231,8 @@ def _run(network: type[Network], engine: str = "serial", checkpoint: Path | None
     return toy.run(toy.Host(), engine, setting=setting, sizes=_SIZES, checkpoint=checkpoint, dataset=pictures)
 
 
-def _listed(names: object) -> str:
-    return ", ".join(sorted(map(str, names))) or "none"  # type: ignore[call-overload]
+def _listed(names: Iterable[object]) -> str:
+    return ", ".join(sorted(map(str, names))) or "none"
 
 
 PROMISES: Mapping[str, Callable[[type[Network]], None]] = {

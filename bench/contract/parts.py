@@ -18,9 +18,9 @@ from bench.contract import checks, toy
 from bench.contract.promises import Finding, findings, require
 from bench.data import Batch
 from bench.part import Aggregation, Channel, Correction, Loss, Part, UsesPrior
+from bench.plugins.registry import PARTS
 from bench.protocol.composed import Composed
 from bench.protocol.composition import compose, is_neutral
-from bench.registry import PARTS
 from bench.training import engine as engines
 from bench.training.rounds import Run
 from bench.tree import Tree

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bench import blame
-from bench.registry import plugin_files
+from bench.plugins import blame
+from bench.plugins.registry import plugin_files
 
 
 class ContractBroken(AssertionError):

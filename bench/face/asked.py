@@ -76,13 +76,13 @@ def sweep(asked: Asked) -> Sweep:
     Raises:
         BadConfig, BadPlugin, UnknownPlugin: It makes no sense; the message says what would.
     """
-    from bench.cells import note_sources
     from bench.files import data_root
-    from bench.names import meant
+    from bench.plugins.cells import note_sources
+    from bench.plugins.names import meant
+    from bench.plugins.registry import load_plugin
     from bench.protocol.presets import parse_presets
     from bench.protocol.settings import SETTINGS, BadConfig
     from bench.protocol.spelling import ask, parse_assignments, parse_numbers, split_list
-    from bench.registry import load_plugin
     from bench.sweep import config
 
     stems = [file.stem for file in asked.plugin]
@@ -156,7 +156,7 @@ def pool(asked: Asked, device: str, todo: int, warn: Callable[[str], None]) -> P
 def mirror(asked: Asked, read: Sweep, todo: int, command: str, warn: Callable[[str], None]) -> Mirror | None:
     """Open MLflow, where so many runs will be shown; None where they will not."""
     from bench import tracking
-    from bench.registry import label
+    from bench.plugins.registry import label
 
     given = asked.tracking_uri
     if given == "off" or (given is None and todo == 0):

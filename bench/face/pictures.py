@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from bench.names import near
+from bench.plugins.names import near
 from bench.protocol.settings import BadConfig
 from bench.results.comparison import spell_p
 from bench.results.layout import title

@@ -206,7 +206,7 @@ class _InNotebook(Progress):
         from IPython.display import display  # a notebook has it
 
         self.shown = time.monotonic()
-        self.place = display(self, display_id=True)  # type: ignore[no-untyped-call]
+        self.place = display(self, display_id=True)
 
     def update(self, task_id: TaskID, **changed: Any) -> None:
         """Change a bar."""

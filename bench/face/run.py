@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.algorithm import Algorithm
-from bench.cells import enter
 from bench.dataset import Dataset
 from bench.face.asked import DEFAULT_ALGORITHMS, DEFAULT_DATASET, DEFAULT_SETTING, Asked
+from bench.plugins.cells import enter
 from bench.protocol.settings import BadConfig
-from bench.registry import load_plugin
 from bench.results import records
 
 if TYPE_CHECKING:
@@ -108,9 +107,6 @@ def run(
     from bench.face.runs import Runs
     from bench.face.sweeping import perform
 
-    files = tuple(map(Path, _several(plugin)))
-    for file in files:  # before its names are looked up
-        load_plugin(file)
     given: dict[str, Any] = {key: value for key, value in locals().items() if key in _NAMES}
     asked = Asked(
         **{
@@ -120,7 +116,7 @@ def run(
             "imbalance": _text(imbalance),
             "alpha": _text(alpha),
             "seeds": str(seeds) if isinstance(seeds, int | str) else ",".join(map(str, seeds)) + ",",
-            "plugin": files,
+            "plugin": tuple(map(Path, _several(plugin))),
             "weights": None if weights is None else Path(weights),
             "set": set or {},
             "out": Path(out),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.face.comparing import Compared, compare
 from bench.face.shown import as_text
-from bench.names import near
+from bench.plugins.names import near
 from bench.protocol.settings import BadConfig
 from bench.results import classes, comparison, records, table
 from bench.results.layout import main_columns

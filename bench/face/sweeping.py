@@ -16,8 +16,8 @@ from bench.face.asked import Asked
 from bench.face.preparing import prepare_own
 from bench.face.progress import Display
 from bench.face.wording import duration
+from bench.plugins.registry import label
 from bench.protocol.presets import remarks
-from bench.registry import label
 from bench.results import records
 from bench.results.storage import prepare
 from bench.results.table import leaderboards, render

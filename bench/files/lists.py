@@ -31,7 +31,7 @@ from bench.dataset import DataDamaged, DataMissing
 from bench.files.download import Remote, fetch_all
 from bench.files.listing import Listing, Part
 from bench.files.photographs import Photographs
-from bench.registry import label, name
+from bench.plugins.registry import label, name
 
 PACKED = ("", ".xz", ".gz")
 """Endings that a list may have on the disk; the first that is there is read."""

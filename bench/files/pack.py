@@ -29,7 +29,7 @@ from numpy.lib import format as npy
 from torch import Tensor
 
 from bench.dataset import DataDamaged, DataMissing, Dataset, Labels, Splits, Streamed
-from bench.registry import label, name, source_digest
+from bench.plugins.registry import label, name, source_digest
 
 FORMAT = 1
 _PIECE = 1 << 24

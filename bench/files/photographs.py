@@ -11,7 +11,7 @@ from typing import ClassVar
 from bench.dataset import DataDamaged, DataMissing, Dataset, Labels, Splits
 from bench.files import prepared
 from bench.files.listing import Listing
-from bench.registry import label
+from bench.plugins.registry import label
 
 
 @dataclass(frozen=True, kw_only=True)

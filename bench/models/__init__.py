@@ -36,8 +36,8 @@ from bench.models.resnets import (
     ResNet50,
     ResNet56,
 )
-from bench.names import near
-from bench.registry import MODELS as MODELS
+from bench.plugins.names import near
+from bench.plugins.registry import MODELS as MODELS
 
 
 class BadModel(ValueError):

@@ -1,1 +1,1 @@
-"""Built-in parts, a file each; found by name through `bench.registry.PARTS`."""
+"""Built-in parts, a file each; found by name through `bench.plugins.registry.PARTS`."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from bench.dataset import DataDamaged, Dataset
 from bench.files.photographs import Photographs
 from bench.files.prepared import find
+from bench.plugins.registry import label
 from bench.preparing.preparation import Progress, prepare
-from bench.registry import label
 
 MOST = 10_000
 """Photographs that are prepared without being asked for: a minute or two on one core."""

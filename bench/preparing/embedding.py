@@ -16,9 +16,9 @@ from bench.dataset import DataMissing, Dataset, Splits, Streamed
 from bench.files.prepared import PARTS, Chunk, Plan, Store, Stored, find
 from bench.files.unfinished import writing
 from bench.models import BUILT_IN, Model, build, weights
+from bench.plugins.registry import label, name
 from bench.preparing.preparation import Progress
 from bench.protocol.identity import identify
-from bench.registry import label, name
 from bench.sweep.config import describe_model, describe_plugin
 from bench.tree import Tree
 

@@ -20,7 +20,7 @@ from bench.files.listing import Listing, Part
 from bench.files.photographs import Photographs
 from bench.files.prepared import PARTS, Chunk, Plan, Store, find
 from bench.files.unfinished import Unfinished, explained, in_words, tidy, writing
-from bench.registry import label
+from bench.plugins.registry import label
 from bench.sweep.cluster import spread
 
 CHUNK = 128

@@ -9,9 +9,9 @@ from typing import Any
 
 from bench.algorithm import Algorithm, is_usual
 from bench.part import Aggregation, Channel, Correction, Loss, Part
+from bench.plugins.registry import label, name
 from bench.protocol.composed import Composed
 from bench.protocol.settings import BadConfig
-from bench.registry import label, name
 
 KINDS = ("loss", "channel", "aggregation", "correction")
 """In the order in which parts are written."""

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from bench.algorithm import Algorithm
+from bench.plugins.registry import label
 from bench.protocol.composition import prefixed, with_values
 from bench.protocol.settings import BadConfig
 from bench.protocol.spelling import parse_algorithms, respell, split_list
-from bench.registry import label
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter

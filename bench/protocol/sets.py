@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.registry import ALGORITHMS
+from bench.plugins.registry import ALGORITHMS
 
 PREFIX = "set:"
 EVERYTHING = "all"

@@ -19,13 +19,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from bench.algorithm import Algorithm
 from bench.dataset import Dataset
-from bench.names import meant, near
+from bench.plugins.names import meant, near
+from bench.plugins.registry import ALGORITHMS, DATASETS, PARTS, BadPlugin, Registry, UnknownPlugin
+from bench.plugins.registry import label as label
+from bench.plugins.registry import name as name
 from bench.protocol.composition import compose
 from bench.protocol.sets import PREFIX, SETS, members
 from bench.protocol.settings import BadConfig
-from bench.registry import ALGORITHMS, DATASETS, PARTS, BadPlugin, Registry, UnknownPlugin
-from bench.registry import label as label
-from bench.registry import name as name
 
 P = TypeVar("P")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from bench.names import near
+from bench.plugins.names import near
 from bench.protocol.settings import BadConfig
 from bench.results import classes, layout
 from bench.results.leaderboard import Leaderboard, leaderboards, suffix

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from statistics import variance
 from typing import Any
 
-from bench.names import meant, near
+from bench.plugins.names import meant, near
 from bench.protocol.identity import canonical
 from bench.protocol.sets import EVERYTHING, PREFIX
 from bench.protocol.settings import BadConfig

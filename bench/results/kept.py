@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bench import keys, models, tree
 from bench.algorithm import Algorithm, method_of
-from bench.registry import ALGORITHMS, source_digest
+from bench.plugins.registry import ALGORITHMS, source_digest
 from bench.results.record import DOCUMENT, MODELS, DamagedResult, Record
 from bench.task import Task
 from bench.training.job import PRECISIONS

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from bench.dataset import Dataset, Labels, Splits, Streamed
 from bench.files import source
+from bench.plugins.registry import label, name
 from bench.protocol.settings import BadConfig, Setting
 from bench.protocol.spelling import parse_dataset
-from bench.registry import label, name
 from bench.splits.longtail import Rows, shuffled, subsample
 
 NEEDS = frozenset({"auxiliary", "public"})

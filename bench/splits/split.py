@@ -16,7 +16,7 @@ from scipy.sparse import coo_array, csr_array
 from torch import Tensor
 
 from bench.dataset import DataDamaged, Labels
-from bench.names import near
+from bench.plugins.names import near
 from bench.protocol.settings import READ_BY, Setting
 from bench.splits.dealing import PartitionFailed as PartitionFailed
 from bench.splits.dealing import Pool, reseed

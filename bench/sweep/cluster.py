@@ -15,9 +15,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bench import cells
+from bench.plugins import cells
+from bench.plugins.registry import load_plugin
 from bench.protocol.settings import BadConfig
-from bench.registry import load_plugin
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")

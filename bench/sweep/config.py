@@ -16,8 +16,9 @@ from bench.algorithm import Algorithm
 from bench.dataset import Dataset, Labels, Splits
 from bench.models import BUILT_IN, MODELS, build, has_body
 from bench.models.weights import digest, read
-from bench.names import meant, near
 from bench.part import Part
+from bench.plugins.names import meant, near
+from bench.plugins.registry import source_digest
 from bench.protocol.identity import identify
 from bench.protocol.presets import DEFAULT, Preset
 from bench.protocol.settings import LATER, NAMED, READ_BY, SETTINGS, WITHOUT_ALPHA, BadConfig, Setting, named
@@ -28,7 +29,6 @@ from bench.protocol.spelling import parse_dataset as parse_dataset
 from bench.protocol.spelling import parse_datasets as parse_datasets
 from bench.protocol.spelling import parse_imbalance as parse_imbalance
 from bench.protocol.spelling import parse_seeds as parse_seeds
-from bench.registry import source_digest
 from bench.splits import auxiliary
 from bench.splits.auxiliary import Reserve
 from bench.splits.split import PARTITIONS

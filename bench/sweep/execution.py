@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from bench import blame
 from bench.algorithm import Misnamed
 from bench.dataset import Dataset, Labels, Splits
 from bench.files import source
+from bench.plugins import blame
+from bench.plugins.registry import plugin_files
 from bench.protocol import provenance
 from bench.protocol.settings import BadConfig
 from bench.protocol.spelling import label, name
-from bench.registry import plugin_files
 from bench.results import records, tables
 from bench.results.claims import Claimed, claim
 from bench.splits.split import Split, describe, group_classes, make_split

@@ -27,13 +27,14 @@ from typing import Any
 
 import torch
 
-from bench import blame, tree
+from bench import tree
 from bench.dataset import DataDamaged, DataMissing, Dataset
 from bench.durable import put
 from bench.files import source
+from bench.plugins import blame
+from bench.plugins.registry import load_plugin, plugin_files
 from bench.protocol import provenance
 from bench.protocol.identity import identify
-from bench.registry import load_plugin, plugin_files
 from bench.splits.split import make_split
 from bench.sweep.config import Run
 from bench.sweep.schedule import Forecast, average, cell, cell_of, order, wall_seconds

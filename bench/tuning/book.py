@@ -12,8 +12,8 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from bench.files import source
+from bench.plugins.registry import label
 from bench.protocol.settings import BadConfig
-from bench.registry import label
 from bench.results.claims import Claimed, claim
 from bench.results.storage import place, prepare
 from bench.splits import selection

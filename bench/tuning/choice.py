@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from bench.plugins.registry import label
 from bench.protocol.presets import Choice, Preset
 from bench.protocol.settings import BadConfig
-from bench.registry import label
 from bench.tuning.book import Book
 from bench.tuning.study import Study, Trial
 

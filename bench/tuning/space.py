@@ -10,9 +10,9 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from bench.algorithm import Algorithm
 from bench.part import Part
+from bench.plugins.registry import label
 from bench.protocol.composition import prefixed
 from bench.protocol.settings import BadConfig
-from bench.registry import label
 
 LR = "lr"
 """The setting's learning rate, beside an algorithm's own fields."""

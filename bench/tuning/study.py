@@ -13,9 +13,9 @@ import optuna
 from optuna.distributions import BaseDistribution, distribution_to_json
 
 from bench.algorithm import Algorithm
+from bench.plugins.registry import label
 from bench.protocol.composition import values_of, with_values
 from bench.protocol.identity import identify
-from bench.registry import label
 from bench.sweep.config import Run
 from bench.tuning.space import LR, rounded
 

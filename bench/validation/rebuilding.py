@@ -16,11 +16,11 @@ from pydantic import TypeAdapter, ValidationError
 from bench.algorithm import Algorithm
 from bench.dataset import Dataset
 from bench.models import MODELS
+from bench.plugins.registry import ALGORITHMS, DATASETS, PARTS, BadPlugin, Registry, UnknownPlugin
 from bench.protocol.composition import compose
 from bench.protocol.identity import canonical, identify
 from bench.protocol.settings import SETTINGS, BadConfig, Setting
 from bench.protocol.spelling import label, name
-from bench.registry import ALGORITHMS, DATASETS, PARTS, BadPlugin, Registry, UnknownPlugin
 from bench.results.record import Record
 from bench.splits import auxiliary
 from bench.sweep.config import Run

@@ -1,8 +1,8 @@
 """Plug-ins that are in no file of their own: classes written in a notebook's cell, or in a script or module.
 
 A result's identity must tell one version of a plug-in from the next, and workers must get it. A plug-in file has a
-digest and is sent whole (`bench.registry.load_plugin`); of a class elsewhere the source is looked up, with that of what
-it uses from the same place, and the class itself is sent.
+digest and is sent whole (`bench.plugins.registry.load_plugin`); of a class elsewhere the source is looked up, with that
+of what it uses from the same place, and the class itself is sent.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from importlib.metadata import entry_points
 from types import CodeType, FunctionType
 from typing import Any
 
-from bench.registry import REGISTRIES, BadPlugin, register
+from bench.plugins.registry import REGISTRIES, BadPlugin, register
 
 Sent = list[tuple[str, type]]
 """Names and classes, for another process."""
@@ -39,7 +39,7 @@ def note_sources() -> None:
         BadPlugin: It is not known, as of a class typed at a prompt.
     """
     for _, plugin in _loose():
-        plugin.__plugin_digest__ = source(plugin)  # type: ignore[attr-defined]
+        plugin.__plugin_digest__ = source(plugin)  # type: ignore[attr-defined]  # a module has it too: source_digest
 
 
 def packed(value: Any) -> bytes:
@@ -128,9 +128,11 @@ def _text(thing: Any) -> str:
     for code in _codes(thing):  # Python before 3.13 does not know where a class stands that is in no module's file
         tree = ast.parse("".join(lines := linecache.getlines(code.co_filename)))
         for node in ast.walk(tree):
-            wanted = isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == thing.__name__
-            if wanted and (end := getattr(node, "end_lineno", 0)) >= code.co_firstlineno:
-                start = min(each.lineno for each in (node, *node.decorator_list))  # type: ignore[attr-defined]
+            if not isinstance(node, ast.ClassDef | ast.FunctionDef) or node.name != thing.__name__:
+                continue
+            end = node.end_lineno or node.lineno
+            if end >= code.co_firstlineno:
+                start = min(each.lineno for each in (node, *node.decorator_list))
                 return textwrap.dedent("".join(lines[start - 1 : end])).rstrip()
     try:
         return inspect.getsource(thing).rstrip()

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Collection
 from pathlib import Path
 
-_OURS = Path(__file__).parent
+_OURS = Path(__file__).parents[1]
 _LIBRARIES = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
 
 
@@ -19,7 +19,7 @@ def told(error: BaseException, plugins: Collection[str] = ()) -> str:
 
     Args:
         error: As it was caught.
-        plugins: Files of plug-ins, which may lie among ours or a library's: `bench.registry.plugin_files`.
+        plugins: Files of plug-ins, which may lie among ours or a library's: `bench.plugins.registry.plugin_files`.
     """
     first = (str(error).strip() or "no message").splitlines()[0]
     said = f"{type(error).__name__}: {first}"

@@ -18,8 +18,8 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from bench import blame
-from bench.names import meant, near
+from bench.plugins import blame
+from bench.plugins.names import meant, near
 
 T = TypeVar("T", bound=type)
 P = TypeVar("P")
@@ -177,7 +177,7 @@ def load_plugin(path: Path) -> list[str]:
 
 
 def plugin_files() -> set[str]:
-    """Give the files of all plug-ins that were loaded, for `bench.blame`."""
+    """Give the files of all plug-ins that were loaded, for `bench.plugins.blame`."""
     plugins = [
         plugin
         for registry in REGISTRIES
@@ -193,7 +193,7 @@ def plugin_files() -> set[str]:
 
 def source_digest(plugin: type) -> str | None:
     """Give the SHA-256 of the file that `load_plugin` took a class from, or of its source where it stands elsewhere
-    (see `bench.cells`); None for installed ones: they have a version.
+    (see `bench.plugins.cells`); None for installed ones: they have a version.
     """
     own: str | None = vars(plugin).get("__plugin_digest__")
     return own or getattr(sys.modules.get(plugin.__module__), "__plugin_digest__", None)
@@ -240,10 +240,9 @@ def _default(field: Field[Any]) -> object:
     return field.default_factory() if field.default_factory is not MISSING else field.default
 
 
-ALGORITHMS: Registry[Algorithm] = Registry("algorithms", "bench.algorithm.Algorithm")  # type: ignore[name-defined]  # noqa: F821
-DATASETS: Registry[Dataset] = Registry("datasets", "bench.dataset.Dataset")  # type: ignore[name-defined]  # noqa: F821
-PARTS: Registry[Part] = Registry("parts", "bench.part.Part")  # type: ignore[name-defined]  # noqa: F821
-MODELS: Registry[Network] = Registry(  # type: ignore[name-defined]  # noqa: F821
-    "models", "bench.models.networks.Network", a_file_each=False
-)
+# Of any class: what is looked up by name is made by keywords that a person typed.
+ALGORITHMS: Registry[Any] = Registry("algorithms", "bench.algorithm.Algorithm")
+DATASETS: Registry[Any] = Registry("datasets", "bench.dataset.Dataset")
+PARTS: Registry[Any] = Registry("parts", "bench.part.Part")
+MODELS: Registry[Any] = Registry("models", "bench.models.networks.Network", a_file_each=False)
 REGISTRIES: tuple[Registry[Any], ...] = (ALGORITHMS, DATASETS, PARTS, MODELS)
