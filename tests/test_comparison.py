@@ -22,7 +22,8 @@ from scipy import stats
 from bench.command.main import main
 from bench.protocol.settings import BadConfig
 from bench.results import comparison, records, table
-from bench.results.comparison import choose, compare, entrants, part_over_datasets, ranking
+from bench.results.comparison import compare, part_over_datasets, ranking
+from bench.results.entrants import choose, entrants
 from bench.results.layout import best, remarks, resolution
 from bench.results.leaderboard import Leaderboard, leaderboards, measured
 from bench.results.records import Record

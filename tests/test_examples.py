@@ -25,7 +25,7 @@ from bench.plugins.registry import DATASETS
 from bench.preparing.embedding import Embedding
 from bench.protocol.settings import SETTINGS, BadConfig, named
 from bench.splits.split import make_split
-from bench.sweep.config import resolve_setting
+from bench.sweep.resolving import resolve_setting
 from bench.training.population import Population
 from tests.shots import Heard
 from tests.test_resident import at, bench_run, saved

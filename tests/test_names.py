@@ -15,7 +15,7 @@ from bench.plugins.registry import ALGORITHMS, DATASETS, BadPlugin, UnknownPlugi
 from bench.protocol.presets import Choice, Preset
 from bench.protocol.settings import NAMED, READ_BY, BadConfig
 from bench.protocol.spelling import parse_algorithms, parse_assignments, parse_dataset, respell
-from bench.sweep.config import resolve_setting
+from bench.sweep.resolving import resolve_setting
 
 Bench = Callable[..., tuple[int, str, str]]
 

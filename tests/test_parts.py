@@ -45,7 +45,7 @@ from bench.protocol.composition import compose, is_neutral, refusal
 from bench.protocol.presets import PAPER, Choice, Preset
 from bench.protocol.settings import BadConfig
 from bench.protocol.spelling import parse_algorithms
-from bench.results import comparison, records
+from bench.results import entrants, records
 from bench.results.leaderboard import leaderboards
 from bench.sweep import config, driver
 from bench.sweep.config import Sweep, parse_datasets
@@ -855,10 +855,10 @@ def test_rows_of_a_table_are_told_apart_and_found_by_what_a_person_writes(out: P
         "fedavg + focal(detach=False)": "fedavg+focal(gamma=1.0)",
         "fedavg-ft+balanced_softmax+topk(share=0.1)+trimmed_mean+tau_norm": FOUR,
     }
-    assert comparison.choose(boards, wanted) == list(dict.fromkeys(wanted.values()))
+    assert entrants.choose(boards, wanted) == list(dict.fromkeys(wanted.values()))
     for word in ("fedavg+focal(gamma=3.0)", "fedavg+topk", "focal", "fedavg+focal+"):
         with pytest.raises(BadConfig):
-            comparison.choose(boards, [word])
+            entrants.choose(boards, [word])
 
 
 def test_mlflow_is_told_of_method_and_parts(out: Path) -> None:

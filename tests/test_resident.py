@@ -27,7 +27,7 @@ from bench import DataDamaged, DataMissing, Dataset, Splits
 from bench.command.main import main
 from bench.plugins.registry import DATASETS
 from bench.splits.split import make_split
-from bench.sweep.config import resolve_setting
+from bench.sweep.resolving import resolve_setting
 
 femnist = import_module("bench.datasets.femnist")
 arrays = import_module("bench.datasets.arrays")

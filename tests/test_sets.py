@@ -24,7 +24,7 @@ from bench.protocol.presets import Choice, Preset
 from bench.protocol.sets import FAMILIES, SETS, members
 from bench.protocol.settings import BadConfig
 from bench.protocol.spelling import ask, label, parse_algorithms, parse_datasets, unfold
-from bench.results.comparison import choose
+from bench.results.entrants import choose
 from bench.results.leaderboard import leaderboards
 from bench.sweep.config import Sweep
 from tests.test_results import record

@@ -21,7 +21,7 @@ from bench.protocol.settings import FIELDS, SETTINGS, BadConfig, named
 from bench.protocol.spelling import parse_assignments
 from bench.results import records
 from bench.splits.longtail import class_sizes, group_classes
-from bench.sweep.config import resolve_setting
+from bench.sweep.resolving import resolve_setting
 from bench.training.engine import TOLERANCE
 from bench.training.job import surroundings
 from bench.training.population import draw_cohort

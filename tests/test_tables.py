@@ -17,8 +17,9 @@ from bench.command import stored
 from bench.command.main import main
 from bench.results import records, table
 from bench.results.claims import claim
-from bench.results.comparison import compare, entrants
+from bench.results.comparison import compare
 from bench.results.discarding import discard
+from bench.results.entrants import entrants
 from bench.results.layout import footnotes, remarks, title
 from bench.results.leaderboard import Leaderboard, leaderboards
 from bench.results.versions import stale, version

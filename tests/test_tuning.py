@@ -34,7 +34,8 @@ from bench.results.claims import claim
 from bench.splits import selection
 from bench.splits.dealing import PartitionFailed
 from bench.splits.split import make_split
-from bench.sweep.config import Sweep, parse_algorithms, parse_dataset, resolve_setting
+from bench.sweep.config import Sweep, parse_algorithms, parse_dataset
+from bench.sweep.resolving import resolve_setting
 from bench.training.job import Job
 from bench.training.rounds import Diverged
 from bench.tuning import search as searching

@@ -164,7 +164,8 @@ def pack_command(name: str, imbalance: str | None, profile: str | None, data_roo
     from bench import files
     from bench.files import pack, source
     from bench.splits.longtail import subsample
-    from bench.sweep.config import parse_dataset, parse_imbalance, resolve_setting
+    from bench.sweep.config import parse_dataset, parse_imbalance
+    from bench.sweep.resolving import resolve_setting
 
     dataset = parse_dataset(name)
     given: dict[str, object] = {} if profile is None else {"profile": profile}
@@ -230,7 +231,8 @@ def stats_command(
     from bench.files import source
     from bench.protocol.spelling import parse_assignments
     from bench.splits.split import class_table, describe, make_split
-    from bench.sweep.config import parse_dataset, parse_imbalance, resolve_setting
+    from bench.sweep.config import parse_dataset, parse_imbalance
+    from bench.sweep.resolving import resolve_setting
 
     dataset = parse_dataset(name)
     given = parse_assignments(fields) | {field: value for field, value in overrides.items() if value is not None}

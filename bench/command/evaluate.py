@@ -136,7 +136,7 @@ def _rows(
     import torch
 
     from bench.splits.split import make_split
-    from bench.sweep.config import resolve_setting
+    from bench.sweep.resolving import resolve_setting
 
     of_run = {key: record.setting[key] for key in _OF_THE_SPLIT}
     if dataset.tail == "either" or (record.setting["imbalance"] is None) == (dataset.tail == "natural"):

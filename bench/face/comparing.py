@@ -11,6 +11,7 @@ from bench.protocol.settings import BadConfig
 from bench.results import chosen, comparison
 from bench.results.compared import terminal
 from bench.results.comparison import Comparison
+from bench.results.entrants import choose
 from bench.results.leaderboard import RANKS_BY, Leaderboard
 from bench.results.statistics import Ranking
 
@@ -97,7 +98,7 @@ def compare(boards: Sequence[Leaderboard], algorithms: Sequence[str] = (), metri
     if metric not in known:
         listed = chosen.known(metric, known)
         raise BadConfig(f"--metric {metric}: the results have none that can be compared; {listed}")
-    labels = comparison.choose(boards, algorithms) if algorithms else None
+    labels = choose(boards, algorithms) if algorithms else None
     if labels is not None and len(labels) < 2:
         raise BadConfig(f"{labels[0]}: two algorithms or more are wanted, or none for all")
     compared = comparison.compare(boards, metric, labels)

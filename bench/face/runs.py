@@ -12,7 +12,8 @@ from bench.face.comparing import Compared, compare
 from bench.face.shown import as_text
 from bench.plugins.names import near
 from bench.protocol.settings import BadConfig
-from bench.results import classes, comparison, records, table
+from bench.results import classes, records, table
+from bench.results.entrants import choose
 from bench.results.layout import main_columns
 from bench.results.leaderboard import RANKS_BY, Leaderboard, leaderboards
 from bench.results.record import Record
@@ -61,7 +62,7 @@ class Runs(Sequence[Record]):
         if isinstance(key, int):
             return self._records[key]
         algorithm, seed = key if isinstance(key, tuple) else (key, None)
-        (label,) = comparison.choose(self._boards, [algorithm])
+        (label,) = choose(self._boards, [algorithm])
         members = [each for each in self if _plain(self._labels[each.id]) == _plain(label)]
         found = [each for each in members if seed in (None, each.seed)]
         if not found:
