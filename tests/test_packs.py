@@ -17,6 +17,7 @@ from bench import durable
 from bench.command.main import main
 from bench.protocol.identity import identify
 from bench.results import packed, packing, records
+from bench.results.kept import NotKept
 from tests import thousands
 
 
@@ -272,3 +273,38 @@ def test_what_the_pack_does_not_give_back_is_not_removed(
     monkeypatch.setattr(packing, "same", lambda one, other: one.id != runs(stored)[0].id)
     bench("pack", out, "--to", tmp_path / "pack", "--remove")
     assert [path.name for path in out.iterdir()] == [runs(stored)[0].id]
+
+
+def test_a_site_of_a_pack_carries_the_files_of_its_runs(stored: Path, pack: Path, tmp_path: Path) -> None:
+    for out, site in ((stored, "folders"), (pack.parent, "pack")):
+        assert bench("site", out, "--to", tmp_path / site).startswith("0\n")
+    of_pack, of_folders = contents(tmp_path / "pack"), contents(tmp_path / "folders")
+    assert {path: of_pack[path] for path in of_pack if path.startswith("data/")} == {
+        f"data/{path}": content for path, content in contents(stored).items()
+    }
+    assert of_pack == of_folders
+
+
+def test_compare_takes_a_folder_with_a_pack_for_a_folder(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(pack.parent.parent)
+    told = bench("compare", pack.parent.name, "fedavg", "centralised")
+    assert told.startswith("0\n") and "centralised" in told
+
+
+def test_what_lies_in_a_pack_is_not_cleaned_and_that_is_said(pack: Path) -> None:
+    before = contents(pack)
+    told = bench("clean", pack.parent, "--failed", "--yes")
+    assert told.startswith("0\n") and "0 runs" in told and "removed" not in told
+    assert "7 runs lie in packs, which stay as they are; bench pack --unpack takes one apart" in told
+    assert contents(pack) == before
+
+
+def test_a_pack_has_no_kept_models_and_says_so(stored: Path, tmp_path: Path) -> None:
+    (first, *_) = runs(stored)
+    document = json.loads((first.folder / "run.json").read_text())
+    shutil.copytree(first.folder, tmp_path / "runs" / first.id)
+    listed = {**document, "models": {"server.safetensors": "0" * 64}}
+    (tmp_path / "runs" / first.id / "run.json").write_text(json.dumps(listed))
+    packing.pack(runs(tmp_path / "runs"), tmp_path / "in" / "pack")
+    with pytest.raises(NotKept, match="lies in a pack, and models are not packed"):
+        runs(tmp_path / "in")[0].model("generic")

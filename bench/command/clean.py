@@ -33,8 +33,12 @@ def clean_command(out: Path, stale: bool, failed: bool, dry_run: bool, yes: bool
     from bench.results.discarding import discard, size
     from bench.results.versions import stale as older
 
-    found = read_stored(out)
-    old = older(found)
+    stored = read_stored(out)
+    old = older(stored)
+    found = [record for record in stored if record.pack is None]
+    if in_packs := len(stored) - len(found):
+        lie = "run lies" if in_packs == 1 else "runs lie"
+        click.echo(f"{in_packs} {lie} in packs, which stay as they are; bench pack --unpack takes one apart")
     kinds = {
         "stale": [record for record in found if record.id in old],
         "failed": [record for record in found if record.status == "failed"],

@@ -87,9 +87,11 @@ def _folder(words: tuple[str, ...]) -> tuple[Path | None, tuple[str, ...]]:
     """Take the folder off the words: the first, if it is one and is written as a path or holds runs."""
     if not words or not Path(words[0]).is_dir():
         return None, words
+    from bench.results.records import holds_runs
+
     first = Path(words[0])
     written = first.name != words[0]  # a folder beside us may be called like an algorithm
-    return (first, words[1:]) if written or any(first.glob("*/run.json")) else (None, words)
+    return (first, words[1:]) if written or holds_runs(first) else (None, words)
 
 
 def _print(compared: Compared) -> None:

@@ -45,8 +45,8 @@ class Network:
     """Key in `bench.models.MODELS`."""
     norm: str
     classes: int
-    shape: tuple[int, int, int]
-    """Channels, height, width of an image."""
+    shape: tuple[int, ...]
+    """Channels, height, width of an image; or of another example."""
     scale: float
     """The pixel value that stands for 1.0."""
     mean: tuple[float, ...]
@@ -73,6 +73,8 @@ class Kept:
         self.record = record
         if not record.models:
             raise NotKept(f"run {record.id} kept no models; the same 'bench run' with --keep-models writes them")
+        if record.pack is not None:
+            raise NotKept(f"run {record.id} lies in a pack, and models are not packed; read those of its folder")
         self._files = {name: _opened(record, name) for name in record.models}
         about = {name: json.loads(file.metadata()["about"]) for name, file in self._files.items()}
         known = about[SERVER]["network"]

@@ -13,7 +13,7 @@ from bench import durable
 from bench.results import packed, storage, tables
 from bench.results.packed import FORMAT, NOTE, RUNS, TABLES, vouch, waiting_name
 from bench.results.record import DOCUMENT, DamagedResult, Record
-from bench.results.records import text_of
+from bench.results.records import file_of, text_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -189,8 +189,8 @@ def unpack(pack: Path, to: Path) -> list[str]:
         if there.exists() and there.read_bytes() != text_of(record):
             raise NotPackable(f"{there.parent} holds another result of run {record.id}; name another folder with --to")
     for record in found:
-        files = {file: storage.parquet(record.table(name)) for name, file in record.companions.items()}
-        storage.place(to / record.id, {**files, DOCUMENT: text_of(record)})
+        files = (*record.companions.values(), DOCUMENT)
+        storage.place(to / record.id, {name: file_of(record, name) for name in files})
     return [record.id for record in found]
 
 

@@ -151,6 +151,11 @@ def read_all(out: Path) -> tuple[list[Record], list[str]]:
     return [by_id[id][0] for id in sorted(by_id)], damaged
 
 
+def holds_runs(out: Path) -> bool:
+    """Tell whether a folder has runs, finished or failed, in folders or packs."""
+    return any(out.glob(f"*/{DOCUMENT}")) or bool(packed.packs(out))
+
+
 def text_of(record: Record) -> bytes:
     """Read a run's run.json to the letter.
 
@@ -163,6 +168,21 @@ def text_of(record: Record) -> bytes:
         return (record.folder / DOCUMENT).read_bytes()
     except OSError as error:
         raise DamagedResult(f"{record.folder / DOCUMENT} cannot be read: {error.strerror}") from error
+
+
+def file_of(record: Record, name: str) -> bytes:
+    """Read a file of a run's folder, run.json or a table's; of a run in a pack, as the folder would have it.
+
+    Raises:
+        DamagedResult: The run is not what was written.
+        OSError: The folder's file cannot be read.
+    """
+    if name == DOCUMENT:
+        return text_of(record)
+    if record.pack is None:
+        return (record.folder / name).read_bytes()
+    (stored,) = (table for table, file in record.companions.items() if file == name)
+    return storage.parquet(record.table(stored))
 
 
 def document(out: Path, id: str) -> bytes | None:

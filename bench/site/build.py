@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from bench import durable
 from bench.results import records
 from bench.results.leaderboard import leaderboards
+from bench.results.records import file_of
 from bench.results.storage import OutputUnwritable
 from bench.site import assets, pages
 from bench.site.run_page import Results, files
@@ -51,13 +53,19 @@ def build(
     results = Results(records=shown, verified=verified or {}, notes=notes)
     try:
         old = _earlier(to)
-        contents: dict[str, bytes | Path] = {**assets.static()}
+        contents: dict[str, bytes | Path | Callable[[], bytes]] = {**assets.static()}
         contents |= {path: text.encode() for path, text in pages.write(results, boards)}
         for record in results.records.values():
-            contents |= {path: record.folder / name for name, path in files(record)}
+            contents |= {path: partial(file_of, record, name) for name, path in files(record)}
         _mark(to, {*old, *contents})  # before anything is written: a build that was killed can be repeated
         for path, content in contents.items():
-            _put(to / path, content if isinstance(content, bytes) else content.read_bytes())
+            match content:
+                case bytes():
+                    _put(to / path, content)
+                case Path():
+                    _put(to / path, content.read_bytes())
+                case _:  # of a run, of which there may be thousands
+                    _put(to / path, content())
         for path in old - {*contents}:
             _remove(to, path)
         _mark(to, set(contents))
