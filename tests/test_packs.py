@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pytest
@@ -15,10 +16,14 @@ from pyarrow import parquet
 
 from bench import durable
 from bench.command.main import main
+from bench.face.run import run
 from bench.protocol.identity import identify
 from bench.results import packed, packing, records
 from bench.results.kept import NotKept
+from bench.validation.rerun import _bits
 from tests import thousands
+
+OFF: dict[str, Any] = {"ray": "off", "tracking_uri": "off"}
 
 
 @pytest.fixture(scope="module")
@@ -308,3 +313,15 @@ def test_a_pack_has_no_kept_models_and_says_so(stored: Path, tmp_path: Path) -> 
     packing.pack(runs(tmp_path / "runs"), tmp_path / "in" / "pack")
     with pytest.raises(NotKept, match="lies in a pack, and models are not packed"):
         runs(tmp_path / "in")[0].model("generic")
+
+
+def test_a_rerun_of_a_packed_run_is_compared_whatever_the_order_of_its_curves(tmp_path: Path) -> None:
+    """Adapted models are tested in the last round only: in a folder their columns come last, in a pack they do not."""
+    (record,) = run("fedavg_ft", rounds=2, clients=6, out=tmp_path / "runs", **OFF)
+    packing.pack([record], tmp_path / "pack")
+    (of_pack,) = runs(tmp_path / "pack")
+    assert list(of_pack.rounds()) != list(record.rounds()), "else this shows nothing"
+    assert _bits(of_pack, record) == []
+    assert _bits(of_pack, run("fedavg_ft", seeds=[1], rounds=2, clients=6, out=tmp_path / "o", **OFF)[0])[-1:] == [
+        "the curves are others"
+    ]
