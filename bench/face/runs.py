@@ -69,7 +69,7 @@ class Runs(Sequence[Record]):
             seeds = ", ".join(map(str, sorted({each.seed for each in members})))
             raise BadConfig(f"there is no run of {label} with seed {seed}; there are {seeds}")
         if len(found) > 1:
-            differ = [column for column, values in self._varying(found).items() if column != "id"]
+            differ = self._varying(found)
             raise BadConfig(
                 f"{len(found)} runs are of {label}{'' if seed is None else f' with seed {seed}'}, and differ in "
                 f"{', '.join(differ)}: choose with where({differ[0]}=...)"
@@ -153,12 +153,12 @@ class Runs(Sequence[Record]):
             frames.append(part)
         return pandas.concat(frames, ignore_index=True)
 
-    def _varying(self, some: Sequence[Record]) -> dict[str, object]:
+    def _varying(self, some: Sequence[Record]) -> list[str]:
+        """Name the columns of `frame()` by which these runs can be told apart; "id" where nothing else does."""
         rows = [self._row(record) for record in some]
-        ours = ("id", "finished", "protocol", "fingerprint", *some[0].metrics, *(f"cost.{key}" for key in some[0].cost))
-        return {key: None for key in rows[0] if key not in ours and len({repr(row.get(key)) for row in rows}) > 1} or {
-            "id": None
-        }
+        measured = {*some[0].metrics, *(f"cost.{key}" for key in some[0].cost)}
+        told = {"id", "finished", "commit", "protocol", "fingerprint", *measured}
+        return [key for key in rows[0] if key not in told and len({repr(row.get(key)) for row in rows}) > 1] or ["id"]
 
     # As the command has it ------------------------------------------------------------------------
 
