@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -156,18 +155,15 @@ class Paired(Dataset):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def plugins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    """Two methods and a dataset, in files; forgotten afterwards."""
+def plugins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two methods and a dataset, in files."""
     folder = tmp_path_factory.mktemp("plugins")
     files = {}
     for name, text in (("tuned", TUNED), ("distilled", DISTILLED), ("paired", PAIRED)):
         files[name] = folder / f"{name}.py"
         files[name].write_text(text)
         load_plugin(files[name])
-    yield files
-    for registry in (ALGORITHMS, DATASETS):
-        for name in files:
-            registry._classes.pop(name, None)
+    return files
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,6 @@ from bench.training.engine import TOLERANCE
 
 @pytest.fixture(autouse=True)
 def _as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(ALGORITHMS, "_classes", {name: ALGORITHMS[name] for name in ALGORITHMS})
     monkeypatch.chdir(tmp_path)
 
 

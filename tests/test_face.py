@@ -7,7 +7,6 @@ import inspect
 import linecache
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +24,7 @@ from bench.command.options import defaults
 from bench.dataset import DataMissing
 from bench.face.run import run
 from bench.plugins import cells
-from bench.plugins.registry import ALGORITHMS, REGISTRIES, BadPlugin, UnknownPlugin
+from bench.plugins.registry import ALGORITHMS, BadPlugin, UnknownPlugin
 from bench.protocol.settings import BadConfig
 from bench.results import records
 from bench.results.kept import NotKept
@@ -222,7 +221,7 @@ class Halfway(Averaging, bench.Algorithm):
 
 
 @pytest.fixture
-def cell(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def cell(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Execute text as a notebook does: Python knows its lines, and no file has them."""
     module = ModuleType("a_notebook")
     monkeypatch.setitem(sys.modules, "a_notebook", module)
@@ -234,10 +233,7 @@ def cell(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         plugin: type = module.Halfway
         return plugin
 
-    yield execute
-    for registry in REGISTRIES:
-        for name in registry.registered_by("a_notebook"):
-            del registry._classes[name]
+    return execute
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -136,12 +136,11 @@ class Noisy(Good):
 
 
 @pytest.fixture
-def known(request: pytest.FixtureRequest) -> Iterator[type[Network]]:
-    """Enter a class as the network of this file, and forget it afterwards."""
-    name = "test_model_plugins"
-    register(name)(request.param)
-    yield request.param
-    del MODELS._classes[name]
+def known(request: pytest.FixtureRequest) -> type[Network]:
+    """Enter a class as the network of this file."""
+    plugin: type[Network] = request.param
+    register("test_model_plugins")(plugin)
+    return plugin
 
 
 BROKEN: dict[type[Network], set[str]] = {
@@ -228,8 +227,8 @@ def test_a_new_model_passes_the_check_is_shown_and_runs(bench: Bench) -> None:
 
 
 @pytest.fixture
-def mine(tmp_path: Path) -> Iterator[Callable[[str], Run]]:
-    """Give a run of a network that was loaded from a file, and forget it afterwards."""
+def mine(tmp_path: Path) -> Callable[[str], Run]:
+    """Give a run of a network that was loaded from a file."""
     file = scaffold.write("model", "mine", tmp_path)
     load_plugin(file)
 
@@ -243,9 +242,7 @@ def mine(tmp_path: Path) -> Iterator[Callable[[str], Run]]:
         ).expand()
         return one
 
-    yield run
-    MODELS._classes.pop("mine", None)
-    sys.modules.pop("bench_plugin_mine", None)
+    return run
 
 
 def test_only_a_network_from_elsewhere_is_told_by_its_source(mine: Callable[[str], Run]) -> None:

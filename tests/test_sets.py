@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,13 +70,11 @@ def bench(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.fixture
-def grown(tmp_path: Path) -> Iterator[Path]:
-    """A plug-in that declares its set, forgotten afterwards."""
+def grown(tmp_path: Path) -> Path:
+    """A plug-in that declares its set."""
     file = tmp_path / "grown.py"
     file.write_text(MINE)
-    yield file
-    ALGORITHMS._classes.pop("grown", None)
-    sys.modules.pop("bench_plugin_grown", None)
+    return file
 
 
 # Who is in them ---------------------------------------------------------------------------------------------

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import shlex
 import threading
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from sqlalchemy.orm import configure_mappers
 
 from bench import tracking
 from bench.results.claims import claim
@@ -24,16 +21,6 @@ from tests.test_tracking import do, import_all, some_runs, watched, write
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of MLflow's own
 Connect = Callable[[str], Any]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def mapped() -> None:
-    """Have MLflow's tables known, whatever it warns of: a thread of another test may put stricter filters back."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        server.import_mlflow()
-        importlib.import_module("mlflow.store.tracking.dbmodels.models")
-        configure_mappers()
 
 
 @pytest.fixture
