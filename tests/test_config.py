@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bench.models import BadModel, build
 from bench.plugins.registry import UnknownPlugin
-from bench.protocol import spelling
+from bench.protocol import spelling, words
 from bench.protocol.identity import canonical
 from bench.protocol.presets import DEFAULT, PAPER, Choice, Preset
 from bench.protocol.settings import FIELDS, LATER, BadConfig
@@ -66,7 +66,7 @@ def test_no_text_breaks_the_parser(items: list[str]) -> None:
 
 
 def test_commas_in_brackets_and_quotes_do_not_split() -> None:
-    assert spelling.split_list("a(x=(1, 2),y='),('), b ,,c") == ["a(x=(1, 2),y='),(')", "b", "c"]
+    assert words.split_list("a(x=(1, 2),y='),('), b ,,c") == ["a(x=(1, 2),y='),(')", "b", "c"]
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ from bench.contract.checks import ALGORITHM_PROMISES
 from bench.contract.promises import ContractBroken
 from bench.plugins.registry import ALGORITHMS, load_plugin
 from bench.protocol.presets import Choice, Preset
-from bench.protocol.sets import FAMILIES, SETS, members
+from bench.protocol.sets import FAMILIES, SETS, members, unfold
 from bench.protocol.settings import BadConfig
-from bench.protocol.spelling import ask, label, parse_algorithms, parse_datasets, unfold
+from bench.protocol.spelling import ask, label, parse_algorithms, parse_datasets
 from bench.results.entrants import choose
 from bench.results.leaderboard import leaderboards
 from bench.sweep.config import Sweep

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -94,7 +94,7 @@ def _spread(row: dict[str, Any], given: Dealt) -> Iterator[dict[str, Any]]:
     """Say which classes an evaluation took the images of a class for: the wrong ones lie in up to three others."""
     kind = row["model"].split(":")[0].split(".")[0]
     here = given.tested[kind][1][given.tested[kind][0] == row["client"]]
-    others = [label for label in here.tolist() if label != row["class"]] or [row["class"]]
+    others = [label for label in here.tolist() if label != row["class"]]
     wrong = row["total"] - row["correct"]
     parts = {row["class"]: row["correct"]}
     for k in range(wrong):
@@ -131,13 +131,15 @@ def _answers(
     for (model, round), of_classes in rates.items():
         kind = model.split(":")[0].split(".")[0]
         base = model.removesuffix(".masked")
-        for client, label, total in given.tested[kind].T.tolist():
+        tested = given.tested[kind].T.tolist()
+        classes = Counter(client for client, _, _ in tested)
+        for client, label, total in tested:
             place = (base, client, label)
             if place not in thresholds:
                 thresholds[place] = generator.random(total)
             noisy = thresholds[place] + generator.normal(0, 0.03, total)
             rate = of_classes.get(label, 0.0)
-            correct = int((noisy < rate).sum())
+            correct = int((noisy < rate).sum()) if classes[client] > 1 else total  # there is none to take it for
             if model.endswith(".masked"):
                 correct = max(correct, usual.get((*place, round), 0))
             else:

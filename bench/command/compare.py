@@ -59,7 +59,7 @@ def compare_command(
     """
     from bench.face.comparing import compare
     from bench.protocol.settings import BadConfig
-    from bench.protocol.spelling import split_list
+    from bench.protocol.words import split_list
     from bench.results import classes, comparison
     from bench.results.leaderboard import leaderboards
 

@@ -55,7 +55,8 @@ def embed_command(
 def _embed(
     name: str, model: str, weights: Path | None, norm: str, batch_size: int, device: str, data_root: Path | None
 ) -> int:
-    from bench.face.preparing import Display, prepare_own
+    from bench.face.bar import Bar
+    from bench.face.preparing import prepare_own
     from bench.files import data_root as choose
     from bench.preparing.embedding import Embedding
     from bench.sweep.config import parse_dataset, resolve_device
@@ -63,7 +64,7 @@ def _embed(
     dataset = parse_dataset(name)
     embedding = Embedding(dataset=dataset, model=model, norm=norm, weights=weights, device=resolve_device(device))
     prepare_own([dataset], choose(data_root))
-    with Display() as display:
+    with Bar("images") as display:
         try:
             store = embedding.make(choose(data_root), display, batch_size)
         except KeyboardInterrupt:

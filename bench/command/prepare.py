@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from bench.face.preparing import Display
+from bench.face.bar import Bar
 
 _SHOWN = 20
 """Broken photographs that are named; a file has them all."""
@@ -57,7 +57,7 @@ def prepare_command(name: str, size: int | None, jobs: int | None, data_root: Pa
             dataset = replace(dataset, pixels=size)
         except ValueError as error:
             raise BadConfig(f"--size {size}: {error}") from error
-    with Display() as display:
+    with Bar("images") as display:
         try:
             done = preparation.prepare(dataset, root, jobs, display)
         except KeyboardInterrupt:
@@ -90,7 +90,7 @@ def check_command(name: str, jobs: int | None, data_root: Path | None) -> int:
     from bench.sweep.config import parse_dataset
 
     dataset, root = parse_dataset(name), choose(data_root)
-    with Display() as display:
+    with Bar("images") as display:
         try:
             checked = preparation.check(dataset, root, jobs, display)
         except KeyboardInterrupt:

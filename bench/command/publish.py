@@ -44,6 +44,7 @@ _MOST = 200
 @click.option("--rerun", metavar="N|ID,...", help="Run so many finished runs again, drawn by chance, or these.")
 @click.option("--rerun-seed", type=click.IntRange(min=0), help="Of the draw; by default a new one, which is said.")
 @click.option("--write", is_flag=True, help="Note the runs that came out the same in DIR/verified.json.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Processes at once; by default what many runs are worth.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
 def validate_command(
     out: Path,
@@ -52,6 +53,7 @@ def validate_command(
     rerun: str | None,
     rerun_seed: int | None,
     write: bool,
+    jobs: int | None,
     as_json: bool,
 ) -> int:
     """Check whether the results in DIR hold together: exit status 0 if so, 1 if not.
@@ -66,6 +68,7 @@ def validate_command(
     """
     import torch
 
+    from bench.face.bar import Bar
     from bench.files import data_root as root_of
     from bench.plugins.registry import load_plugin
     from bench.validation.report import summary, validate
@@ -77,7 +80,8 @@ def validate_command(
     for file in plugins:
         load_plugin(file)
     root = root_of(data_root).resolve()
-    report = validate(out, root)
+    with Bar("runs") as bar:
+        report = validate(out, root, plugins=plugins, jobs=jobs, progress=bar)
     if not as_json:
         _print(report)
     outcomes, seed = _rerun(report, root, tuple(file.resolve() for file in plugins), rerun, rerun_seed)

@@ -85,7 +85,7 @@ def _tune(options: Options, trials: int, target: str, fields: str | None, valida
 
     from bench.plugins.registry import label
     from bench.protocol import presets
-    from bench.protocol.spelling import split_list
+    from bench.protocol.words import split_list
     from bench.results.storage import place, prepare
     from bench.tuning.book import check, opened
     from bench.tuning.choice import best, kept, preset

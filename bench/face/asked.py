@@ -82,7 +82,8 @@ def sweep(asked: Asked) -> Sweep:
     from bench.plugins.registry import load_plugin
     from bench.protocol.presets import parse_presets
     from bench.protocol.settings import SETTINGS, BadConfig
-    from bench.protocol.spelling import ask, parse_assignments, parse_numbers, split_list
+    from bench.protocol.spelling import ask, parse_assignments, parse_numbers
+    from bench.protocol.words import split_list
     from bench.sweep import config
 
     stems = [file.stem for file in asked.plugin]

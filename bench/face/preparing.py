@@ -1,93 +1,20 @@
-"""Photographs while they are prepared, for a person."""
+"""Somebody's own photographs, prepared before they are read."""
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
+from bench.face.bar import Bar
+
 if TYPE_CHECKING:
-    from rich.progress import Progress as Bars
-
     from bench.dataset import Dataset
-
-_LINE_SECONDS = 10.0
-"""Least time between two lines where there is no bar."""
 
 
 def prepare_own(datasets: Iterable[Dataset], root: Path) -> None:
     """Prepare what is somebody's own and small, before it is read; errors of `at_once.prepare_few`."""
     from bench.preparing.at_once import prepare_few
 
-    with Display() as display:
-        prepare_few(datasets, root, display)
-
-
-class Display:
-    """`bench.preparing.preparation.Progress` for a person: a bar on a terminal, lines elsewhere, on standard error."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-
-        self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
-        self.bars: Bars | None = None
-        self.what, self.total, self.done, self.began_with = "", 0, 0, 0
-        self.began = self.said = time.monotonic()
-
-    def __enter__(self) -> Display:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop()
-
-    def say(self, sentence: str) -> None:
-        """Print a line."""
-        self.console.print(sentence, markup=False)
-
-    def begin(self, what: str, total: int, done: int = 0) -> None:
-        """Show how much there is to do."""
-        self._stop()
-        self.what, self.total, self.done, self.began_with = what, total, done, done
-        self.began = self.said = time.monotonic()
-        if done:
-            self.say(f"{what}: {done:,} of {total:,} are done already")
-        if self.console.is_terminal:
-            self._start()
-
-    def advance(self, photographs: int) -> None:
-        """Move the bar, or print a line now and then."""
-        self.done += photographs
-        now = time.monotonic()
-        speed = (self.done - self.began_with) / max(now - self.began, 1e-6)
-        if self.bars is not None:
-            self.bars.update(self.bars.task_ids[0], completed=self.done, speed=f"{speed:,.0f} images/s")
-        elif now - self.said > _LINE_SECONDS:
-            self.said = now
-            seconds = (self.total - self.done) / max(speed, 1e-6)
-            left = f"{seconds / 60:,.0f} min" if seconds > 120 else f"{seconds:.0f} s"
-            self.say(f"{self.what}: {self.done:,} of {self.total:,}, {speed:,.0f} images/s, {left} left")
-
-    def _start(self) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.bars = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=30),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-            TextColumn("{task.fields[speed]}  ETA"),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
-        )
-        self.bars.add_task(self.what, total=self.total, completed=self.done, speed="")
-        self.bars.start()
-
-    def _stop(self) -> None:
-        if self.bars is not None:
-            self.bars.stop()
-            self.bars = None
+    with Bar("images") as bar:
+        prepare_few(datasets, root, bar)

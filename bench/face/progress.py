@@ -13,7 +13,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.text import Text
 
 from bench.face.wording import accuracy, duration
-from bench.protocol.spelling import label, spell_imbalance
+from bench.protocol.spelling import label
+from bench.protocol.words import spell_imbalance
 from bench.sweep.schedule import Forecast, Outlook, cell
 from bench.training.rounds import Report
 

@@ -40,9 +40,9 @@ class Progress(Protocol):
         """Hear something of interest."""
 
     def begin(self, what: str, total: int, done: int = 0) -> None:
-        """Learn that so many photographs are to be gone through, some of which were done earlier."""
+        """Learn that so many pieces are to be gone through, some of which were done earlier."""
 
-    def advance(self, photographs: int) -> None:
+    def advance(self, pieces: int) -> None:
         """Learn that some more are done."""
 
 

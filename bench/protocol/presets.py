@@ -17,7 +17,8 @@ from bench.algorithm import Algorithm
 from bench.plugins.registry import label
 from bench.protocol.composition import prefixed, with_values
 from bench.protocol.settings import BadConfig
-from bench.protocol.spelling import parse_algorithms, respell, split_list
+from bench.protocol.spelling import parse_algorithms, respell
+from bench.protocol.words import split_list
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bench.plugins.names import meant, near
 from bench.plugins.registry import ALGORITHMS
+from bench.protocol.refusal import BadConfig
 
 PREFIX = "set:"
 EVERYTHING = "all"
@@ -23,3 +25,18 @@ def members(called: str) -> list[str]:
         called: A name in `SETS`.
     """
     return [name for name in ALGORITHMS if called == EVERYTHING or ALGORITHMS[name].family == called]
+
+
+def unfold(item: str) -> list[str]:
+    """Spell what a set stands for, `ditto+focal` and so on for `set:pfl+focal`; of anything else, itself.
+
+    Raises:
+        BadConfig: No set has that name.
+    """
+    if not item.startswith(PREFIX):
+        return [item]
+    typed, plus, parts = item.removeprefix(PREFIX).partition("+")
+    called = meant(typed.strip(), SETS)
+    if called is None:
+        raise BadConfig(f"{item}: no set is called {typed.strip()!r}; {near(typed.strip(), SETS)}")
+    return [f"{each}{plus}{parts}" for each in members(called)]

@@ -10,11 +10,7 @@ from bench.data import AUGMENTATIONS
 from bench.dataset import Dataset
 from bench.models import MODELS
 from bench.models.layers import NORMS, STATISTICS_POLICIES
-
-
-class BadConfig(ValueError):
-    """A value of the command line or of a file is out of range, of the wrong type, or unknown."""
-
+from bench.protocol.refusal import BadConfig as BadConfig
 
 PROFILES = ("exponential", "step", "pareto")
 SAMPLINGS = ("fixed", "independent")

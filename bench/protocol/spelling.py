@@ -24,38 +24,14 @@ from bench.plugins.registry import ALGORITHMS, DATASETS, PARTS, BadPlugin, Regis
 from bench.plugins.registry import label as label
 from bench.plugins.registry import name as name
 from bench.protocol.composition import compose
-from bench.protocol.sets import PREFIX, SETS, members
-from bench.protocol.settings import BadConfig
+from bench.protocol.refusal import BadConfig
+from bench.protocol.sets import PREFIX, unfold
+from bench.protocol.words import split_at, split_list
 
 P = TypeVar("P")
 
 _CALL = re.compile(r"(?P<name>[A-Za-z_][\w-]*)\s*(?P<parameters>\(.*\))?", re.DOTALL)
 _MOST_SEEDS = 1000
-
-
-def split_list(text: str) -> list[str]:
-    """Split at commas that stand in no bracket and no quotes; empty items are left out."""
-    return [item for item in split_at(",", text) if item]
-
-
-def split_at(separator: str, text: str) -> list[str]:
-    """Split at a character where it stands in no bracket and no quotes; one item more than there are such places."""
-    items, item, depth, quote = [], "", 0, ""
-    for character in text:
-        if quote:
-            quote = "" if character == quote and not item.endswith("\\") else quote
-        elif character in "'\"":
-            quote = character
-        elif character in "([{":
-            depth += 1
-        elif character in ")]}":
-            depth -= 1
-        if character == separator and depth == 0 and not quote:
-            items.append(item)
-            item = ""
-        else:
-            item += character
-    return [item.strip() for item in (*items, item)]
 
 
 # Plug-ins ---------------------------------------------------------------------------------------------------
@@ -110,21 +86,6 @@ def ask(given: str | Sequence[str | Algorithm]) -> Asked:
         left_out += [f"left out of {item}: {refusal}" for refusal in refusals]
         named += [] if item.startswith(PREFIX) else algorithms[-1:]
     return Asked(tuple(algorithms), tuple(each for each in algorithms if each not in named), tuple(left_out))
-
-
-def unfold(item: str) -> list[str]:
-    """Spell what a set stands for, `ditto+focal` and so on for `set:pfl+focal`; of anything else, itself.
-
-    Raises:
-        BadConfig: No set has that name.
-    """
-    if not item.startswith(PREFIX):
-        return [item]
-    typed, plus, parts = item.removeprefix(PREFIX).partition("+")
-    called = meant(typed.strip(), SETS)
-    if called is None:
-        raise BadConfig(f"{item}: no set is called {typed.strip()!r}; {near(typed.strip(), SETS)}")
-    return [f"{each}{plus}{parts}" for each in members(called)]
 
 
 def respell(call: str) -> str:
@@ -294,11 +255,6 @@ def parse_imbalance(text: str) -> float | None:
         print(f"imbalance {text} is understood as its inverse, {inverse:g}", file=sys.stderr)
         return inverse
     return factor
-
-
-def spell_imbalance(factor: float | None) -> str:
-    """Write an imbalance factor as on the command line."""
-    return "natural" if factor is None else f"{factor:g}"
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from bench.plugins.names import near
-from bench.protocol.settings import BadConfig
+from bench.protocol.refusal import BadConfig
 from bench.results import classes, layout
 from bench.results.leaderboard import Leaderboard, leaderboards, suffix
 from bench.results.record import Record

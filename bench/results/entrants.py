@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 
 from bench.plugins.names import meant, near
-from bench.protocol.sets import EVERYTHING, PREFIX
-from bench.protocol.settings import BadConfig
-from bench.protocol.spelling import split_at, unfold
+from bench.protocol.refusal import BadConfig
+from bench.protocol.sets import EVERYTHING, PREFIX, unfold
+from bench.protocol.words import split_at
 from bench.results.leaderboard import Leaderboard, Row
 
 

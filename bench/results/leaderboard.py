@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.protocol.identity import canonical, identify
-from bench.protocol.spelling import spell_imbalance
+from bench.protocol.words import spell_imbalance
 from bench.results import older
 from bench.results.record import Record
 from bench.results.statistics import NOTHING, Estimate, estimates

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.protocol.identity import canonical
-from bench.results import tables
+from bench.results import content, tables
 from bench.results.record import DamagedResult, OtherFormat, Record, check
 
 if TYPE_CHECKING:
@@ -63,17 +63,30 @@ def table(pack: Path, id: str, name: str) -> pyarrow.Table:
     """Read a table of a run: "counts", "predictions", or "rounds", which is computed of these.
 
     Raises:
-        DamagedResult: The pack lacks the run, or its file cannot be read.
+        DamagedResult: The pack lacks the run, its file cannot be read, or the table is not what was packed.
     """
     whole = opened(pack)
     if id not in whole.documents:
         raise DamagedResult(f"{pack / RUNS} holds no run {id}; {_MEND}")
-    if name != tables.ROUNDS:
-        return whole.table(name, whole.places[id])
+    try:
+        stamps = [_stamp(whole.path(name)) for name in TABLES]
+    except OSError as error:
+        raise DamagedResult(f"{error.filename} cannot be read: {error.strerror}; {_MEND}") from error
+    return _table(whole, id, name, *stamps)
+
+
+@lru_cache(maxsize=16)  # all that is asked of a run is asked one after the other
+def _table(whole: Pack, id: str, name: str, *_: tuple[int, ...]) -> pyarrow.Table:
     from bench.results.curves import curves
 
     record = whole.record(id)
-    return tables.curves(curves(record.counts(), len(record.class_counts), record.groups))
+    if name == tables.ROUNDS:
+        found = tables.curves(curves(record.counts(), len(record.class_counts), record.groups))
+    else:
+        found = whole.table(name, whole.places[id])
+    if content.digest(found) != record.tables.get(name):
+        raise DamagedResult(f"{whole.folder}: the {name} of run {id} are not what it was packed with; {_MEND}")
+    return found
 
 
 def read(pack: Path) -> tuple[list[Record], list[str]]:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from bench.results import storage
 
 if TYPE_CHECKING:
-    import pandas
     import pyarrow
 
 ROUNDS, COUNTS, PREDICTIONS = "rounds", "counts", "predictions"
@@ -51,8 +50,7 @@ def tally(name: str, columns: Mapping[str, Sequence[int | str]]) -> pyarrow.Tabl
     import pyarrow
 
     wanted = COUNT_COLUMNS if name == COUNTS else PREDICTION_COLUMNS
-    kinds = {column: "string" if column == "model" else "int32" for column in wanted}
-    table = pyarrow.table({column: pyarrow.array(columns[column], type=kind) for column, kind in kinds.items()})
+    table = pyarrow.table({column: pyarrow.array(columns[column], type=_kind(column)) for column in wanted})
     return table.sort_by([(key, "ascending") for key in _KEYS[name]])
 
 
@@ -68,14 +66,27 @@ def parse(content: bytes) -> pyarrow.Table:
     return table
 
 
-def right(predictions: pandas.DataFrame) -> pandas.DataFrame:
+def right(predictions: pyarrow.Table) -> pyarrow.Table:
     """Count right answers and test images of what images were taken for: rows of `COUNT_COLUMNS`."""
-    hits = predictions["count"].where(predictions["class"] == predictions["predicted"], 0)
-    cells = predictions.assign(correct=hits).rename(columns={"count": "total"})
-    sums = cells.groupby(["model", "client", "class", "round", "drawn"], as_index=False)[["correct", "total"]].sum()
-    return sums.astype({"correct": "int32", "total": "int32"})[list(COUNT_COLUMNS)]
+    import pyarrow
+    from pyarrow import compute
+
+    hits = compute.equal(predictions["class"], predictions["predicted"])
+    cells = predictions.append_column("correct", compute.if_else(hits, predictions["count"], 0))
+    keys = ["model", "client", "class", "round", "drawn"]
+    sums = cells.group_by(keys).aggregate([("correct", "sum"), ("count", "sum")])
+    named = sums.select([*keys, "correct_sum", "count_sum"]).rename_columns([*keys, "correct", "total"])
+    return named.select(COUNT_COLUMNS).cast(pyarrow.schema([(name, _kind(name)) for name in COUNT_COLUMNS]))
 
 
-def ordered(counts: pandas.DataFrame) -> pandas.DataFrame:
-    """Sort rows of counts."""
-    return counts.sort_values(list(_KEYS[COUNTS]), ignore_index=True)
+def together(counts: pyarrow.Table, predictions: pyarrow.Table | None) -> pyarrow.Table:
+    """Give the right answers of all evaluations, sorted; predictions, of the last one, are None in earlier formats."""
+    import pyarrow
+
+    if predictions is not None:
+        counts = pyarrow.concat_tables([counts, right(predictions)])
+    return counts.sort_by([(key, "ascending") for key in _KEYS[COUNTS]])
+
+
+def _kind(column: str) -> str:
+    return "string" if column == "model" else "int32"

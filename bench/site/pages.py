@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bench.protocol.identity import identify
-from bench.protocol.spelling import spell_imbalance
+from bench.protocol.words import spell_imbalance
 from bench.results import table
 from bench.results.comparison import compare, part_over_datasets
 from bench.results.layout import LEGEND, Column, best, columns, details, footnotes, remarks, title, warnings

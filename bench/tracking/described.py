@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bench.protocol.identity import identify
-from bench.protocol.spelling import spell_imbalance
+from bench.protocol.words import spell_imbalance
 from bench.results.record import DOCUMENT, Record
 
 if TYPE_CHECKING:

@@ -12,12 +12,16 @@ Sums are exactly rounded (`math.fsum`), so a metric depends neither on the machi
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+Table = npt.NDArray[np.int64]
 Counts = dict[str, tuple[Tensor, Tensor]]
 """Model name to (correct, total), each (K, C) int64, or (1, C) for a generic model."""
 
@@ -47,60 +51,92 @@ def summarise(counts: Counts, groups: Mapping[str, Tensor], drawn: Tensor | None
     Raises:
         ValueError: A model's name begins with none of generic, personal and unseen.
     """
-    num_classes = max((int(classes.max()) + 1 for classes in groups.values() if len(classes)), default=0)
-    nothing = torch.zeros(0, num_classes, dtype=torch.int64)
-    metrics: dict[str, float | None] = {}
+    members = {group: classes.cpu().numpy() for group, classes in groups.items()}
+    took_part = None if drawn is None else drawn.cpu().numpy()[None]
+    found: dict[str, float | None] = {}
     for name in dict.fromkeys((*STANDARD, *counts)):
-        correct, total = (table.cpu() for table in counts.get(name, (nothing, nothing)))
-        match name.split(":")[0]:
-            case "generic":
-                metrics |= _generic(name, correct, total, groups)
-            case "personal" | "personal.masked":
-                metrics |= _personal(name, correct, total, groups, drawn)
-            case "unseen" | "unseen.masked":
-                metrics[name] = _mean(_accuracies(correct.sum(1), total.sum(1)))
-                metrics[f"{name}.balanced"] = _balanced(correct, total)
-            case _:
-                raise ValueError(f"model name {name!r} begins with neither generic, personal nor unseen")
-    return metrics
+        pair = counts.get(name)
+        tables = None if pair is None else (pair[0].cpu().numpy()[None], pair[1].cpu().numpy()[None])
+        found |= {key: values[0] for key, values in over_time(name, tables, members, took_part).items()}
+    return found
 
 
-def _generic(name: str, correct: Tensor, total: Tensor, groups: Mapping[str, Tensor]) -> dict[str, float | None]:
+def over_time(
+    name: str,
+    counts: tuple[Table, Table] | None,
+    groups: Mapping[str, Table],
+    drawn: npt.NDArray[np.bool_] | None = None,
+) -> dict[str, list[float | None]]:
+    """Turn one model's counts in R evaluations into its metrics, a list of R each: see `summarise`.
+
+    Args:
+        name: Of the model.
+        counts: (correct, total), each (R, K, C) int64; None: the model is absent, in one evaluation.
+        groups: "many", "medium", "few" to (n,) int64 class indices, possibly none.
+        drawn: (R, K) bool.
+
+    Raises:
+        ValueError: The name begins with none of generic, personal and unseen.
+    """
+    if counts is None:
+        num_classes = max((int(classes.max()) + 1 for classes in groups.values() if len(classes)), default=0)
+        counts, drawn = (np.zeros((1, 0, num_classes), dtype=np.int64),) * 2, None
+    match name.split(":")[0]:
+        case "generic":
+            return _generic(name, *counts, groups)
+        case "personal" | "personal.masked":
+            return _personal(name, *counts, groups, drawn)
+        case "unseen" | "unseen.masked":
+            correct, total = counts
+            return {name: _means(correct.sum(2), total.sum(2)), f"{name}.balanced": _balanced(correct, total)}
+        case _:
+            raise ValueError(f"model name {name!r} begins with neither generic, personal nor unseen")
+
+
+def _generic(name: str, correct: Table, total: Table, groups: Mapping[str, Table]) -> dict[str, list[float | None]]:
     """Average over classes: each weighs the same, whatever its number of test images."""
-    correct, total = correct.sum(0), total.sum(0)  # (C,)
-    metrics = {name: _mean(_accuracies(correct, total))}
+    correct, total = correct.sum(1), total.sum(1)  # (R, C)
+    metrics = {name: _means(correct, total)}
     for group, classes in groups.items():
-        metrics[f"{name}.{group}"] = _mean(_accuracies(correct[classes], total[classes]))
+        metrics[f"{name}.{group}"] = _means(correct[:, classes], total[:, classes])
     return metrics
 
 
 def _personal(
-    name: str, correct: Tensor, total: Tensor, groups: Mapping[str, Tensor], drawn: Tensor | None
-) -> dict[str, float | None]:
+    name: str, correct: Table, total: Table, groups: Mapping[str, Table], drawn: npt.NDArray[np.bool_] | None
+) -> dict[str, list[float | None]]:
     """Average over clients with test images: each weighs the same, whatever its size."""
-    accuracies = _accuracies(correct.sum(1), total.sum(1))
-    metrics = {name: _mean(accuracies), f"{name}.balanced": _balanced(correct, total)}
+    right, images = correct.sum(2), total.sum(2)  # (R, K)
+    accuracies = _fractions(right, images)
+    metrics = {name: [_mean(each) for each in accuracies], f"{name}.balanced": _balanced(correct, total)}
     for word, those in (("drawn", drawn), ("never", None if drawn is None else ~drawn)):
-        some = None if those is None or not len(correct) else (correct[those].sum(1), total[those].sum(1))
-        metrics[f"{name}.{word}"] = None if some is None else _mean(_accuracies(*some))
+        metrics[f"{name}.{word}"] = [None] * len(right) if those is None else _means(right, images * those)
     for group, classes in groups.items():
-        metrics[f"{name}.{group}"] = _mean(_accuracies(correct[:, classes].sum(1), total[:, classes].sum(1)))
-    metrics[f"{name}.weighted"] = _mean(_accuracies(correct.sum()[None], total.sum()[None]))
-    metrics[f"{name}.std"] = _deviation(accuracies)
-    metrics[f"{name}.worst_decile"] = _mean(sorted(accuracies)[: math.ceil(len(accuracies) / 10)])
+        metrics[f"{name}.{group}"] = _means(correct[:, :, classes].sum(2), total[:, :, classes].sum(2))
+    metrics[f"{name}.weighted"] = _means(right.sum(1, keepdims=True), images.sum(1, keepdims=True))
+    metrics[f"{name}.std"] = [_deviation(each) for each in accuracies]
+    worst = [sorted(each)[: math.ceil(len(each) / 10)] for each in accuracies]
+    metrics[f"{name}.worst_decile"] = [_mean(each) for each in worst]
     return metrics
 
 
-def _balanced(correct: Tensor, total: Tensor) -> float | None:
+def _balanced(correct: Table, total: Table) -> list[float | None]:
     """Average over the classes that a client has test images of, then over clients."""
-    means = (_mean(_accuracies(*row)) for row in zip(correct, total, strict=True))
-    return _mean([mean for mean in means if mean is not None])
+    rounds, clients, classes = total.shape
+    means = _means(correct.reshape(rounds * clients, classes), total.reshape(rounds * clients, classes))
+    each = [means[r * clients : (r + 1) * clients] for r in range(rounds)]
+    return [_mean([mean for mean in those if mean is not None]) for those in each]
 
 
-def _accuracies(correct: Tensor, total: Tensor) -> list[float]:
-    """Divide (n,) by (n,), leaving out what has no test image: at most n fractions."""
-    pairs = zip(correct.tolist(), total.tolist(), strict=True)
-    return [right / images for right, images in pairs if images > 0]
+def _means(correct: Table, total: Table) -> list[float | None]:
+    return [_mean(each) for each in _fractions(correct, total)]
+
+
+def _fractions(correct: Table, total: Table) -> list[list[float]]:
+    """Divide row by row, (n, m) by (n, m), leaving out what has no test image."""
+    tested = total > 0
+    fractions, ends = (correct[tested] / total[tested]).tolist(), tested.sum(1).cumsum().tolist()
+    return [fractions[a:b] for a, b in itertools.pairwise((0, *ends))]
 
 
 def _mean(values: Sequence[float]) -> float | None:

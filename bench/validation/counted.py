@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from pandas.api.types import is_string_dtype
 
+from bench.results import content
 from bench.results.curves import curves as computed
-from bench.results.record import DOCUMENT, DamagedResult, Record
-from bench.results.tables import COUNT_COLUMNS, COUNTS, PREDICTION_COLUMNS, PREDICTIONS, ROUNDS
+from bench.results.record import DOCUMENT, Record
+from bench.results.tables import COUNT_COLUMNS, COUNTS, PREDICTION_COLUMNS, PREDICTIONS, ROUNDS, together
+from bench.results.tables import curves as laid_out
 from bench.training import metrics
 from bench.validation.expected import Cells, drawn_by, evaluations, tested_models
 from bench.validation.found import Inspected, brief, close
+from bench.validation.rebuilding import Asked
 
 if TYPE_CHECKING:
     import pandas
@@ -31,27 +34,21 @@ def look(found: Inspected) -> None:
     """Look at a finished run's counts and curves."""
     record = found.record
     assert record is not None
-    names = (COUNTS, PREDICTIONS) if PREDICTIONS in record.companions else (COUNTS,)
-    frames = {name: _frame(found, name, partial(_raw, record, name)) for name in names}
-    rounds = _frame(found, ROUNDS, record.rounds)
-    fit = [frame is not None and _rows_fit(found, record, name, frame) for name, frame in frames.items()]
-    if all(fit) and _apart(found, frames) and (counts := _frame(found, COUNTS, record.counts)) is not None:
+    frames = {name: frame for name in found.tables if (frame := _frame(found, name)) is not None}
+    wanted = {COUNTS, PREDICTIONS} & set(record.companions)
+    fit = [name in frames and _rows_fit(found, record, name, frames[name]) for name in sorted(wanted)]
+    if all(fit) and _apart(found, frames):
+        counts = together(found.tables[COUNTS], found.tables.get(PREDICTIONS)).to_pandas()
         _tests(found, counts)
-        _measured(found, record, counts, rounds)
-        if (predictions := frames.get(PREDICTIONS)) is not None:
-            _predicted(found, predictions)
+        _measured(found, record, counts, frames.get(ROUNDS))
+        if PREDICTIONS in frames:
+            _predicted(found, frames[PREDICTIONS])
 
 
-def _raw(record: Record, name: str) -> pandas.DataFrame:
-    frame: pandas.DataFrame = record.table(name).to_pandas()
-    return frame
-
-
-def _frame(found: Inspected, name: str, read: Callable[[], pandas.DataFrame]) -> pandas.DataFrame | None:
+def _frame(found: Inspected, name: str) -> pandas.DataFrame | None:
     try:
-        return read()
-    except DamagedResult:  # that was said
-        return None
+        frame: pandas.DataFrame = found.tables[name].to_pandas()
+        return frame
     except Exception as error:  # whatever a made-up file makes of pyarrow
         found.add(_file(found, name), "", f"is no table that can be read ({type(error).__name__})")
         return None
@@ -78,37 +75,41 @@ def _rows_fit(found: Inspected, record: Record, name: str, frame: pandas.DataFra
         found.add(file, "", f"has the columns {', '.join(frame.columns)}, and must have {', '.join(columns)}")
         return False
     for column in columns:
-        texts = column == "model"
-        kinds = {type(cell) for cell in frame[column]} if texts else {frame[column].dtype.kind}
-        if not kinds <= ({str} if texts else {"i", "u"}):
+        texts, cells = column == "model", frame[column]
+        if cells.isna().any() or not (is_string_dtype(cells) if texts else cells.dtype.kind in "iu"):
             found.add(file, column, f"holds other things than {'texts' if texts else 'whole numbers'}")
             return False
-    kind = frame["model"].map({model: _kind(model) for model in frame["model"].unique()})
-    client, classes = frame["client"], len(record.class_counts)
+    codes, models = frame["model"].factorize()
+    kinds = [_kind(model) for model in models]
+    generic, asks, unseen = (
+        np.array([kind == of for kind in kinds])[codes] for of in ("generic", "personal", "unseen")
+    )
+    cell = {column: frame[column].to_numpy() for column in columns}
+    client, classes = cell["client"], len(record.class_counts)
     low, high = 0, np.inf
     clients = None if found.asked is None else found.clients
     if clients is not None and found.asked is not None:
         low, high = clients - found.asked.setting.unseen, clients
     at_home = (
-        ((kind == "generic") & (client == -1))
-        | ((kind == "personal") & (client >= 0) & (client < (low or np.inf)))
-        | ((kind == "unseen") & (client >= low) & (client < high))
+        (generic & (client == -1))
+        | (asks & (client >= 0) & (client < (low or np.inf)))
+        | (unseen & (client >= low) & (client < high))
     )
-    asks = kind == "personal"
     wrong = {
-        "model": (~kind.isin(("generic", "personal", "unseen")), "is of no kind that is tested"),
+        "model": (~(generic | asks | unseen), "is of no kind that is tested"),
         "client": (~at_home, "is no client of the model"),
-        "class": ((frame["class"] < 0) | (frame["class"] >= classes), f"is none of the {classes} classes"),
-        "drawn": (asks != frame["drawn"].isin((0, 1)), "does not say whether the client was drawn"),
-        "": (frame.duplicated(_CELLS[name]), "stands there twice"),
+        "class": ((cell["class"] < 0) | (cell["class"] >= classes), f"is none of the {classes} classes"),
+        "drawn": (asks != np.isin(cell["drawn"], (0, 1)), "does not say whether the client was drawn"),
+        "": (frame.assign(model=codes).duplicated(_CELLS[name]).to_numpy(), "stands there twice"),
     }
     if name == COUNTS:
-        wrong["total"] = frame["total"] < 1, "is below 1: what has no test images has no row"
-        wrong["correct"] = (frame["correct"] < 0) | (frame["correct"] > frame["total"]), "is not between 0 and total"
+        right, total = cell["correct"], cell["total"]
+        wrong["total"] = total < 1, "is below 1: what has no test images has no row"
+        wrong["correct"] = (right < 0) | (right > total), "is not between 0 and total"
     else:
-        others = (frame["predicted"] < 0) | (frame["predicted"] >= classes)
+        others = (cell["predicted"] < 0) | (cell["predicted"] >= classes)
         wrong["predicted"] = others, f"is none of the {classes} classes"
-        wrong["count"] = frame["count"] < 1, "is below 1: what never happened has no row"
+        wrong["count"] = cell["count"] < 1, "is below 1: what never happened has no row"
     fits = True
     for key, (rows, what) in wrong.items():
         if rows.any():
@@ -121,61 +122,64 @@ def _rows_fit(found: Inspected, record: Record, name: str, frame: pandas.DataFra
 
 def _tests(found: Inspected, frame: pandas.DataFrame) -> None:
     """See that all models were tested, when they should be, on the same images."""
-    asked, dealt = found.asked, found.dealt
-    if asked is not None:
-        rounds, wanted = sorted(frame["round"].unique().tolist()), evaluations(asked.trained_by)
-        if rounds != wanted:
-            found.add(
-                _file(found, COUNTS),
-                "round",
-                f"has {brief(rounds)}, and by the setting models are tested after {brief(wanted)}",
-            )
-        each, final = tested_models(asked)
-        there: dict[int, set[str]] = {}
-        for round, model in frame[["round", "model"]].drop_duplicates().itertuples(index=False):
-            there.setdefault(round, set()).add(model)
-        for round, named in sorted(there.items()):
-            names = final if round == asked.trained_by.rounds else each
-            if not asked.outdated and named != names:
-                apart = ", ".join(sorted(named ^ names))
-                found.add(
-                    _file(found, COUNTS, round),
-                    "model",
-                    f"has not the models of {asked.record.algorithm} after round {round}: {apart}",
-                )
+    codes, models = frame["model"].factorize()
+    rounds = frame["round"].to_numpy()
+    order = np.lexsort((codes, rounds))  # by client and class they are sorted
+    codes, rounds = codes[order], rounds[order]
+    cells = np.stack([frame[name].to_numpy(dtype=np.int64)[order] for name in ("client", "class", "total", "correct")])
+    changes = np.flatnonzero(np.diff(rounds, prepend=-1) | np.diff(codes, prepend=-1))
+    tables = {
+        (int(rounds[start]), str(models[codes[start]])): cells[:, start:stop]
+        for start, stop in itertools.pairwise([*changes, len(order)])
+    }
+    if found.asked is not None:
+        _models(found, found.asked, tables)
         if found.clients is not None:
-            _drawn(found, frame[frame["drawn"] != -1], drawn_by(asked, found.clients), found.clients)
-    references = dict(dealt.tested) if dealt is not None else {}
-    codes, names_ = frame["model"].factorize()
-    columns = [frame[column].to_numpy() for column in ("class", "client", "round")]
-    order = np.lexsort((columns[0], columns[1], codes, columns[2]))
-    rounds_, codes = columns[2][order], codes[order]
-    changes = np.flatnonzero(np.diff(rounds_, prepend=-1) | np.diff(codes, prepend=-1))
-    cells_ = np.stack([frame[column].to_numpy(dtype=np.int64)[order] for column in ("client", "class", "total")])
-    for start, stop in itertools.pairwise([*changes, len(order)]):
-        cells, model = cells_[:, start:stop], str(names_[codes[start]])
-        kind = _kind(model)
-        reference = references.setdefault(kind, cells)
-        found.tested.setdefault(kind, cells)
-        if not np.array_equal(cells, reference):
-            whose = "by the data" if dealt is not None else "of the other models"
-            place = f"round {rounds_[start]}, model {model}"
-            found.add(
-                _file(found, COUNTS, int(rounds_[start])),
-                "total",
-                f"has other test images than those {whose}: {place}, {apart_at(cells, reference)}",
-            )
-    plain, masked = (frame[frame["model"] == model] for model in ("personal", "personal.masked"))
-    both = plain.merge(masked, on=["round", "client", "class"], suffixes=("", "_masked"))
-    odd = both[(both["correct_masked"] < both["correct"]) & (both["correct_masked"] > 0)]
-    if len(odd):
-        first = ", ".join(f"{column} {odd.iloc[0][column]}" for column in ("round", "client", "class"))
+            _drawn(found, frame[frame["drawn"] != -1], drawn_by(found.asked, found.clients), found.clients)
+    _images(found, {place: table[:3] for place, table in tables.items()})
+    odd: list[tuple[int, int, int]] = []
+    for (round, model), masked in tables.items():
+        plain = tables.get((round, "personal"))
+        if model == "personal.masked" and plain is not None and np.array_equal(plain[:3], masked[:3]):
+            fewer = (masked[3] < plain[3]) & (masked[3] > 0)
+            odd += [(round, client, label) for client, label in masked[:2, fewer].T.tolist()]
+    if odd:
+        round, client, label = odd[0]
         what = "of personal.masked is below that of personal, and leaving classes out takes no right answer away, in"
-        file = _file(found, COUNTS, int(odd.iloc[0]["round"]))
-        found.add(file, "correct", f"{what} {len(odd)} row(s), the first: {first}")
+        place = f"round {round}, client {client}, class {label}"
+        found.add(_file(found, COUNTS, round), "correct", f"{what} {len(odd)} row(s), the first: {place}")
 
 
-def _apart(found: Inspected, frames: Mapping[str, pandas.DataFrame | None]) -> bool:
+def _models(found: Inspected, asked: Asked, tested: Iterable[tuple[int, str]]) -> None:
+    """See that the right models were tested after the right rounds."""
+    there: dict[int, set[str]] = {}
+    for round, model in tested:
+        there.setdefault(round, set()).add(model)
+    wanted = evaluations(asked.trained_by)
+    if sorted(there) != wanted:
+        what = f"has {brief(sorted(there))}, and by the setting models are tested after {brief(wanted)}"
+        found.add(_file(found, COUNTS), "round", what)
+    each, final = tested_models(asked)
+    for round, named in there.items():
+        names = final if round == asked.trained_by.rounds else each
+        if not asked.outdated and named != names:
+            what = f"has not the models of {asked.record.algorithm} after round {round}: "
+            found.add(_file(found, COUNTS, round), "model", what + ", ".join(sorted(named ^ names)))
+
+
+def _images(found: Inspected, tested: Mapping[tuple[int, str], Cells]) -> None:
+    """See that all models of a kind were tested on the same images, those of the split where it is known."""
+    references = {} if found.dealt is None else dict(found.dealt.tested)
+    whose = "of the other models" if found.dealt is None else "by the data"
+    for (round, model), cells in tested.items():
+        reference = references.setdefault(_kind(model), cells)
+        found.tested.setdefault(_kind(model), cells)
+        if not np.array_equal(cells, reference):
+            what = f"has other test images than those {whose}: round {round}, model {model}"
+            found.add(_file(found, COUNTS, round), "total", f"{what}, {apart_at(cells, reference)}")
+
+
+def _apart(found: Inspected, frames: Mapping[str, pandas.DataFrame]) -> bool:
     """Tell whether predictions are of one evaluation, after those of which there are counts."""
     counts, predictions = frames.get(COUNTS), frames.get(PREDICTIONS)
     if counts is None or predictions is None:
@@ -240,6 +244,8 @@ def _measured(found: Inspected, record: Record, counts: pandas.DataFrame, curves
     rows = computed(counts, classes, record.groups)
     if curves is not None:
         _curves(found, rows, curves)
+    elif record.pack is not None and content.digest(laid_out(rows)) != record.tables[ROUNDS]:
+        found.add(_file(found, ROUNDS), "", "was another when the run was packed than what the stored counts give")
     final = {key: value for key, value in rows[-1].items() if key != "round"}
     for key in metrics.FOLLOWED:
         final |= {f"{key}@last10": metrics.last_mean(rows, key), f"{key}@best": metrics.best(rows, key)}

@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench.results.record import Record
 from bench.validation.expected import Cells, Dealt
 from bench.validation.rebuilding import Asked
+
+if TYPE_CHECKING:
+    import pyarrow
 
 _IDENTICAL = {"rel_tol": 1e-12, "abs_tol": 1e-12}
 """What is computed from the same counts may differ by the last bit between systems, and by no more."""
@@ -44,6 +48,9 @@ class Inspected:
     asked: Asked | None = None
     dealt: Dealt | None = None
     """None where the data are not at hand."""
+    tables: dict[str, pyarrow.Table] = field(default_factory=dict)
+    """Those of its tables that are what was written, while it is inspected; without the curves of a run in a pack,
+    which are computed of the others."""
     tested: dict[str, Cells] = field(default_factory=dict)
     """By "generic", "personal", "unseen": the test images that its counts are of."""
 

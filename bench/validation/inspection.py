@@ -15,6 +15,7 @@ from bench.dataset import DataDamaged, DataMissing
 from bench.protocol.settings import BadConfig
 from bench.results import packed
 from bench.results.record import DOCUMENT, FORMAT, MODELS, DamagedResult, Record, check
+from bench.results.tables import ROUNDS
 from bench.splits.auxiliary import NEEDS
 from bench.splits.longtail import group_classes
 from bench.splits.split import PartitionFailed
@@ -44,6 +45,7 @@ def inspect(folder: Path, root: Path, pack: Path | None = None) -> Inspected:
         _inspect(found, root)
     except Exception as error:  # what was made up may be anything, and the other folders are still of interest
         found.add("", "", f"cannot be made sense of ({type(error).__name__}: {str(error).partition(chr(10))[0]})")
+    found.tables.clear()
     return found
 
 
@@ -106,8 +108,10 @@ def _open(found: Inspected) -> None:
         for name in sorted(set(told) - set(known)):
             found.add(DOCUMENT, f"{key}.{name}", f"is none of a run of format {record.format}")
     for name, file in record.companions.items():
+        if name == ROUNDS and found.pack is not None:
+            continue
         try:
-            record.table(name)
+            found.tables[name] = record.table(name)
         except DamagedResult as error:
             found.add(file, "", str(error).removeprefix(f"{folder / file} ").partition(";")[0])
     if record.format < FORMAT:

@@ -6,10 +6,11 @@ An identity names an algorithm, a dataset, a setting and a seed; what follows fr
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -221,11 +222,14 @@ def _typed(kind: type[P], values: object, key: str) -> P:
         if field not in known:
             raise CannotRebuild(f"{key}.{field}", f"is no field; there are {', '.join(known) or 'none'}")
     try:  # as JSON, in which a list may be a tuple, and yet no text a number
-        return TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
+        return cast(P, _adapter(kind).validate_json(json.dumps(values), strict=True))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, (key, *first["loc"])))
         raise CannotRebuild(place, f"cannot be taken: {first['msg']}") from error
+
+
+_adapter: Callable[[object], TypeAdapter[object]] = cache(TypeAdapter)
 
 
 def _require_its_spelling(asked: Asked) -> None:

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench.protocol import presets
 from bench.protocol.identity import canonical
@@ -22,7 +23,10 @@ from bench.sweep import journal
 from bench.validation import verification
 from bench.validation.counted import apart_at
 from bench.validation.found import Inspected, Problem
-from bench.validation.inspection import inspect
+from bench.validation.side_by_side import inspect_all
+
+if TYPE_CHECKING:
+    from bench.preparing.preparation import Progress
 
 TABLE, PROSE = "README.md", "NOTES.md"
 _BESIDE = (TABLE, PROSE, verification.FILE, ".gitignore", ".gitattributes")
@@ -55,13 +59,23 @@ class Report:
         return sum(one.dealt is not None for one in self.inspected)
 
 
-def validate(out: Path, root: Path, folders: Sequence[Path] | None = None) -> Report:
+def validate(
+    out: Path,
+    root: Path,
+    folders: Sequence[Path] | None = None,
+    plugins: Sequence[Path] = (),
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
     """Look at a folder of results and list everything that cannot be so.
 
     Args:
         out: The folder.
         root: Of all datasets; where it has a run's, the split is made anew and compared.
         folders: Of runs; None: all of `out`, and what stands beside them too.
+        plugins: Files of plug-ins that were loaded.
+        jobs: Processes that look at runs; None: as many as the machine holds, or this one for few runs.
+        progress: Told how many runs have been looked at.
 
     Returns:
         Problems and notes; no problem, and the results hold together.
@@ -71,7 +85,11 @@ def validate(out: Path, root: Path, folders: Sequence[Path] | None = None) -> Re
     if everything:
         here = {run: (pack / run, pack) for pack in packed.packs(out) for run in _readable(pack)}
         here |= {folder.name: (folder, None) for folder in _run_folders(out)}  # a copy in a pack is the same, or damage
-    inspected = [inspect(folder, root, pack) for _, (folder, pack) in sorted(here.items())]
+    places = [here[run] for run in sorted(here)]
+    if progress is not None:
+        progress.begin(f"runs of {out}", len(places))
+    told = (lambda runs: None) if progress is None else progress.advance
+    inspected = inspect_all(places, root, plugins, jobs, told)
     problems = [problem for one in inspected for problem in one.problems]
     said: dict[str, list[str]] = defaultdict(list)
     for one in inspected:

@@ -1,0 +1,33 @@
+"""Lists and numbers as they are typed, whatever they are of."""
+
+from __future__ import annotations
+
+
+def split_list(text: str) -> list[str]:
+    """Split at commas that stand in no bracket and no quotes; empty items are left out."""
+    return [item for item in split_at(",", text) if item]
+
+
+def split_at(separator: str, text: str) -> list[str]:
+    """Split at a character where it stands in no bracket and no quotes; one item more than there are such places."""
+    items, item, depth, quote = [], "", 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote and not item.endswith("\\") else quote
+        elif character in "'\"":
+            quote = character
+        elif character in "([{":
+            depth += 1
+        elif character in ")]}":
+            depth -= 1
+        if character == separator and depth == 0 and not quote:
+            items.append(item)
+            item = ""
+        else:
+            item += character
+    return [item.strip() for item in (*items, item)]
+
+
+def spell_imbalance(factor: float | None) -> str:
+    """Write an imbalance factor as on the command line."""
+    return "natural" if factor is None else f"{factor:g}"
