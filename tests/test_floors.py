@@ -139,3 +139,13 @@ def test_the_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr.strip() == "[]", done.stderr
+
+
+def test_reading_stored_results_imports_no_torch() -> None:
+    import subprocess
+
+    code = (
+        "import sys, bench.command.main as m\ntry: m.main(['table', 'results'])\nfinally: print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "False", done.stderr

@@ -7,7 +7,6 @@ room.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -59,7 +58,7 @@ def parse(content: bytes) -> pyarrow.Table:
     import pyarrow
     from pyarrow import parquet
 
-    table = parquet.read_table(io.BytesIO(content))
+    table = parquet.ParquetFile(pyarrow.BufferReader(content)).read()
     for place, field in enumerate(table.schema):
         if pyarrow.types.is_dictionary(field.type):
             table = table.set_column(place, field.name, table.column(place).cast(field.type.value_type))

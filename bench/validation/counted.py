@@ -82,7 +82,7 @@ def _rows_fit(found: Inspected, record: Record, name: str, frame: pandas.DataFra
     codes, models = frame["model"].factorize()
     kinds = [_kind(model) for model in models]
     generic, asks, unseen = (
-        np.array([kind == of for kind in kinds])[codes] for of in ("generic", "personal", "unseen")
+        np.array([kind == of for kind in kinds], dtype=bool)[codes] for of in ("generic", "personal", "unseen")
     )
     cell = {column: frame[column].to_numpy() for column in columns}
     client, classes = cell["client"], len(record.class_counts)
@@ -122,14 +122,14 @@ def _rows_fit(found: Inspected, record: Record, name: str, frame: pandas.DataFra
 
 def _tests(found: Inspected, frame: pandas.DataFrame) -> None:
     """See that all models were tested, when they should be, on the same images."""
-    codes, models = frame["model"].factorize()
-    rounds = frame["round"].to_numpy()
+    codes, names = frame["model"].factorize()
+    rounds, models = frame["round"].to_numpy(), [str(name) for name in names]
     order = np.lexsort((codes, rounds))  # by client and class they are sorted
     codes, rounds = codes[order], rounds[order]
     cells = np.stack([frame[name].to_numpy(dtype=np.int64)[order] for name in ("client", "class", "total", "correct")])
     changes = np.flatnonzero(np.diff(rounds, prepend=-1) | np.diff(codes, prepend=-1))
     tables = {
-        (int(rounds[start]), str(models[codes[start]])): cells[:, start:stop]
+        (int(rounds[start]), models[codes[start]]): cells[:, start:stop]
         for start, stop in itertools.pairwise([*changes, len(order)])
     }
     if found.asked is not None:
