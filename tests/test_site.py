@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import html.parser
+import itertools
 import json
 import math
 import re
@@ -22,7 +25,7 @@ from hypothesis import strategies as st
 
 from bench.command.site import site_command
 from bench.protocol.identity import identify
-from bench.results import classes, layout, records
+from bench.results import classes, layout, packed, records
 from bench.results.leaderboard import leaderboards
 from bench.site import build as building
 from bench.site import charts
@@ -72,22 +75,28 @@ def plant(
     setting |= {"imbalance": imbalance, "alpha": None if imbalance is None else 0.5}
     described = {"name": dataset, "version": 1, "fields": {}}
     strength = STRENGTH.get(algorithm, 0.5) + 0.01 * seed
-    rows: list[dict[str, int | str]] = []
-    for model in ("generic", "personal", "personal.masked"):
-        if model == "generic" and algorithm == "gamma":
-            continue
-        for client in [-1] if model == "generic" else range(clients):
-            for place in range(len(counts)):
-                images = 50 if client < 0 else 0 if client == 3 else 4 + 2 * place  # one client has nothing to test on
-                right, total = cell(strength - 0.6 * place / len(counts) + 0.02 * client, images)
-                rows.append({"model": model, "client": client, "class": place, "correct": right, "total": total})
-                rows[-1]["drawn"] = -1 if client < 0 else int(client < clients - 2)
+    tested = {"generic": [-1], "personal": range(clients), "personal.masked": range(clients)}
+    tested |= {"unseen": [clients], "unseen.masked": [clients]} if unseen else {}
+    if algorithm == "gamma":
+        del tested["generic"]
     groups = GROUPS if len(counts) == 4 else {"many": list(range(len(counts))), "medium": [], "few": []}
     tensors = {name: torch.tensor(members, dtype=torch.int64) for name, members in groups.items()}
-    tallies, drawn = metrics.from_rows(rows, len(counts))
-    measured = metrics.summarise(tallies, tensors, drawn)
-    if unseen:
-        measured["unseen"] = strength - 0.1
+    rows: list[dict[str, int | str]] = []
+    curve: list[Mapping[str, float | int | None]] = []
+    for step in range(1, evaluations + 1):
+        now: list[dict[str, int | str]] = []
+        whose = [(model, client) for model, those in tested.items() for client in those]
+        for (model, client), place in itertools.product(whose, range(len(counts))):
+            images = 50 if client < 0 else 0 if client == 3 else 4 + 2 * place  # one client has nothing to test on
+            right, total = cell((strength - 0.6 * place / len(counts) + 0.02 * client) * step / evaluations, images)
+            drawn = int(client < clients - 2) if model.startswith("personal") else -1
+            if total:
+                now.append({"round": 2 * step, "model": model, "client": client, "class": place, "drawn": drawn})
+                now[-1] |= {"correct": right, "total": total}
+        tallies, took_part = metrics.from_rows(now, len(counts))
+        curve.append({"round": 2 * step, **metrics.summarise(tallies, tensors, took_part)})
+        rows += now
+    measured = {key: value for key, value in curve[-1].items() if key != "round"}
     cell_of = {"engine": "serial", "precision": "fp32", "device": "cpu"}
     document = {
         "protocol": identify({"dataset": described, "setting": setting}),
@@ -119,13 +128,6 @@ def plant(
     if reason is not None:
         records.fail(out, run, document, reason)
         return run
-    curve: list[Mapping[str, float | int | None]] = [
-        {
-            "round": 2 * step,
-            **{key: None if value is None else value * step / evaluations for key, value in measured.items()},
-        }
-        for step in range(1, evaluations + 1)
-    ]
     document |= {
         "fingerprint": f"{seed:016x}",
         "class_counts": list(counts),
@@ -146,7 +148,7 @@ def plant(
     document["tested"] = {"clients": clients - 1, "images": [28, 28], "worst_decile": 2, "one_class": 0}
     document["tested"] |= {"drawn": clients - 3, "never": 2}
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    records.write(out, run, document, curve, *parted({**columns, "round": [2 * evaluations] * len(rows)}))
+    records.write(out, run, document, curve, *parted(columns))
     return run
 
 
@@ -196,8 +198,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 class Page(html.parser.HTMLParser):
     """What a page links to, loads, draws and tabulates."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, source: str) -> None:
         super().__init__()
+        self.source = source
         self.links: list[str] = []
         self.loaded: list[str] = []
         self.scripts: list[str] = []
@@ -206,7 +209,7 @@ class Page(html.parser.HTMLParser):
         self.tables: list[list[list[str]]] = []
         self.text = ""
         self._open: list[str] = []
-        self.feed(file.read_text(encoding="utf-8"))
+        self.feed(source)
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         given = dict(attributes)
@@ -244,7 +247,21 @@ class Page(html.parser.HTMLParser):
 
 
 def pages(site: Path) -> dict[str, Page]:
-    return {str(file.relative_to(site)): Page(file) for file in sorted(site.rglob("*.html"))}
+    """All pages, those of runs by their addresses."""
+    files = {str(file.relative_to(site)): file.read_text(encoding="utf-8") for file in sorted(site.rglob("*.html"))}
+    return {name: Page(text) for name, text in {**files, **shelved(site)}.items()}
+
+
+def shelved(site: Path) -> dict[str, str]:
+    """What is shown of each run, as it lies compressed in a script, by the run's address."""
+    found = {}
+    for file in sorted((site / "runs").glob("*.js")):
+        told = re.fullmatch(r"shelve\((.*)\);\n", file.read_text(), re.DOTALL)
+        assert told is not None
+        for run, text in json.loads(told[1]).items():
+            assert run[:2] == file.stem
+            found[f"run.html?{run}"] = gzip.decompress(base64.b64decode(text)).decode()
+    return found
 
 
 # Without a browser ------------------------------------------------------------------------------------------
@@ -259,13 +276,15 @@ def test_the_same_records_give_the_same_bytes(planted: Planted, tmp_path: Path) 
 
 
 def test_a_second_build_touches_nothing(planted: Planted) -> None:
-    before = {file: file.stat().st_mtime_ns for file in planted.site.rglob("*.html")}
+    before = {file: file.stat().st_mtime_ns for file in planted.site.rglob("*.*") if file.name != MARKER}
     made(planted.out, planted.site)
-    assert {file: file.stat().st_mtime_ns for file in planted.site.rglob("*.html")} == before
+    assert {file: file.stat().st_mtime_ns for file in before} == before
 
 
 def test_every_link_leads_to_a_file_and_nothing_is_loaded_from_elsewhere(planted: Planted) -> None:
-    for name, page in pages(planted.site).items():
+    known = pages(planted.site)
+    assert len(shelved(planted.site)) == len(planted.ids)
+    for name, page in known.items():
         home = (planted.site / name).parent
         for target in page.links + page.loaded:
             parts = urlsplit(target)
@@ -274,6 +293,7 @@ def test_every_link_leads_to_a_file_and_nothing_is_loaded_from_elsewhere(planted
             assert not parts.scheme and not parts.netloc, f"{name} refers to {target}"
             file = home / unquote(parts.path) if parts.path else planted.site / name
             assert file.is_file(), f"{name} refers to {target}"
+            assert not parts.query or f"run.html?{parts.query}" in known
             if parts.fragment and file.suffix == ".html":
                 assert f'id="{parts.fragment}"' in file.read_text(), f"{name} refers to {target}"
 
@@ -317,29 +337,31 @@ def test_the_leaderboard_of_all_comparisons_has_every_row(planted: Planted) -> N
 
 def test_wild_text_is_shown_and_never_run(planted: Planted) -> None:
     for name, page in pages(planted.site).items():
-        text = (planted.site / name).read_text()
-        assert "<img" not in text and "window.wild=2</script>" not in text, name
+        assert "<img" not in page.source and "window.wild=2</script>" not in page.source, name
         assert all(not script.strip() or script.lstrip().startswith("{") for script in page.scripts), name
     known = pages(planted.site)
-    assert squeezed(WILD) in squeezed(known[f"runs/{planted.ids['wild']}.html"].text)
-    assert squeezed(WILD) in squeezed(known[f"runs/{planted.ids['failed']}.html"].text)
+    assert squeezed(WILD) in squeezed(known[f"run.html?{planted.ids['wild']}"].text)
+    assert squeezed(WILD) in squeezed(known[f"run.html?{planted.ids['failed']}"].text)
     assert "Seen by hand" in known["index.html"].text
     assert squeezed(WILD) in squeezed(known["index.html"].text)
 
 
-def test_raw_files_are_copied_bit_for_bit(planted: Planted) -> None:
-    for run in planted.out.glob("*/run.json"):
-        copy = planted.site / "data" / run.parent.name
-        expected = contents(run.parent)
-        assert contents(copy) == expected
-        page = Page(planted.site / "runs" / f"{run.parent.name}.html")
-        assert all(digest in page.text for digest in records.read(run.parent).tables.values())
-        for name in expected:
-            assert any(link.endswith(f"{run.parent.name}/{name}") for link in page.links)
+def test_all_that_runs_left_lies_in_a_pack(planted: Planted) -> None:
+    known = pages(planted.site)
+    assert {file.name for file in (planted.site / "data").iterdir()} == {*packed.FILES}
+    there, damaged = records.read_all(planted.site / "data")
+    assert not damaged and {record.id for record in there} == {*planted.ids.values()}
+    for record in there:
+        own = records.read(planted.out / record.id)
+        page = known[f"run.html?{record.id}"]
+        assert records.text_of(record) == records.text_of(own)
+        assert all(record.table(name).equals(own.table(name)) for name in own.tables)
+        assert all(digest in page.text for digest in own.tables.values())
+        assert {f"data/{name}" for name in packed.FILES} <= {*page.links}
 
 
 def test_a_run_says_where_it_comes_from(planted: Planted) -> None:
-    text = squeezed(pages(planted.site)[f"runs/{planted.ids['alpha 1']}.html"].text)
+    text = squeezed(pages(planted.site)[f"run.html?{planted.ids['alpha 1']}"].text)
     for word in (
         "0123456789abcdef0123456789abcdef01234567",
         f"{1:016x}",
@@ -353,7 +375,7 @@ def test_a_run_says_where_it_comes_from(planted: Planted) -> None:
 
 
 def test_a_failed_run_says_why_and_has_no_pictures(planted: Planted) -> None:
-    page = pages(planted.site)[f"runs/{planted.ids['failed']}.html"]
+    page = pages(planted.site)[f"run.html?{planted.ids['failed']}"]
     assert "This run failed." in page.text and "the loss is not a number" in page.text
     assert not page.specs
 
@@ -370,9 +392,9 @@ def test_every_picture_is_one_that_vega_lite_draws_and_has_its_numbers_as_a_tabl
     import vl_convert
 
     seen = 0
-    chosen = {str(file.relative_to(planted.site)) for file in kinds(planted)}
+    chosen = kinds(planted)
     for name, page in pages(planted.site).items():
-        text = (planted.site / name).read_text()
+        text = page.source
         assert text.count('<figure class="figure"') == text.count("The numbers as a table"), name
         assert len(page.specs) == text.count('<div class="chart" role="img" aria-label="')
         for spec in page.specs if name in chosen else ():
@@ -384,7 +406,7 @@ def test_every_picture_is_one_that_vega_lite_draws_and_has_its_numbers_as_a_tabl
 
 def test_the_tables_of_pictures_hold_what_is_drawn(planted: Planted) -> None:
     record = records.read(planted.out / planted.ids["beta 2"])
-    curves, counted = charts.curves(record), count(record)
+    curves, counted = charts.curves(record.rounds()), count(record)
     assert curves is not None
     assert [row[0] for row in curves.rows] == ["2", "4", "6", "8"]
     personal = record.metrics["personal"]
@@ -441,7 +463,7 @@ def test_of_many_classes_neighbours_are_put_together_in_the_matrix(tmp_path: Pat
 def test_a_run_of_an_earlier_format_has_no_matrix_and_says_so(tmp_path: Path) -> None:
     out = Path(shutil.copytree(Path(__file__).parent / "formats" / "2", tmp_path / "out"))
     (run,) = (path.name for path in out.iterdir())
-    text = (made(out, tmp_path / "site") / "runs" / f"{run}.html").read_text()
+    text = shelved(made(out, tmp_path / "site"))[f"run.html?{run}"]
     assert "confusion" not in text and "1 run of format 2 has no counts by predicted class." in text
     assert f"data/{run}/clients.parquet" in text
 
@@ -457,7 +479,7 @@ def test_many_classes_and_clients_are_put_together_and_keep_their_means(tmp_path
 
 
 def test_a_run_evaluated_once_has_no_curve_and_says_so(planted: Planted) -> None:
-    text = pages(planted.site)[f"runs/{planted.ids['wild']}.html"].text
+    text = pages(planted.site)[f"run.html?{planted.ids['wild']}"].text
     assert "there is no curve" in text and "Accuracy by round" not in text
 
 
@@ -481,8 +503,8 @@ def test_what_is_no_longer_wanted_goes_and_what_is_not_ours_stays(tmp_path: Path
     shutil.rmtree(tmp_path / "out" / second)
     made(tmp_path / "out", site)
     assert (site / "CNAME").read_text() == "somewhere"
-    assert [file.stem for file in (site / "runs").iterdir()] == [first]
-    assert [folder.name for folder in (site / "data").iterdir()] == [first]
+    assert {*shelved(site)} == {f"run.html?{first}"}
+    assert [record.id for record in records.read_all(site / "data")[0]] == [first]
     assert len(list((site / "comparisons").iterdir())) == 1
     (site / "CNAME").unlink()
     assert contents(site) == contents(made(tmp_path / "out", tmp_path / "fresh"))
@@ -555,7 +577,7 @@ def test_the_command_builds_names_damage_and_refuses_in_a_sentence(tmp_path: Pat
     done = CliRunner().invoke(site_command, options)
     assert done.exit_code == 0, done.output
     assert bad in done.output and "is no Parquet file" in done.output
-    assert [file.stem for file in (tmp_path / "site" / "runs").iterdir()] == [good]
+    assert {*shelved(tmp_path / "site")} == {f"run.html?{good}"}
     (tmp_path / "out" / verification.FILE).write_text("{}")
     done = CliRunner().invoke(site_command, options)
     assert done.exit_code != 0 and verification.FILE in done.output
@@ -565,7 +587,7 @@ def test_the_command_builds_names_damage_and_refuses_in_a_sentence(tmp_path: Pat
 
 def test_no_runs_make_a_site_that_says_so(tmp_path: Path) -> None:
     build([], tmp_path / "site")
-    assert "There are no finished runs." in Page(tmp_path / "site" / "index.html").text
+    assert "There are no finished runs." in pages(tmp_path / "site")["index.html"].text
 
 
 def test_the_libraries_licences_are_carried(planted: Planted) -> None:
@@ -605,9 +627,9 @@ class Browser:
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
 
-    def open(self, file: Path, fragment: str = "") -> None:
+    def open(self, site: Path, address: str = "index.html") -> None:
         self.driver.get("about:blank")  # an address that differs after "#" only would not be loaded anew
-        self.driver.get(file.resolve().as_uri() + fragment)
+        self.driver.get(f"{site.resolve().as_uri()}/{address}")
         self.settle()
 
     def settle(self) -> None:
@@ -696,15 +718,11 @@ def browser(chromium: Browser) -> Browser:
     return chromium
 
 
-def kinds(planted: Planted) -> list[Path]:
-    """A page of every kind."""
-    site = planted.site
+def kinds(planted: Planted) -> list[str]:
+    """The addresses of a page of every kind."""
+    comparisons = sorted(f"comparisons/{file.name}" for file in (planted.site / "comparisons").iterdir())
     runs = [planted.ids[name] for name in ("alpha 0", "gamma 1", "failed", "wild", "other beta 2")]
-    return [
-        site / "index.html",
-        *sorted((site / "comparisons").glob("*.html")),
-        *(site / "runs" / f"{run}.html" for run in runs),
-    ]
+    return ["index.html", *comparisons, *(f"run.html?{run}" for run in runs)]
 
 
 def absent_last(values: Sequence[float | None], descending: bool) -> list[float | None]:
@@ -715,7 +733,7 @@ def absent_last(values: Sequence[float | None], descending: bool) -> list[float 
 def test_a_click_on_a_heading_sorts_within_each_comparison_and_another_turns_round(
     planted: Planted, browser: Browser
 ) -> None:
-    browser.open(planted.site / "index.html")
+    browser.open(planted.site)
     browser.head("generic").click()
     best_first = browser.column("generic")
     assert len(best_first) == 3 and max(map(len, best_first)) == 4
@@ -733,7 +751,7 @@ def test_a_click_on_a_heading_sorts_within_each_comparison_and_another_turns_rou
 def test_filters_leave_the_rows_that_pass_and_are_kept_in_the_address(planted: Planted, browser: Browser) -> None:
     from selenium.webdriver.support.select import Select
 
-    browser.open(planted.site / "index.html")
+    browser.open(planted.site)
     everything = browser.rows()
     Select(browser.find("#filter-dataset")).select_by_visible_text("faces")
     assert [row[0] for row in browser.rows()] == ["faces, imbalance natural, setting quick", "alpha", "beta"]
@@ -753,7 +771,7 @@ def test_filters_leave_the_rows_that_pass_and_are_kept_in_the_address(planted: P
 
 
 def test_the_view_chooses_the_columns(planted: Planted, browser: Browser) -> None:
-    browser.open(planted.site / "index.html")
+    browser.open(planted.site)
 
     def shown() -> set[str]:
         return set(
@@ -775,7 +793,7 @@ def test_the_view_chooses_the_columns(planted: Planted, browser: Browser) -> Non
 
 def test_a_deep_link_opens_what_it_says(planted: Planted, browser: Browser) -> None:
     link = "#dataset=digits&view=generic&order=generic.few.asc&find=a"
-    browser.open(planted.site / "index.html", link)
+    browser.open(planted.site, f"index.html{link}")
     assert browser.find("#filter-dataset").get_attribute("value") == "digits"
     assert browser.find("#find").get_attribute("value") == "a"
     assert browser.head("generic.few").get_attribute("aria-sort") == "ascending"
@@ -784,14 +802,14 @@ def test_a_deep_link_opens_what_it_says(planted: Planted, browser: Browser) -> N
     assert browser.state() == dict(parse_qsl(link[1:]))
     browser.run("location.hash = 'dataset=faces'")
     browser.until(lambda: [row[0] for row in browser.rows()][1:] == ["alpha", "beta"])
-    browser.open(planted.site / "index.html", "#dataset=nonsense&view=nonsense&order=nonsense.desc&other=1")
+    browser.open(planted.site, "index.html#dataset=nonsense&view=nonsense&order=nonsense.desc&other=1")
     assert browser.run("return document.getElementById('filter-dataset').selectedIndex") == 0
     assert len(browser.rows()) > 7
     assert browser.complaints() == []
 
 
 def test_a_run_opens_from_the_leaderboard_and_draws_its_pictures(planted: Planted, browser: Browser) -> None:
-    browser.open(planted.site / "index.html", "#dataset=digits&find=beta")
+    browser.open(planted.site, "index.html#dataset=digits&find=beta")
     browser.find('#leaderboard a[aria-label="beta, seed 2"]').click()
     browser.until(lambda: planted.ids["beta 2"] in browser.driver.current_url)
     browser.settle()
@@ -807,10 +825,37 @@ def test_a_run_opens_from_the_leaderboard_and_draws_its_pictures(planted: Plante
     assert [row[0] for row in browser.rows()][1:] == ["beta"]
 
 
+def test_the_page_of_a_run_loads_what_it_shows_and_nothing_else(planted: Planted, browser: Browser) -> None:
+    run = planted.ids["alpha 0"]
+    browser.open(planted.site, f"run.html?{run}#clients")
+    names = {url.rpartition("/")[2] for url in browser.requests() if "/runs/" in url}
+    assert names == {f"{run[:2]}.js"}
+    assert browser.driver.title == "alpha, seed 0 · bench"
+    assert browser.run("return document.querySelector('#run').ariaBusy") is None
+    assert browser.run("return document.querySelector('#clients').getBoundingClientRect().top") < 900
+    for unknown in ("0123456789ab", "../../etc/passwd", "<img src=x>", ""):
+        browser.open(planted.site, f"run.html?{unknown}")
+        assert browser.find("h1").text == "No such run", unknown
+
+
+def test_the_seeds_of_many_runs_are_folded_away(tmp_path: Path, browser: Browser) -> None:
+    for seed in range(14):
+        plant(tmp_path / "out", "alpha", seed, evaluations=1)
+    site = made(tmp_path / "out", tmp_path / "site")
+    browser.open(site)
+    assert browser.rows()[1][2] == "14"
+    browser.find("#leaderboard summary").click()
+    browser.find('#leaderboard a[aria-label="alpha, seed 13"]').click()
+    browser.until(lambda: "run.html?" in browser.driver.current_url)
+    browser.settle()
+    assert "seed 13" in browser.find("h1").text
+    assert browser.complaints() == []
+
+
 def test_pages_log_nothing_and_ask_nobody(planted: Planted, browser: Browser) -> None:
-    for file in kinds(planted):
-        browser.open(file)
-        assert browser.complaints() == [], file
+    for address in kinds(planted):
+        browser.open(planted.site, address)
+        assert browser.complaints() == [], address
         asked = [url for url in browser.requests() if not url.startswith(("data:", "about:"))]
         assert len(asked) >= 3
         home = planted.site.resolve().as_uri()
@@ -819,7 +864,7 @@ def test_pages_log_nothing_and_ask_nobody(planted: Planted, browser: Browser) ->
 
 
 def test_the_network_is_forbidden_to_pages_themselves(planted: Planted, browser: Browser) -> None:
-    browser.open(planted.site / "index.html")
+    browser.open(planted.site)
     script = (
         "const done = arguments[arguments.length - 1];"
         "fetch('http://127.0.0.1:9/').then(() => done('sent'), error => done(String(error)))"
@@ -844,7 +889,7 @@ def test_the_keyboard_alone_filters_sorts_and_opens_a_run(planted: Planted, brow
                 return
         raise AssertionError(f"{wanted} is never reached")
 
-    browser.open(planted.site / "index.html")
+    browser.open(planted.site)
     browser.press(Keys.TAB)
     assert focused() == "Skip to content"
     browser.press(Keys.ENTER)
@@ -873,12 +918,12 @@ def test_a_narrow_page_never_scrolls_sideways_and_its_table_does(
     planted: Planted, browser: Browser, width: int
 ) -> None:
     browser.look(width)
-    for file in kinds(planted):
-        browser.open(file)
+    for address in kinds(planted):
+        browser.open(planted.site, address)
         browser.run("document.querySelectorAll('details').forEach(details => details.open = true)")
         wide, seen = browser.run("return [document.documentElement.scrollWidth, window.innerWidth]")
-        assert wide <= seen == width, file
-    browser.open(planted.site / "index.html")
+        assert wide <= seen == width, address
+    browser.open(planted.site)
     box = "const box = document.querySelector('.scroll.leaderboard');"
     assert browser.run(f"{box} return box.scrollWidth > box.clientWidth")
     left = f"{box} box.scrollLeft = 300; return box.querySelector('tbody th[scope=row]').getBoundingClientRect().left"
@@ -891,13 +936,13 @@ def test_axe_finds_nothing_that_a_screen_reader_would_miss(
 ) -> None:
     axe = (resources("axe_core_python") / "axe.min.js").read_text(encoding="utf-8")
     browser.look(width, dark)
-    for file in [*kinds(planted)[:2], *kinds(planted)[-5:-2]]:
-        browser.open(file)
+    for address in [*kinds(planted)[:2], *kinds(planted)[-5:-2]]:
+        browser.open(planted.site, address)
         browser.run(axe)
         found = browser.driver.execute_async_script(
             "axe.run(document, {resultTypes: ['violations']}).then(arguments[arguments.length - 1])"
         )
-        assert [(rule["id"], rule["nodes"][0]["html"]) for rule in found["violations"]] == [], file
+        assert [(rule["id"], rule["nodes"][0]["html"]) for rule in found["violations"]] == [], address
 
 
 def test_the_dark_scheme_is_dark_in_pictures_too(planted: Planted, browser: Browser) -> None:
@@ -910,7 +955,7 @@ def test_the_dark_scheme_is_dark_in_pictures_too(planted: Planted, browser: Brow
             )
         )
 
-    browser.open(planted.site / "runs" / f"{planted.ids['alpha 0']}.html")
+    browser.open(planted.site, f"run.html?{planted.ids['alpha 0']}")
     light = colours()
     browser.look(dark=True)
     dark = colours()

@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from bench import durable
-from bench.results import records
+from bench.results import packing, records
 from bench.results.leaderboard import leaderboards
 from bench.results.records import file_of
 from bench.results.storage import OutputUnwritable
 from bench.site import assets, pages
-from bench.site.run_page import Results, files
+from bench.site.run_page import DATA, Results, files, is_packed
 from bench.validation.verification import Verification
 
 MARKER = "bench-site.json"
@@ -55,8 +55,7 @@ def build(
         old = _earlier(to)
         contents: dict[str, bytes | Path | Callable[[], bytes]] = {**assets.static()}
         contents |= {path: text.encode() for path, text in pages.write(results, boards)}
-        for record in results.records.values():
-            contents |= {path: partial(file_of, record, name) for name, path in files(record)}
+        contents |= _data(results.records.values())
         _mark(to, {*old, *contents})  # before anything is written: a build that was killed can be repeated
         for path, content in contents.items():
             match content:
@@ -74,6 +73,20 @@ def build(
     except OSError as error:
         raise OutputUnwritable(f"the site cannot be written to {to}: {error.strerror}; name another --to") from error
     return sorted([*contents, MARKER])
+
+
+def _data(found: Iterable[records.Record]) -> dict[str, bytes | Callable[[], bytes]]:
+    """Give what runs left, by path: a pack, and the files of runs that no pack can hold."""
+    ordered = sorted(found, key=lambda record: record.id)
+    together = [record for record in ordered if is_packed(record)]
+    alone = [record for record in ordered if not is_packed(record)]
+    contents: dict[str, bytes | Callable[[], bytes]] = {
+        path: partial(file_of, record, name) for record in alone for name, path in files(record)
+    }
+    if together:
+        runs = [(records.text_of(record), record) for record in together]
+        contents |= {f"{DATA}/{name}": content for name, content in packing.written(runs).items()}
+    return contents
 
 
 def _earlier(to: Path) -> set[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench.results import comparison
 from bench.results.layout import ABSENT, columns
@@ -16,8 +16,13 @@ from bench.site import drawing
 from bench.site.counts import Counted, Part
 from bench.site.drawing import Spec, percent
 
+if TYPE_CHECKING:
+    import pandas
+
 GRADES = {"balanced": "personal.balanced", "generic": "generic"}
 """What rows are ordered by and pictures show: title to key."""
+Curve = Mapping[int, Mapping[str, float | None]]
+"""By round what `GRADES` names, fractions 0-1."""
 _COSTS = ("samples", "bytes", "wall_seconds")
 _CURVES = {
     "personal.balanced": "balanced",
@@ -52,9 +57,8 @@ def spell(value: float | None, digits: int = 1) -> str:
     return ABSENT if value is None else f"{value:.{digits}f}"
 
 
-def curves(record: Record) -> Figure | None:
-    """Draw a run's accuracies by round; nothing if it was evaluated once only."""
-    frame = record.rounds()
+def curves(frame: pandas.DataFrame) -> Figure | None:
+    """Draw a run's accuracies by round, of its `Record.rounds`; nothing if it was evaluated once only."""
     known = {key: name for key, name in _CURVES.items() if key in frame and frame[key].notna().any()}
     if len(frame) < 2 or not known:
         return None
@@ -101,13 +105,18 @@ def ranks(part: comparison.Part, key: str) -> Figure | None:
     )
 
 
-def progress(board: Leaderboard, records: Mapping[str, Record]) -> Figure | None:
-    """Draw the curves of all algorithms in panels, means over seeds; nothing if all were evaluated once only."""
+def progress(board: Leaderboard, curves: Mapping[str, Curve]) -> Figure | None:
+    """Draw the curves of all algorithms in panels, means over seeds; nothing if all were evaluated once only.
+
+    Args:
+        board: The leaderboard.
+        curves: As `graded` has them, by run.
+    """
     names = list(GRADES)
     values: list[dict[str, Any]] = []
     rows = []
     for row in board.rows:
-        table = _mean_curves([records[run] for run in row.ids if records[run].status == "done"])
+        table = _mean_curves(curves[run] for run in row.ids)
         for number, means in table.items():
             values += [
                 {"algorithm": row.label, "round": number, "model": name, "value": mean}
@@ -306,16 +315,25 @@ def _mean(row: Row, table: str, key: str, unit: float) -> float | None:
     return None if estimate is None or estimate.mean is None else float(f"{estimate.mean / unit:.5g}")
 
 
-def _mean_curves(records: Sequence[Record]) -> dict[int, dict[str, float | None]]:
+def graded(frame: pandas.DataFrame) -> dict[int, dict[str, float | None]]:
+    """Give by round what `GRADES` names, of a run's `Record.rounds`."""
+    return {
+        int(line["round"]): {
+            name: None if (value := line.get(key)) is None or math.isnan(value) else float(value)
+            for name, key in GRADES.items()
+        }
+        for line in frame.to_dict("records")
+    }
+
+
+def _mean_curves(runs: Iterable[Curve]) -> dict[int, dict[str, float | None]]:
     """Average over the seeds that were evaluated at a round."""
     found: dict[int, dict[str, list[float]]] = {}
-    for record in records:
-        for line in record.rounds().to_dict("records"):
-            cell = found.setdefault(int(line["round"]), {name: [] for name in GRADES})
-            for name, key in GRADES.items():
-                value = line.get(key)
-                if value is not None and not math.isnan(value):
-                    cell[name].append(float(value))
+    for curve in runs:
+        for number, line in curve.items():
+            cell = found.setdefault(number, {name: [] for name in GRADES})
+            for name, value in line.items():
+                cell[name] += [] if value is None else [value]
     return {
         number: {name: percent(math.fsum(values) / len(values)) if values else None for name, values in cell.items()}
         for number, cell in sorted(found.items())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from bench.protocol.identity import identify
 from bench.protocol.words import spell_imbalance
@@ -15,16 +14,17 @@ from bench.results.layout import LEGEND, Column, best, columns, details, footnot
 from bench.results.leaderboard import Leaderboard, Row
 from bench.site import charts
 from bench.site.rendering import many, markdown, render, spell
-from bench.site.run_page import Results, Run, run_page
-
-if TYPE_CHECKING:
-    pass
+from bench.site.run_page import Results, Run, Shown
+from bench.site.shelves import drawn, shelves
 
 LEAD = (
     "Every method of a comparison got the same clients, the same cohorts, rounds and batches, and the same initial "
     "weights; what each spent on training, adaptation and at the server is counted beside its accuracy. The official "
     "test set never entered training; the last round is what ranks."
 )
+_MOST_SIBLINGS = 20
+RUN_PAGE = "run.html"
+"""Shows the run whose id stands behind "?" in its address."""
 VIEWS = ("overview", "personal", "generic", "unseen", "cost", "everything")
 """Which columns the leaderboard can show."""
 _COLUMNS: tuple[tuple[Column, str], ...] = (
@@ -113,15 +113,14 @@ def write(results: Results, boards: Sequence[Leaderboard]) -> Iterator[tuple[str
         boards: In their order.
     """
     comparisons = [page_of(board, place) for place, board in enumerate(boards)]
+    runs = drawn(run for comparison in comparisons for run in _shown(results, comparison))
     yield "index.html", _index(results, comparisons)
     yield "leaderboard.csv", table.render(boards, "csv")
     yield "leaderboard.json", table.render(boards, "json")
     for comparison in comparisons:
-        yield comparison.page, _comparison_page(results, comparison)
-        for row in comparison.leaderboard.rows:
-            runs = _runs(results, row)
-            for run in runs:
-                yield run.page, run_page(results, row, run, [other for other in runs if other != run], comparison)
+        yield comparison.page, _comparison_page(results, comparison, {run: each.curve for run, each in runs.items()})
+    yield RUN_PAGE, render(RUN_PAGE, "")
+    yield from shelves({run: each.content for run, each in runs.items()})
 
 
 def page_of(board: Leaderboard, place: int) -> Comparison:
@@ -252,17 +251,31 @@ def _cell(column: Column, row: Row, bold: bool) -> Cell:
 def _runs(results: Results, row: Row) -> tuple[Run, ...]:
     records = sorted((results.records[run] for run in row.ids), key=lambda record: record.seed)
     return tuple(
-        Run(id=record.id, seed=record.seed, page=f"runs/{record.id}.html", failed=record.status == "failed")
+        Run(id=record.id, seed=record.seed, page=f"{RUN_PAGE}?{record.id}", failed=record.status == "failed")
         for record in records
     )
 
 
-def _comparison_page(results: Results, comparison: Comparison) -> str:
+def _shown(results: Results, comparison: Comparison) -> Iterator[Shown]:
+    for row in comparison.leaderboard.rows:
+        runs = _runs(results, row)
+        for run in runs:
+            yield Shown(
+                record=results.records[run.id],
+                verification=results.verified.get(run.id),
+                label=row.label,
+                siblings=tuple(other for other in runs if other != run) if len(runs) <= _MOST_SIBLINGS else (),
+                title=comparison.title,
+                page=comparison.page,
+            )
+
+
+def _comparison_page(results: Results, comparison: Comparison, curves: Mapping[str, charts.Curve]) -> str:
     board = comparison.leaderboard
     shown = columns(board)
     ranked = {name: compare([board], key).parts for name, key in charts.GRADES.items()}
     ranks = [charts.ranks(part, name) for name, parts in ranked.items() for part in parts]
-    wide = [*charts.cost(board), charts.progress(board, results.records)]
+    wide = [*charts.cost(board), charts.progress(board, curves)]
     figures: list[list[charts.Figure | None]] = [[*charts.spread(board, results.records)], ranks]
     figures += [[figure] for figure in wide]
     protocol = [

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from bench.results import older
 from bench.results.layout import ABSENT
-from bench.results.leaderboard import Row
+from bench.results.packing import packable
 from bench.results.record import DOCUMENT, Record
 from bench.site import charts
 from bench.site.counts import count
@@ -61,38 +61,62 @@ _PARTS = (
 )
 
 
-def run_page(results: Results, row: Row, run: Run, siblings: Sequence[Run], board: object) -> str:
-    """Give the page of a run.
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """What the page of a run is made of."""
 
-    Args:
-        results: All there are.
-        row: Of the leaderboard, that the run is a part of.
-        run: Which.
-        siblings: The row's other runs.
-        board: The leaderboard, with the path of its page.
+    record: Record
+    verification: Verification | None
+    """Of the run, if somebody ran it again; else it is self-reported."""
+    label: str
+    """Of its row."""
+    siblings: tuple[Run, ...]
+    """The row's other runs; none where there are very many, as its comparison has them."""
+    title: str
+    """Of the comparison."""
+    page: str
+    """Of the comparison."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A run as it is shown."""
+
+    content: str
+    """HTML, with addresses as seen from the site's first folder."""
+    curve: Mapping[int, Mapping[str, float | None]]
+    """By round what `charts.GRADES` names, fractions 0-1; empty if the run failed."""
+
+
+def draw(run: Shown) -> Drawn:
+    """Draw a run.
+
+    Raises:
+        DamagedResult: Its files are not what was written.
     """
-    record = results.records[run.id]
-    verification = results.verified.get(run.id)
+    record, verification = run.record, run.verification
     content: dict[str, Any] = {
-        "board": board,
+        "comparison": {"title": run.title, "page": run.page},
         "run": {
-            "label": row.label,
-            "seed": run.seed,
-            "failed": run.failed,
+            "label": run.label,
+            "seed": record.seed,
+            "failed": record.status == "failed",
             "reason": record.reason,
             "verified": verification is not None,
             "standing": "verified" if verification else "self-reported",
         },
         "verification": _verification(verification) if verification else None,
-        "siblings": siblings,
+        "siblings": run.siblings,
         "provenance": _provenance(record),
         "files": _files(record),
+        "packed": is_packed(record),
         "setting": [(key, spell(value)) for key, value in record.setting.items()],
         "figures": [],
     }
-    if not run.failed:
-        counted = count(record)
-        curves = charts.curves(record)
+    curve: dict[int, dict[str, float | None]] = {}
+    if record.status == "done":
+        counted, rounds = count(record), record.rounds()
+        curves = charts.curves(rounds)
         pictures = (curves, charts.classes(counted), charts.clients(counted))
         confused = matrices(record)
         content |= {
@@ -106,7 +130,8 @@ def run_page(results: Results, row: Row, run: Run, siblings: Sequence[Run], boar
             "lacks": older.remarks([record]),
             "cost": _cost(record),
         }
-    return render("run.html", "../", **content)
+        curve = charts.graded(rounds)
+    return Drawn(content=render("run_content.html", "", **content), curve=curve)
 
 
 def _metrics(record: Record) -> list[tuple[str, ...]]:
@@ -190,17 +215,25 @@ _SAYS = {
     "predictions.parquet": "of the last round, a row a model, client, class and predicted class: test images",
     "clients.parquet": "a row a round, model, client and class: right answers and test images",
 }
+DATA = "data"
+"""Folder of the site that holds the runs: a pack, and beside it folders of runs that no pack can hold."""
+
+
+def is_packed(record: Record) -> bool:
+    """Tell whether a run lies in the site's pack."""
+    return not packable([record])[1]
 
 
 def files(record: Record) -> list[tuple[str, str]]:
-    """Name the files of a run that the site carries, each with its path within the site."""
-    return [(name, f"data/{record.id}/{name}") for name in (DOCUMENT, *record.companions.values())]
+    """Name the files of a run that no pack can hold, each with its path within the site."""
+    return [(name, f"{DATA}/{record.id}/{name}") for name in (DOCUMENT, *record.companions.values())]
 
 
 def _files(record: Record) -> list[dict[str, str | None]]:
+    """Say of each file what is in it, what it is recognised by, and where it lies if it is there by itself."""
     digests = {file: record.tables.get(name, record.files.get(file)) for name, file in record.companions.items()}
-    of = "content, SHA-256" if record.tables else "SHA-256"
+    of, alone = "content, SHA-256" if record.tables else "SHA-256", not is_packed(record)
     return [
-        {"name": name, "path": path, "says": _SAYS[name], "digest": digests.get(name), "of": of}
+        {"name": name, "path": path if alone else None, "says": _SAYS[name], "digest": digests.get(name), "of": of}
         for name, path in files(record)
     ]

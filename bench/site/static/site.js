@@ -209,7 +209,40 @@
     chart.dataset.drawn = "";
   }
 
-  document.addEventListener("DOMContentLoaded", () => {
+  /* Runs lie compressed in scripts, a few in each: a page that was opened as a file may load nothing else. */
+  function shelved(id) {
+    return new Promise((resolve) => {
+      const script = document.createElement("script");
+      let found;
+      window.shelve = (runs) => { found = runs[id]; };
+      script.onload = script.onerror = () => resolve(found);
+      script.src = `runs/${id.slice(0, 2)}.js`;
+      document.head.append(script);
+    });
+  }
+
+  async function unfolded(text) {
+    const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+    return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+  }
+
+  /* The page of a run shows the one whose id stands behind "?". */
+  async function run(place) {
+    const id = location.search.slice(1);
+    const content = /^[0-9a-f]{12}$/.test(id) ? await shelved(id) : undefined;
+    if (content === undefined) {
+      place.innerHTML = "<h1>No such run</h1><p>The leaderboard's seeds lead to the runs that there are.</p>";
+    } else {
+      place.innerHTML = await unfolded(content);
+    }
+    document.title = document.title.replace("A run", place.querySelector("h1").textContent);
+    place.removeAttribute("aria-busy");
+    if (location.hash) document.getElementById(location.hash.slice(1))?.scrollIntoView();
+  }
+
+  document.addEventListener("DOMContentLoaded", async () => {
+    const place = document.getElementById("run");
+    if (place) await run(place);
     if (window.DataTable) {
       for (const table of document.querySelectorAll("table.ranking")) {
         const board = leaderboard(table);
