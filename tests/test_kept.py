@@ -454,6 +454,9 @@ def test_models_are_checked_when_they_are_read(out: Path) -> None:
         kept.load(record)
     with pytest.raises(NotKept, match="kept no models; the same 'bench run' with --keep-models"):
         kept.load(replace(record, models={}))
+    others = {name: sum for name, sum in record.models.items() if not name.startswith("server")}
+    with pytest.raises(DamagedResult, match=r"lists models without server\.safetensors; run again with --force"):
+        kept.load(replace(record, models=others))
 
 
 def test_models_that_are_listed_are_valid_and_others_are_not(out: Path) -> None:

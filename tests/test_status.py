@@ -149,6 +149,9 @@ def test_status_of_a_folder_without_a_driver_says_what_is_stored(bench: Bench, t
     document = json.loads(bench("status", "--out", tmp_path, "--json"))
     assert document["drivers"] == [] and document["left_seconds"] is None
     assert document["counts"] == {"running": 0, "waiting": 0, "failed": 1, "done": 1}
+    bench("pack", tmp_path, "--to", tmp_path / "pack", "--remove")
+    assert not (tmp_path / good[0].id).exists()
+    assert json.loads(bench("status", "--out", tmp_path, "--json")) == document
 
 
 def test_status_of_no_folder_is_a_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from pyarrow import parquet
 
 from bench.algorithm import Exchange
 from bench.dataset import DataMissing
-from bench.plugins.registry import ALGORITHMS, DATASETS
+from bench.plugins.registry import ALGORITHMS, DATASETS, load_plugin
 from bench.protocol.identity import identify
 from bench.results import packed, packing, records, storage, tables
 from bench.results.content import digest
@@ -37,7 +37,7 @@ from bench.sweep.pool import InProcess
 from bench.training import metrics
 from bench.training.population import Population
 from bench.training.rounds import WORK
-from bench.validation import expected, inspection, rebuilding, submission, verification
+from bench.validation import expected, inspection, rebuilding, side_by_side, submission, verification
 from bench.validation.report import validate
 from bench.validation.rerun import candidates, draw, rerun
 from bench.validation.verification import verified
@@ -51,18 +51,20 @@ PUBLISHED = Path(__file__).parents[1] / "results"
 COMMAND = "bench table --out results --write"
 
 
+SWEEP = Sweep(
+    algorithms=tuple(parse_algorithms("fedavg_ft(finetune_epochs=1),fedrep(head_epochs=1),ditto")),
+    datasets=tuple(parse_datasets("digits")),
+    overrides={"rounds": 3, "eval_every": 2, "unseen": 2, "epochs": 1},
+    seeds=(0, 1),
+    data_root=ROOT,
+)
+
+
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six real runs on digits and their table: adapted, private and plain models, held-out clients, two seeds."""
     out = tmp_path_factory.mktemp("published")
-    asked = Sweep(
-        algorithms=tuple(parse_algorithms("fedavg_ft(finetune_epochs=1),fedrep(head_epochs=1),ditto")),
-        datasets=tuple(parse_datasets("digits")),
-        overrides={"rounds": 3, "eval_every": 2, "unseen": 2, "epochs": 1},
-        seeds=(0, 1),
-        data_root=ROOT,
-    )
-    results = driver.run(asked.expand(), out, pool=InProcess())
+    results = driver.run(SWEEP.expand(), out, pool=InProcess())
     assert {result.status for result in results} == {"done"}
     write_table(out)
     return out
@@ -1157,6 +1159,42 @@ def test_a_rerun_that_cannot_be_is_refused(out: Path, bench: Bench, monkeypatch:
     monkeypatch.setattr(inspection, "dealt", missing)
     answer = bench("validate", out, "--rerun", "1")
     assert answer.status == 3 and "no run's data and device are at hand" in answer.err
+
+
+# Many runs --------------------------------------------------------------------------------------------------
+
+
+def test_several_processes_find_what_one_does(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Bar:
+        began: int | None = None
+        done = 0
+
+        def say(self, sentence: str) -> None:
+            raise AssertionError(sentence)
+
+        def begin(self, what: str, total: int, done: int = 0) -> None:
+            assert self.began is None and not done
+            self.began = total
+
+        def advance(self, pieces: int) -> None:
+            self.done += pieces
+
+    mine = tmp_path / "took_part.py"
+    text = (Path(__file__).parents[1] / "algorithms" / "ditto.py").read_text()
+    mine.write_text(text.replace('"ditto"', '"took_part"'))
+    load_plugin(mine)
+    (algorithm,) = parse_algorithms("took_part")
+    (run,) = replace(SWEEP, algorithms=(algorithm,), seeds=(0,), plugins=(mine,)).expand()
+    assert execution.execute(run, out) is None
+    for change in ("a_model_hidden", "a_round_hidden"):
+        TAMPERINGS[change][0](out)
+    monkeypatch.setattr(side_by_side, "_AT_A_TIME", 2)
+    one, bar = validate(out, ROOT, plugins=[mine], jobs=1), Bar()
+    several = validate(out, ROOT, plugins=[mine], jobs=2, progress=bar)
+    assert (bar.began, bar.done) == (7, 7) and several.splits == one.splits == 7
+    assert several.problems == one.problems and len(one.problems) > 2
+    assert several.notes == one.notes and several.runs == one.runs
+    assert [each.folder for each in several.inspected] == sorted(each.folder for each in one.inspected)
 
 
 # Submissions ------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -198,18 +199,27 @@ def _latest(out: Path, run_id: str) -> tuple[dict[str, Any], float] | None:
 
 
 def _stored(out: Path) -> list[_Run]:
-    """Give the finished and failed runs of a folder, without looking at their numbers."""
-    found = []
+    """Give the finished and failed runs of a folder and its packs, without looking at their numbers."""
+    from bench.results import packed, records
+
+    texts: dict[str, bytes] = {}
+    for pack in packed.packs(out):
+        with suppress(records.DamagedResult):  # 'bench table' says so
+            texts |= packed.documents(pack)
     for path in sorted(out.glob("*/run.json")):
+        with suppress(OSError):
+            texts[path.parent.name] = path.read_bytes()
+    found = []
+    for run, text in texts.items():
         try:
-            document = json.loads(path.read_bytes())
+            document = json.loads(text)
             alpha = "" if document["alpha"] is None else f", alpha {document['alpha']:g}"
             factor = "natural" if document["imbalance"] is None else f"{document['imbalance']:g}"
             what = f"{document.get('label') or document['algorithm']} on {document['dataset']}"
             title = f"{what}, imbalance {factor}{alpha}, seed {document['seed']}"
             state: State = "done" if document["status"] == "done" else "failed"
-            found.append(_Run(path.parent.name, title, state, reason=document.get("reason")))
-        except (OSError, ValueError, KeyError, TypeError):  # damaged: 'bench table' says so
+            found.append(_Run(run, title, state, reason=document.get("reason")))
+        except (ValueError, KeyError, TypeError):  # damaged
             continue
     return found
 

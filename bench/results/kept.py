@@ -27,6 +27,7 @@ from bench.tree import Tree
 
 OF_CLIENTS = ("personal", "unseen")
 """Kinds of models of which each client has its own."""
+_AGAIN = "run again with --force --keep-models"
 _STATES = ("server", "clients")
 
 
@@ -75,6 +76,8 @@ class Kept:
             raise NotKept(f"run {record.id} kept no models; the same 'bench run' with --keep-models writes them")
         if record.pack is not None:
             raise NotKept(f"run {record.id} lies in a pack, and models are not packed; read those of its folder")
+        if SERVER not in record.models:
+            raise DamagedResult(f"{record.folder / DOCUMENT} lists models without {SERVER}; {_AGAIN}")
         self._files = {name: _opened(record, name) for name in record.models}
         about = {name: json.loads(file.metadata()["about"]) for name, file in self._files.items()}
         known = about[SERVER]["network"]
@@ -249,13 +252,12 @@ def _is_of_clients(name: str) -> bool:
 def _opened(record: Record, name: str) -> Any:
     """Open a file of models, if it is the one that was written."""
     path = record.folder / MODELS / name
-    again = "run again with --force --keep-models"
     try:
         found = sha256(path)
     except OSError as error:
-        raise DamagedResult(f"{path} cannot be read: {error.strerror}; {again}") from error
+        raise DamagedResult(f"{path} cannot be read: {error.strerror}; {_AGAIN}") from error
     if found != record.models[name]:
-        raise DamagedResult(f"{path} is not the file that {DOCUMENT} was written with; {again}")
+        raise DamagedResult(f"{path} is not the file that {DOCUMENT} was written with; {_AGAIN}")
     return safe_open(path, "pt")
 
 
