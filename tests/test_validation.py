@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import zipfile
@@ -1159,6 +1160,19 @@ def test_a_rerun_that_cannot_be_is_refused(out: Path, bench: Bench, monkeypatch:
     monkeypatch.setattr(inspection, "dealt", missing)
     answer = bench("validate", out, "--rerun", "1")
     assert answer.status == 3 and "no run's data and device are at hand" in answer.err
+
+
+def test_two_results_of_one_run_are_a_problem_and_a_copy_is_none(out: Path) -> None:
+    packing.pack(records.read_all(out)[0], out / "all")
+    assert complaints(out) == ""
+    here = folder(out)
+    text = (out / here.name / "run.json").read_text()
+    commit = f'"commit": "{"0" * 40}"'
+    (out / here.name / "run.json").write_text(re.sub(r'"commit": ("\w+(-dirty)?"|null)', commit, text))
+    write_table(out)
+    assert complaints(out) == (
+        f"{here.name}: another result in each of {out / 'all'} and {out / here.name}; remove all but the right one"
+    )
 
 
 # Many runs --------------------------------------------------------------------------------------------------

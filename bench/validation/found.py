@@ -45,6 +45,8 @@ class Inspected:
     """What is no problem and yet to be known; the same words for all runs that it holds for."""
     record: Record | None = None
     """None where run.json cannot be read as one."""
+    whole: bool = False
+    """Whether all its files are what was written."""
     asked: Asked | None = None
     dealt: Dealt | None = None
     """None where the data are not at hand."""

@@ -97,7 +97,8 @@ def _open(found: Inspected) -> None:
             found.add(path.name, "", "does not belong into a run's folder; remove it")
     if (folder / MODELS).exists() and not record.models:
         found.add(MODELS, "", f"is not listed in {DOCUMENT}; remove it")
-    if record.id != folder.name:
+    found.whole = record.id == folder.name
+    if not found.whole:
         found.add(DOCUMENT, "id", f"is {record.id}, and the folder is called {folder.name}")
     if record.status == "failed":
         return
@@ -113,6 +114,7 @@ def _open(found: Inspected) -> None:
         try:
             found.tables[name] = record.table(name)
         except DamagedResult as error:
+            found.whole = False
             found.add(file, "", str(error).removeprefix(f"{folder / file} ").partition(";")[0])
     if record.format < FORMAT:
         found.notes.append(f"of format {record.format}, without {', '.join(record.lacks)}")

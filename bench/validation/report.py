@@ -23,7 +23,7 @@ from bench.sweep import journal
 from bench.validation import verification
 from bench.validation.counted import apart_at
 from bench.validation.found import Inspected, Problem
-from bench.validation.side_by_side import inspect_all
+from bench.validation.side_by_side import Place, inspect_all
 
 if TYPE_CHECKING:
     from bench.preparing.preparation import Progress
@@ -81,11 +81,10 @@ def validate(
         Problems and notes; no problem, and the results hold together.
     """
     everything = folders is None
-    here: dict[str, tuple[Path, Path | None]] = {folder.name: (folder, None) for folder in folders or ()}
+    here: dict[str, list[Place]] = {folder.name: [(folder, None)] for folder in folders or ()}
     if everything:
-        here = {run: (pack / run, pack) for pack in packed.packs(out) for run in _readable(pack)}
-        here |= {folder.name: (folder, None) for folder in _run_folders(out)}  # a copy in a pack is the same, or damage
-    places = [here[run] for run in sorted(here)]
+        here = _places(out)
+    places = [here[run][-1] for run in sorted(here)]
     if progress is not None:
         progress.begin(f"runs of {out}", len(places))
     told = (lambda runs: None) if progress is None else progress.advance
@@ -100,10 +99,13 @@ def validate(
     problems += [*_splits_agree(done), *_work_agrees(done), *_copies(done)]
     notes += _oddities(done)
     if everything and (out / journal.FOLDER).is_dir():  # of `bench run`: somebody's own folder
-        problems += [*_packs(out), *_verifications(out)]
+        problems += [*_twice(here), *_packs(out), *_verifications(out)]
         notes.append("a folder of one's own: its table and other files do not matter, 'bench submit' takes its runs.")
     elif everything:
-        problems += [*_packs(out), *_strangers(out), *_table(out), *_verifications(out)]
+        twice = [*_twice(here)]
+        whole = [one.record for one in inspected if one.whole and one.record is not None]
+        rows = [record for record in whole if record.id not in {problem.file for problem in twice}]
+        problems += [*twice, *_packs(out), *_strangers(out), *_table(out, rows), *_verifications(out)]
     return Report(inspected=tuple(inspected), problems=tuple(sorted(set(problems))), notes=tuple(notes))
 
 
@@ -251,6 +253,33 @@ def _odd(values: Mapping[str, str]) -> list[str]:
 # What stands beside the runs --------------------------------------------------------------------------------
 
 
+def _places(out: Path) -> dict[str, list[Place]]:
+    """Say where the runs of a folder are, some in several places."""
+    found: dict[str, list[Place]] = defaultdict(list)
+    for pack in packed.packs(out):
+        for run in _readable(pack):
+            found[run].append((pack / run, pack))
+    for folder in _run_folders(out):
+        found[folder.name].append((folder, None))
+    return found
+
+
+def _twice(here: Mapping[str, Sequence[Place]]) -> Iterator[Problem]:
+    """Look for runs that stand in two places with different contents."""
+    for run, places in here.items():
+        if len(places) > 1 and len({_text(place) for place in places}) > 1:
+            named = " and ".join(str(pack or folder) for folder, pack in places)
+            yield Problem(run, "", f"another result in each of {named}; remove all but the right one")
+
+
+def _text(place: Place) -> bytes | None:
+    folder, pack = place
+    try:
+        return packed.documents(pack)[folder.name] if pack is not None else (folder / DOCUMENT).read_bytes()
+    except OSError:
+        return None
+
+
 def _run_folders(out: Path) -> list[Path]:
     return [path for path in out.iterdir() if path.is_dir() and _ID.fullmatch(path.name)]
 
@@ -264,7 +293,7 @@ def _readable(pack: Path) -> list[str]:
 
 
 def _packs(out: Path) -> Iterator[Problem]:
-    """Look at packs as a whole, and for runs that stand in two places with different contents."""
+    """Look at packs as a whole."""
     for pack in packed.packs(out):
         name = "" if pack == out else f"{pack.name}/"
         try:
@@ -277,9 +306,6 @@ def _packs(out: Path) -> Iterator[Problem]:
         for path in sorted(pack.iterdir()) if pack != out else ():
             if path.name not in (*packed.FILES, packed.PLUGINS):
                 yield Problem(f"{name}{path.name}", "", "does not belong into a pack; remove it")
-    for sentence in records.read_all(out)[1]:
-        if "is another result in each of" in sentence:
-            yield Problem(sentence.split()[1], "", sentence.partition(" is ")[2])
 
 
 def _strangers(out: Path) -> Iterator[Problem]:
@@ -290,8 +316,8 @@ def _strangers(out: Path) -> Iterator[Problem]:
             yield Problem(path.name, "", f"{what}; remove it")
 
 
-def _table(out: Path) -> Iterator[Problem]:
-    """Compare the table with the one that would be written now."""
+def _table(out: Path, found: Sequence[Record]) -> Iterator[Problem]:
+    """Compare the table with the one that would be written now, of what can be read."""
     path = out / TABLE
     fix = f"'bench table --out {out} --write' writes it"
     try:
@@ -307,7 +333,7 @@ def _table(out: Path) -> Iterator[Problem]:
         yield Problem(TABLE, "", f"does not say by which command it was written; {fix}")
         return
     try:
-        boards = leaderboards(records.read_all(out)[0], command[2] or "last")
+        boards = leaderboards(found, command[2] or "last")
         wanted = results_readme(boards, records.prose(out), command[1])
     except Exception as error:  # whatever made-up runs make of it
         yield Problem(TABLE, "", f"cannot be made of these folders ({type(error).__name__}: {error})")
