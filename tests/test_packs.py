@@ -280,12 +280,12 @@ def test_what_the_pack_does_not_give_back_is_not_removed(
     assert [path.name for path in out.iterdir()] == [runs(stored)[0].id]
 
 
-def test_a_site_of_a_pack_carries_the_files_of_its_runs(stored: Path, pack: Path, tmp_path: Path) -> None:
+def test_a_site_of_a_pack_carries_it_as_one_of_folders_does(stored: Path, pack: Path, tmp_path: Path) -> None:
     for out, site in ((stored, "folders"), (pack.parent, "pack")):
         assert bench("site", out, "--to", tmp_path / site).startswith("0\n")
     of_pack, of_folders = contents(tmp_path / "pack"), contents(tmp_path / "folders")
     assert {path: of_pack[path] for path in of_pack if path.startswith("data/")} == {
-        f"data/{path}": content for path, content in contents(stored).items()
+        f"data/{path}": content for path, content in contents(pack).items()
     }
     assert of_pack == of_folders
 

@@ -420,6 +420,12 @@ def test_the_tables_of_pictures_hold_what_is_drawn(planted: Planted) -> None:
     shown = {figure.name: {row[0]: row for row in figure.rows} for figure in charts.spread(board, by_id(found))}
     assert f"2: {100 * balanced:.1f}" in shown["spread-balanced"]["beta"][4]
     assert {figure.name for figure in charts.cost(board)} == {"cost-balanced", "cost-generic"}
+    followed = charts.progress(board, {each.id: charts.graded(each.rounds()) if each.tables else {} for each in found})
+    assert followed is not None
+    lines = {(line[0], line[1]): line[2:] for line in followed.rows}
+    of_seeds = [each.rounds().set_index("round")["personal.balanced"] for each in found
+                if each.algorithm == "gamma" and each.dataset == "digits"]  # fmt: skip
+    assert lines["gamma", "4"] == (f"{100 * math.fsum(seed[4] for seed in of_seeds) / 3:.1f}", layout.ABSENT)
     drawn = {(value["round"], value["model"]): value["value"] for value in curves.specs[0]["data"]["values"]}
     assert drawn[8, "personal"] == pytest.approx(100 * personal, abs=1e-3)
     clients = [part.accuracy["personal"] or 0.0 for part in counted.clients]

@@ -198,10 +198,9 @@ def test_older_versions_are_left_out_by_every_command_unless_asked_for(tmp_path:
     assert "mine version 1/ababab" in both and "mine version 1/efefef" in both
     for options, shown in (((), ids[2:]), (("--all-versions",), ids)):
         assert bench("site", tmp_path / "v", "--to", tmp_path / "site", *options).exit_code == 0
-        for folder, suffix in (("runs", ".html"), ("data", "")):
-            assert {f"{run}{suffix}" for run in ids if (tmp_path / "site" / folder / f"{run}{suffix}").exists()} == {
-                f"{run}{suffix}" for run in shown
-            }
+        assert {each.id for each in records.read_all(tmp_path / "site" / "data")[0]} & {*ids} == {*shown}
+        scripts = "".join(file.read_text() for file in (tmp_path / "site" / "runs").iterdir())
+        assert [run for run in ids if f'"{run}"' in scripts] == shown
     refused = bench("table", tmp_path / "v", "--all-versions", "--write")
     assert refused.exit_code == 2 and "newest versions alone" in refused.output
 

@@ -1175,6 +1175,19 @@ def test_two_results_of_one_run_are_a_problem_and_a_copy_is_none(out: Path) -> N
     )
 
 
+def test_the_curves_of_a_pack_are_those_that_its_runs_had(out: Path, tmp_path: Path) -> None:
+    here = folder(out)
+    said = document(here)
+    said["tables"]["rounds"] = "0" * 64
+    (here / "run.json").write_text(json.dumps(said))
+    found = [check(path, document(path)) for path in sorted(out.iterdir()) if path.is_dir()]
+    packing.pack(found, tmp_path / "pack")
+    (problem,) = [each for each in validate(tmp_path / "pack", ROOT).problems if each.file != "README.md"]
+    assert str(problem) == (
+        f"{here.name}/rounds.parquet: was another when the run was packed than what the stored counts give"
+    )
+
+
 # Many runs --------------------------------------------------------------------------------------------------
 
 
