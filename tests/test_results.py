@@ -323,6 +323,8 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path: Path, change: dict
         ("run.json", b'{"format": "2"}', "has format '2', and must have a whole number from 1 to 3"),
         ("run.json", b'{"format": 2}', "has a bad key"),
         ("run.json", b'{"format": NaN}', "NaN is not a number of JSON"),
+        ("run.json", b'{"format": 3, "format": 3}', "key 'format' stands there twice"),
+        ("run.json", b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "recursion"),
         ("rounds.parquet", b"", "is no Parquet file that can be read"),
         ("counts.parquet", None, "cannot be read: No such file"),
     ],

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from bench.protocol.identity import canonical
 from bench.results import content, tables
-from bench.results.record import DamagedResult, OtherFormat, Record, check
+from bench.results.record import DamagedResult, OtherFormat, Record, check, parse
 
 if TYPE_CHECKING:
     import pyarrow
@@ -184,10 +184,10 @@ class Pack:
         """
         if id not in self._records:
             try:
-                self._records[id] = check(self.folder / id, json.loads(self.documents[id]), self.folder)
+                self._records[id] = check(self.folder / id, parse(self.documents[id]), self.folder)
             except OtherFormat as error:
                 raise DamagedResult(f"run {id} of {self.folder} {error}") from error
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DamagedResult(f"the document of run {id} of {self.folder} {error}; {_MEND}") from error
         return self._records[id]
 

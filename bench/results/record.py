@@ -251,20 +251,42 @@ def read(folder: Path) -> Record:
     """
     path = folder / DOCUMENT
     try:
-        document = json.loads(path.read_bytes(), parse_constant=_refuse)
-    except (OSError, ValueError) as error:
+        document = parse(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, f"cannot be read: {error}") from error
     try:
         record = check(folder, document)
     except OtherFormat as error:
         raise DamagedResult(f"{path} {error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _damaged(path, str(error)) from error
     if record.id != folder.name:
         raise _damaged(path, f"is that of run {record.id}, and its folder is called {folder.name}")
     for name in record.companions:
         record.table(name)
     return record
+
+
+def parse(text: bytes) -> object:
+    """Read the text of a run.json.
+
+    Raises:
+        ValueError: It is no JSON, or holds what readers would differ in: NaN, a key that stands there twice.
+        RecursionError: It is nested too deeply.
+    """
+    return json.loads(text.decode(), parse_constant=_refuse, object_pairs_hook=_without_repetition)
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is not a number of JSON")
+
+
+def _without_repetition(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in names if names.count(key) > 1)!r} stands there twice")
+    return content
 
 
 def check(folder: Path, document: object, pack: Path | None = None) -> Record:
@@ -323,7 +345,3 @@ def _adapter() -> TypeAdapter[Record]:
 
 def _damaged(path: Path, what: str) -> DamagedResult:
     return DamagedResult(f"{path} {what}; delete the folder {path.parent}, or run again with --force")
-
-
-def _refuse(constant: str) -> float:
-    raise ValueError(f"{constant} is not a number of JSON")

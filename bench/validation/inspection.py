@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
@@ -14,7 +13,7 @@ import bench
 from bench.dataset import DataDamaged, DataMissing
 from bench.protocol.settings import BadConfig
 from bench.results import packed
-from bench.results.record import DOCUMENT, FORMAT, MODELS, DamagedResult, Record, check
+from bench.results.record import DOCUMENT, FORMAT, MODELS, DamagedResult, Record, check, parse
 from bench.results.tables import ROUNDS
 from bench.splits.auxiliary import NEEDS
 from bench.splits.longtail import group_classes
@@ -84,8 +83,7 @@ def _open(found: Inspected) -> None:
     folder = found.folder
     try:
         text = (folder / DOCUMENT).read_bytes() if found.pack is None else packed.documents(found.pack)[folder.name]
-        document = json.loads(text.decode(), parse_constant=_refuse, object_pairs_hook=_without_repetition)
-        found.record = record = check(folder, document, found.pack)
+        found.record = record = check(folder, parse(text), found.pack)
     except FileNotFoundError:
         found.add("", "", f"has no {DOCUMENT}: the run is unfinished; finish it, or leave the folder out")
         return
@@ -118,19 +116,6 @@ def _open(found: Inspected) -> None:
             found.add(file, "", str(error).removeprefix(f"{folder / file} ").partition(";")[0])
     if record.format < FORMAT:
         found.notes.append(f"of format {record.format}, without {', '.join(record.lacks)}")
-
-
-def _refuse(constant: str) -> float:
-    raise ValueError(f"{constant} is not a number of JSON")
-
-
-def _without_repetition(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Refuse an object that has a key twice: readers would differ in which they take."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in names if names.count(key) > 1)!r} stands there twice")
-    return content
 
 
 # What it says of itself -------------------------------------------------------------------------------------
