@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,6 +150,10 @@ def test_status_of_a_folder_without_a_driver_says_what_is_stored(bench: Bench, t
     document = json.loads(bench("status", "--out", tmp_path, "--json"))
     assert document["drivers"] == [] and document["left_seconds"] is None
     assert document["counts"] == {"running": 0, "waiting": 0, "failed": 1, "done": 1}
+    (tmp_path / "0123456789ab").mkdir()
+    (tmp_path / "0123456789ab" / "run.json").write_bytes(b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}")
+    assert json.loads(bench("status", "--out", tmp_path, "--json")) == document
+    shutil.rmtree(tmp_path / "0123456789ab")
     bench("pack", tmp_path, "--to", tmp_path / "pack", "--remove")
     assert not (tmp_path / good[0].id).exists()
     assert json.loads(bench("status", "--out", tmp_path, "--json")) == document

@@ -200,11 +200,11 @@ def _latest(out: Path, run_id: str) -> tuple[dict[str, Any], float] | None:
 
 def _stored(out: Path) -> list[_Run]:
     """Give the finished and failed runs of a folder and its packs, without looking at their numbers."""
-    from bench.results import packed, records
+    from bench.results import packed, record
 
     texts: dict[str, bytes] = {}
     for pack in packed.packs(out):
-        with suppress(records.DamagedResult):  # 'bench table' says so
+        with suppress(record.DamagedResult):  # 'bench table' says so
             texts |= packed.documents(pack)
     for path in sorted(out.glob("*/run.json")):
         with suppress(OSError):
@@ -212,14 +212,14 @@ def _stored(out: Path) -> list[_Run]:
     found = []
     for run, text in texts.items():
         try:
-            document = json.loads(text)
+            document: Any = record.parse(text)
             alpha = "" if document["alpha"] is None else f", alpha {document['alpha']:g}"
             factor = "natural" if document["imbalance"] is None else f"{document['imbalance']:g}"
             what = f"{document.get('label') or document['algorithm']} on {document['dataset']}"
             title = f"{what}, imbalance {factor}{alpha}, seed {document['seed']}"
             state: State = "done" if document["status"] == "done" else "failed"
             found.append(_Run(run, title, state, reason=document.get("reason")))
-        except (ValueError, KeyError, TypeError):  # damaged
+        except (ValueError, KeyError, TypeError, RecursionError):  # damaged
             continue
     return found
 
