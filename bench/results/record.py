@@ -231,16 +231,11 @@ class Record:
         Raises:
             DamagedResult: As for `rounds`.
         """
-        import torch
-
-        from bench.training import metrics
+        from bench.results.curves import curves
 
         frame = self.counts()
-        frame = frame[frame["round"] == frame["round"].max()]
-        rows = [{str(key): cell for key, cell in row.items()} for row in frame.to_dict("records")]
-        groups = {name: torch.tensor(classes, dtype=torch.int64) for name, classes in self.groups.items()}
-        counts, drawn = metrics.from_rows(rows, len(self.class_counts))
-        return metrics.summarise(counts, groups, drawn)
+        (row,) = curves(frame[frame["round"] == frame["round"].max()], len(self.class_counts), self.groups)
+        return {key: value for key, value in row.items() if key != "round"}
 
 
 def read(folder: Path) -> Record:

@@ -18,7 +18,6 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 Table = npt.NDArray[np.int64]
@@ -178,30 +177,3 @@ def best(rows: Sequence[Mapping[str, object]], key: str) -> float | None:
 def _measured(rows: Iterable[Mapping[str, object]], key: str) -> list[float]:
     values = (row.get(key) for row in rows)
     return [float(value) for value in values if isinstance(value, int | float) and not math.isnan(value)]
-
-
-def from_rows(rows: Iterable[Mapping[str, str | int]], num_classes: int) -> tuple[Counts, Tensor | None]:
-    """Rebuild the counts of one evaluation from stored rows, so that any metric can be computed later.
-
-    Args:
-        rows: Mappings with "model", "client" (-1: generic), "class", "correct", "total" and "drawn" (1, 0, or -1 where
-            it is no question), all of one round; a row without test images may be missing.
-        num_classes: C.
-
-    Returns:
-        Model name to a pair of (K, C) int64; clients ascend, and those without any row are left out. And which of the
-        clients with personal models were drawn, as `summarise` has it.
-    """
-    rows = list(rows)
-    took_part = {int(row["client"]): int(row["drawn"]) for row in rows if str(row["model"]).startswith("personal")}
-    cells: dict[str, dict[int, list[list[int]]]] = {}
-    for row in rows:
-        empty = [[0] * num_classes, [0] * num_classes]
-        correct, total = cells.setdefault(str(row["model"]), {}).setdefault(int(row["client"]), empty)
-        correct[int(row["class"])], total[int(row["class"])] = int(row["correct"]), int(row["total"])
-    counts: Counts = {}
-    for model, clients in cells.items():
-        table = torch.tensor([clients[client] for client in sorted(clients)])  # (K, 2, C)
-        counts[model] = (table[:, 0], table[:, 1])
-    told = [took_part[client] for client in sorted(took_part)]
-    return counts, torch.tensor(told) == 1 if told and min(told) >= 0 else None
