@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
 from contextlib import suppress
+from glob import escape
 from pathlib import Path
+from typing import BinaryIO
+
+Content = bytes | Callable[[BinaryIO], object]
+"""Of a file: bytes, or what writes them to a stream, when they are too many to be held twice."""
 
 
-def put(file: Path, content: bytes) -> None:
+def put(file: Path, content: Content) -> None:
     """Write a file that is there whole or not at all.
 
     Raises:
@@ -23,10 +30,13 @@ def put(file: Path, content: bytes) -> None:
         raise
 
 
-def write(file: Path, content: bytes) -> None:
+def write(file: Path, content: Content) -> None:
     """Write a file; when this returns its content is on the disk."""
     with file.open("wb") as stream:
-        stream.write(content)
+        if callable(content):
+            content(stream)
+        else:
+            stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
 
@@ -40,3 +50,18 @@ def flush(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Remove what has a name: a file, a link, or a folder with all in it; what cannot be removed stays."""
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def tidy(file: Path) -> None:
+    """Remove what processes that were killed have left of writing a file; nobody else may be writing it."""
+    for part in file.parent.glob(f".{escape(file.name)}.*"):
+        remove(part)

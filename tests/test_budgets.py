@@ -219,6 +219,6 @@ def test_a_trial_of_a_search_has_as_many_samples_as_all_others(tmp_path: Path) -
     study = Study(run=run, seeds=(0,), space={"head_epochs": IntDistribution(1, 5)})
     spent = []
     for number, epochs in enumerate((1, 2, 5)):
-        ended = attempt(study, study.begun({"head_epochs": epochs}, number), tmp_path)
+        ended = attempt(study, study.begun({"head_epochs": epochs}, number), tmp_path, print)
         spent.append(ended.cost[0]["train_samples"])
     assert spent[0] == spent[1] == spent[2] and run.rounds == 1  # ten epochs of the head, and one of the body

@@ -340,8 +340,15 @@ def test_a_run_that_was_killed_keeps_the_same_models(
     assert computed == [0, 1]
     (models / "server.safetensors").write_bytes(b"half")
     (models / "clients-00007.safetensors").write_bytes(b"of a run in more files")
+    (models / "inner").mkdir()
     assert train(execution.job(asked), checkpoint=checkpoint, models=models).models == wanted
     assert computed == [0, 1, 0, 1]
+    for linked in (models, models / "server.safetensors"):
+        linked.rename(tmp_path / linked.name.replace("checkpoint", "elsewhere"))
+        linked.symlink_to(tmp_path / linked.name.replace("checkpoint", "elsewhere"))
+        assert train(execution.job(asked), checkpoint=checkpoint, models=models).models == wanted
+        assert not linked.is_symlink()
+    assert computed == [0, 1] * 4
     assert {path.name: keeping.sha256(path) for path in models.iterdir()} == wanted
 
 

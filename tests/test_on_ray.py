@@ -225,6 +225,17 @@ def test_of_a_worker_that_died_it_is_said_how_and_rounds_that_are_done_again_are
     assert accounts.said == ["round 1", "round 2", f"{reason}; another one will go on", "round 3"]
 
 
+def test_that_a_run_begins_anew_is_passed_on_from_its_worker(tmp_path: Path) -> None:
+    (run,) = runs_of(1)
+    file = progress_file(tmp_path, run)
+    file.parent.mkdir()
+    for report in (Report(0, 2, 0.0, None, "is damaged"), Report(1, 2, 1.0, None), Report(2, 2, 2.0, None)):
+        append(file, report)
+    accounts = Accounts({"CPU": 1.0}, out=tmp_path, outcome=lambda run, time: None)
+    accounts.drive([run], {}, "cpu")
+    assert accounts.said == ["round 0", "round 1", "round 2"]
+
+
 def test_an_interruption_cancels_what_is_going_on() -> None:
     def interrupt(run: Run, time: int) -> None:
         raise KeyboardInterrupt

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -420,11 +421,11 @@ def test_an_interrupted_search_makes_the_same_choices_and_repeats_none(
     undisturbed = searched(tmp_path / "undisturbed", *studies, trials=4)
     attempts, attempt = [], searching.attempt
 
-    def counted(of: Study, trial: Trial, folder: Path) -> Trial:
+    def counted(of: Study, trial: Trial, folder: Path, say: Callable[[str], None]) -> Trial:
         attempts.append((of.id, trial.number))
         if len(attempts) in (3, 6):
             raise KeyboardInterrupt
-        return attempt(of, trial, folder)
+        return attempt(of, trial, folder, say)
 
     monkeypatch.setattr(searching, "attempt", counted)
     for _ in range(2):
@@ -465,6 +466,23 @@ def test_a_trial_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest
     assert [timeless(trial) for trial in searched(tmp_path / "disturbed", each, trials=1)[each.id]] == [undisturbed]
     assert steps == [0, 1, 2, 2]
     assert not list((tmp_path / "disturbed").rglob("*.pt")), "checkpoints go when a trial ends"
+
+
+def test_a_damaged_checkpoint_of_a_trial_begins_it_anew_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    each = study(setting={"rounds": 2})
+    (undisturbed,) = searched(tmp_path / "undisturbed", each, trials=1)[each.id]
+    folder = tmp_path / "disturbed" / "tuning" / each.id
+    folder.mkdir(parents=True)
+    (folder / "trial-0-seed-0.pt").write_bytes(b"half")
+    assert [timeless(trial) for trial in searched(tmp_path / "disturbed", each, trials=1)[each.id]] == [undisturbed]
+    sentence = f"a checkpoint of trial 0 of {undisturbed.call} is damaged; it begins anew"
+    assert capsys.readouterr().err == f"bench: {sentence}\n"
+    (folder / "trial-0-seed-0.pt").write_bytes(b"half")
+    monkeypatch.setattr("bench.tuning.search.unpacked", lambda payload: nullcontext(payload))
+    answer = searching._on_worker({"payload": (each, each.begun({}, 0)), "folder": str(folder)})
+    assert answer["said"] == [sentence], "standard error of a worker on Ray is not heard"
 
 
 def fails_above(lr: float) -> Callable[..., Any]:

@@ -109,6 +109,8 @@ class Display:
 
     def progressed(self, run: Run, report: Report) -> None:
         """Move the run's bar."""
+        if report.anew is not None:
+            self.warn(f"the checkpoint of {run} {report.anew}; it begins anew")
         now = self.clock()
         self.outlook.progressed(run.id, report.round, report.rounds, report.seconds, now)
         if report.metrics is not None:

@@ -9,13 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from bench import durable
 from bench.dataset import Dataset, Labels
 from bench.files import source
 from bench.results import records
 from bench.results.claims import Claimed, claim, is_claimed
 from bench.splits.split import make_split
 from bench.sweep.config import Run
-from bench.sweep.execution import document, execute, finished, forget_checkpoint, remove
+from bench.sweep.execution import document, execute, finished, forget_checkpoint
 from bench.sweep.pool import Pool
 from bench.sweep.schedule import Schedule
 from bench.sweep.watch import Watcher, progress_file
@@ -142,7 +143,7 @@ class _Collector:
             self._learn(run)
         elif not self._is_recorded(run, reason):
             self._record_death(run, reason)
-        remove(progress_file(self.out, run))  # the pool has read it to its end
+        durable.remove(progress_file(self.out, run))  # the pool has read it to its end
         self.results[run.id] = Result(run, "done" if reason is None else "failed", reason)
         for watcher in self.watchers:
             watcher.ended(run, reason)

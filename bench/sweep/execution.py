@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from bench import durable
 from bench.algorithm import Misnamed
 from bench.dataset import Dataset, Labels, Splits
 from bench.files import source
@@ -101,7 +101,7 @@ def _execute(
     torch.set_num_threads(1)
     started = _now()
     progress = progress_file(out, run)
-    remove(progress)  # of a process that was killed
+    durable.remove(progress)  # of a process that was killed
 
     def tell(news: Report) -> None:
         with suppress(OSError):  # of the run nothing is lost; on a full disk it will say so itself
@@ -248,13 +248,4 @@ def _now() -> str:
 def forget_checkpoint(out: Path, run: Run) -> None:
     """Remove what only an unfinished run needs."""
     for file in (out / run.id).glob("checkpoint.*"):
-        if file.is_dir():
-            shutil.rmtree(file, ignore_errors=True)
-        else:
-            remove(file)
-
-
-def remove(file: Path) -> None:
-    """Remove a file if it is there; in a folder that cannot be written, the run will say what is wrong."""
-    with suppress(OSError):
-        file.unlink()
+        durable.remove(file)

@@ -128,8 +128,9 @@ class _Drive:
         finished, _ = self.ray.wait(list(self.running), timeout=POLL_SECONDS)
         for run in self.running.values():
             for report in self.tails[run.id].read():
-                if report.round > self.completed.get(run.id, 0):  # and not done again after a worker's death
-                    self.completed[run.id] = report.round
+                completed = self.completed.get(run.id, 0)
+                if report.round > completed or report.anew is not None:  # else done again after a worker's death
+                    self.completed[run.id] = max(report.round, completed)
                     self.watcher.progressed(run, report)
         for reference in finished:
             self._end(self.running.pop(reference), reference)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -24,7 +25,7 @@ class Watcher(Protocol):
         """Learn that a worker has taken a run."""
 
     def progressed(self, run: Run, report: Report) -> None:
-        """Learn of a round."""
+        """Learn of a round, or that the run begins anew although it has a checkpoint."""
 
     def retried(self, run: Run, reason: str) -> None:
         """Learn that a run waits (again), and in a sentence why; it may not have been started."""
@@ -71,4 +72,11 @@ class Tail:
             return []
         complete = content[: content.rfind(b"\n") + 1]
         self.position += len(complete)
-        return [Report(**json.loads(line)) for line in complete.splitlines()]
+        return list(_reports(complete))
+
+
+def _reports(lines: bytes) -> Iterator[Report]:
+    """Give the reports of whole lines; what a loss of power has made of some tells nothing."""
+    for line in lines.splitlines():
+        with suppress(ValueError, TypeError):
+            yield Report(**json.loads(line))

@@ -75,10 +75,9 @@ class Keeper:
         self._of_server: dict[bytes, str] = {}
         self._held: set[int] = set()
         self._begin()
+        durable.remove(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for file in folder.iterdir():
-                file.unlink()
         except OSError as error:
             raise _unwritable(folder, error) from error
 
@@ -117,6 +116,10 @@ class Keeper:
             self.clients([client], store, {})
         if self._tensors or self._aliases or self._empty:
             self._write_clients()
+        try:
+            durable.flush(self.folder)
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
         return self.files
 
     def _put(self, path: str, kept: Tree, seen: _Seen) -> None:
@@ -162,7 +165,10 @@ class Keeper:
 
 def holds(folder: Path, files: Mapping[str, str]) -> bool:
     """Tell whether a folder has the files that a keeper wrote, at least one."""
-    return bool(files) and all((folder / name).is_file() and sha256(folder / name) == files[name] for name in files)
+    paths = {name: folder / name for name in files}
+    if not paths or any(path.is_symlink() for path in (folder, *paths.values())):
+        return False
+    return all(path.is_file() and sha256(path) == files[name] for name, path in paths.items())
 
 
 def sha256(file: Path) -> str:

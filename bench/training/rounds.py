@@ -5,11 +5,9 @@ algorithm by name.
 from __future__ import annotations
 
 import os
-import pickle
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import tree
+from bench import durable, tree
 from bench.algorithm import Exchange
 from bench.data import Uploads
 from bench.models.layers import is_norm_statistic
 from bench.splits.split import group_classes
 from bench.task import Task
+from bench.training import checkpoint as checkpoints
 from bench.training import engine as engines
 from bench.training import metrics
 from bench.training.crew import Alone, Crew, visit_all
@@ -30,7 +29,7 @@ from bench.training.evaluation import Answers, Evaluator, right
 from bench.training.job import Job, surroundings
 from bench.training.keeping import Keeper, holds
 from bench.training.memory import peak_memory, reset_peak_memory
-from bench.training.states import StatesUnwritable, store
+from bench.training.states import StatesDamaged, StatesUnwritable, store
 from bench.training.statistics import with_own_statistics
 from bench.training.visit import Verb, Visit
 from bench.tree import Tree
@@ -68,6 +67,8 @@ class Report:
     """Wall time of this run so far, from before an interruption too."""
     metrics: dict[str, float | None] | None
     """Where this round was evaluated."""
+    anew: str | None = None
+    """Before the first round: why the run begins anew although it has a checkpoint; completes "its checkpoint ..."."""
 
 
 @dataclass(frozen=True)
@@ -133,20 +134,40 @@ def train(
 
     Args:
         job: Which, and on what.
-        checkpoint: File to save to after rounds, and to continue from if it is there.
-        report: Called after each round.
+        checkpoint: File to save to after rounds, and to continue from if it is there and nothing in it, nor in the
+            file of states beside it, is in doubt.
+        report: Called after each round, and before the first if it is not continued from a checkpoint that is there.
         crew: Processes that share the clients of a round and the tests; None: this one does it all, with the same bits.
         models: Folder that the final states and the models of the last evaluation are written to; None: nowhere.
 
     Raises:
         Diverged: A state is no longer finite.
-        StatesUnwritable: A file of states or models cannot be written.
+        StatesUnwritable: A file of states or models cannot be written, or gives back other states than this very
+            process has written.
     """
     run = Run(job, checkpoint, crew, models)
-    while run.progress.round < job.setting.rounds:
+    try:
+        return _go(run, report)
+    except StatesDamaged:
+        if not run.resumed:
+            raise
+    del run  # its states take memory
+    assert checkpoint is not None
+    durable.remove(checkpoint)
+    run = Run(job, checkpoint, crew, models)
+    run.anew = checkpoints.DAMAGED
+    return _go(run, report)
+
+
+def _go(run: Run, report: Callable[[Report], None] | None) -> Outcome:
+    """Do the rounds that are left."""
+    tell = report if report is not None else lambda news: None
+    rounds = run.setting.rounds
+    if run.anew is not None:
+        tell(Report(0, rounds, 0.0, None, run.anew))
+    while run.progress.round < rounds:
         measured = run.step()
-        if report is not None:
-            report(Report(run.progress.round, job.setting.rounds, run.progress.cost["wall_seconds"], measured))
+        tell(Report(run.progress.round, rounds, run.progress.cost["wall_seconds"], measured))
     return run.outcome()
 
 
@@ -181,8 +202,12 @@ class Run:
         file = None if checkpoint is None else checkpoint.with_suffix(".states")
         self.store = store(initial, self.population.size, job.device, file)
         reset_peak_memory(job.device)
-        self.progress = self._load() or Progress(0, server, cost={})
-        if not self.progress.cost:
+        self.anew: str | None = None
+        """As `Report` has it."""
+        loaded = self._load(server)
+        self.resumed = loaded is not None
+        self.progress = loaded or Progress(0, server)
+        if not self.resumed:
             self._spend("server_samples", float(self.task.samples()))
         self.saved = time.perf_counter()
         self.saving = 0.0
@@ -420,17 +445,12 @@ class Run:
         if self.checkpoint is None or not (last or self._is_due()):
             return
         started = time.perf_counter()
-        partial = self.checkpoint.with_suffix(".partial")
         tallies = {key: [vars(tally) for tally in getattr(self.progress, key)] for key in _TALLIED}
         saved = {"fingerprint": self.fingerprint, **vars(self.progress), **tallies}
         saved["store"] = self.store.snapshot()
         try:
-            self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(saved, partial)
-            os.replace(partial, self.checkpoint)
+            checkpoints.save(self.checkpoint, saved)
         except (OSError, RuntimeError) as error:  # the latter is what torch says of a full disk
-            with suppress(OSError):
-                partial.unlink()
             raise StatesUnwritable(f"{self.checkpoint} cannot be written ({error}); free some space there") from error
         self.store.release()
         self.saved = time.perf_counter()
@@ -439,25 +459,50 @@ class Run:
     def _is_due(self) -> bool:
         return time.perf_counter() - self.saved >= 1.0 + 20 * self.saving
 
-    def _load(self) -> Progress | None:
-        """Give what a checkpoint holds; None where there is none, it is another run's, or it cannot be read."""
-        if self.checkpoint is None or not self.checkpoint.is_file():
+    def _load(self, server: Tree) -> Progress | None:
+        """Give what a checkpoint holds; None where there is none, or none to go on from, which `anew` then says.
+
+        Args:
+            server: The state to begin with, whose form the later ones have.
+        """
+        if self.checkpoint is None:
+            return None
+        durable.tidy(self.checkpoint)
+        if not os.path.lexists(self.checkpoint):
             return None
         try:
-            saved = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, KeyError, ValueError):
-            return None  # half a file is no file: the run starts anew
-        if saved["round"] == self.setting.rounds and not saved.get("predictions"):
-            return None  # an earlier version's, which has not noted what its last evaluation took images for
-        if saved.pop("fingerprint") != self.fingerprint or self._lacks_models(saved):
-            return None
-        if not self.store.restore(saved.pop("store")):
-            return None
-        for key in _TALLIED:
-            saved[key] = [Tally(**{**tally, "rows": tally["rows"].cpu()}) for tally in saved.get(key, [])]
-        return Progress(**saved)
+            return self._taken_up(checkpoints.load(self.checkpoint, self.device), server)
+        except checkpoints.Unfit as error:
+            self.anew = str(error)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # whatever a damaged file can make of torch, or of what looks into it
+            self.anew = checkpoints.DAMAGED
+        durable.remove(self.checkpoint)  # states of the run that begins now are written over those that it knows
+        return None
 
-    def _lacks_models(self, saved: dict[str, Any]) -> bool:
-        """Tell whether models are wanted of a run that is over, and were not kept: they are those of its last test."""
-        over = saved["round"] == self.setting.rounds
-        return over and self.models is not None and not holds(self.models, saved.get("models", {}))
+    def _taken_up(self, saved: dict[str, Any], server: Tree) -> Progress:
+        """Make of what a checkpoint held what a run goes on with; any error means that it is none of ours.
+
+        Raises:
+            Unfit: It is of another run, lacks what this one needs, or is not what a run leaves.
+        """
+        require, setting = checkpoints.require, self.setting
+        if saved.pop("fingerprint") != self.fingerprint:
+            raise checkpoints.Unfit("is of another run")
+        stored, completed = saved.pop("store"), saved["round"]
+        require(saved.keys() == {each.name for each in fields(Progress)})
+        require(0 < completed <= setting.rounds)
+        over = completed == setting.rounds
+        tested = [r for r in range(1, completed + 1) if r % setting.eval_every == 0 or r == setting.rounds]
+        require([row["round"] for row in saved["rows"]] == tested)
+        require(checkpoints.is_like(saved["server"], server) and checkpoints.are_numbers(saved["cost"]))
+        if over and self.models is not None and not holds(self.models, saved["models"]):
+            raise checkpoints.Unfit("lacks the models of its last test")  # they are not to be had without training
+        for key, times in (("counts", tested), ("predictions", [setting.rounds] if over else [])):
+            tallies = [Tally(**{**tally, "rows": tally["rows"].cpu()}) for tally in saved[key]]
+            require({tally.round for tally in tallies} <= set(times))
+            require(all(t.rows.dtype == torch.int32 and t.rows.dim() == 2 and len(t.rows) == 5 for t in tallies))
+            saved[key] = tallies
+        require(self.store.restore(stored))
+        return Progress(**saved)

@@ -6,6 +6,7 @@ touches a cohort at a time.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 import weakref
@@ -18,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import tree
+from bench import durable, tree
+from bench.training.checkpoint import is_like
 from bench.tree import Tree
 
 IN_MEMORY_BYTES = 2**28
@@ -30,6 +32,10 @@ class StatesUnwritable(OSError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class StatesDamaged(StatesUnwritable):
+    """A state in the file is not what was written there."""
 
 
 class Store(ABC):
@@ -61,7 +67,7 @@ class Store(ABC):
 
     @abstractmethod
     def restore(self, snapshot: dict[str, Any]) -> bool:
-        """Return to a snapshot; False where that cannot be done."""
+        """Return to a snapshot; False, or any error, where that cannot be done."""
 
     @abstractmethod
     def release(self) -> None:
@@ -120,9 +126,12 @@ class InMemory(Store):
 
     def restore(self, snapshot: dict[str, Any]) -> bool:
         """Take the states of a snapshot."""
-        if "states" not in snapshot:
+        if snapshot.keys() != {"states"}:
             return False
-        self.states = {client: tree.to(state, "cpu") for client, state in snapshot["states"].items()}
+        states = snapshot["states"]
+        if not all(type(client) is int and is_like(state, self.initial) for client, state in states.items()):
+            return False
+        self.states = {client: tree.to(state, "cpu") for client, state in states.items()}
         return True
 
 
@@ -148,8 +157,9 @@ class InFile(Store):
     """States as rows of a file, a slot each.
 
     A state is written to a free slot, never over the one that the last checkpoint refers to: a checkpoint holds the
-    slots' numbers only, and yet finds every state as it was. A client that never took part has no slot. Rows are read
-    and written at their positions; pages of a mapped file would count as memory of this process.
+    slots' numbers and SHA-256 only, and yet finds every state as it was, or finds that it is not. A client that never
+    took part has no slot. Rows are read and written at their positions; pages of a mapped file would count as memory of
+    this process.
 
     Args:
         initial: Of every client: its leaves say how a row is laid out.
@@ -166,6 +176,8 @@ class InFile(Store):
             self.leaves.append(_Leaf(path, leaf.shape, leaf.dtype, self.row, size))
             self.row += -(-size // 8) * 8  # aligned for any dtype
         self.slots: dict[int, int] = {}
+        self.digests: dict[int, str] = {}
+        """SHA-256 of each client's row; on the disk they are the checkpoint's, so that an old row is a wrong one."""
         self.pinned: set[int] = set()  # of the newest snapshot; those of the one before are not free until `release`
         self.free: list[int] = []
         self.end = 0
@@ -180,7 +192,12 @@ class InFile(Store):
         slot = self.slots.get(client)
         if slot is None:
             return tree.to(self.initial, self.device)
-        row = bytearray(os.pread(self.file, self.row, slot * self.row))
+        try:
+            row = bytearray(os.pread(self.file, self.row, slot * self.row))
+        except OSError as error:
+            raise self._damaged(client) from error
+        if hashlib.sha256(row).hexdigest() != self.digests[client]:
+            raise self._damaged(client)
         leaves = iter(self.leaves)
         return tree.to(tree.map(lambda _: next(leaves).read(row), self.initial), self.device)
 
@@ -203,7 +220,7 @@ class InFile(Store):
                 done += os.pwrite(self.file, memoryview(row)[done:], slot * self.row + done)
         except OSError as error:
             raise _unwritable(self.name, error) from error
-        self.slots[client] = slot
+        self.slots[client], self.digests[client] = slot, hashlib.sha256(row).hexdigest()
 
     def clients(self) -> Sequence[int]:
         """Give the clients that took part, ascending."""
@@ -216,29 +233,45 @@ class InFile(Store):
         except OSError as error:
             raise _unwritable(self.name, error) from error
         self.pinned = set(self.slots.values())
-        return {"slots": dict(self.slots), "row": self.row}
+        return {"slots": {k: (slot, self.digests[k]) for k, slot in self.slots.items()}, "row": self.row}
 
     def release(self) -> None:
         """Free the slots that only an older snapshot refers to."""
         self.free = sorted(set(range(self.end)) - self.pinned - set(self.slots.values()), reverse=True)
 
     def restore(self, snapshot: dict[str, Any]) -> bool:
-        """Take the slots of a snapshot, if the file is as long as they need and laid out alike."""
-        slots = snapshot.get("slots")
-        if slots is None or snapshot.get("row") != self.row:
+        """Take the slots of a snapshot, if the file is as long as they need and laid out alike; rows are compared with
+        their digests when they are read.
+        """
+        if snapshot.keys() != {"slots", "row"} or snapshot["row"] != self.row:
             return False
-        end = 1 + max(slots.values(), default=-1)
+        slots = {client: slot for client, (slot, _) in snapshot["slots"].items()}
+        used = set(slots.values())
+        if not all(type(n) is int and n >= 0 for n in used):
+            return False
+        end = 1 + max(used, default=-1)
         if os.fstat(self.file).st_size < end * self.row:
             return False
-        self.slots, self.end, self.pinned = dict(slots), end, set(slots.values())
+        self.digests = {client: digest for client, (_, digest) in snapshot["slots"].items()}
+        self.slots, self.end, self.pinned = slots, end, used
         self.release()
         return True
 
+    def _damaged(self, client: int) -> StatesDamaged:
+        return StatesDamaged(
+            f"the state of client {client} in {self.name or tempfile.gettempdir()} is not what was written there; the "
+            "disk may be failing, and the same command begins the run anew"
+        )
+
 
 def _open(file: Path | None) -> int:
-    """Open a file to read and write, made if it is not there; one without a name goes when it is closed."""
+    """Open a file to read and write, made if it is not there, in place of what is no file; one without a name goes when
+    it is closed.
+    """
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_symlink() or not file.is_file():
+            durable.remove(file)
         return os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     handle, name = tempfile.mkstemp()
     os.unlink(name)

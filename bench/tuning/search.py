@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,7 +25,7 @@ def search(book: Book) -> None:
     """Do all trials that are left, one after the other, in this process."""
     while (begun := book.next()) is not None:
         study, trial = begun
-        book.note(study, attempt(study, trial, book.folders[study.id]))
+        book.note(study, attempt(study, trial, book.folders[study.id], _say))
 
 
 def search_on_ray(book: Book, address: str = "local", jobs: int | None = None) -> None:
@@ -91,6 +92,8 @@ def _rotation(book: Book) -> Any:
 
         def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
             study, trial = self.begun.pop(trial_id)
+            for sentence in (result or {}).get("said", ()):
+                _say(sentence)
             if result is None or "payload" not in result:
                 reason = "its worker died again and again (killed, or out of memory)"
                 book.note(study, replace(trial, reason=reason))
@@ -107,11 +110,16 @@ def _rotation(book: Book) -> Any:
     return Rotation()
 
 
-def _on_worker(config: Mapping[str, Any]) -> dict[str, bytes]:
+def _say(sentence: str) -> None:
+    print(f"bench: {sentence}", file=sys.stderr)
+
+
+def _on_worker(config: Mapping[str, Any]) -> dict[str, Any]:
     """Do one trial in a worker of Ray; in place of the trial comes a sentence if nothing more can be done there."""
+    said: list[str] = []
     with unpacked(config["payload"]) as (study, trial):
         try:
-            answer: Trial | str = attempt(study, trial, Path(config["folder"]))
+            answer: Trial | str = attempt(study, trial, Path(config["folder"]), said.append)
         except OSError as error:
             answer = str(error)
-    return {"payload": pickle.dumps(answer)}
+    return {"payload": pickle.dumps(answer), "said": said}

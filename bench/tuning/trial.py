@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -20,18 +20,19 @@ from bench.sweep.config import Run
 from bench.sweep.execution import reason_of
 from bench.sweep.matching import matched_rounds
 from bench.training.job import Job
-from bench.training.rounds import Diverged
+from bench.training.rounds import Diverged, Report
 from bench.training.rounds import train as train
 from bench.tuning.study import Study, Trial
 
 
-def attempt(study: Study, trial: Trial, folder: Path) -> Trial:
+def attempt(study: Study, trial: Trial, folder: Path, say: Callable[[str], None]) -> Trial:
     """Train and score one set of values, from its checkpoints on where there are some.
 
     Args:
         study: What is searched.
         trial: Which values, as `Study.begun` gives them.
         folder: Of checkpoints.
+        say: Told in a sentence of a checkpoint that it does not go on from.
 
     Returns:
         The trial with its score, or with the reason why it failed.
@@ -43,6 +44,11 @@ def attempt(study: Study, trial: Trial, folder: Path) -> Trial:
     run, outcomes = study.run, []
     if trial.reason is not None:
         return trial
+
+    def tell(news: Report) -> None:
+        if news.anew is not None:
+            say(f"a checkpoint of trial {trial.number} of {trial.call} {news.anew}; it begins anew")
+
     files = [folder / f"trial-{trial.number}-seed-{seed}.pt" for seed in study.seeds]
     try:
         for seed, file in zip(study.seeds, files, strict=True):
@@ -53,7 +59,7 @@ def attempt(study: Study, trial: Trial, folder: Path) -> Trial:
                 algorithm, run.dataset, splits, split, setting, seed, run.engine, run.precision, run.device,
                 run.read_weights(), _reserve(run),
             )  # fmt: skip
-            outcomes.append(train(job, checkpoint=file))
+            outcomes.append(train(job, checkpoint=file, report=tell))
         ended = _scored(study, trial, outcomes)
     except OSError:
         raise
