@@ -43,6 +43,10 @@ class Streamed(Protocol):
         """Tell that these rows will be read soon; returns at once."""
 
 
+class DataTooLarge(DataDamaged, MemoryError):
+    """The files of a dataset do not fit in memory: a run of it may have to wait until it has all memory for itself."""
+
+
 @dataclass(frozen=True)
 class Splits:
     """The official parts of a dataset; the test part never enters training."""
@@ -162,6 +166,9 @@ class Dataset(ABC):
 
     def require(self, root: Path) -> None:  # noqa: B027 - most datasets have nothing to add
         """Raise what `load` would, where labels can be there without images."""
+
+    def verify(self, root: Path) -> None:  # noqa: B027 - most read their images where they read labels
+        """Compare images with their checksums, where neither `labels` nor `load` does; raises as `load`."""
 
     def test_part(self, root: Path) -> str | None:
         """Say where the test part comes from, where nobody gave one, in words; else None."""

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from bench import DataDamaged, DataMissing, Dataset, Splits, register
+from bench.dataset import DataTooLarge
+from bench.files import npz
 from bench.files.moments import moments
 
 Array = npt.NDArray[Any]
@@ -92,7 +95,10 @@ class Arrays(Dataset):
 
     @property
     def _contents(self) -> Contents:
-        return _read(*_stamp(self.path), self.normalise)
+        try:
+            return _read(*_stamp(self.path), self.normalise)
+        except MemoryError as error:
+            raise DataTooLarge(f"{self.path}: it does not fit in memory; write fewer or smaller examples") from error
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,8 @@ def _stamp(path: str) -> tuple[str, int, int]:
         raise DataMissing(
             f"arrays: {path} is not there; write it with np.savez, or say where it is with arrays(path='...')"
         ) from error
+    if not S_ISREG(state.st_mode):
+        raise _damaged(path, "it is a folder, a pipe or a device; name a file, as np.savez writes it")
     return path, state.st_size, state.st_mtime_ns
 
 
@@ -140,6 +148,9 @@ def _read(path: str, size: int, modified: int, normalise: str) -> Contents:
     if shapes[0] != shapes[1]:
         raise _damaged(path, f"train_x has examples of {shapes[0]} and test_x of {shapes[1]}; they must be alike")
     classes = int(y["train_y"].max()) + 1
+    if classes > len(y["train_y"]):
+        found = f"train_y has labels up to {classes - 1:,}, and {len(y['train_y']):,} examples"
+        raise _damaged(path, f"{found}; labels are numbers of classes from 0, and each class needs an example")
     for key, labels in y.items():
         low, high, present = int(labels.min()), int(labels.max()), set(labels.tolist())
         if low < 0 or high >= classes:
@@ -167,11 +178,13 @@ def _read(path: str, size: int, modified: int, normalise: str) -> Contents:
 
 def _load(path: str) -> dict[str, Array]:
     try:
-        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-            names = list(file)
-            given = {key: file[key] for key in (*IMAGES, *LABELS, *USERS) if key in names}
+        with npz.opened(path) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            given = {key: npz.read(archive, key) for key in (*IMAGES, *LABELS, *USERS) if key in names}
     except MemoryError:
         raise
+    except npz.BadArray as error:
+        raise _damaged(path, f"{error}; write it with np.savez, arrays of plain numbers") from error
     except Exception as error:  # a damaged archive may raise anything
         raise _damaged(path, f"it is no whole npz file of plain arrays ({error}); write it with np.savez") from error
     absent = [key for key in (*IMAGES, *LABELS) if key not in given]

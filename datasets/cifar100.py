@@ -17,7 +17,10 @@ from bench.files.official import Official, images_of, labels_of, unpickle
 FILES = Official(
     name="cifar100",
     folder="cifar-100-python",
-    checksums={"train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae62326f3e7ffdfab6717acfc"},
+    checksums={
+        "train": "735e79b04f092ca3d2e6d07f368c0a7d70d48c48d28865950cc24454cf45129b",
+        "test": "4b67687d9933c4db8f0831104447f15b93774f4f464bd0516f0f0f2ac83b7864",
+    },
     remotes=(
         Remote(
             "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",

@@ -169,6 +169,10 @@ class Emnist(Dataset):
         """Read the two small files."""
         return self._classes(idx_labels(files_of(self.part), root), root)
 
+    def verify(self, root: Path) -> None:
+        """Read the images too."""
+        files_of(self.part).verify(root)
+
     def fetch(self, root: Path) -> None:
         """Download and unpack the official zip; its files stay packed."""
         FILES.fetch(root)

@@ -14,24 +14,25 @@ from bench import Dataset, Labels, Splits, register
 from bench.files.download import Remote
 from bench.files.official import Official, idx_labels, idx_splits
 
-SERVER = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
+SERVER = "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion"
+"""The same files lie at http://fashion-mnist.s3-website.eu-central-1.amazonaws.com, which has no https."""
 
 FILES = Official(
     name="fashion_mnist",
     folder="FashionMNIST/raw",
     checksums={
-        "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
-        "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
-        "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
-        "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
+        "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+        "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+        "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
     },
     remotes=tuple(
-        Remote(f"{SERVER}/{name}.gz", f"FashionMNIST/raw/{name}.gz", md5, size)
-        for name, md5, size in (
-            ("train-images-idx3-ubyte", "8d4fb7e6c68d591d4c3dfef9ec88bf0d", 26_421_880),
-            ("train-labels-idx1-ubyte", "25c81989df183df01b3e8a0aad5dffbe", 29_515),
-            ("t10k-images-idx3-ubyte", "bef4ecab320f06d8554ea6380940ec79", 4_422_102),
-            ("t10k-labels-idx1-ubyte", "bb300cfdad3c16e7a12a480ee83cd310", 5_148),
+        Remote(f"{SERVER}/{name}.gz", f"FashionMNIST/raw/{name}.gz", sha256=sha256, bytes=size)
+        for name, sha256, size in (
+            ("train-images-idx3-ubyte", "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84", 26_421_880),
+            ("train-labels-idx1-ubyte", "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845", 29_515),
+            ("t10k-images-idx3-ubyte", "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073", 4_422_102),
+            ("t10k-labels-idx1-ubyte", "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5", 5_148),
         )
     ),
     size="31 MB",
@@ -67,6 +68,10 @@ class FashionMnist(Dataset):
     def labels(self, root: Path) -> Labels:
         """Read the two small files."""
         return idx_labels(FILES, root)
+
+    def verify(self, root: Path) -> None:
+        """Read the images too."""
+        FILES.verify(root)
 
     def fetch(self, root: Path) -> None:
         """Download the four official files, which stay packed."""

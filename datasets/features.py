@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from bench import DataDamaged, DataMissing, Dataset, Labels, Splits, register, tree
 from bench.files import prepared
+from bench.files.compared import require_whole
 from bench.files.moments import moments
 
 
@@ -85,6 +86,10 @@ class Features(Dataset):
     def labels(self, root: Path) -> Labels:
         """Read the labels, which lie beside the features."""
         return self._store().labels
+
+    def verify(self, root: Path) -> None:
+        """Compare the store with its checksums, unless this state of it was compared before."""
+        require_whole(self._store())
 
     def identity(self) -> dict[str, Any]:
         """Give what they were made of, and a checksum of all features and labels, and what is not usual."""

@@ -21,7 +21,7 @@ SPLIT = "inaturalist-user-120k"
 BUCKET = "https://ml-inat-competition-datasets.s3.amazonaws.com/2017"
 REMOTES = (
     Remote(
-        f"http://storage.googleapis.com/gresearch/federated-vision-datasets/{SPLIT}.zip", f"{SPLIT}.zip", unpack=True
+        f"https://storage.googleapis.com/gresearch/federated-vision-datasets/{SPLIT}.zip", f"{SPLIT}.zip", unpack=True
     ),
     Remote(f"{BUCKET}/train_val2017.zip", "train_val2017.zip", "444c835f6459867ad69fcb36478786e7", unpack=True),
     Remote(

@@ -18,11 +18,17 @@ from bench.files.lists import Entries, Known, Listed
 LISTS = "https://raw.githubusercontent.com/facebookresearch/classifier-balancing/main/data/Places_LT"
 REMOTES = (
     Remote(
-        f"{LISTS}/Places_LT_train.txt", "places365_standard/Places_LT_train.txt", "e7795ab1bf428a89f900854127b1e556"
+        f"{LISTS}/Places_LT_train.txt",
+        "places365_standard/Places_LT_train.txt",
+        sha256="726c4871dcbf07ce2f857703bfe32e9a83ffbf52d704239f6d95c4f4f4c247f7",
     ),
-    Remote(f"{LISTS}/Places_LT_test.txt", "places365_standard/Places_LT_test.txt", "1347af35b053bd31cf782256306affe7"),
     Remote(
-        "http://data.csail.mit.edu/places/places365/places365standard_easyformat.tar",
+        f"{LISTS}/Places_LT_test.txt",
+        "places365_standard/Places_LT_test.txt",
+        sha256="44eee8441c8098c59195465abede425721bc35525d75209f9433b161a6eb37bc",
+    ),
+    Remote(
+        "https://data.csail.mit.edu/places/places365/places365standard_easyformat.tar",
         "places365standard_easyformat.tar",
         unpack=True,
     ),

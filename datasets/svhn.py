@@ -20,7 +20,7 @@ from bench import Dataset, Labels, Splits, register
 from bench.files.download import Remote
 from bench.files.official import Official
 
-SERVER = "http://ufldl.stanford.edu/housenumbers"
+SERVER = "https://ufldl.stanford.edu/housenumbers"
 
 FILES = Official(
     name="svhn",

@@ -37,12 +37,12 @@ class TinyImagenet(Listed):
     size: ClassVar[str] = "248 MB"
     licence: ClassVar[str] = "none stated; the pictures are ImageNet's: non-commercial research and education"
     citation: ClassVar[str] = "Le, Yang, Tiny ImageNet visual recognition challenge, CS 231N, Stanford University, 2015"
-    source: ClassVar[str] = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
-    by_hand: ClassVar[str] = "unpack http://cs231n.stanford.edu/tiny-imagenet-200.zip so that its folder is {home}"
+    source: ClassVar[str] = "https://cs231n.stanford.edu/tiny-imagenet-200.zip"
+    by_hand: ClassVar[str] = "unpack https://cs231n.stanford.edu/tiny-imagenet-200.zip so that its folder is {home}"
     archives_have_home: ClassVar[bool] = True
     remotes: ClassVar[tuple[Remote, ...]] = (
         Remote(
-            "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+            "https://cs231n.stanford.edu/tiny-imagenet-200.zip",
             "tiny-imagenet-200.zip",
             md5="90528d7ca1a48142e341f4ef8d21d0de",
             bytes=248_100_043,

@@ -21,8 +21,8 @@ from bench.contract import checks, toy
 from bench.contract.promises import ContractBroken
 from bench.data import Uploads
 from bench.dataset import DataMissing
-from bench.files import pack
-from bench.plugins.registry import ALGORITHMS, DATASETS, UnknownPlugin, load_plugin
+from bench.files import pack, source
+from bench.plugins.registry import ALGORITHMS, DATASETS, UnknownPlugin, label, load_plugin
 from bench.protocol.identity import identify
 from bench.protocol.settings import BadConfig, Setting
 from bench.protocol.spelling import parse_algorithms, parse_dataset
@@ -492,6 +492,13 @@ def test_too_few_are_said_before_anything_runs() -> None:
     for runs in (sweep("tuned", auxiliary="own:5").expand(), sweep("fedavg,tuned", auxiliary="own:5").expand()):
         with pytest.raises(BadConfig, match="of class 0 there are 4"):
             driver.check_data(runs)
+
+
+def test_the_images_of_every_dataset_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[str] = []
+    monkeypatch.setattr(source, "verify", lambda dataset, root: compared.append(f"{label(dataset)} in {root}"))
+    driver.verify_data([*sweep("fedavg,tuned").expand(), only(auxiliary="paired:3"), only("fedavg", auxiliary=None)])
+    assert compared == [f"digits in {NO_DATA}", f"paired in {NO_DATA}"]
 
 
 def test_another_dataset_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:

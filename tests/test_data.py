@@ -23,11 +23,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bench import DataDamaged, DataMissing, Dataset, LocalData, Splits, Uploads, durable, keys, tree
+from bench import DataDamaged, DataMissing, Dataset, LocalData, Splits, Uploads, durable, keys, reading, tree
 from bench.command.data import data_command
 from bench.data import Images
 from bench.files import data_root
-from bench.files.official import Official, read_idx
+from bench.files.official import Official, agrees, read_idx, unpickle
 from bench.plugins.registry import DATASETS
 from bench.protocol.settings import SETTINGS, BadConfig
 
@@ -152,7 +152,7 @@ def tiny_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for number, name in enumerate(loader.FILES.checksums):
             pixels = np.full((2, 3072), number, dtype=np.uint8)
             pixels[:, 1024:2048] += 100  # the green plane
-            contents = pickle.dumps({"data": pixels, key: [number, 9]}, protocol=2)
+            contents = pickle.dumps({"data": pixels, key: [number, 9]}, protocol=4)
             (tmp_path / loader.FILES.folder / name).write_bytes(contents)
             checksums[name] = md5(contents)
         monkeypatch.setattr(loader, "FILES", replace(loader.FILES, checksums=checksums))
@@ -181,6 +181,68 @@ def test_a_damaged_pickle_is_never_opened(tiny_cifar: Path) -> None:
     with pytest.raises(DataDamaged, match="data_batch_3"):
         DATASETS["cifar10"]().labels(tiny_cifar)
     assert not (tiny_cifar / "opened").exists()
+
+
+class Evil:
+    """What runs code when it is unpickled."""
+
+    def __init__(self, does: Any, *given: Any) -> None:
+        self.does = does, given
+
+    def __reduce__(self) -> Any:
+        return self.does
+
+
+@pytest.mark.parametrize(
+    ("does", "given"),
+    [
+        (os.mkdir, ("{folder}",)),
+        (eval, ("__import__('os').mkdir('{folder}')",)),
+        (getattr, (object, "__subclasses__")),
+        (np.load, ("{folder}",)),
+        (np.ndarray.tofile, (np.zeros(3), "{folder}")),
+        (bytearray, (10**13,)),
+    ],
+)
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+def test_a_batch_that_names_more_than_numbers_is_not_read(
+    does: Any, given: tuple[Any, ...], protocol: int, tmp_path: Path
+) -> None:
+    """Even one with the right checksum."""
+    given = tuple(one.format(folder=tmp_path / "opened") if isinstance(one, str) else one for one in given)
+    content = pickle.dumps({"labels": [1], "data": Evil(does, *given)}, protocol=protocol)
+    with pytest.raises(DataDamaged, match=r"a batch of CIFAR cannot be read \(it names .*, which no batch has\);"):
+        unpickle(content)
+    assert not (tmp_path / "opened").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no pickle", b"cos\nsystem\n(S'true'\ntR.", b"]" * 10 + b".", b"N."])
+def test_what_is_no_batch_is_said(content: bytes) -> None:
+    with pytest.raises(DataDamaged, match="a batch of CIFAR cannot be read"):
+        unpickle(content)
+
+
+def test_checksums_are_of_two_kinds() -> None:
+    assert agrees(b"x", md5(b"x")) and not agrees(b"y", md5(b"x"))
+    sha = hashlib.sha256(b"x").hexdigest()
+    assert agrees(b"x", sha) and not agrees(b"y", sha) and not agrees(b"x", sha[:32])
+    for name in ("cifar10", "cifar100", "mnist", "fashion_mnist"):
+        sums = importlib.import_module(f"bench.datasets.{name}").FILES.checksums.values()
+        assert {len(each) for each in sums} == {64} and len(set(sums)) == len(sums)
+
+
+def test_a_packed_bomb_is_refused_before_it_is_unpacked(
+    official: Official, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "SMALL", 10**6)
+    path = tmp_path / "folder" / "one"
+    path.unlink()
+    path.with_name("one.gz").write_bytes(gzip.compress(bytes(10**6 + 1)))
+    with pytest.raises(DataDamaged, match=r"one\.gz cannot be read \(more than 1,000,000 bytes would come out of it\)"):
+        official.read(tmp_path, "one")
+    path.with_name("one.gz").write_bytes(gzip.compress(bytes(10**6)))
+    with pytest.raises(DataDamaged, match="its checksum is wrong"):
+        official.read(tmp_path, "one")
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion_mnist", "mnist", "svhn"])

@@ -392,6 +392,15 @@ def test_a_process_that_ended_in_the_middle_is_taken_up(server: Server, tmp_path
     assert everything(tmp_path) == {"file": CONTENT}
 
 
+def test_a_sha256_counts_more_than_an_md5(server: Server, tmp_path: Path) -> None:
+    remote = server("file", CONTENT)
+    right = hashlib.sha256(CONTENT).hexdigest()
+    with pytest.raises(DataDamaged, match=f"its SHA-256 is {right}, and not {'0' * 64}; it was removed again"):
+        fetch_all([replace(remote, sha256="0" * 64)], tmp_path)
+    fetch_all([replace(remote, md5="0" * 32, sha256=right)], tmp_path)
+    assert everything(tmp_path) == {"file": CONTENT}
+
+
 # Archives ---------------------------------------------------------------------------------------------------
 
 MEMBERS = {"top/one.txt": b"1" * 3000, "top/sub/two.txt": b"2" * 10, "empty": b""}
@@ -548,7 +557,7 @@ def test_a_dataset_downloads_what_it_reads(
     module = import_module(f"bench.datasets.{name}")
     official = module.FILES
     contents = {file: f"{name} {file}".encode() * 50 for file in official.checksums}
-    assert all(remote.url.startswith("http") and remote.md5 and remote.bytes for remote in official.remotes)
+    assert all(remote.url.startswith("https:") and remote.checksum and remote.bytes for remote in official.remotes)
     total = sum(remote.bytes for remote in official.remotes)
     assert official.size == f"{total / 1e6:.0f} MB"
     if official.remotes[0].unpack:

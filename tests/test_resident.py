@@ -478,7 +478,7 @@ REFUSALS = {
         own(train_user=np.arange(30)),
         "it has train_user; besides .*, only train_users, test_users may",
     ),
-    "objects": (own(train_y=np.array([None] * 30)), "no whole npz file of plain arrays"),
+    "objects": (own(train_y=np.array([None] * 30)), "train_y holds Python objects, which are not read"),
     "floating pixels": (
         own(train_x=np.zeros((30, 6, 5, 3))),
         "train_x is of type float64 and test_x of uint8; both must be pixels, uint8, or floating numbers",
@@ -536,7 +536,7 @@ def test_arrays_never_unpickle(tmp_path: Path) -> None:
         def __reduce__(self) -> Any:
             return os.mkdir, (str(tmp_path / "opened"),)
 
-    with pytest.raises(DataDamaged, match="no whole npz file of plain arrays"):
+    with pytest.raises(DataDamaged, match="train_y holds Python objects, which are not read, as they can run code"):
         saved(tmp_path, own(train_y=np.array([Evil()], dtype=object))).load(tmp_path)
     assert not (tmp_path / "opened").exists()
 

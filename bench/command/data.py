@@ -180,6 +180,7 @@ def pack_command(name: str, imbalance: str | None, profile: str | None, data_roo
         why = "is there already" if out.exists() else "must end in .npz"
         raise click.BadParameter(f"{out} {why}; choose another name", param_hint="--out")
     prepare_own([dataset], files.data_root(data_root))
+    source.verify(dataset, files.data_root(data_root))
     splits = source.load(dataset, files.data_root(data_root))
     rows = subsample(splits.train_y, dataset.num_classes, setting.profile, setting.imbalance)
     try:

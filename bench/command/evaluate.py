@@ -73,6 +73,7 @@ def eval_command(
     kept = load(record)
     tested, part = _dataset(record.dataset if dataset is None else dataset)
     _require_fit(kept.network, tested)
+    source.verify(tested, root_of(data_root))
     splits = source.load(tested, root_of(data_root))
     given = {key: value for key, value in given.items() if value is not None}
     rows = None

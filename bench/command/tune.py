@@ -87,6 +87,7 @@ def _tune(options: Options, trials: int, target: str, fields: str | None, valida
     from bench.protocol import presets
     from bench.protocol.words import split_list
     from bench.results.storage import place, prepare
+    from bench.sweep.driver import verify_data
     from bench.tuning.book import check, opened
     from bench.tuning.choice import best, kept, preset
 
@@ -97,6 +98,7 @@ def _tune(options: Options, trials: int, target: str, fields: str | None, valida
     earlier = presets.read(file) if file.exists() else None
     prepare_own((study.run.dataset for study in studies), studies[0].run.data_root)
     check(studies)
+    verify_data(study.run for study in studies)
     prepare(options.out)
     with opened(studies, trials, options.out, _teller(trials)) as book:
         asked = preset(book, trials, name, chosen)

@@ -54,6 +54,13 @@ class Remote:
     """Its size; None: the server says."""
     unpack: bool = False
     """Whether it is an archive (tar, packed or not, or zip) whose contents are wanted, beside it."""
+    sha256: str | None = None
+    """Of its contents, where it was in our hands: compared in place of the MD5."""
+
+    @property
+    def checksum(self) -> str | None:
+        """What its contents are compared with: SHA-256, else MD5, else nothing."""
+        return self.sha256 or self.md5
 
 
 class _Failed(Exception):
@@ -150,15 +157,16 @@ def _is_there(remote: Remote, folder: Path, tell: Report) -> bool:
 def _difference(remote: Remote, path: Path, tell: Report) -> str:
     """Say in what a complete file differs from what it should be; nothing if it does not."""
     size = path.stat().st_size
-    if remote.md5 is None:
+    if remote.checksum is None:
         return "" if remote.bytes in (None, size) else f"it has {size:,} bytes, and not {remote.bytes:,}"
-    digest = hashlib.md5(usedforsecurity=False)
+    digest = hashlib.md5(usedforsecurity=False) if remote.sha256 is None else hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(_PIECE):
             digest.update(piece)
             tell(f"checking {remote.name}", file.tell(), size)
     found = digest.hexdigest()
-    return "" if found == remote.md5 else f"its MD5 is {found}, and not {remote.md5}"
+    name = "MD5" if remote.sha256 is None else "SHA-256"
+    return "" if found == remote.checksum else f"its {name} is {found}, and not {remote.checksum}"
 
 
 # Space ------------------------------------------------------------------------------------------------------
@@ -232,7 +240,7 @@ def _transfer(remote: Remote, part: Path, validator: Path, tell: Report) -> None
         _Failed: It was not all. Other errors are urllib's.
     """
     known = validator.read_text(encoding="utf-8") if validator.is_file() else ""
-    start = _size(part) if known or remote.md5 else 0
+    start = _size(part) if known or remote.checksum else 0
     headers = {"User-Agent": "pfl-lt-bench"}
     if start:
         headers["Range"] = f"bytes={start}-"
@@ -259,7 +267,7 @@ def _transfer(remote: Remote, part: Path, validator: Path, tell: Report) -> None
         total = remote.bytes if length is None else start + int(length)
         if total is not None:
             _require_space(total - start, part.parent)
-        elif remote.md5 is None:
+        elif remote.checksum is None:
             raise _Failed("the server does not say how long the file is, and no checksum is known")
         etag = response.headers.get("ETag", "")
         validator.write_text(
@@ -315,11 +323,16 @@ def _is_unpacked(remote: Remote, folder: Path) -> bool:
         sizes = [(marker.parent / name).stat().st_size == int(size) for size, name in members]
     except (OSError, ValueError):  # no list, or a file of it is missing
         return False
-    return title == _title(remote) and all(sizes)
+    return _bare(title) == _bare(_title(remote)) and all(sizes)
 
 
 def _title(remote: Remote) -> str:
-    return f"{remote.url} {remote.md5}"
+    return f"{remote.url} {remote.checksum}"
+
+
+def _bare(title: str) -> str:
+    """Leave out http or https: a host may have learnt the latter since."""
+    return title.partition("://")[2]
 
 
 def _members(raw: IO[bytes]) -> Iterator[tuple[str, IO[bytes]]]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
+import io
 import pickle
 import warnings
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench import reading
 from bench.dataset import DataDamaged, DataMissing, Labels, Splits
 from bench.files.download import Remote, fetch_all
 
@@ -29,7 +29,8 @@ class Official:
     folder: str
     """Below the data root, as torchvision lays it out."""
     checksums: Mapping[str, str]
-    """File name to the MD5 of its contents (if it may lie there packed by gzip: of the unpacked ones)."""
+    """File name to the SHA-256 of its contents (if it may lie there packed by gzip: of the unpacked ones); or to their
+    MD5, where nothing else was published and the file was never in our hands."""
     of_packed: bool = False
     """Whether the checksums are those of the files as gzip packed them: an unpacked one is known by its shape."""
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -62,15 +63,20 @@ class Official:
         path = self._path(root, name)
         advice = f"delete it and run 'bench data fetch {self.name}' again"
         try:
-            stored = path.read_bytes()
-            contents = gzip.decompress(stored) if path.suffix == ".gz" else stored
-        except (OSError, EOFError, zlib.error) as error:
+            stored = reading.contents(path)
+            contents = reading.unpacked(stored, path.suffix)
+        except (OSError, reading.TooLarge) as error:
             raise DataDamaged(f"{path} cannot be read ({error}); {advice}") from error
         summed = stored if self.of_packed else contents
         unknown = self.of_packed and path.suffix != ".gz"
-        if not unknown and hashlib.md5(summed, usedforsecurity=False).hexdigest() != self.checksums[name]:
+        if not unknown and not agrees(summed, self.checksums[name]):
             raise DataDamaged(f"{path} is not the official file, its checksum is wrong; {advice}")
         return contents
+
+    def verify(self, root: Path) -> None:
+        """Read all files, where labels and images lie apart; errors of `array`."""
+        for name in self.checksums:
+            self.array(root, name)
 
     def array(self, root: Path, name: str) -> Tensor:
         """Read a file in the idx format: uint8; errors of `read`, and `DataDamaged` if it has another shape."""
@@ -103,13 +109,46 @@ class Official:
         return next((place for place in places if place.is_file()), path)
 
 
+def agrees(contents: bytes, checksum: str) -> bool:
+    """Tell whether contents have a checksum: SHA-256, or, if it is of 32 hexadecimal digits, MD5."""
+    digest = hashlib.md5(contents, usedforsecurity=False) if len(checksum) == 32 else hashlib.sha256(contents)
+    return digest.hexdigest() == checksum
+
+
+class _Batches(pickle.Unpickler):
+    """Knows the names that a batch of CIFAR has, and no others: they could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Give what a name of the pickle stands for."""
+        try:
+            return _NAMES[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no batch has") from None
+
+
+_NAMES = {
+    ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+    ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],  # as NumPy 2 has it
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+}
+
+
 def unpickle(contents: bytes) -> dict[str, Any]:
-    """Read a batch of CIFAR, pickled by Python 2; only with the right checksum, as a pickle can run code."""
+    """Read a batch of CIFAR, pickled by Python 2, after its checksum was found right.
+
+    Raises:
+        DataDamaged: It names what no batch has, and is not read further.
+    """
     with warnings.catch_warnings():
         # NumPy dislikes how the arrays of 2009 spell their dtype.
         warnings.filterwarnings("ignore", message=".*align should be passed as Python or NumPy boolean")
-        batch = pickle.loads(contents, encoding="latin1")
-    assert isinstance(batch, dict)
+        try:
+            batch = _Batches(io.BytesIO(contents), encoding="latin1").load()
+            if not isinstance(batch, dict):
+                raise TypeError(f"it is a {type(batch).__name__}")
+        except Exception as error:  # a damaged pickle may raise anything
+            raise DataDamaged(f"a batch of CIFAR cannot be read ({error}); fetch the official files again") from error
     return batch
 
 

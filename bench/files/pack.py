@@ -29,6 +29,7 @@ from numpy.lib import format as npy
 from torch import Tensor
 
 from bench.dataset import DataDamaged, DataMissing, Dataset, Labels, Splits, Streamed
+from bench.files import npz
 from bench.plugins.registry import label, name, source_digest
 
 FORMAT = 1
@@ -188,12 +189,28 @@ def require(path: Path, clients: Sequence[Tensor]) -> None:
         )
 
 
+def verify(path: Path) -> None:
+    """Compare all of a pack with its checksums, piece by piece.
+
+    Raises:
+        DataDamaged: It is no pack, or not what was written.
+    """
+    with _opened(path) as (archive, pack):
+        for key, expected in pack.header["arrays"].items():
+            sha, start = hashlib.sha256(), npz.header(archive, key).start
+            with archive.open(f"{key}.npy") as member:
+                member.read(start)
+                while piece := member.read(_PIECE):
+                    sha.update(piece)
+            if sha.hexdigest() != expected["sha256"]:
+                raise ValueError(f"the checksum of {key} is wrong")
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[ZipFile, Pack]]:
     try:
-        with ZipFile(path) as archive:
-            with archive.open("header.npy") as file:
-                header = json.loads(npy.read_array(file, allow_pickle=False).tobytes())
+        with npz.opened(path) as archive:
+            header = json.loads(npz.read(archive, "header").tobytes())
             if header["format"] != FORMAT:
                 raise DataDamaged(f"{path} is a pack of format {header['format']}, and this version reads {FORMAT}")
             if header["fingerprint"] != _fingerprint(header):
@@ -210,8 +227,7 @@ def _opened(path: Path) -> Iterator[tuple[ZipFile, Pack]]:
 def _read(archive: ZipFile, pack: Pack, key: str) -> Tensor:
     """Read an array into memory."""
     expected = pack.header["arrays"][key]
-    with archive.open(f"{key}.npy") as file:
-        array = npy.read_array(file, allow_pickle=False)
+    array = npz.read(archive, key)
     if list(array.shape) != expected["shape"] or array.dtype.str != expected["dtype"]:
         raise ValueError(f"{key} has another shape or type")
     if hashlib.sha256(array.data.cast("B") if array.size else b"").hexdigest() != expected["sha256"]:
@@ -222,16 +238,13 @@ def _read(archive: ZipFile, pack: Pack, key: str) -> Tensor:
 def _stream(archive: ZipFile, pack: Pack, key: str) -> Streamed:
     """Open an array whose rows are read when they are needed."""
     expected = pack.header["arrays"][key]
-    info = archive.getinfo(f"{key}.npy")
-    with archive.open(info) as member:
-        npy.read_magic(member)
-        shape, _, dtype = npy.read_array_header_1_0(member)
-        into = member.tell()
+    info, header = archive.getinfo(f"{key}.npy"), npz.header(archive, key)
+    shape, dtype = header.shape, header.dtype
     if list(shape) != expected["shape"] or dtype.str != expected["dtype"] or info.compress_type != 0:
         raise ValueError(f"{key} has another shape or type")
     with pack.path.open("rb") as file:
         file.seek(info.header_offset + 26)
-        offset = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4))) + into
+        offset = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4))) + header.start
         file.seek(offset)
         sha, left = hashlib.sha256(), int(np.prod(shape)) * dtype.itemsize
         while left and (piece := file.read(min(left, _PIECE))):

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from bench.dataset import DataDamaged, DataMissing, Dataset, Labels, Splits
 from bench.files import prepared
+from bench.files.compared import require_whole
 from bench.files.listing import Listing
 from bench.plugins.registry import label
 
@@ -77,6 +78,11 @@ class Photographs(Dataset):
     def require(self, root: Path) -> None:
         """Raise what `load` would: it reads no image."""
         self.load(root)
+
+    def verify(self, root: Path) -> None:
+        """Compare the prepared store with its checksums, unless this state of it was compared before."""
+        if store := self._prepared(root):
+            require_whole(store)
 
     def prepare_command(self, root: Path) -> str:
         """Spell the command that prepares this dataset."""

@@ -82,6 +82,7 @@ class Embedding:
         store = find(folder)
         if store is not None and store.listing == plan.listing:
             return store
+        self.dataset.verify(root)
         with writing(folder, plan, progress.say) as unfinished:
             todo = unfinished.todo()
             total, left = plan.train + plan.test, sum(map(len, todo))

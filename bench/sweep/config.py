@@ -160,6 +160,12 @@ class Run:
         needs = self.algorithm.needs
         return auxiliary.rows_wanted(origin, needs, self.dataset, labels, self.setting, self.data_root)
 
+    @property
+    def datasets(self) -> list[Dataset]:
+        """What it reads: its own dataset, and another if images at the server come from there."""
+        origin = None if self.setting.auxiliary is None else auxiliary.parse(self.setting.auxiliary).dataset
+        return [self.dataset] if origin is None else [self.dataset, origin]
+
     def reserve(self, splits: Splits) -> Reserve | None:
         """Find the images at the server, if the algorithm needs some.
 

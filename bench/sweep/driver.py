@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -62,6 +62,16 @@ def check_data(runs: Sequence[Run]) -> None:
         run.setting.training_clients(len(split.clients))  # natural users are counted only now
         source.require(run.dataset, run.data_root, [*split.clients, *run.reserved(labels[key])])
         run.read_weights()
+
+
+def verify_data(runs: Iterable[Run]) -> None:
+    """Compare all images that runs will read with their checksums, each dataset's once; see `source.verify`.
+
+    Raises:
+        DataDamaged: Some are not what was written; that is no run's failure.
+    """
+    for dataset, root in dict.fromkeys((dataset, run.data_root) for run in runs for dataset in run.datasets):
+        source.verify(dataset, root)
 
 
 def run(
