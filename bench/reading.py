@@ -33,7 +33,7 @@ def opened(path: Path | str) -> BinaryIO:
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         return file
     file.close()
-    raise OSError(0, "it is a pipe or a device, and no file", str(path))
+    raise OSError("it is a pipe or a device, and no file")
 
 
 def contents(path: Path) -> bytes:
@@ -59,7 +59,7 @@ def unpacked(stored: bytes, ending: str) -> bytes:
         with gzip.GzipFile(fileobj=packed) if ending == ".gz" else lzma.LZMAFile(packed) as stream:
             return _all(stream, min(allowed(len(stored)), MOST))
     except (EOFError, zlib.error, lzma.LZMAError) as error:
-        raise OSError(0, str(error)) from error
+        raise OSError(str(error)) from error
 
 
 def allowed(packed: int) -> int:

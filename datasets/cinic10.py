@@ -14,7 +14,8 @@ import numpy as np
 
 from bench import register
 from bench.files.download import Remote
-from bench.files.lists import Entries, Known, Listed, images_below
+from bench.files.lists import Entries, Known, Listed
+from bench.files.walk import images_below
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PART = Known(images=90_000, per_class=(9000, 9000))

@@ -6,10 +6,7 @@ Talwalkar. LEAF: a benchmark for federated settings. 2018. https://arxiv.org/abs
 
 from __future__ import annotations
 
-import gzip
 import json
-import lzma
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,10 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench import DataDamaged, DataMissing, Dataset, Labels, Splits, register
+from bench import DataDamaged, DataMissing, Dataset, Labels, Splits, reading, register
 
 CLASSES, SIDE = 62, 28
-OPENERS: dict[str, Any] = {".json": open, ".xz": lzma.open, ".gz": gzip.open}
 
 Images = tuple[Tensor, Tensor]
 """(n, 1, 28, 28) uint8 and (n,) int64 labels of one writer."""
@@ -116,9 +112,8 @@ def _parse(file: Path) -> dict[str, Images]:
         DataDamaged: It is cut short, or not what LEAF writes.
     """
     try:
-        with OPENERS[file.suffix](file, "rb") as stream:
-            content = json.loads(stream.read())
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
+        content = json.loads(reading.unpacked(reading.contents(file), file.suffix))
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(file, f"it cannot be read ({error})") from error
     if not isinstance(content, dict) or not {"users", "num_samples", "user_data"} <= set(content):
         raise _damaged(file, "it must have users, num_samples and user_data")

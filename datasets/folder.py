@@ -13,8 +13,9 @@ from torch import Tensor
 
 from bench import DataDamaged, DataMissing, keys, register
 from bench.files.listing import Listing
-from bench.files.lists import Entries, images_below, leads_out, listing, read_table, refuse, repeated
+from bench.files.lists import Entries, leads_out, listing, read_table, refuse, repeated
 from bench.files.photographs import Photographs
+from bench.files.walk import Seen, images_below
 
 FIX = "correct it and try again"
 TEST_SHARE = 0.2
@@ -24,7 +25,8 @@ TEST_SHARE = 0.2
 @dataclass(frozen=True, kw_only=True)
 class Folder(Photographs):
     """The images in `path/<class>/`, or in `path/train/<class>/` and `path/test/<class>/`, and in folders below these,
-    in the order of their names. Classes are numbered in the order of their names. They are cut to a long tail only
+    in the order of their names. Links are followed, also to other disks; none may lead up, or to what is there already.
+    Classes are numbered in the order of their names. They are cut to a long tail only
     where an imbalance factor is given.
 
     Without `train` and `test` a share of each class, `test_share`, is the test part. An image is in it or not by its
@@ -129,13 +131,17 @@ class Folder(Photographs):
                 f"classes); each class needs a folder with images in train and in test"
             )
         needed = "each needs images in train and in test"
-        train, test = (_images(folder / part, f"{part}/", classes, 1, needed) for part in ("train", "test"))
+        seen = Seen()
+        train, test = (_images(folder / part, f"{part}/", classes, 1, needed, seen) for part in ("train", "test"))
+        seen.refuse_twice([str(folder / path) for part in (train, test) for path in part.paths])
         return train, test
 
     def _set_aside(self) -> tuple[Entries, Entries]:
         """List all images, and part them by their names."""
         needed = "each needs one for training and one for testing"
-        found = _images(Path(self.path), "", self._classes("train"), 2, needed)
+        seen = Seen()
+        found = _images(Path(self.path), "", self._classes("train"), 2, needed, seen)
+        seen.refuse_twice([str(Path(self.path) / path) for path in found.paths])
         draws = keys.uniform_rows(keys.fold_each(keys.fold(keys.key(0), "test part"), found.paths), 1)[:, 0].numpy()
         tested = draws < self.test_share
         for label in range(found.labels[-1] + 1):
@@ -162,9 +168,9 @@ class Folder(Photographs):
         return owned[0], owned[1] if len(owned) == 2 else test
 
 
-def _images(folder: Path, prefix: str, classes: list[str], least: int, needed: str) -> Entries:
+def _images(folder: Path, prefix: str, classes: list[str], least: int, needed: str, seen: Seen) -> Entries:
     """List the images below the folders of classes; their paths begin with `prefix`."""
-    found = [images_below(folder / name) for name in classes]
+    found = [images_below(folder / name, seen=seen) for name in classes]
     without = "an image" if least == 1 else f"{least} images"
     few = [name for name, images in zip(classes, found, strict=True) if len(images) < least]
     refuse(folder, f"classes without {without}", few, needed)

@@ -13,7 +13,8 @@ import numpy as np
 
 from bench import register
 from bench.files.download import Remote
-from bench.files.lists import Entries, Known, Listed, images_below, leads_out, repeated, text_lines
+from bench.files.lists import Entries, Known, Listed, leads_out, repeated, text_lines
+from bench.files.walk import images_below
 
 
 @register("tiny_imagenet")

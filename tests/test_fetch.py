@@ -30,9 +30,9 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bench import DataDamaged, DataMissing
+from bench import DataDamaged, DataMissing, reading
 from bench.command.data import data_command
-from bench.files import download
+from bench.files import archives, download
 from bench.files.download import Remote, fetch_all, reporting
 from bench.plugins.registry import DATASETS
 
@@ -530,6 +530,65 @@ def test_an_archive_cannot_write_elsewhere(server: Server, tmp_path: Path, kind:
     assert not list(tmp_path.rglob("*.unpacked"))
 
 
+def sparse(nbytes: int) -> bytes:
+    """Make a tar archive of a file that is a hole."""
+    info = tarfile.TarInfo("top/hole")
+    info.size, info.type = 512, tarfile.GNUTYPE_SPARSE
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[386:410] = b"%011o\0%011o\0" % (0, 512)
+    header[483:495] = b"%011o\0" % nbytes
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + bytes(512 * 3)
+
+
+def named(nbytes: int) -> bytes:
+    """Make a packed tar archive of a file whose name is long."""
+    info = tarfile.TarInfo("./@LongLink")
+    info.size, info.type = nbytes, tarfile.GNUTYPE_LONGNAME
+    first = tarfile.TarInfo("first").tobuf(tarfile.GNU_FORMAT)
+    return gzip.compress(first + info.tobuf(tarfile.GNU_FORMAT) + b"n" * nbytes + tarred(MEMBERS, "w"))
+
+
+MB = 10**6
+BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
+    "zip": (lambda: zipped({"zeros": bytes(3 * MB)}), r"more than 2,000,000 bytes would come out of its \d,\d\d\d"),
+    "tar.gz": (lambda: tarred({"zeros": bytes(3 * MB)}), "more than 2,000,000 bytes would come out of its"),
+    "tar.xz": (lambda: tarred({"zeros": bytes(3 * MB)}, "w:xz"), "more than 2,000,000 bytes would come out of its"),
+    "in pieces": (lambda: zipped({f"{n}": bytes(MB) for n in range(3)}), "more than 2,000,000 bytes would come out"),
+    "empty files": (lambda: tarred({f"{n}": b"" for n in range(500)}), "more than 2,000,000 bytes would come out of"),
+    "a hole": (lambda: sparse(2**32), "more than 2,000,000 bytes would come out of its 2,048"),
+    "behind the end": (lambda: gzip.compress(tarred(MEMBERS, "w") + bytes(3 * MB)), "more than 2,000,000 bytes would"),
+    "a name": (lambda: named(2**20 + 1), "it has a name of 1,048,577 bytes"),
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_bomb_is_refused_when_it_has_grown_a_hundred_times(
+    kind: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report's: 0.3 MB became 300 MB."""
+    monkeypatch.setattr(reading, "SMALL", 2 * MB)
+    make, said = BOMBS[kind]
+    with pytest.raises(DataDamaged, match=rf"bomb\.part cannot be unpacked \({said}.*\); delete it and run the same"):
+        fetch_all([server("bomb", make(), unpack=True)], tmp_path)
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*")) < 2.1 * MB
+    assert not list(tmp_path.glob("*.unpacked"))
+
+
+def test_large_archives_hold_photographs_and_small_ones_lists(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "SMALL", 10_000)
+    noise = np.random.default_rng(0).bytes(30_000)
+    packed = zipped({"noise": noise, "zeros": bytes(10**6)})  # a thirtieth
+    fetch_all([server("a.zip", packed, unpack=True)], tmp_path)
+    monkeypatch.setattr(archives, "_LARGE", 10**5)
+    with pytest.raises(DataDamaged, match=f"more than {max(3 * len(packed), 10**5):,} bytes would come out"):
+        fetch_all([server("b.zip", packed, unpack=True)], tmp_path)
+    fetch_all([server("c.zip", zipped({"a": noise}), unpack=True)], tmp_path)
+
+
 @pytest.mark.parametrize("name", ARCHIVES)
 @pytest.mark.parametrize("damage", ["cut", "changed", "nothing", "noise", "no end"])
 def test_a_broken_archive_is_named(server: Server, tmp_path: Path, name: str, damage: str) -> None:
@@ -542,8 +601,9 @@ def test_a_broken_archive_is_named(server: Server, tmp_path: Path, name: str, da
         "noise": CONTENT[:5000],
         "no end": packed.rstrip(b"\0") if name == "a.tar" else packed[:-1],
     }[damage]
-    with pytest.raises(DataDamaged, match=rf"{name}\.part cannot be unpacked"):
+    with pytest.raises(DataDamaged, match=rf"{name}\.part cannot be unpacked") as caught:
         fetch_all([server(name, broken, checksum=False, unpack=True)], tmp_path)
+    assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("*.unpacked"))
 
 

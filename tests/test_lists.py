@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.dataset import DataDamaged, DataMissing
-from bench.files.lists import images_below
+from bench.files.walk import images_below
 from bench.plugins.registry import DATASETS
 from tests import trees
 from tests.kinds import (

@@ -10,6 +10,8 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 from PIL import __version__ as pillow_version
 
+from bench import reading
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """What is tried. Others that Pillow knows start programs (EPS) or are no photographs."""
 
@@ -49,7 +51,7 @@ def decode(path: Path | str, pixels: int) -> npt.NDArray[np.uint8]:
         warnings.simplefilter("ignore")  # about metadata that nobody asked for
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            with Image.open(path, formats=FORMATS) as image:
+            with reading.opened(path) as file, Image.open(file, formats=FORMATS) as image:
                 image.draft(None, (2 * pixels, 2 * pixels))
                 image.load()
                 square = _square(_colour(image), pixels)

@@ -6,28 +6,22 @@ takes only its own hub.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import os
 import shutil
 import ssl
-import struct
-import tarfile
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from http.client import HTTPException
-from lzma import LZMAError
-from pathlib import Path, PurePosixPath
-from typing import IO, Self
+from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from bench.dataset import DataDamaged, DataMissing
+from bench.files.archives import BROKEN, members
 
 PAUSES = (1.0, 3.0, 9.0)
 """Seconds before the next attempt, after so many in a row that brought nothing; then it is given up."""
@@ -284,12 +278,6 @@ def _transfer(remote: Remote, part: Path, validator: Path, tell: Report) -> None
 
 # Archives ---------------------------------------------------------------------------------------------------
 
-_BROKEN = (
-    *(tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, LZMAError, struct.error),
-    *(EOFError, RuntimeError, ValueError),
-)
-"""What a broken archive raises."""
-
 
 def _unpack(remote: Remote, archive: Path, folder: Path, tell: Report) -> None:
     """Write the files of an archive into its folder, each whole or not at all, and last their list."""
@@ -297,7 +285,7 @@ def _unpack(remote: Remote, archive: Path, folder: Path, tell: Report) -> None:
     size, written = archive.stat().st_size, []
     try:
         with archive.open("rb") as raw:
-            for name, content in _members(raw):
+            for name, content in members(raw, size):
                 path = place / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with _beside(path, ".part").open("wb") as file:
@@ -305,7 +293,7 @@ def _unpack(remote: Remote, archive: Path, folder: Path, tell: Report) -> None:
                     written.append(f"{file.tell()} {name}")
                 os.replace(_beside(path, ".part"), path)
                 tell(f"unpacking {remote.name}", raw.tell(), size)
-    except _BROKEN as error:
+    except BROKEN as error:
         raise DataDamaged(
             f"{archive} cannot be unpacked ({error}); delete it and run the same command again"
         ) from error
@@ -333,46 +321,3 @@ def _title(remote: Remote) -> str:
 def _bare(title: str) -> str:
     """Leave out http or https: a host may have learnt the latter since."""
     return title.partition("://")[2]
-
-
-def _members(raw: IO[bytes]) -> Iterator[tuple[str, IO[bytes]]]:
-    """Open the files of an archive one after the other; anything but files and folders inside is an error."""
-    if zipfile.is_zipfile(raw):
-        with zipfile.ZipFile(raw) as packed:
-            for info in packed.infolist():
-                _require_inside(info.filename)
-                if not info.is_dir():
-                    with packed.open(info) as content:
-                        yield info.filename, content
-        return
-    raw.seek(0)
-    with tarfile.open(fileobj=raw, tarinfo=_Header) as archive:
-        for member in archive:
-            _require_inside(member.name)
-            content_or_none = archive.extractfile(member) if member.isfile() else None
-            if content_or_none is not None:
-                yield member.name, content_or_none
-            elif not member.isdir():
-                raise tarfile.TarError(f"{member.name!r} in it is neither a file nor a folder")
-        while archive.fileobj is not None and archive.fileobj.read(_PIECE):
-            pass  # to the end, where a packed archive has its checksum
-
-
-class _Header(tarfile.TarInfo):
-    """A header of a tar archive; what is neither one nor the end mark is an error, where tarfile sees an end."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        """Read a header."""
-        try:
-            return super().frombuf(buf, encoding, errors)
-        except tarfile.HeaderError as error:
-            if bytes(buf) == bytes(tarfile.BLOCKSIZE):
-                raise
-            raise tarfile.ReadError("it is cut short or damaged") from error
-
-
-def _require_inside(name: str) -> None:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\n" in name:
-        raise tarfile.TarError(f"{name!r} in it would lie elsewhere")

@@ -7,17 +7,13 @@ What is wrong with a list is said in one sentence, with the first bad entry and 
 from __future__ import annotations
 
 import csv
-import gzip
 import hashlib
 import io
 import json
-import lzma
-import os
 import re
-import zlib
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,6 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from bench import reading
 from bench.dataset import DataDamaged, DataMissing
 from bench.files.download import Remote, fetch_all
 from bench.files.listing import Listing, Part
@@ -35,8 +32,6 @@ from bench.plugins.registry import label, name
 
 PACKED = ("", ".xz", ".gz")
 """Endings that a list may have on the disk; the first that is there is read."""
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-"""Of files that are taken for images in folders of classes, in any case."""
 _ODD = re.compile(r"[\x00-\x1f\\\ud800-\udfff]")
 
 
@@ -300,11 +295,9 @@ def contents(path: Path, advice: str) -> bytes:
     Raises:
         DataDamaged: It cannot be read or unpacked.
     """
-    opened = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
     try:
-        with opened(path, "rb") as file:  # type: ignore[operator]
-            return bytes(file.read())
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        return reading.unpacked(reading.contents(path), path.suffix)
+    except (OSError, reading.TooLarge) as error:
         raise DataDamaged(f"{path} cannot be read ({error}); {advice}") from error
 
 
@@ -396,25 +389,6 @@ def read_table(path: Path, columns: Sequence[str], advice: str) -> dict[str, lis
     refuse(path, f"rows without {len(header)} columns", uneven, advice)
     places = [header.index(column) for column in columns]
     return {column: [row[place] for row in rows] for column, place in zip(columns, places, strict=True)}
-
-
-def images_below(folder: Path, suffixes: Collection[str] = SUFFIXES) -> list[str]:
-    """List the images in a folder and its folders, by their paths below it, sorted; hidden files are left out.
-
-    Raises:
-        DataDamaged: A folder cannot be read.
-    """
-
-    def stop(error: OSError) -> None:
-        raise DataDamaged(f"{error.filename} cannot be read ({error.strerror}); allow it, or take it away") from error
-
-    found = []
-    for place, folders, files in os.walk(folder, onerror=stop, followlinks=True) if folder.is_dir() else ():
-        folders[:] = [below for below in folders if not below.startswith(".")]
-        prefix = "" if place == str(folder) else os.path.relpath(place, folder).replace(os.sep, "/") + "/"
-        images = (file for file in files if file[0] != "." and os.path.splitext(file)[1].lower() in suffixes)
-        found += [prefix + image for image in images]
-    return sorted(found)
 
 
 def _records(path: Path, advice: str, *parts: str) -> list[list[dict[str, Any]]]:
