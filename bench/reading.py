@@ -9,7 +9,6 @@ import os
 import stat
 import zlib
 from pathlib import Path
-from typing import BinaryIO
 
 MOST = 4 << 30
 """Bytes of a file that is read whole into memory; the largest that we know has half a gigabyte."""
@@ -23,7 +22,7 @@ class TooLarge(ValueError):
     """More bytes would come out of a file than it can honestly hold. The message says how many, without its path."""
 
 
-def opened(path: Path | str) -> BinaryIO:
+def opened(path: Path | str) -> io.BufferedReader:
     """Open a file for reading; links are followed, and a pipe is not waited for.
 
     Raises:
@@ -71,7 +70,7 @@ def _at_once(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def _all(stream: BinaryIO | gzip.GzipFile | lzma.LZMAFile, most: int) -> bytes:
+def _all(stream: io.BufferedReader | gzip.GzipFile | lzma.LZMAFile, most: int) -> bytes:
     pieces, read = [], 0
     while piece := stream.read(_PIECE):
         read += len(piece)

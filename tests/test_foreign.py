@@ -6,7 +6,6 @@ import io
 import os
 import pickle
 import resource
-import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from bench.command.main import main
 from bench.dataset import DataTooLarge
 from bench.files import source
 from bench.plugins.registry import DATASETS
+from tests.trees import odd
 
 TB = 10**12
 
@@ -168,23 +168,6 @@ def test_what_is_no_file_is_not_waited_for(kind: str, tmp_path: Path, capsys: py
         main(["run", "--algos", "fedavg", "--dataset", f"arrays(path='{path}')", "--out", str(tmp_path / "runs")])
     printed = capsys.readouterr().err
     assert ended.value.code == 3 and printed.count("\n") == 1 and said in printed
-
-
-def odd(path: Path, kind: str) -> Path:
-    """Put something that is no file in a place."""
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "folder":
-        path.mkdir()
-    elif kind == "socket":
-        with socket.socket(socket.AF_UNIX) as own_socket:
-            here = os.getcwd()
-            os.chdir(path.parent)  # its address has 100 bytes at most
-            own_socket.bind(path.name)
-            os.chdir(here)
-    else:
-        path.symlink_to("/dev/zero")
-    return path
 
 
 def test_memory_that_does_not_suffice_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

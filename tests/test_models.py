@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 import torch
@@ -38,6 +39,7 @@ from bench.preparing.embedding import CHUNK, Embedding
 from bench.protocol.settings import SETTINGS, named
 from bench.training.engine import TOLERANCE
 from bench.training.rounds import Run
+from tests.trees import odd
 
 # Networks ---------------------------------------------------------------------------------------------------
 
@@ -398,6 +400,35 @@ def test_no_code_in_a_file_of_weights_is_run(tmp_path: Path) -> None:
     assert (tmp_path / "touched").exists()
 
 
+def test_weights_that_are_packed_are_not_unpacked(tmp_path: Path) -> None:
+    """A tensor of zeros could be a thousand times as large as its file."""
+    path = saved(own(build("mlp")), tmp_path)
+    with ZipFile(path) as before, ZipFile(tmp_path / "packed.pth", "w", ZIP_DEFLATED) as after:
+        for member in before.namelist():
+            after.writestr(member, before.read(member))
+    with pytest.raises(BadWeights, match=r"packed\.pth is packed, as torch\.save never does; save a state_dict anew"):
+        weights.read(tmp_path / "packed.pth", build("mlp"))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("bring", [lambda leaf: leaf.to_sparse(), lambda leaf: leaf.to("meta")])
+def test_weights_without_plain_values_are_named(bring: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
+    leaves = own(build("mlp"))
+    name = max(leaves, key=lambda key: leaves[key].ndim)
+    path = saved({**leaves, name: bring(leaves[name])}, tmp_path)
+    with pytest.raises(BadWeights, match=f"{name} is sparse or has no values; save a state_dict of plain tensors"):
+        weights.read(path, build("mlp"))
+
+
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+@pytest.mark.parametrize("kind", ["pipe", "link to a device"])
+def test_weights_that_are_no_file_are_not_waited_for(ending: str, kind: str, tmp_path: Path) -> None:
+    path = odd(tmp_path / f"weights.{ending}", kind)
+    for reader in (weights.digest, lambda path: weights.read(path, build("mlp"))):
+        with pytest.raises(BadWeights, match=r"cannot be read \(it is a pipe or a device, and no file\)"):
+            reader(path)
+
+
 @pytest.mark.parametrize("reader", [weights.digest, lambda path: weights.read(path, build("mlp"))])
 def test_weights_that_cannot_be_opened_are_named(reader: Callable[[Path], object], tmp_path: Path) -> None:
     with pytest.raises(
@@ -414,6 +445,7 @@ def test_safetensors_are_read_where_the_package_is_there(tmp_path: Path, monkeyp
     with pytest.raises(BadWeights, match="needs the package safetensors, which is not installed"):
         weights.read(path, build("mlp"))
     leaves = own(build("mlp"))
+    path.touch()
     there = SimpleNamespace(load_file=lambda file: leaves if file == path else None)
     monkeypatch.setitem(sys.modules, "safetensors", SimpleNamespace(torch=there))
     monkeypatch.setitem(sys.modules, "safetensors.torch", there)

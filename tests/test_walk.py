@@ -19,7 +19,7 @@ from bench.plugins.registry import DATASETS
 from bench.preparing.preparation import prepare
 from tests import trees
 from tests.shots import Heard
-from tests.test_foreign import odd
+from tests.trees import odd
 
 
 @pytest.fixture

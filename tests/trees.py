@@ -11,6 +11,8 @@ import colorsys
 import csv
 import gzip
 import json
+import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -350,3 +352,20 @@ def _wnid(label: int) -> str:
 def _take(folder: Path, shots: list[Shot], paths: list[str]) -> None:
     for shot, path in zip(shots, paths, strict=True):
         photograph(folder / path, shot.label, shot.number)
+
+
+def odd(path: Path, kind: str) -> Path:
+    """Put something that is no file in a place."""
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as own_socket:
+            here = os.getcwd()
+            os.chdir(path.parent)  # its address has 100 bytes at most
+            own_socket.bind(path.name)
+            os.chdir(here)
+    else:
+        path.symlink_to("/dev/zero")
+    return path

@@ -50,7 +50,7 @@ def members(raw: IO[bytes], size: int) -> Iterator[tuple[str, IO[bytes]]]:
         return
     raw.seek(0)
     try:
-        opened = tarfile.open(fileobj=raw, tarinfo=_Header)
+        opened = tarfile.open(fileobj=raw, tarinfo=_Header)  # noqa: SIM115 - closed below
     except tarfile.ReadError as error:  # with a line for each way of packing
         raise tarfile.ReadError("it is no archive, or does not begin as one") from error
     with opened as archive:

@@ -8,11 +8,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_STORED, ZipFile, is_zipfile
 
 import torch
 from torch import Tensor
 
-from bench import keys, tree
+from bench import keys, reading, tree
 from bench.models import Model, is_norm
 from bench.tree import Tree
 
@@ -61,6 +62,8 @@ def read(path: Path, model: Model) -> Tree:
     body = {}
     for place, leaf in expected.items():
         tensor = found[names[place]]
+        if tensor.layout is not torch.strided or tensor.is_meta:
+            raise BadWeights(f"{path}: {names[place]} is sparse or has no values; save a state_dict of plain tensors")
         if tensor.shape != leaf.shape or not tensor.is_floating_point():
             found_as, wanted = f"{tuple(tensor.shape)} {tensor.dtype}", f"{tuple(leaf.shape)} {leaf.dtype}"
             raise BadWeights(f"{misfit}: {names[place]} is {found_as}, and {wanted} is wanted; {advice}")
@@ -77,7 +80,7 @@ def digest(path: Path) -> str:
         BadWeights: The file cannot be read.
     """
     try:
-        with path.open("rb") as file:
+        with reading.opened(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise _unreadable(path, error) from error
@@ -90,7 +93,9 @@ def _unreadable(path: Path, error: OSError) -> BadWeights:
 def _tensors(path: Path) -> dict[str, Tensor]:
     """Read tensors by name, without `module.` and whatever they are wrapped in."""
     try:
-        content: Any = _safe(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        content: Any = _safe(path) if path.suffix == ".safetensors" else _unpickled(path)
+    except BadWeights:
+        raise
     except ImportError as error:
         raise BadWeights(f"{path} needs the package safetensors, which is not installed; or save it as .pth") from error
     except OSError as error:
@@ -105,6 +110,20 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in content.items()}
 
 
+def _unpickled(path: Path) -> object:
+    """Read what `torch.save` wrote; no code in it is run."""
+    with reading.opened(path) as file:
+        if is_zipfile(file):
+            with ZipFile(file) as archive:
+                if any(member.compress_type != ZIP_STORED for member in archive.infolist()):
+                    raise BadWeights(f"{path} is packed, as torch.save never does; save a state_dict anew")
+        file.seek(0)
+        return torch.load(file, "cpu", weights_only=True)
+
+
 def _safe(path: Path) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = importlib.import_module("safetensors.torch").load_file(path)
+    library = importlib.import_module("safetensors.torch")
+    with reading.opened(path):  # which does not wait for a pipe, as the library would
+        pass
+    tensors: dict[str, Tensor] = library.load_file(path)
     return tensors
