@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 from bench import DataDamaged, DataMissing, Dataset, Labels, Splits, register, tree
 from bench.files import prepared
 from bench.files.compared import require_whole
+from bench.files.lists import is_number
 from bench.files.moments import moments
 
 
@@ -123,4 +124,7 @@ class Features(Dataset):
             )
         if store.plan.dtype != "float16" or "classes" not in store.plan.made_by:
             raise DataDamaged(f"features: {self.path} holds images, not features; name a folder of 'bench data embed'")
+        classes, labels = str(store.plan.made_by["classes"]), store.labels
+        if not is_number(classes) or not 2 <= int(classes) <= len(labels.train):
+            raise DataDamaged(f"features: {self.path} says that it has {classes} classes; make it anew")
         return store

@@ -207,3 +207,22 @@ def test_images_that_lie_apart_from_their_labels_are_read_too(tmp_path: Path, mo
         dataset.labels(tmp_path)
         with pytest.raises(DataDamaged, match=r"train-images-idx3-ubyte\.gz is not the official file, its checksum is"):
             source.verify(dataset, tmp_path)
+
+
+def test_features_of_more_classes_than_images_are_refused(own: Any, tmp_path: Path) -> None:
+    features = tmp_path / "features"
+    call = f"folder(path='{own.path}', pixels=8)"
+    with pytest.raises(SystemExit):
+        main(["data", "embed", call, "--model", "mlp", "--random-weights", "--data-root", str(tmp_path)])
+    next((tmp_path / "prepared").glob("folder-mlp-*")).rename(features)
+    index = json.loads((features / "index.json").read_bytes())
+    for classes in ("4", "43", "44", "1", str(10**13), "-4", "four", None, 10**6):
+        index["plan"]["made_by"]["classes"] = classes
+        document = {key: value for key, value in index.items() if key != "sha256"}
+        (features / "index.json").write_text(json.dumps({**document, "sha256": prepared.checksum(document)}))
+        dataset = DATASETS["features"](path=str(features))
+        if classes in ("4", "43"):  # of 43 training images
+            assert dataset.num_classes == int(classes)
+            continue
+        with pytest.raises(DataDamaged, match=f"features says that it has {classes} classes; make it anew"):
+            assert dataset.num_classes

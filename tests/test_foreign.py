@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import lzma
 import os
 import pickle
 import resource
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
@@ -19,7 +21,7 @@ from numpy.lib import format as npy
 from bench import DataDamaged, reading
 from bench.command.main import main
 from bench.dataset import DataTooLarge
-from bench.files import source
+from bench.files import lists, official, source
 from bench.plugins.registry import DATASETS
 from tests.trees import odd
 
@@ -184,3 +186,56 @@ def test_memory_that_does_not_suffice_is_a_sentence(tmp_path: Path, monkeypatch:
     for read in (source.load, source.labels):
         with pytest.raises(DataTooLarge, match="digits does not fit in memory; end what else uses it"):
             read(digits, tmp_path)
+
+
+# Lists ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", [".xz", ".gz"])
+def test_a_list_that_is_a_bomb_is_named(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "SMALL", 10**6)
+    pack: Callable[[bytes], bytes] = lzma.compress if ending == ".xz" else gzip.compress
+    path = tmp_path / f"list.txt{ending}"
+    path.write_bytes(pack(b"a" * 10**6))
+    assert lists.contents(path, "again") == b"a" * 10**6
+    path.write_bytes(pack(b"a" * (10**6 + 1)))
+    with pytest.raises(DataDamaged, match=r"cannot be read \(more than 1,000,000 bytes would come out of it\); again"):
+        lists.contents(path, "again")
+    noise = np.random.RandomState(0).bytes(30_000)
+    path.write_bytes(pack(noise + b"a" * (2 * 10**6)))  # sixty times as large
+    assert len(lists.contents(path, "again")) == 2_030_000
+
+
+def test_a_file_is_read_whole_up_to_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (tmp_path / "list.txt").open("wb") as file:
+        file.truncate(1 << 40)  # a hole, which takes nothing from the disk
+    monkeypatch.setattr(reading, "MOST", 10**6)
+    with pytest.raises(DataDamaged, match="more than 1,000,000 bytes would come out of it"):
+        lists.contents(tmp_path / "list.txt", "again")
+    (tmp_path / "list.xz").write_bytes(lzma.compress(bytes(2 * 10**6)))
+    with pytest.raises(DataDamaged, match="more than 1,000,000 bytes would come out of it"):
+        lists.contents(tmp_path / "list.xz", "again")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "nested", "bomb", "digits"])
+def test_a_file_of_leaf_that_lies_is_named(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "SMALL", 10**6)
+    for part in ("train", "test"):
+        (tmp_path / "femnist" / part).mkdir(parents=True)
+        path = tmp_path / "femnist" / part / "data.json.xz"
+        content = {
+            "nested": lzma.compress(b"[" * 10**5),
+            "bomb": lzma.compress(b" " * 10**7),
+            "digits": lzma.compress(b'{"users": [' + b"1" * 5000 + b"]}"),
+        }
+        path.write_bytes(content[kind]) if kind in content else os.mkfifo(path)
+    with pytest.raises(DataDamaged, match=r"data\.json\.xz: it cannot be read \(.*\); copy it again") as caught:
+        source.labels(DATASETS["femnist"](), tmp_path)
+    assert len(str(caught.value)) < 400
+
+
+def test_an_idx_array_that_promises_more_than_it_has_is_none() -> None:
+    for shape in ((10**9, 10**9), (2**32 - 1,) * 8, (0,) * 255):
+        content = bytes([0, 0, 8, len(shape)]) + struct.pack(f">{len(shape)}I", *shape) + bytes(100)
+        with pytest.raises((ValueError, RuntimeError)):
+            official.read_idx(content)

@@ -410,7 +410,7 @@ def test_weights_that_are_packed_are_not_unpacked(tmp_path: Path) -> None:
         weights.read(tmp_path / "packed.pth", build("mlp"))
 
 
-@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.filterwarnings("ignore:Validating sparse")
 @pytest.mark.parametrize("bring", [lambda leaf: leaf.to_sparse(), lambda leaf: leaf.to("meta")])
 def test_weights_without_plain_values_are_named(bring: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
     leaves = own(build("mlp"))

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -201,11 +201,11 @@ def test_a_store_of_another_shape_is_not_written(tmp_path: Path) -> None:
             with pytest.raises(ValueError, match=r"uint8 of \(2, 2, 2, 3\) are wanted"):
                 store.write(chunk, wrong)
         with pytest.raises(ValueError, match="1 chunks are to do"):
-            store.finish(Labels(torch.zeros(2), torch.zeros(0)))
+            store.finish(Labels(torch.zeros(2).long(), torch.zeros(0).long()))
         store.write(chunk, np.zeros((2, 2, 2, 3), np.uint8))
         with pytest.raises(ValueError, match="other numbers of images"):
             store.finish(Labels(torch.zeros(3), torch.zeros(0)))
-        assert store.finish(Labels(torch.zeros(2), torch.zeros(0))).folder == tmp_path / "store"
+        assert store.finish(Labels(torch.zeros(2).long(), torch.zeros(0).long())).folder == tmp_path / "store"
 
 
 # Damage -----------------------------------------------------------------------------------------------------
@@ -307,3 +307,44 @@ def test_a_store_of_a_later_version_is_not_to_be_deleted(tmp_path: Path) -> None
     with pytest.raises(DataDamaged, match="a later version of bench wrote it, so update bench") as error:
         prepared._read_index(tmp_path / "index.json", content)
     assert "delete" not in str(error.value)
+
+
+def test_a_store_whose_checksums_are_right_and_its_numbers_wrong_is_named(stored: Path, tmp_path: Path) -> None:
+    """Whoever writes one can compute them."""
+    folder = tmp_path / "store"
+    shutil.copytree(Shots().store(stored), folder)
+    index = json.loads((folder / "index.json").read_bytes())
+    columns = dict(np.load(folder / "labels.npz"))
+
+    def complaint() -> str:
+        document = {key: value for key, value in index.items() if key != "sha256"} | changes
+        document["sha256"] = prepared.checksum(document)
+        (folder / "index.json").write_text(json.dumps(document))
+        with pytest.raises(DataDamaged) as caught:
+            find(folder)
+        assert str(caught.value).endswith(f"; delete {folder} and prepare the dataset again")
+        return str(caught.value)
+
+    plan, other, chunks = index["plan"], cast(Any, None), cast(Any, None)
+    for other in (
+        {**plan, "train": -1}, {**plan, "chunk": 0}, {**plan, "train": 10**15}, {**plan, "shape": [3, 0, 8]},
+        {**plan, "dtype": "float64"}, {**plan, "more": 1}, {**plan, "shape": 3}, {"train": 1}, [],
+    ):  # fmt: skip
+        changes: dict[str, Any] = {"plan": other}
+        assert "index.json is of no store that bench writes (" in complaint()
+    for chunks in ({}, {"train": [], "test": []}, None):
+        changes = {"chunks": chunks}
+        assert "index.json is of no store that bench writes (" in complaint()
+    changes = {"format": "new"}
+    assert "index.json is not what was written" in complaint()
+    for wrong in (
+        {**columns, "train": columns["train"][:-1]}, {**columns, "train": columns["train"] * 1.0},
+        {**columns, "more": columns["train"]}, {"train": columns["train"]},
+        {**columns, "train": columns["train"].astype(object)},
+    ):  # fmt: skip
+        np.savez(folder / "labels.npz", **wrong)
+        changes = {"labels": prepared.sha256_of((folder / "labels.npz").read_bytes())}
+        assert "labels.npz is of no store that bench writes (" in complaint()
+    (folder / "labels.npz").write_bytes(b"no archive")
+    changes = {"labels": prepared.sha256_of(b"no archive")}
+    assert "labels.npz is of no store that bench writes (File is not a zip file)" in complaint()

@@ -23,13 +23,16 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from bench import reading
 from bench.dataset import DataDamaged, Labels, Splits
+from bench.files import npz
 
 FORMAT = 1
 PARTS = ("train", "test")
@@ -335,11 +338,11 @@ def find(folder: Path) -> Store | None:
     """
     file = folder / INDEX
     try:
-        content = file.read_bytes()
+        content = reading.contents(file)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except OSError as error:
-        raise _damaged(folder, f"{file} cannot be read ({error.strerror})") from error
+    except (OSError, reading.TooLarge) as error:
+        raise _damaged(folder, f"{file} cannot be read ({getattr(error, 'strerror', None) or error})") from error
     plan, chunks, labels_sum = _read_index(file, content)
     for part in PARTS:
         images, expected = folder / f"{part}.bin", plan.part_bytes(part)
@@ -349,35 +352,51 @@ def find(folder: Path) -> Store | None:
             raise _damaged(folder, f"{images} cannot be read ({error.strerror})") from error
         if size != expected or not images.is_file():
             raise _damaged(folder, f"{images} has {size:,} bytes instead of {expected:,}")
-    return Store(folder, plan, _read_labels(folder / LABELS, labels_sum), chunks, sha256_of(content))
+    return Store(folder, plan, _read_labels(folder / LABELS, labels_sum, plan), chunks, sha256_of(content))
 
 
 def _read_index(file: Path, content: bytes) -> tuple[Plan, dict[str, tuple[str, ...]], str]:
     try:
         document = json.loads(content)
-        own = document.pop("sha256")
+        own, version = document.pop("sha256"), int(document["format"])
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(file.parent, f"{file} is not what was written") from error
     if own != checksum(document):
         raise _damaged(file.parent, f"{file} is not what was written")
-    if document["format"] > FORMAT:
+    if version > FORMAT:
         later = "a later version of bench wrote it, so update bench"
-        raise DataDamaged(f"{file} has format {document['format']}, and this version reads {FORMAT}: {later}")
-    if document["format"] != FORMAT:
-        raise _damaged(file.parent, f"{file} has format {document['format']}, and this version reads {FORMAT}")
-    plan = Plan(**{**document["plan"], "shape": tuple(document["plan"]["shape"])})
-    return plan, {part: tuple(document["chunks"][part]) for part in PARTS}, document["labels"]
-
-
-def _read_labels(file: Path, expected: str) -> Labels:
+        raise DataDamaged(f"{file} has format {version}, and this version reads {FORMAT}: {later}")
+    if version != FORMAT:
+        raise _damaged(file.parent, f"{file} has format {version}, and this version reads {FORMAT}")
     try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise _damaged(file.parent, f"{file} cannot be read ({error.strerror})") from error
+        plan = Plan(**{**document["plan"], "shape": tuple(document["plan"]["shape"])})
+        whole = min(plan.train, plan.test) >= 0 and min(plan.chunk, *plan.shape) > 0 and plan.dtype in DTYPES
+        chunks = {part: tuple(document["chunks"][part]) for part in PARTS}
+        # Divided, and not counted out: of rows there may be said to be any number.
+        if not whole or any(len(chunks[part]) != -(-plan.rows(part) // plan.chunk) for part in PARTS):
+            raise ValueError("numbers that no store has")
+        return plan, chunks, document["labels"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(file.parent, f"{file} is of no store that bench writes ({error})") from error
+
+
+def _read_labels(file: Path, expected: str, plan: Plan) -> Labels:
+    try:
+        content = reading.contents(file)
+    except (OSError, reading.TooLarge) as error:
+        raise _damaged(file.parent, f"{file} cannot be read ({getattr(error, 'strerror', None) or error})") from error
     if sha256_of(content) != expected:
         raise _damaged(file.parent, f"{file} is not what was written")
-    with np.load(io.BytesIO(content), allow_pickle=False) as columns:
-        return Labels(**{name: torch.from_numpy(columns[name]) for name in columns.files})
+    rows = {"train": plan.train, "users": plan.train, "test": plan.test, "test_users": plan.test}
+    try:
+        with ZipFile(io.BytesIO(content)) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            columns = {name: torch.from_numpy(npz.read(archive, name)) for name in names}
+        if not all(column.shape == (rows[name],) and column.dtype == torch.int64 for name, column in columns.items()):
+            raise ValueError("not a label for each image")
+        return Labels(**columns)
+    except (BadZipFile, ValueError, KeyError, TypeError) as error:
+        raise _damaged(file.parent, f"{file} is of no store that bench writes ({error})") from error
 
 
 def _damaged(folder: Path, what: str) -> DataDamaged:
