@@ -42,10 +42,10 @@ def bench(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]
     return int(str(ended.value.code)), capsys.readouterr().err
 
 
-def run(capsys: pytest.CaptureFixture[str], root: Path, out: Path, dataset: str) -> tuple[int, str]:
+def run(capsys: pytest.CaptureFixture[str], root: Path, out: Path, dataset: str, *more: str) -> tuple[int, str]:
     few = ("--rounds", 1, "--model", "linear", "--clients", 2, "--ray", "off", "--tracking-uri", "off")
     return bench(
-        capsys, "run", "--algos", "fedavg,local", "--dataset", dataset, "--data-root", root, "--out", out, *few
+        capsys, "run", "--algos", "fedavg,local", "--dataset", dataset, "--data-root", root, "--out", out, *few, *more
     )
 
 
@@ -73,6 +73,16 @@ def test_a_sweep_on_a_store_with_a_changed_bit_does_not_begin(
     shutil.rmtree(store)
     prepare(own, tmp_path, 1, Heard())
     assert run(capsys, tmp_path, tmp_path / "first", call)[0] == 0
+
+
+def test_kept_models_are_not_tested_on_damage(own: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call = f"folder(path='{own.path}', pixels=8)"
+    assert run(capsys, tmp_path, tmp_path / "runs", call, "--keep-models")[0] == 0
+    (folder, _) = sorted(file.parent for file in (tmp_path / "runs").glob("*/run.json"))
+    for status in (0, 3):
+        found, said = bench(capsys, "eval", folder.name, "--out", tmp_path / "runs", "--data-root", tmp_path)
+        assert found == status and (status == 0 or "not what was written; delete" in said)
+        flip(own.store(tmp_path) / "test.bin")
 
 
 def test_a_sweep_on_a_pack_with_a_changed_bit_does_not_begin(
@@ -127,10 +137,13 @@ def test_a_state_of_a_store_is_compared_once(own: Any, tmp_path: Path, monkeypat
     with pytest.raises(DataDamaged, match="not what was written"):
         source.verify(own, tmp_path)
     flip(folder / "train.bin")
+    source.verify(own, tmp_path)
+    marker = json.loads((folder / compared.FILE).read_bytes())
     for marked in (b"", b"no JSON", b"[" * 10**5, json.dumps({**marker, "index": "other"}).encode()):
         (folder / compared.FILE).write_bytes(marked)
         source.verify(own, tmp_path)
-    assert len(read) == 7
+        assert json.loads((folder / compared.FILE).read_bytes()) == marker
+    assert len(read) == 8
 
 
 def test_where_nothing_can_be_written_a_store_is_compared_anew(

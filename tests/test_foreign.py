@@ -106,7 +106,9 @@ def test_labels_beyond_the_number_of_examples_take_no_memory(tmp_path: Path) -> 
     assert at(tmp_path / "own.npz").num_classes == 30  # as many as there are examples is the most
 
 
-@pytest.mark.parametrize("shape", [(TB, 64), (30, 6, 5, 4), (2**62, 2**62), (-30, 6, 5, 3), (), (30, 6, 5)])
+@pytest.mark.parametrize(
+    "shape", [(TB, 64), (30, 6, 5, 4), (2**62, 2**62), (-30, 6, 5, 3), (-30, -6, 5, 3), (), (30, 6, 5)]
+)
 @pytest.mark.parametrize("kind", [ZIP_STORED, ZIP_DEFLATED])
 def test_a_header_that_promises_other_numbers_than_there_are_is_refused(
     shape: tuple[int, ...], kind: int, tmp_path: Path
