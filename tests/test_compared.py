@@ -144,6 +144,12 @@ def test_a_state_of_a_store_is_compared_once(own: Any, tmp_path: Path, monkeypat
         source.verify(own, tmp_path)
         assert json.loads((folder / compared.FILE).read_bytes()) == marker
     assert len(read) == 8
+    index = json.loads((folder / "index.json").read_bytes())
+    del index["sha256"]
+    index["chunks"]["test"][0] = "0" * 64
+    (folder / "index.json").write_text(json.dumps({**index, "sha256": prepared.checksum(index)}))
+    with pytest.raises(DataDamaged, match=r"test\.bin, rows 0 to \d+: not what was written"):
+        source.verify(own, tmp_path)
 
 
 def test_where_nothing_can_be_written_a_store_is_compared_anew(

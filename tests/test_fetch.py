@@ -456,6 +456,7 @@ def test_an_archive_is_unpacked_once_and_does_not_stay(
     assert contents(tmp_path) == {f"below/{member}": content for member, content in MEMBERS.items()}
     assert f"unpacking below/{name}" in told
     fetch_all([remote], tmp_path)
+    fetch_all([replace(remote, url=remote.url.replace("http:", "https:"))], tmp_path)  # the host has learnt it
     assert len(server.asked) == 1
 
 
@@ -586,6 +587,9 @@ def test_large_archives_hold_photographs_and_small_ones_lists(
     monkeypatch.setattr(archives, "_LARGE", 10**5)
     with pytest.raises(DataDamaged, match=f"more than {max(3 * len(packed), 10**5):,} bytes would come out"):
         fetch_all([server("b.zip", packed, unpack=True)], tmp_path)
+    with pytest.raises(DataDamaged, match="more than 100,000 bytes would come out"):  # a file takes from a disk
+        fetch_all([server("d.zip", zipped({f"{n}": b"" for n in range(30)}), unpack=True)], tmp_path)
+    monkeypatch.setattr(archives, "_LARGE", 10**4)
     fetch_all([server("c.zip", zipped({"a": noise}), unpack=True)], tmp_path)
 
 

@@ -335,6 +335,8 @@ def test_a_store_whose_checksums_are_right_and_its_numbers_wrong_is_named(stored
     for chunks in ({}, {"train": [], "test": []}, None):
         changes = {"chunks": chunks}
         assert "index.json is of no store that bench writes (" in complaint()
+    changes = {"plan": {**plan, "train": -1}, "chunks": {**index["chunks"], "train": []}}
+    assert "index.json is of no store that bench writes (numbers that no store has)" in complaint()
     changes = {"format": "new"}
     assert "index.json is not what was written" in complaint()
     for wrong in (

@@ -17,7 +17,7 @@ FILE = "compared.json"
 
 def require_whole(store: Store) -> None:
     """Make sure that a store's images are what was written: all are read, unless this state of the files was found
-    whole before. That costs a second for each GB and core of up to four, or what the disk takes.
+    whole before. That takes as long as the disk does, or SHA-256 on four threads: seconds for 10 GB, once.
 
     Raises:
         DataDamaged: They are not; the message names the first rows, and says what to do.

@@ -11,7 +11,7 @@ from bench.dataset import DataDamaged
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 """Of files that are taken for images in folders of classes, in any case."""
-_AWAY = "take it away and try again"
+_AWAY, _LINK = "take it away and try again", "take the link away and try again"
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Seen:
                 continue
             first = places.setdefault((state.st_dev, state.st_ino), image)
             if first != image and image in self.links:
-                raise DataDamaged(f"{image} leads to {first}, which is there already; {_AWAY}")
+                raise DataDamaged(f"{image} and {first} are the same photograph; {_LINK}")
 
 
 def images_below(folder: Path, suffixes: Collection[str] = SUFFIXES, seen: Seen | None = None) -> list[str]:
@@ -82,7 +82,7 @@ def _enter(place: str, seen: Seen) -> None:
     state = os.stat(place)
     first = seen.folders.setdefault((state.st_dev, state.st_ino), place)
     if first != place:
-        raise DataDamaged(f"{place} leads to {first}, which is there already; {_AWAY}")
+        raise DataDamaged(f"{place} and {first} are the same folder; {_LINK}")
 
 
 def _entries(place: str) -> Iterator[os.DirEntry[str]]:
