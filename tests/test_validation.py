@@ -625,6 +625,59 @@ def less_computed(out: Path) -> None:
     forger.save()
 
 
+def cheaper(out: Path, key: str, value: float) -> None:
+    """Say less of a cost, for all seeds alike."""
+    for seed in (0, 1):
+        forger = Forger(folder(out, seed=seed))
+        forger.document["cost"][key] = value
+        forger.save()
+
+
+@tampering("cost.train_samples is 1, and cohorts of")
+def samples_left_out_of_all_seeds(out: Path) -> None:
+    cheaper(out, "train_samples", 1.0)
+
+
+@tampering("cost.train_flops is 1, and as many samples take")
+def work_left_out_of_all_seeds(out: Path) -> None:
+    cheaper(out, "train_flops", 1.0)
+
+
+@tampering("cost.train_flops is 1e+15, and as many samples take")
+def work_beyond_all_sense(out: Path) -> None:
+    cheaper(out, "train_flops", 1e15)
+
+
+@tampering("cost.bytes_up is 1, and clients send what they are sent")
+def nothing_sent_up_by_any_seed(out: Path) -> None:
+    cheaper(out, "bytes_up", 1.0)
+
+
+@tampering("cost.peak_memory_bytes is 1, and the model alone takes")
+def no_memory_taken(out: Path) -> None:
+    cheaper(out, "peak_memory_bytes", 1.0)
+
+
+@tampering("cost.wall_seconds is 1e-09, and no machine does that in less than")
+def no_time_taken(out: Path) -> None:
+    cheaper(out, "wall_seconds", 1e-9)
+
+
+@tampering("versions is not an object of version numbers")
+def a_version_that_is_text(out: Path) -> None:
+    forger = Forger(folder(out))
+    forger.document["versions"]["torch"] = "3<script>alert(1)</script>"
+    forger.save()
+
+
+@tampering("preset is 'verified by the maintainers', and no preset can be called so")
+def a_preset_that_praises_itself(out: Path) -> None:
+    forger = Forger(folder(out))
+    forger.document |= {"preset": "verified by the maintainers"}
+    forger.document["label"] += " [verified by the maintainers]"
+    forger.save()
+
+
 @tampering("cost.client_state_bytes is")
 def less_kept(out: Path) -> None:
     forger = Forger(folder(out, "ditto"))

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import torch
+from packaging.version import VERSION_PATTERN
 
 import bench
 from bench.dataset import DataDamaged, DataMissing
@@ -23,10 +24,14 @@ from bench.training.rounds import WORK
 from bench.validation import counted
 from bench.validation.expected import dealt, drawn_by, sent
 from bench.validation.found import Inspected, brief, close
+from bench.validation.plausible import implausible
 from bench.validation.rebuilding import Asked, CannotRebuild, description, rebuild
 
 COSTS = ("bytes_down", "bytes_up", *WORK, "device_seconds", "wall_seconds", "peak_memory_bytes", "client_state_bytes")
 _WHOLE = ("bytes_down", "bytes_up", "client_state_bytes", "peak_memory_bytes")
+_VERSION = re.compile(VERSION_PATTERN, re.VERBOSE | re.IGNORECASE)
+_PRESET = re.compile(r"[\w.-]{1,40}")
+"""A preset's name, which stands in a row's label."""
 _ALWAYS = ("train_samples", "device_seconds", "wall_seconds")
 """Costs that no run is without."""
 
@@ -129,7 +134,7 @@ def _provenance(found: Inspected, record: Record) -> None:
     elif record.commit is not None and record.commit.endswith("-dirty"):
         found.notes.append("run with code that is in no commit")
     versions = document.get("versions")
-    if not isinstance(versions, dict) or not all(re.match(r"\d", str(value)) for value in versions.values()):
+    if not isinstance(versions, dict) or not all(_VERSION.fullmatch(str(value)) for value in versions.values()):
         found.add(DOCUMENT, "versions", "is not an object of version numbers")
     else:
         lacking = [package for package in ("bench", "python", "torch") if package not in versions]
@@ -144,6 +149,8 @@ def _provenance(found: Inspected, record: Record) -> None:
         or (hardware.get("gpu") is None) != (record.device == "cpu")
     ):
         found.add(DOCUMENT, "hardware", f"does not go with a run on {record.device}")
+    if not _PRESET.fullmatch(str(document.get("preset", "default"))):
+        found.add(DOCUMENT, "preset", f"is {brief(document['preset'])}, and no preset can be called so")
     _times(found, document)
     if record.status == "done":
         if not re.fullmatch(r"[0-9a-f]{64}", str(document.get("digest"))):
@@ -175,6 +182,8 @@ def _times(found: Inspected, document: Mapping[str, object]) -> None:
 
 def _description(found: Inspected, record: Record, asked: Asked) -> None:
     """Compare what repeats the identity in other words."""
+    if asked.dataset is None:
+        _own(found, record)
     try:
         told = description(asked)
     except BadConfig as error:
@@ -187,6 +196,16 @@ def _description(found: Inspected, record: Record, asked: Asked) -> None:
             for place, wanted, there in _differences(value, written) if nested else [("", value, written)]:  # type: ignore[arg-type]
                 where = f"{key}.{place}" if place else key
                 found.add(DOCUMENT, where, f"is {brief(there)}, and by the identity it is {brief(wanted)}")
+
+
+def _own(found: Inspected, record: Record) -> None:
+    """Look at what a run says in its own words of somebody's own files: what they are called, and the overrides."""
+    kind = str(record.identity["dataset"]["name"])  # type: ignore[index]
+    if not re.fullmatch(rf"{re.escape(kind)}(\([\w='., /~:\\-]{{0,200}}\))?", record.dataset):
+        found.add(DOCUMENT, "dataset", f"is {brief(record.dataset)}, and must be a call of {kind}")
+    for key, value in record.overrides.items():
+        if key not in record.setting or not _equal(value, record.setting[key]):
+            found.add(DOCUMENT, f"overrides.{brief(key)}", f"is {brief(value)}, and the setting has not")
 
 
 def _differences(one: Mapping[str, object], other: Mapping[str, object]) -> Iterator[tuple[str, object, object]]:
@@ -246,8 +265,11 @@ def _split(found: Inspected, record: Record, asked: Asked, root: Path) -> None:
     except DataMissing:
         found.notes.append(f"the split cannot be made anew, as {record.dataset} is not at hand")
         return
-    except (DataDamaged, PartitionFailed, BadConfig) as error:
+    except DataDamaged as error:
         found.notes.append(f"the split cannot be made anew: {error}")
+        return
+    except (PartitionFailed, BadConfig) as error:
+        found.add(DOCUMENT, "setting", f"cannot be: {error}")
         return
     drawn = drawn_by(asked, int(str(found.dealt.described["clients"])))[-1]
     tested = rests_on(found.dealt.images, found.dealt.classes, drawn)
@@ -285,6 +307,9 @@ def _cost(found: Inspected, record: Record, asked: Asked) -> None:
     if cost.get("server_samples") and not asked.algorithm.needs & NEEDS:
         found.add(DOCUMENT, "cost.server_samples", "is of algorithms that need images at the server, and of no other")
     clients = found.clients
+    if set(COSTS) <= set(cost):
+        for key, what in implausible(asked, cost, clients, None if found.dealt is None else found.dealt.visited):
+            found.add(DOCUMENT, f"cost.{key}", what)
     known = None if clients is None or asked.outdated else sent(asked, clients)
     if known is None:
         return

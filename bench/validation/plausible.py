@@ -1,0 +1,128 @@
+"""What a run must have cost, as far as that can be told without training it.
+
+How often a method trains on an image of its cohorts, how much it computes for each, and whether clients send as much as
+they are sent, is seen on the toy problem. The network of the run says how much one image takes at least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import keys, models, tree
+from bench.algorithm import Algorithm
+from bench.contract import toy
+from bench.validation.expected import cohorts
+from bench.validation.rebuilding import Asked
+
+_FASTEST = 1e17
+"""FLOP a second that no machine of today does for one run: some hundred of the fastest accelerators."""
+_SHORTEST = 1e-4
+"""Seconds that no round is done in."""
+_MOST_EPOCHS = 20
+"""Of a setting that the toy problem is trained by."""
+
+
+def implausible(
+    asked: Asked, cost: Mapping[str, float | None], clients: int | None, visited: int | None
+) -> Iterator[tuple[str, str]]:
+    """Compare the costs of a finished run with what they must be at least, and at most.
+
+    Args:
+        asked: The run.
+        cost: As run.json tells it, complete.
+        clients: All clients; None: that is not known.
+        visited: Training images that the cohorts of all rounds hold together; None: that is not known.
+
+    Returns:
+        Keys of the costs that cannot be, and why.
+    """
+    setting, algorithm = asked.trained_by, asked.algorithm
+    amounts = {key: 0.0 if value is None else value for key, value in cost.items()}
+    samples, flops = amounts["train_samples"], amounts["train_flops"]
+    known = _on_the_toy(algorithm, setting.epochs) if setting.epochs <= _MOST_EPOCHS and not asked.outdated else None
+    as_told = setting.lost == 0 and not setting.final_visit  # the toy problem has neither
+    if known is not None and known.passes is not None and visited is not None and as_told:
+        wanted = known.passes * visited
+        if abs(samples - wanted) > 1e-6 * wanted:
+            yield "train_samples", f"is {samples:.10g}, and cohorts of {visited:,} images make it {wanted:.10g}"
+    forward = (
+        None
+        if asked.dataset is None
+        else _forward(setting.model, asked.dataset.num_classes, asked.dataset.image_shape, setting.norm)
+    )
+    if forward is not None:
+        least, most = samples * forward.flops, None if known is None else 3 * known.work * samples * forward.flops
+        if flops < least:
+            yield "train_flops", f"is {flops:.4g}, and as many samples take {least:.4g} to be looked at once"
+        elif most is not None and flops > most:
+            yield "train_flops", f"is {flops:.4g}, and as many samples take {most:.4g} at most"
+        peak = cost.get("peak_memory_bytes")
+        if peak is not None and peak < forward.nbytes:
+            yield "peak_memory_bytes", f"is {peak:.10g}, and the model alone takes {forward.nbytes}"
+    if known is not None and known.alike and clients is not None and cost["bytes_up"] != cost["bytes_down"] and as_told:
+        yield (
+            "bytes_up",
+            f"is {_count(cost['bytes_up'])}, and clients send what they are sent, {_count(cost['bytes_down'])}",
+        )
+    done = sum(amounts[f"{whose}_flops"] for whose in ("train", "adaptation", "server"))
+    shortest = max(setting.rounds * _SHORTEST, done / _FASTEST)
+    for key in ("wall_seconds", "device_seconds"):
+        if amounts[key] < shortest:
+            yield key, f"is {amounts[key]:.4g}, and no machine does that in less than {shortest:.4g} s"
+
+
+def _count(number: float | None) -> str:
+    return "absent" if number is None else f"{number:.10g}"
+
+
+@dataclass(frozen=True)
+class _Toy:
+    """What a method does on the toy problem."""
+
+    passes: float | None
+    """How often it trains on an image of its cohorts; None where that depends on more than the cohorts."""
+    work: float
+    """FLOP for a training sample, over that of a forward pass."""
+    alike: bool
+    """Whether as much is sent up as down."""
+
+
+@cache
+def _on_the_toy(algorithm: Algorithm, epochs: int) -> _Toy:
+    found = []
+    for rounds in (2, 3):
+        setting = replace(toy.SETTING, rounds=rounds, epochs=epochs)
+        run = toy.finish(toy.run(algorithm, setting=setting))
+        cost = run.progress.cost
+        visited = sum(toy.SIZES[k] for cohort in cohorts(setting, len(toy.SIZES), 0) for k in cohort)
+        forward = _forward(setting.model, toy.Toy.num_classes, toy.Toy().image_shape, setting.norm)
+        work = cost.get("train_flops", 0.0) / max(cost.get("train_samples", 0.0), 1.0) / forward.flops
+        sent = cost.get("bytes_up", 0.0) == cost.get("bytes_down", 0.0)
+        found.append((cost.get("train_samples", 0.0) / visited, work, sent))
+    (passes, one, alike), (again, other, alike_again) = found
+    regular = abs(passes - again) <= 1e-9 * passes
+    return _Toy(passes if regular else None, max(one, other), alike and alike_again)
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """A network that looks at one image."""
+
+    flops: int
+    nbytes: int
+    """Of its parameters."""
+
+
+@cache
+def _forward(model: str, num_classes: int, shape: tuple[int, ...], norm: str) -> _Forward:
+    import torch
+
+    network = models.build(model, num_classes, shape, norm)
+    params = network.init(keys.key(0, "meta"))
+    with FlopCounterMode(display=False) as counter:
+        network.logits(params["head"], network.features(params["body"], torch.zeros(1, *shape, device="meta")))
+    return _Forward(int(counter.get_total_flops()), tree.nbytes(params))
