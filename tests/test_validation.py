@@ -1078,12 +1078,7 @@ def another_precision(forger: Forger) -> None:
 
 
 def work_left_out(forger: Forger) -> None:
-    forger.document["cost"]["train_samples"] /= 2
-    forger.document["cost"]["train_flops"] /= 2
-
-
-def nothing_sent_up(forger: Forger) -> None:
-    forger.document["cost"]["bytes_up"] /= 4
+    forger.document["cost"]["train_flops"] *= 0.9
 
 
 def answers_swapped(forger: Forger) -> None:
@@ -1117,7 +1112,7 @@ def classes_taken_for_others(forger: Forger) -> None:
 ADVERSARIES = (
     classes_taken_for_others, answers_swapped, all_right, a_little_better, another_digest, another_learning_rate,
     another_momentum, other_epochs, another_batch_size, another_field, another_engine, another_precision,
-    work_left_out, nothing_sent_up,
+    work_left_out,
 )  # fmt: skip
 
 
