@@ -158,6 +158,16 @@ def test_honest_results_pass(published: Path) -> None:
     assert not [note for note in report.notes if "no commit" not in note]
 
 
+@pytest.mark.parametrize(
+    "algorithm", ["feddbe", "local(budget='converged')", "creff", "fedpac", "centralised", "fedavg+topk(share=0.1)"]
+)
+def test_honest_costs_are_plausible(algorithm: str, tmp_path: Path) -> None:
+    (run,) = replace(SWEEP, algorithms=tuple(parse_algorithms(algorithm)), seeds=(0,)).expand()
+    assert execution.execute(run, tmp_path) is None
+    (tmp_path / run.id / "progress.jsonl").unlink()
+    assert validate(tmp_path, ROOT, [tmp_path / run.id]).problems == ()
+
+
 def test_the_published_results_pass() -> None:
     report = validate(PUBLISHED, ROOT)
     assert report.problems == () and len(report.runs) >= 35
@@ -625,6 +635,16 @@ def less_computed(out: Path) -> None:
     forger.save()
 
 
+@tampering("cost.train_samples is")
+def other_epochs(out: Path) -> None:
+    Forger(folder(out)).set("epochs", 3).save()
+
+
+@tampering("setting cannot be: dirichlet: none of")
+def a_split_that_cannot_be_made(out: Path) -> None:
+    Forger(folder(out)).set("alpha", 1e-9).save()
+
+
 def cheaper(out: Path, key: str, value: float) -> None:
     """Say less of a cost, for all seeds alike."""
     for seed in (0, 1):
@@ -1056,10 +1076,6 @@ def another_momentum(forger: Forger) -> None:
     forger.set("momentum", 0.4)
 
 
-def other_epochs(forger: Forger) -> None:
-    forger.set("epochs", 3)
-
-
 def another_batch_size(forger: Forger) -> None:
     forger.set("batch_size", 8)
 
@@ -1111,7 +1127,7 @@ def classes_taken_for_others(forger: Forger) -> None:
 
 ADVERSARIES = (
     classes_taken_for_others, answers_swapped, all_right, a_little_better, another_digest, another_learning_rate,
-    another_momentum, other_epochs, another_batch_size, another_field, another_engine, another_precision,
+    another_momentum, another_batch_size, another_field, another_engine, another_precision,
     work_left_out,
 )  # fmt: skip
 
@@ -1430,6 +1446,12 @@ def test_results_on_somebodys_own_images_are_checked_as_far_as_can_be(tmp_path: 
     forger.document["seed"] = 5
     forger.save()
     assert "seed is 5, and the identity says" in complaints(taken)
+    forger.document |= {"seed": 0, "dataset": "=HYPERLINK('https://example.org')"}
+    forger.document["overrides"] |= {"rounds": 9, "first": "place"}
+    forger.save()
+    said = complaints(taken)
+    assert "dataset is \"=HYPERLINK('https://example.org')\", and must be a call of arrays" in said
+    assert "overrides.'rounds' is 9, and the setting has not" in said and "overrides.'first' is 'place'" in said
 
 
 def test_weights_are_named_without_their_folder() -> None:
