@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from bench import Algorithm, Batch, LocalData, Task, Tree, evaluating, keys, losses, register, tree
+from bench.ranges import Positive, Strength
 
 
 @register("balancefl")
@@ -41,25 +42,16 @@ class BalanceFL(Algorithm):
 
     balanced: bool = True
     """Whether each class is drawn equally often (paper), or each example."""
-    noise: float = 1.0
-    """Scale of the noise on features of scarce classes, ≥ 0 (reference: 1)."""
-    inherit: float = 1.0
-    """Weight of the received model's say on missing classes, ≥ 0 (reference: lambda = 1)."""
-    temperature: float = 2.0
-    """Divides both models' logits of missing classes, > 0 (reference: 2)."""
-    smooth: float = 0.002
-    """Reward for the entropy of each example's prediction among present classes, ≥ 0 (reference: 0.002)."""
+    noise: Strength = 1.0
+    """Scale of the noise on features of scarce classes (reference: 1)."""
+    inherit: Strength = 1.0
+    """Weight of the received model's say on missing classes (reference: lambda = 1)."""
+    temperature: Positive = 2.0
+    """Divides both models' logits of missing classes (reference: 2)."""
+    smooth: Strength = 0.002
+    """Reward for the entropy of each example's prediction among present classes (reference: 0.002)."""
     missing: Literal["client", "batch"] = "client"
     """Whose classes are missing ones: those of the client (paper), or of each batch (reference)."""
-
-    def __post_init__(self) -> None:
-        for name, value in (("noise", self.noise), ("inherit", self.inherit), ("smooth", self.smooth)):
-            if value < 0:
-                raise ValueError(f"{name} = {value}: must be at least 0")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature = {self.temperature}: must be above 0")
-        if self.missing not in ("client", "batch"):
-            raise ValueError(f"missing = {self.missing!r}: must be 'client' or 'batch'")
 
     def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
         """Take labels for present classes, the received model for missing ones; reward entropy among the present."""

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import Algorithm, LocalData, Task, Tree, Uploads, keys, register, tree
+from bench.ranges import Count, Epochs, Steps, Strength
 
 
 @register("creff")
@@ -33,15 +34,15 @@ class CReFF(Algorithm):
     tier: ClassVar[str] = "L"
     needs: ClassVar[frozenset[str]] = frozenset({"body"})
 
-    features_per_class: int = 100
+    features_per_class: Count = 100
     """Federated features of each class (paper: m = 100)."""
-    match_steps: int = 100
+    match_steps: Steps = 100
     """SGD steps on the features in each round (reference: 100)."""
-    match_lr: float = 0.1
+    match_lr: Strength = 0.1
     """Their learning rate."""
-    head_epochs: int = 300
+    head_epochs: Epochs = 300
     """Epochs of re-training on the features in each round (reference: 300)."""
-    head_lr: float = 0.01
+    head_lr: Strength = 0.01
     """Its learning rate; batches of 32, no momentum."""
 
     def init_server(self, task: Task) -> Tree:

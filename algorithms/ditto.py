@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bench import Algorithm, Batch, LocalData, Task, Tree, register
 from bench.losses import proximal
+from bench.ranges import Strength
 
 
 @register("ditto")
@@ -33,12 +34,8 @@ class Ditto(Algorithm):
     family: ClassVar[str] = "pfl"
     version: ClassVar[int] = 2
 
-    pull: float = 1.0
+    pull: Strength = 1.0
     """Strength of the pull towards the received model (paper: lambda, tuned in 0.1, 1, 2)."""
-
-    def __post_init__(self) -> None:
-        if self.pull < 0:
-            raise ValueError(f"pull = {self.pull}: must be at least 0")
 
     def init_client(self, task: Task) -> Tree:
         """Start from the initial model that all algorithms share."""

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from bench import Algorithm, Batch, LocalData, Task, Tree, Uploads, register, tree
 from bench.losses import proximal
+from bench.ranges import Positive, Share, Strength
 
 
 @register("fedamp")
@@ -40,20 +41,12 @@ class FedAMP(Algorithm):
         "pull": (0.001, 10.0),
     }
 
-    attention: float = 0.5
+    attention: Share = 0.5
     """Weight that all other models have together in u_i where all are equal (paper: (N - 1) alpha_k / sigma, tuned)."""
-    sigma: float = 3.0
+    sigma: Positive = 3.0
     """Squared distance over which attention falls to 1/e; 1 is that of two models on average (paper: tuned)."""
-    pull: float = 0.1
+    pull: Strength = 0.1
     """Strength of the pull of w_i towards u_i (paper: lambda / alpha_k, lambda = 1)."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.attention <= 1:
-            raise ValueError(f"attention = {self.attention}: must be in [0, 1]")
-        if self.sigma <= 0:
-            raise ValueError(f"sigma = {self.sigma}: must be above 0")
-        if self.pull < 0:
-            raise ValueError(f"pull = {self.pull}: must be at least 0")
 
     def init_server(self, task: Task) -> Tree:
         """Keep each client's newest model: leaves (N, ...)."""

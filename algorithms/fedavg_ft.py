@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bench import Adaptation, Algorithm, LocalData, Task, Tree, register
+from bench.ranges import Epochs, Positive
 
 
 @register("fedavg_ft")
@@ -29,16 +30,12 @@ class FedAvgFT(Algorithm):
         "finetune_rate": (0.003, 1.0),
     }
 
-    finetune_epochs: int = 5
+    finetune_epochs: Epochs = 5
     """Epochs of the full model on the client's data; accuracy after 0, 1, 5 and 10, as far as below, is
     reported too.
     """
-    finetune_rate: float = 1.0
-    """Learning rate there, as a multiple of the setting's, which no schedule lowers; > 0."""
-
-    def __post_init__(self) -> None:
-        if self.finetune_rate <= 0:
-            raise ValueError(f"finetune_rate = {self.finetune_rate}: must be above 0")
+    finetune_rate: Positive = 1.0
+    """Learning rate there, as a multiple of the setting's, which no schedule lowers."""
 
     def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
         """Train the model on the client's examples."""

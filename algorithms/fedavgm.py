@@ -18,6 +18,7 @@ from typing import ClassVar
 
 from bench import Algorithm, LocalData, Task, Tree, Uploads, register, tree
 from bench.optim import Sgd
+from bench.ranges import Momentum
 
 
 @register("fedavgm")
@@ -30,14 +31,10 @@ class FedAvgM(Algorithm):
         "server_momentum": [0.0, 0.7, 0.9, 0.97, 0.99, 0.997]
     }
 
-    server_momentum: float = 0.9
-    """Share of the last step that the next one keeps, in [0, 1) (paper: beta, tuned in 0, 0.7, 0.9, 0.97, 0.99,
+    server_momentum: Momentum = 0.9
+    """Share of the last step that the next one keeps (paper: beta, tuned in 0, 0.7, 0.9, 0.97, 0.99,
     0.997); at 0 it is FedAvg.
     """
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.server_momentum < 1:
-            raise ValueError(f"server_momentum = {self.server_momentum}: must be in [0, 1)")
 
     def init_server(self, task: Task) -> Tree:
         """Start at rest."""

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bench import Adaptation, Algorithm, LocalData, Task, Tree, register
+from bench.ranges import Epochs, Positive
 
 
 @register("fedbabu")
@@ -36,16 +37,12 @@ class FedBABU(Algorithm):
         "finetune_rate": (0.003, 1.0),
     }
 
-    finetune_epochs: int = 5
+    finetune_epochs: Epochs = 5
     """Epochs of the full model on the client's data before the test (paper: 5)."""
-    finetune_rate: float = 1.0
-    """Learning rate there, as a multiple of the setting's, which no schedule lowers; > 0 (reference: 0.01, which is
+    finetune_rate: Positive = 1.0
+    """Learning rate there, as a multiple of the setting's, which no schedule lowers (reference: 0.01, which is
     1e-3 against 0.1).
     """
-
-    def __post_init__(self) -> None:
-        if self.finetune_rate <= 0:
-            raise ValueError(f"finetune_rate = {self.finetune_rate}: must be above 0")
 
     def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
         """Train the body under the fixed head."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bench import Algorithm, Batch, Exchange, LocalData, Task, Tree, Uploads, register
 from bench.losses import mean
+from bench.ranges import SomeShare, Strength
 
 
 @register("feddbe")
@@ -35,18 +36,12 @@ class FedDBE(Algorithm):
         "feature_momentum": (0.1, 1.0),
     }
 
-    pull: float = 50.0
-    """Strength of the pull towards the consensus, ≥ 0 (paper: kappa; reference: 50)."""
-    feature_momentum: float = 1.0
-    """Share of the newest batch in the running mean, in (0, 1] (paper: mu; reference: 1)."""
+    pull: Strength = 50.0
+    """Strength of the pull towards the consensus (paper: kappa; reference: 50)."""
+    feature_momentum: SomeShare = 1.0
+    """Share of the newest batch in the running mean (paper: mu; reference: 1)."""
     personal_bias: bool = True
     """Whether there is a bias; without it only the pull is left (paper: its ablation)."""
-
-    def __post_init__(self) -> None:
-        if self.pull < 0:
-            raise ValueError(f"pull = {self.pull}: must be at least 0")
-        if not 0 < self.feature_momentum <= 1:
-            raise ValueError(f"feature_momentum = {self.feature_momentum}: must be in (0, 1]")
 
     def init_server(self, task: Task) -> Tree:
         """Have no consensus yet."""

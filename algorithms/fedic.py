@@ -23,6 +23,7 @@ from torch import Tensor
 from bench import Algorithm, Batch, LocalData, Task, Tree, Uploads, evaluating, register, tree
 from bench.losses import cross_entropy, mean
 from bench.optim import Adam
+from bench.ranges import Count, Positive, Share, Steps, Strength
 from bench.task import Loss
 
 
@@ -36,28 +37,18 @@ class FedIC(Algorithm):
     needs: ClassVar[frozenset[str]] = frozenset({"auxiliary"})
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]]] = {"distil": (0.1, 0.9), "lr": (1e-4, 1e-2)}
 
-    steps: int = 100
-    """Steps of each of the three trainings in each round, ≥ 0 (reference: 100)."""
-    batch_size: int = 20
-    """Images of a step at the server, ≥ 1 (reference: 20)."""
-    lr: float = 1e-3
-    """Learning rate of Adam at the server, > 0 (reference: 0.001)."""
-    weight_decay: float = 2e-4
-    """Of both models, as a part of the gradient, ≥ 0 (reference: 0.0002)."""
-    distil: float = 0.5
-    """Share of the ensemble in the student's loss, in [0, 1] (reference: 0.5); 0 is FedAvg tuned on the same images."""
-    temperature: float = 2.0
-    """Divides the logits of teacher and student, > 0 (reference: 2)."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("steps", 0), ("batch_size", 1), ("weight_decay", 0)):
-            if (value := getattr(self, name)) < least:
-                raise ValueError(f"{name} = {value}: must be at least {least}")
-        for name, value in (("lr", self.lr), ("temperature", self.temperature)):
-            if value <= 0:
-                raise ValueError(f"{name} = {value}: must be above 0")
-        if not 0 <= self.distil <= 1:
-            raise ValueError(f"distil = {self.distil}: must be in [0, 1]")
+    steps: Steps = 100
+    """Steps of each of the three trainings in each round (reference: 100)."""
+    batch_size: Count = 20
+    """Images of a step at the server (reference: 20)."""
+    lr: Positive = 1e-3
+    """Learning rate of Adam at the server (reference: 0.001)."""
+    weight_decay: Strength = 2e-4
+    """Of both models, as a part of the gradient (reference: 0.0002)."""
+    distil: Share = 0.5
+    """Share of the ensemble in the student's loss (reference: 0.5); 0 is FedAvg tuned on the same images."""
+    temperature: Positive = 2.0
+    """Divides the logits of teacher and student (reference: 2)."""
 
     def init_server(self, task: Task) -> Tree:
         """Start with a calibrator that leaves classes as they are, and a gate that is half open."""

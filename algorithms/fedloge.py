@@ -21,13 +21,15 @@ Departs        the ETF is optimised at norm 0.8 and scaled exactly to `etf_norm`
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from torch import Tensor
 
 from bench import Algorithm, Batch, LocalData, Task, Tree, keys, register, tree
+from bench.ranges import Positive, Steps
 
 
 @register("fedloge")
@@ -46,18 +48,18 @@ class FedLoGe(Algorithm):
         "scale": (0.17, 17.0),
     }
 
-    sparsity: float = 0.6
-    """Share of the ETF's entries set to zero, in [0, 1) (paper: beta)."""
-    etf_norm: float = 0.1
+    sparsity: Annotated[float, Interval(ge=0, lt=1)] = 0.6
+    """Share of the ETF's entries set to zero (paper: beta)."""
+    etf_norm: Positive = 0.1
     """Norm of the ETF's class vectors (paper: gamma); a small one acts as a high temperature of the softmax.
     """
-    etf_steps: int = 10_000
+    etf_steps: Steps = 10_000
     """Adam steps that spread the sparse class vectors apart (reference: 10,000)."""
     etf_bias: Literal["zero", "frozen_random"] = "zero"
     """Bias of the ETF head."""
     faithful: bool = False
     """Optimise the ETF directly at `etf_norm`, as the reference does."""
-    scale: float = 1.7
+    scale: Positive = 1.7
     """Row norm of the realigned generic head (paper: 1)."""
     generic_bias: Literal["keep", "drop", "scale"] = "keep"
     """Bias of the realigned generic head: as trained, none, or scaled with its row."""
@@ -65,12 +67,6 @@ class FedLoGe(Algorithm):
     """Personal logits that are ranked: P0 the realigned head (paper), P1 plus the personal head (code), P2 plus the
     shared head (README).
     """
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity = {self.sparsity}: must be in [0, 1)")
-        if self.personal_rule not in ("P0", "P1", "P2"):
-            raise ValueError(f"personal_rule = {self.personal_rule!r}: must be 'P0', 'P1' or 'P2'")
 
     def init_server(self, task: Task) -> Tree:
         """Build the ETF, once; it never changes."""

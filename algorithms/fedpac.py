@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bench import Algorithm, Batch, LocalData, Task, Tree, Uploads, evaluating, register, tree
 from bench.losses import mean
+from bench.ranges import Strength
 
 
 @register("fedpac")
@@ -32,16 +33,12 @@ class FedPAC(Algorithm):
     tier: ClassVar[str] = "L"
     needs: ClassVar[frozenset[str]] = frozenset({"body"})
 
-    align: float = 1.0
+    align: Strength = 1.0
     """Strength of the pull of features to prototypes, a mean squared difference over d (reference: lambda = 1)."""
-    head_lr: float = 0.1
+    head_lr: Strength = 0.1
     """Learning rate of the head, which is trained for one epoch before the body moves (reference: 0.1)."""
     combine: bool = True
     """Whether heads are combined; else each client keeps its own."""
-
-    def __post_init__(self) -> None:
-        if min(self.align, self.head_lr) < 0:
-            raise ValueError(f"align = {self.align}, head_lr = {self.head_lr}: must be at least 0")
 
     def init_server(self, task: Task) -> Tree:
         """Start with the initial head for each client: (N, ...), and no prototypes: (C, d), zero for an unknown one."""

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from bench import Adaptation, Algorithm, Batch, LocalData, Task, Tree, Uploads, register
 from bench.losses import mean
+from bench.ranges import Strength
 
 
 @register("fedproto")
@@ -39,13 +40,9 @@ class FedProto(Algorithm):
     refuses: ClassVar[Mapping[str, str]] = dict.fromkeys(("channel", "aggregation"), "no weights travel, prototypes do")
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]]] = {"pull": (0.01, 10.0)}
 
-    pull: float = 1.0
-    """Strength of the pull to the prototypes, ≥ 0 (paper: lambda = 1; reference: 0.1 on CIFAR-10). The squared distance
+    pull: Strength = 1.0
+    """Strength of the pull to the prototypes (paper: lambda = 1; reference: 0.1 on CIFAR-10). The squared distance
     is a mean over features, so it means less the more there are."""
-
-    def __post_init__(self) -> None:
-        if self.pull < 0:
-            raise ValueError(f"pull = {self.pull}: must be at least 0")
 
     def init_server(self, task: Task) -> Tree:
         """Know no prototype yet."""

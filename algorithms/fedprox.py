@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bench import Algorithm, Batch, LocalData, Task, Tree, register
 from bench.losses import proximal
+from bench.ranges import Strength
 
 
 @register("fedprox")
@@ -26,12 +27,8 @@ class FedProx(Algorithm):
 
     family: ClassVar[str] = "generic"
 
-    mu: float = 0.01
-    """Strength of the pull, ≥ 0 (paper: tuned in 0.001 ... 1 for each data set)."""
-
-    def __post_init__(self) -> None:
-        if self.mu < 0:
-            raise ValueError(f"mu = {self.mu}: must be at least 0")
+    mu: Strength = 0.01
+    """Strength of the pull (paper: tuned in 0.001 ... 1 for each data set)."""
 
     def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
         """Minimise cross-entropy + mu/2 · squared distance to the broadcast model."""

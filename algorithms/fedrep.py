@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bench import Algorithm, LocalData, Task, Tree, register
+from bench.ranges import Epochs
 
 
 @register("fedrep")
@@ -28,9 +29,9 @@ class FedRep(Algorithm):
     version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"body"})
 
-    head_epochs: int = 10
+    head_epochs: Epochs = 10
     """Epochs on the personal head, before the body moves (paper: tau = 10)."""
-    body_epochs: int | None = None
+    body_epochs: Epochs | None = None
     """Epochs on the shared body under the new head; None: the setting's, 0: it stays (authors: 1 for CIFAR-10 with two
     classes a client; 5 with five, for CIFAR-100 and FEMNIST).
     """

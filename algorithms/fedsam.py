@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bench import Algorithm, Batch, LocalData, Task, Tree, register, tree
+from bench.ranges import Strength
 
 
 @register("fedsam")
@@ -29,16 +30,10 @@ class FedSAM(Algorithm):
 
     family: ClassVar[str] = "generic"
 
-    rho: float = 0.1
-    """How far the worst point lies, ≥ 0 (paper, on CIFAR-10: 0.1; 0.7 for ASAM)."""
-    eta: float | None = None
-    """Makes it ASAM, where distances are relative to a weight's size plus eta, ≥ 0 (paper: 0.2); None: SAM."""
-
-    def __post_init__(self) -> None:
-        if self.rho < 0:
-            raise ValueError(f"rho = {self.rho}: must be at least 0")
-        if self.eta is not None and self.eta < 0:
-            raise ValueError(f"eta = {self.eta}: must be at least 0, or None for SAM")
+    rho: Strength = 0.1
+    """How far the worst point lies (paper, on CIFAR-10: 0.1; 0.7 for ASAM)."""
+    eta: Strength | None = None
+    """Makes it ASAM, where distances are relative to a weight's size plus eta (paper: 0.2); None: SAM."""
 
     def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
         """Train the model, each step along the gradient at the worst point nearby."""

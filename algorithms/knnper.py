@@ -16,12 +16,14 @@ Departs        similarity is exp(-squared distance / (d scale)), as in the refer
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
 from bench import Algorithm, LocalData, Task, Tree, register
+from bench.ranges import Count, Positive, Share
 
 SHARES = (0.5, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8, 0.1, 0.9, 0.0, 1.0)
 """What a client chooses among; of equals the first one."""
@@ -42,24 +44,14 @@ class KNNPer(Algorithm):
         "scale": (0.1, 10.0),
     }
 
-    neighbours: int = 10
-    """Examples that vote, ≥ 1; fewer where a client has fewer (paper: k; reference: 7 or 10)."""
-    scale: float = 1.0
-    """Length of the kernel, > 0 (reference: 1)."""
-    share: float | None = None
-    """Weight of the vote, in [0, 1] (paper: lambda); None: each client chooses, as in the paper."""
-    aside: float = 0.2
-    """Share of each class on which a client chooses, in (0, 1)."""
-
-    def __post_init__(self) -> None:
-        if self.neighbours < 1:
-            raise ValueError(f"neighbours = {self.neighbours}: must be at least 1")
-        if self.scale <= 0:
-            raise ValueError(f"scale = {self.scale}: must be above 0")
-        if self.share is not None and not 0 <= self.share <= 1:
-            raise ValueError(f"share = {self.share}: must be in [0, 1], or None for each client's choice")
-        if not 0 < self.aside < 1:
-            raise ValueError(f"aside = {self.aside}: must be in (0, 1)")
+    neighbours: Count = 10
+    """Examples that vote; fewer where a client has fewer (paper: k; reference: 7 or 10)."""
+    scale: Positive = 1.0
+    """Length of the kernel (reference: 1)."""
+    share: Share | None = None
+    """Weight of the vote (paper: lambda); None: each client chooses, as in the paper."""
+    aside: Annotated[float, Interval(gt=0, lt=1)] = 0.2
+    """Share of each class on which a client chooses."""
 
     def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
         """Train the model on the client's examples, as FedAvg does."""

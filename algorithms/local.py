@@ -31,10 +31,6 @@ class Local(Algorithm):
     budget: Literal["matched", "converged"] = "matched"
     """Who trains in a round: "matched" those drawn, "converged" everybody."""
 
-    def __post_init__(self) -> None:
-        if self.budget not in ("matched", "converged"):
-            raise ValueError(f"budget = {self.budget!r}: must be 'matched' or 'converged'")
-
     def init_server(self, task: Task) -> Tree:
         """Keep nothing."""
         return {}

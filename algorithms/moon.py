@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bench import Algorithm, Batch, LocalData, Task, Tree, evaluating, register, tree
 from bench.losses import mean
+from bench.ranges import Positive, Strength
 
 
 @register("moon")
@@ -36,16 +37,10 @@ class Moon(Algorithm):
         "temperature": [0.1, 0.5, 1.0],
     }
 
-    mu: float = 1.0
-    """Weight of the contrast, ≥ 0 (paper: 5 on CIFAR-10, 1 on CIFAR-100 and Tiny-ImageNet, of 0.1, 1, 5, 10)."""
-    temperature: float = 0.5
-    """Divides the cosines, > 0 (paper: tau = 0.5, of 0.1, 0.5, 1)."""
-
-    def __post_init__(self) -> None:
-        if self.mu < 0:
-            raise ValueError(f"mu = {self.mu}: must be at least 0")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature = {self.temperature}: must be above 0")
+    mu: Strength = 1.0
+    """Weight of the contrast (paper: 5 on CIFAR-10, 1 on CIFAR-100 and Tiny-ImageNet, of 0.1, 1, 5, 10)."""
+    temperature: Positive = 0.5
+    """Divides the cosines (paper: tau = 0.5, of 0.1, 0.5, 1)."""
 
     def init_client(self, task: Task) -> Tree:
         """Have no last model yet: its place is taken, and `trained` is 0."""

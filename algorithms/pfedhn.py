@@ -17,15 +17,17 @@ Departs        a step of the hypernetwork follows the mean over a round's client
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from torch import Tensor
 
 from bench import Algorithm, LocalData, Task, Tree, Uploads, keys, register, tree
 from bench.models.layers import apply_linear, linear
 from bench.optim import Sgd
+from bench.ranges import Count, Momentum, Strength
 
 
 @register("pfedhn")
@@ -41,28 +43,18 @@ class PFedHN(Algorithm):
         "server_decay": (1e-5, 1e-2),
     }
 
-    embedding_size: int | None = None
+    embedding_size: Count | None = None
     """Length of a client's vector; None: 1 + N // 4 (reference)."""
-    hidden_size: int = 100
+    hidden_size: Count = 100
     """Units of a hidden layer (reference: 100)."""
-    hidden_layers: int = 3
+    hidden_layers: Annotated[int, Interval(ge=1, le=100)] = 3
     """Hidden layers that follow the first (reference: 3)."""
-    server_lr: float = 0.1
+    server_lr: Strength = 0.1
     """Learning rate of hypernetwork and embeddings (reference: 0.01)."""
-    server_momentum: float = 0.9
+    server_momentum: Momentum = 0.9
     """Their momentum (reference: 0.9)."""
-    server_decay: float = 1e-3
+    server_decay: Strength = 1e-3
     """Their weight decay (reference: 1e-3)."""
-
-    def __post_init__(self) -> None:
-        for name in ("embedding_size", "hidden_size", "hidden_layers"):
-            size = getattr(self, name)
-            if size is not None and size < 1:
-                raise ValueError(f"{name} = {size}: must be at least 1")
-        if min(self.server_lr, self.server_decay) < 0:
-            raise ValueError(f"server_lr = {self.server_lr}, server_decay = {self.server_decay}: must be at least 0")
-        if not 0 <= self.server_momentum < 1:
-            raise ValueError(f"server_momentum = {self.server_momentum}: must be in [0, 1)")
 
     @property
     def rule(self) -> Sgd:

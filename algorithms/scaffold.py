@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bench import Algorithm, Batch, LocalData, Task, Tree, Uploads, register, tree
+from bench.ranges import Strength
 
 
 @register("scaffold")
@@ -31,7 +32,7 @@ class Scaffold(Algorithm):
     family: ClassVar[str] = "generic"
     version: ClassVar[int] = 2
 
-    server_lr: float = 1.0
+    server_lr: Strength = 1.0
     """Step of the server along the mean update (paper: eta_g = 1)."""
 
     def init_server(self, task: Task) -> Tree:

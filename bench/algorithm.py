@@ -17,6 +17,7 @@ from torch import Tensor
 from bench import tree
 from bench.data import LocalData, Uploads
 from bench.part import Part
+from bench.ranges import Ranged
 from bench.task import Task
 from bench.tree import Tree
 
@@ -250,7 +251,7 @@ class Client(ABC):
         return task.logits(model, x)
 
 
-class Algorithm(Client, Server):
+class Algorithm(Client, Server, Ranged):
     """Base of all algorithms. Subclass it as a frozen, keyword-only dataclass and register it under its
     file's name.
     """

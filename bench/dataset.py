@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
+from bench.ranges import Ranged
+
 
 class DataMissing(FileNotFoundError):
     """The files of a dataset are not where they were looked for. The message says what to fetch and where to
@@ -88,7 +90,7 @@ class Labels:
     """(M,) int64 or None; numbers as in `users`."""
 
 
-class Dataset(ABC):
+class Dataset(Ranged, ABC):
     """A frozen dataclass of options, and how to read the files.
 
     Subclasses give the facts below, as class attributes or, where they depend on options, as properties, and
@@ -164,7 +166,7 @@ class Dataset(ABC):
         """Read the labels only; same errors as `load`."""
         return self.load(root).labels
 
-    def require(self, root: Path) -> None:  # noqa: B027 - most datasets have nothing to add
+    def require(self, root: Path) -> None:
         """Raise what `load` would, where labels can be there without images."""
 
     def verify(self, root: Path) -> None:  # noqa: B027 - most read their images where they read labels

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from bench.data import Batch
+from bench.ranges import Positive, Ranged
 from bench.task import Task
 from bench.tree import Tree
 
 
-class Part(ABC):
+class Part(Ranged, ABC):
     """Base of the four kinds; derive from one of those and register it under its file's name."""
 
     kind: ClassVar[str]
@@ -143,14 +144,10 @@ class UsesPrior(Part):
 
     prior: Literal["local", "global", "estimated", "uniform"] = "local"
     """Whose: the client's; all clients' true ones; all clients' as counts add up at the server, for 4 C bytes; none."""
-    absent: Literal["out"] | float = "out"
-    """Count that stands for 0, > 0; or "out": such a class leaves the softmax."""
+    absent: Literal["out"] | Positive = "out"
+    """Count that stands for 0; or "out": such a class leaves the softmax."""
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]] | None] = {}
     """Nothing: a prior is what the server may know, and no number to be tuned."""
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.absent, str) and self.absent <= 0:
-            raise ValueError(f"absent = {self.absent}: must be above 0, or 'out'")
 
     @property
     def tier(self) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from bench import register
 from bench.files.download import Remote
 from bench.files.lists import Entries, Known, Listed
+from bench.files.photographs import Pixels
 from bench.files.walk import images_below
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -54,7 +55,7 @@ class Cinic10(Listed):
         ),
     )
 
-    pixels: int = 32
+    pixels: Pixels = 32
     """Height and width that pictures are prepared for; they have 32."""
 
     def parts(self, folder: Path) -> tuple[Entries, Entries]:

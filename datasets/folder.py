@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
 from bench import DataDamaged, DataMissing, keys, register
@@ -48,13 +49,10 @@ class Folder(Photographs):
 
     path: str = "folder"
     """Of the folder; below the working directory if it is not absolute."""
-    test_share: float = TEST_SHARE
-    """Share of each class that is set aside for testing, in (0, 1), where there is no `train` and no `test`."""
+    test_share: Annotated[float, Interval(gt=0, lt=1)] = TEST_SHARE
+    """Share of each class that is set aside for testing, where there is no `train` and no `test`."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.test_share < 1:
-            raise ValueError(f"test_share = {self.test_share}: must be between 0 and 1")
         object.__setattr__(self, "path", str(Path(self.path).expanduser().absolute()))
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from bench import register
 from bench.files.download import Remote
@@ -79,13 +79,8 @@ class Inat(Listed):
         "annotations, validation annotations) in {home}"
     )
 
-    version: int = 2018
-    """2018 or 2019."""
-
-    def __post_init__(self) -> None:
-        if self.version not in CLASSES:
-            raise ValueError(f"version = {self.version}: must be one of {', '.join(map(str, CLASSES))}")
-        super().__post_init__()
+    version: Literal[2018, 2019] = 2018
+    """Of the competition."""
 
     @property
     def size(self) -> str:  # type: ignore[override]

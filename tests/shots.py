@@ -12,7 +12,7 @@ from torch import Tensor
 from bench import DataMissing
 from bench.files.decode import decode
 from bench.files.listing import Listing, Part
-from bench.files.photographs import Photographs
+from bench.files.photographs import Photographs, Pixels
 from bench.files.prepared import Stored
 from bench.preparing import preparation
 from tests import trees
@@ -26,7 +26,7 @@ class Shots(Photographs):
 
     num_classes: ClassVar[int] = 3
     tail = "natural"
-    pixels: int = PIXELS
+    pixels: Pixels = PIXELS
 
     @property
     def folder_name(self) -> str:

@@ -235,18 +235,3 @@ def test_the_received_model_is_in_evaluation_mode() -> None:
 def test_a_client_held_out_gets_a_model_that_knows_its_classes(engine: str) -> None:
     setting = replace(toy.SETTING, rounds=8, unseen=1, eval_every=8)
     assert toy.finish(run_of("balancefl", engine, setting)).outcome().metrics["unseen"] > 0.8  # type: ignore[operator]
-
-
-@pytest.mark.parametrize(
-    ("fields", "said"),
-    [
-        ({"noise": -1.0}, "noise = -1.0: must be at least 0"),
-        ({"inherit": -1.0}, "inherit = -1.0: must be at least 0"),
-        ({"smooth": -1.0}, "smooth = -1.0: must be at least 0"),
-        ({"temperature": 0.0}, "temperature = 0.0: must be above 0"),
-        ({"missing": "round"}, "missing = 'round': must be 'client' or 'batch'"),
-    ],
-)
-def test_fields_out_of_range_are_answered_in_a_sentence(fields: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        ALGORITHMS["balancefl"](**fields)

@@ -143,8 +143,3 @@ def test_a_stronger_pull_keeps_whoever_never_took_part_closer() -> None:
         return float(tree.dot(gap, gap))
 
     assert distance(0.0) > distance(1.0) > distance(5.0) > 0
-
-
-def test_fields_out_of_range_are_answered_in_a_sentence() -> None:
-    with pytest.raises(ValueError, match=r"pull = -1.0: must be at least 0"):
-        ALGORITHMS["ditto"](pull=-1.0)

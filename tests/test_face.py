@@ -172,7 +172,7 @@ def test_what_cannot_be_done_is_an_exception_with_the_commands_sentence(
 
 
 def test_a_failed_run_is_among_the_runs(tmp_path: Path) -> None:
-    runs = run("fedavg, fedavg+topk", lr=1e30, rounds=2, out=tmp_path, **HERE)
+    runs = run("fedavg, fedavg+topk", lr=1e6, set={"weight_decay": 1e6}, rounds=2, out=tmp_path, **HERE)
     assert set(runs.frame()["status"]) == {"failed"} and "finite" in runs.frame()["reason"][0]
     assert len(runs.curves()) == 0 and "failed" in str(runs)
 

@@ -159,16 +159,3 @@ def test_a_client_held_out_gets_the_generic_model_and_it_knows_its_classes(engin
     run = toy.finish(run_of("feddbe", engine, setting))
     assert 7 not in run.store.clients()
     assert run.outcome().metrics["unseen"] > 0.8  # type: ignore[operator]
-
-
-@pytest.mark.parametrize(
-    ("fields", "said"),
-    [
-        ({"pull": -1.0}, "pull = -1.0: must be at least 0"),
-        ({"feature_momentum": 0.0}, r"feature_momentum = 0.0: must be in \(0, 1\]"),
-        ({"feature_momentum": 1.1}, r"feature_momentum = 1.1: must be in \(0, 1\]"),
-    ],
-)
-def test_fields_out_of_range_are_answered_in_a_sentence(fields: dict[str, float], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        ALGORITHMS["feddbe"](**fields)

@@ -298,9 +298,3 @@ def test_the_head_is_trained_on_the_features_that_are_tested() -> None:
     step = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, torch.from_numpy(y)), list(head.values()))
     for name, gradient in zip(head, step, strict=True):
         assert torch.allclose(upload["head"][name], head[name] - 0.1 * gradient, atol=1e-5)
-
-
-@pytest.mark.parametrize("wrong", [{"align": -1.0}, {"head_lr": -0.1}])
-def test_values_out_of_range(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="must be at least 0"):
-        ALGORITHMS["fedpac"](**wrong)

@@ -179,8 +179,3 @@ def test_a_client_held_out_without_labels_takes_no_step() -> None:
     task, server = run.task_at(0), run.progress.server
     (model,) = run.evaluator.models(task, server, server, run.store, [7], True)["unseen"]
     assert largest_difference({key: model[key] for key in ("body", "head")}, task.init()) == 0.0
-
-
-def test_a_pull_below_zero_is_answered_in_a_sentence() -> None:
-    with pytest.raises(ValueError, match=r"pull = -1.0: must be at least 0"):
-        ALGORITHMS["fedproto"](pull=-1.0)

@@ -125,14 +125,6 @@ def test_an_epoch_costs_two() -> None:
     assert sam is not None and fedavg is not None and sam == pytest.approx(2 * fedavg, rel=0.01)
 
 
-@pytest.mark.parametrize(
-    ("fields", "said"), [({"rho": -1.0}, "rho = -1.0: must be at least 0"), ({"eta": -1.0}, "eta = -1.0: must be")]
-)
-def test_fields_out_of_range_are_answered_in_a_sentence(fields: dict[str, float], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        ALGORITHMS["fedsam"](**fields)
-
-
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 def test_a_body_without_weights_stays_in_the_tree(engine: str) -> None:
     """ASAM goes by the path of a leaf, and an empty sub-tree has none."""

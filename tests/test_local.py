@@ -91,5 +91,5 @@ def test_a_client_never_drawn_has_the_initial_model_where_the_budget_is_matched(
 
 def test_the_budget_is_one_of_two() -> None:
     assert parse_algorithms("local(budget='converged')")[0].exchanges(run_of().task)[0].everyone
-    with pytest.raises(ValueError, match=r"budget = 'endless': must be 'matched' or 'converged'"):
+    with pytest.raises(ValueError, match=r"budget must be 'matched' or 'converged'"):
         ALGORITHMS["local"](budget="endless")

@@ -638,14 +638,14 @@ def test_parts_that_are_off_are_not_there_at_all() -> None:
         ("fedavg++focal", "a method and parts are wanted"),
         ("+focal", "a method and parts are wanted"),
         ("fedavg+focal(1)", "focal(1): give parameters by name"),
-        ("fedavg+focal(gamma=-1)", "gamma = -1.0: must be at least 0"),
+        ("fedavg+focal(gamma=-1)", "focal(gamma=-1): gamma must be a number from 0 to 1,000,000"),
         ("fedavg+focal(delta=1)", "no such parameter; focal takes gamma, detach"),
-        ("fedavg+topk(share=0)", "share = 0.0: must be in (0, 1]"),
-        ("fedavg+topk(share=1.1)", "must be in (0, 1]"),
-        ("fedavg+trimmed_mean(share=0.5)", "must be in [0, 0.5)"),
-        ("fedavg+tau_norm(tau=1.1)", "must be in [0, 1]"),
-        ("fedavg+balanced_softmax(absent=0)", "absent = 0.0: must be above 0, or 'out'"),
-        ("fedavg+balanced_softmax(prior='theirs')", "it should be 'local', 'global', 'estimated' or 'uniform'"),
+        ("fedavg+topk(share=0)", "topk(share=0): share must be a number above 0 and up to 1"),
+        ("fedavg+topk(share=1.1)", "must be a number above 0 and up to 1"),
+        ("fedavg+trimmed_mean(share=0.5)", "must be a number from 0 to below 0.5"),
+        ("fedavg+tau_norm(tau=1.1)", "must be a number from 0 to 1"),
+        ("fedavg+balanced_softmax(absent=0)", "absent must be 'out' or a number above 0"),
+        ("fedavg+balanced_softmax(prior='theirs')", "prior must be 'local', 'global', 'estimated' or 'uniform'"),
         ("fedavg+focal+cross_entropy", "focal and cross_entropy are both of the kind loss, of which one is allowed"),
         ("fedavg+topk+topk(share=0.5)", "fedavg+topk+topk(share=0.5): topk stands there twice; leave one out"),
         ("local+topk", "local+topk: topk is of the kind channel, which makes no sense here: nothing is sent"),
@@ -817,7 +817,11 @@ def test_published_rows_with_parts_hold_together_and_can_be_run_again(out: Path)
         (lambda those: those.append(those[0]), "identity.algorithm.parts", "balanced_softmax stands there twice"),
         (lambda those: those[1].update(name="nothing"), "identity.algorithm.parts.1.name", "is unknown here"),
         (lambda those: those[1].update(version=2), "identity.algorithm.parts.1.version", "knows topk up to 1"),
-        (lambda those: those[1]["fields"].update(share=2.0), "identity.algorithm.parts.1.fields", "cannot be taken"),
+        (
+            lambda those: those[1]["fields"].update(share=2.0),
+            "identity.algorithm.parts.1.fields.share",
+            "is 2.0, and must be",
+        ),
         (lambda those: those[1]["fields"].update(share=1.0), "identity.algorithm", "is not as this code writes it"),
         (lambda those: those[1]["fields"].update(x=1), "identity.algorithm.parts.1.fields.x", "is no field"),
         (lambda those: those.insert(0, "focal"), "identity.algorithm.parts.0", "names no plug-in"),
@@ -905,7 +909,7 @@ def test_fields_of_parts_are_tuned_under_the_parts_name() -> None:
     assert [study.value(each, tried) for each in values] == [5, 0.25, 0.1]
     assert [study.value(each, study.begun({}, 0)) for each in values] == [10, 0.1, run.setting.lr]
     assert label(study.algorithm({"topk.share": 1.0})) == "fedrep(body_epochs=2)+balanced_softmax"
-    assert study.begun({"topk.share": 2.0}, 2).reason == "share = 2.0: must be in (0, 1]"
+    assert study.begun({"topk.share": 2.0}, 2).reason == "TopK(share=2.0): share must be a number above 0 and up to 1"
     assert set(space(made("fedavg+focal"), 0.1)) == {"focal.gamma", "lr"}
     assert set(space(made("fedavg+focal(gamma=1)+trimmed_mean"), 0.1)) == {"trimmed_mean.share", "lr"}
 

@@ -216,19 +216,3 @@ def test_batch_norm(statistics: str) -> None:
         assert tree.largest_difference(run.progress.server["statistics"], mean) < 1e-4
         toy.finish(run)
     assert tree.largest_difference(toy.states(one), toy.states(other)) < 5e-4
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"embedding_size": 0},
-        {"hidden_size": 0},
-        {"hidden_layers": 0},
-        {"server_lr": -1.0},
-        {"server_decay": -1.0},
-        {"server_momentum": 1.0},
-    ],
-)
-def test_values_out_of_range(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="must be"):
-        ALGORITHMS["pfedhn"](**wrong)

@@ -533,7 +533,7 @@ def test_the_command_prepares_names_what_is_broken_and_finds_it_done(root: Path)
 
 def test_the_command_refuses_what_makes_no_sense_in_a_sentence(root: Path) -> None:
     too_small = invoke(prepare_command, "shots", "--size", 2, "--data-root", root)
-    assert str(too_small.exception) == "--size 2: pixels = 2: must be in 8..1024"
+    assert str(too_small.exception) == "--size 2: Shots(pixels=2): pixels must be a whole number from 8 to 1,024"
     resident = invoke(prepare_command, "digits", "--data-root", root)
     assert resident.return_value == 0 and "digits needs no preparation" in resident.stdout
     nothing = invoke(prepare_command, "shots", "--data-root", root / "nowhere")

@@ -142,7 +142,7 @@ def test_a_process_is_known_from_a_later_one_of_its_number_and_from_a_corpse() -
 
 
 def test_status_of_a_folder_without_a_driver_says_what_is_stored(bench: Bench, tmp_path: Path) -> None:
-    good, bad = runs_of("local", rounds=1), runs_of("local", rounds=1, lr=1e30)
+    good, bad = runs_of("local", rounds=1), runs_of("local", rounds=1, lr=1e6, weight_decay=1e6)
     assert execution.execute(good[0], tmp_path) is None and execution.execute(bad[0], tmp_path) is not None
     lines = bench("status", "--out", tmp_path).splitlines()
     assert lines[:2] == ["driver   none", "2 runs: 1 done, 1 failed, 0 running, 0 waiting"]

@@ -158,7 +158,7 @@ def test_fine_tuning_has_a_rate_to_be_tuned_by_its_order_of_magnitude(name: str)
     found = space(made(name), 0.1)
     assert found["finetune_rate"] == FloatDistribution(0.003, 1.0, log=True)
     assert found["finetune_epochs"] == IntDistribution(1, 10, log=True)
-    with pytest.raises(ValueError, match=r"finetune_rate = 0: must be above 0"):
+    with pytest.raises(ValueError, match=r"finetune_rate must be a number above 0"):
         made(name, "finetune_rate=0")
 
 

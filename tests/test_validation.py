@@ -903,7 +903,7 @@ def other_clients_said(out: Path) -> None:
     Forger(folder(out)).set("clients", 21).save()
 
 
-@tampering("identity.setting.lr cannot be taken")
+@tampering("identity.setting.lr is '0.05', and must be a number")
 def a_learning_rate_as_a_text(out: Path) -> None:
     Forger(folder(out)).set("lr", "0.05").save()
 

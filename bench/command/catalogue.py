@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from bench.face.asked import DEFAULT_SETTING
 from bench.plugins.names import meant, near
 from bench.plugins.registry import ALGORITHMS, DATASETS, MODELS, PARTS, Registry, UnknownPlugin
+from bench.ranges import hints, words
 
 if TYPE_CHECKING:
     from bench.algorithm import Adaptation, Algorithm
@@ -71,9 +72,10 @@ def describe(kind: str, name: str, dataset: str) -> dict[str, Any]:
         dataset: That a setting's values are shown for, as on the command line.
 
     Returns:
-        "name", "kind", "documentation", and what the kind has: "fields" (name to value or type and default,
-        and doc), "tier", "needs", "version", "adaptation", and of "newcomers" where they differ, "size", "parameters",
-        a dataset's default "setting" and so on; of a method with parts "pieces", each with the values it has there.
+        "name", "kind", "documentation", and what the kind has: "fields" (name to value or default, what
+        it takes, and doc), "tier", "needs", "version", "adaptation", and of "newcomers" where they differ, "size",
+        "parameters", a dataset's default "setting" and so on; of a method with parts "pieces", each with the values it
+        has there.
     """
     if "+" in name:
         return _describe_composed(name)
@@ -164,12 +166,13 @@ def _fact(plugin: object, fact: str) -> object:
 
 
 def field_descriptions(plugin: type) -> dict[str, dict[str, Any]]:
-    """Give type, default and documentation (the string after it) of each field of a dataclass."""
+    """Give values in words, default and documentation (the string after it) of each field of a dataclass."""
     documented = {name: text for kind in reversed(plugin.__mro__) for name, text in _field_docstrings(kind).items()}
     described = {}
+    types = hints(plugin)
     for field in fields(plugin):
         described[field.name] = {
-            "type": field.type if isinstance(field.type, str) else inspect.formatannotation(field.type),
+            "takes": words(types[field.name]),
             "default": None if field.default is MISSING else field.default,
             "doc": documented.get(field.name, ""),
         }
@@ -245,8 +248,11 @@ def _setting_fields(name: str, dataset: Dataset) -> dict[str, dict[str, Any]]:
     from bench.protocol.settings import Setting, named
 
     values = asdict(named(name, dataset))
-    documented = _field_docstrings(Setting)
-    return {field: {"value": value, "doc": documented.get(field, "")} for field, value in values.items()}
+    described = field_descriptions(Setting)
+    return {
+        field: {"value": value, "takes": described[field]["takes"], "doc": described[field]["doc"]}
+        for field, value in values.items()
+    }
 
 
 def _default_setting(dataset: Dataset) -> dict[str, Any] | None:

@@ -24,6 +24,7 @@ Departs        nowhere
 from dataclasses import dataclass
 
 from bench import Algorithm, LocalData, Task, Tree, register
+from bench.ranges import Epochs
 
 
 @register("{name}")
@@ -31,7 +32,7 @@ from bench import Algorithm, LocalData, Task, Tree, register
 class {Class}(Algorithm):
     """What is not written here is the default of `Algorithm`: the server averages a body and a head."""
 
-    extra_epochs: int = 0
+    extra_epochs: Epochs = 0
     """Epochs on top of the setting's: an example of a field, which `{name}(extra_epochs=1)` sets."""
 
     def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
@@ -57,6 +58,7 @@ from torch import Tensor
 
 from bench import Batch, Loss, Task, register
 from bench.losses import mean
+from bench.ranges import Share
 
 
 @register("{name}")
@@ -66,12 +68,8 @@ class {Class}(Loss):
 
     neutral: ClassVar[Mapping[str, object]] = {{"smoothing": 0.0}}
 
-    smoothing: float = 0.1
-    """Share of the label that all classes have alike, in [0, 1): `{name}(smoothing=0.2)` sets it."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.smoothing < 1:
-            raise ValueError(f"smoothing = {{self.smoothing}}: must be in [0, 1)")
+    smoothing: Share = 0.1
+    """Of the label, what all classes have alike: `{name}(smoothing=0.2)` sets it."""
 
     def loss(self, task: Task, logits: Tensor, features: Tensor | None, batch: Batch, counts: Tensor) -> Tensor:
         """Give the mean over the real examples of a batch; `counts` are the client's class counts, (C,)."""

@@ -82,7 +82,7 @@ def _prose(described: Mapping[str, Any]) -> str:
     if described.get("fields"):
         lines += ["", "Fields"]
     for name, field in described.get("fields", {}).items():
-        lines.append(f"  {name} = {field.get('value', field.get('default'))!r}")
+        lines.append(f"  {name} = {field.get('value', field.get('default'))!r}  ({field['takes']})")
         if field["doc"]:
             lines.append(textwrap.fill(field["doc"], _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6))
     if described.get("setting"):

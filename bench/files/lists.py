@@ -16,11 +16,12 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
 from bench import reading
@@ -93,13 +94,12 @@ class Listed(Photographs):
     by_hand: ClassVar[str] = ""
     """What a person can do where `bench data fetch` cannot be used; {home} stands for the dataset's folder."""
 
-    classes: int = 0
+    classes: Annotated[int, Interval(ge=0, le=100_000)] = 0
     """Only the first so many classes; 0: all, and the lists must be the complete official ones. Lists that hold more
     classes than this must be complete as well; lists cut to just these are taken as they are.
     """
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.classes and not 2 <= self.classes < self.all_classes:
             raise ValueError(f"classes = {self.classes}: must be in 2..{self.all_classes - 1}, or 0 for all")
 

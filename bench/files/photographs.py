@@ -6,13 +6,17 @@ import shlex
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar, TypeAlias
+
+from annotated_types import Interval
 
 from bench.dataset import DataDamaged, DataMissing, Dataset, Labels, Splits
 from bench.files import prepared
 from bench.files.compared import require_whole
 from bench.files.listing import Listing
 from bench.plugins.registry import label
+
+Pixels: TypeAlias = Annotated[int, Interval(ge=8, le=1024)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +32,8 @@ class Photographs(Dataset):
     mutable: ClassVar[bool] = False
     """Whether files may change: then the list is compared with the prepared store's at each run."""
 
-    pixels: int = 64
+    pixels: Pixels = 64
     """Height and width that photographs are prepared for."""
-
-    def __post_init__(self) -> None:
-        if not 8 <= self.pixels <= 1024:
-            raise ValueError(f"pixels = {self.pixels}: must be in 8..1024")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

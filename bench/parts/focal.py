@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bench import Batch, Loss, Task, register
 from bench.losses import mean
+from bench.ranges import Strength
 
 
 @register("focal")
@@ -28,14 +29,10 @@ class Focal(Loss):
     neutral: ClassVar[Mapping[str, object]] = {"gamma": 0.0}
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]] | None] = {"gamma": (0.1, 5.0)}
 
-    gamma: float = 2.0
-    """How little sure examples weigh, ≥ 0 (paper: 2)."""
+    gamma: Strength = 2.0
+    """How little sure examples weigh (paper: 2)."""
     detach: bool = False
     """Whether the weight is a constant to the gradient (some codes; paper: no)."""
-
-    def __post_init__(self) -> None:
-        if self.gamma < 0:
-            raise ValueError(f"gamma = {self.gamma}: must be at least 0")
 
     def loss(self, task: Task, logits: Tensor, features: Tensor | None, batch: Batch, counts: Tensor) -> Tensor:
         """Weigh each example's cross-entropy."""

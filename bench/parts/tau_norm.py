@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bench import Correction, Task, Tree, register
+from bench.ranges import Share
 
 
 @register("tau_norm")
@@ -25,12 +26,8 @@ class TauNorm(Correction):
 
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]] | None] = {"tau": (0.0, 1.0)}
 
-    tau: float = 1.0
-    """Power of the norm, in [0, 1]; at 1 all rows have norm 1."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.tau <= 1:
-            raise ValueError(f"tau = {self.tau}: must be in [0, 1]")
+    tau: Share = 1.0
+    """Power of the norm; at 1 all rows have norm 1."""
 
     def correct(self, task: Task, model: Tree, counts: Tensor | None) -> Tree | None:
         """Rescale the rows; one of zeros stays."""

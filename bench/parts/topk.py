@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bench import Channel, Task, Tree, register, tree
+from bench.ranges import SomeShare
 
 _SMALL = 256
 
@@ -30,12 +31,8 @@ class TopK(Channel):
     neutral: ClassVar[Mapping[str, object]] = {"share": 1.0}
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]] | None] = {"share": (0.001, 0.5)}
 
-    share: float = 0.1
-    """Of the entries of a tensor, in (0, 1]: ceil(share n) are sent, 8 bytes each."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share = {self.share}: must be in (0, 1]")
+    share: SomeShare = 0.1
+    """Of the entries of a tensor: ceil(share n) are sent, 8 bytes each."""
 
     def init(self, task: Task, update: Tree) -> Tree:
         """Start with nothing left over."""

@@ -10,9 +10,10 @@ Departs        running statistics are averaged as ever
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
 from bench import Aggregation, Task, Tree, register, tree
@@ -25,12 +26,8 @@ class TrimmedMean(Aggregation):
 
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]] | None] = {"share": (0.05, 0.45)}
 
-    share: float = 0.2
-    """Of K updates floor(share K) are left out at each end; in [0, 0.5) (paper: beta, at least the attackers)."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.share < 0.5:
-            raise ValueError(f"share = {self.share}: must be in [0, 0.5)")
+    share: Annotated[float, Interval(ge=0, lt=0.5)] = 0.2
+    """Of K updates floor(share K) are left out at each end (paper: beta, at least the attackers)."""
 
     def combine(self, task: Task, updates: Sequence[Tree], weights: Tensor) -> Tree:
         """Sort each coordinate, and average the middle."""

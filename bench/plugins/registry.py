@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, fields
@@ -187,7 +188,7 @@ def plugin_files() -> set[str]:
     modules = {plugin.__module__ for plugin in plugins}
     files = {file for module in modules if (file := getattr(sys.modules.get(module), "__file__", None)) is not None}
     methods = (member for plugin in plugins if plugin.__module__ == "__main__" for member in vars(plugin).values())
-    cells = {code.co_filename for member in methods if (code := getattr(member, "__code__", None)) is not None}
+    cells = {code.co_filename for member in methods if (code := getattr(inspect.unwrap(member), "__code__", None)) is not None}
     return files | (cells - {"<string>"})  # which is what a decorator made
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Annotated, TypeAlias
+
+from annotated_types import Interval
 
 from bench.data import AUGMENTATIONS
 from bench.dataset import Dataset
 from bench.models import MODELS
 from bench.models.layers import NORMS, STATISTICS_POLICIES
 from bench.protocol.refusal import BadConfig as BadConfig
+from bench.ranges import Momentum, Positive, SomeShare, Strength, settle
 
 PROFILES = ("exponential", "step", "pareto")
 SAMPLINGS = ("fixed", "independent")
@@ -46,6 +50,8 @@ READ_BY = {"classes_per_client": "classes", "sizes": "classes", "users": "users"
 LATER: Mapping[str, object] = {"classes_per_client": None, "sizes": "equal", "users": "merge"}
 """Fields that came when results were stored already, and what runs did before. With this value they are left out of a
 run's identity and of what it stores, so that a run of then and the same of now are one."""
+_MANY = 100_000  # rounds, clients, examples of a batch: an end to what would not end
+_Many: TypeAlias = Annotated[int, Interval(ge=1, le=_MANY)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,57 +65,57 @@ class Setting:
     """"group" or "batch"."""
     statistics: str = "shared"
     """What happens to batch norm's running statistics: "shared", "personal" or "frozen"."""
-    clients: int | None
+    clients: _Many | None
     """All clients, held-out ones included; None: as many as the dataset has natural users."""
-    unseen: int = 0
+    unseen: Annotated[int, Interval(ge=0, lt=_MANY)] = 0
     """Clients (the last ones) held out of training, tested after adaptation."""
     unseen_labels: bool = True
     """Whether their training images have labels; without, they can only adapt in ways that need none."""
-    participation: float = 1.0
-    """Share of the training clients drawn in each round, uniformly, without replacement; in (0, 1]."""
+    participation: SomeShare = 1.0
+    """Share of the training clients drawn in each round, uniformly, without replacement."""
     sampling: str = "fixed"
     """"fixed": cohorts of one size; "independent": each client takes part with the probability `participation`, so that
     cohorts differ in size and may be empty."""
-    lost: float = 0.0
-    """Probability that what a client sends in a round does not reach the server; in [0, 1)."""
+    lost: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+    """Probability that what a client sends in a round does not reach the server."""
     client_weights: str = "size"
     """Whose model counts how much where a server averages: "size", by training examples, or "uniform", all alike that
     have any."""
-    rounds: int
+    rounds: _Many
     match: str = "rounds"
     """What is equal for all algorithms: "rounds", or "samples": each does so many rounds that it processes about the
     samples that plain local training processes in `rounds` rounds, tuning before the test included."""
     final_visit: bool = False
     """Whether after the last round every training client does its local work once more on the final broadcast, keeps
     its private state, and sends nothing: FedRep's last round, for every algorithm alike."""
-    epochs: int
+    epochs: Annotated[int, Interval(ge=1, le=1_000)]
     """Local epochs of a round."""
-    batch_size: int
-    lr: float
-    lr_decay: float = 1.0
+    batch_size: _Many
+    lr: Positive
+    lr_decay: SomeShare = 1.0
     """Factor on the learning rate after each round."""
-    lr_steps: tuple[tuple[float, float], ...] = ()
+    lr_steps: tuple[tuple[Annotated[float, Interval(gt=0, lt=1)], Positive], ...] = ()
     """Further factors, each from a share of the rounds on (rounded down): ((0.5, 0.1), (0.75, 0.1)) is a tenth from
     half of the rounds on and a hundredth in the last quarter."""
     lr_cosine: bool = False
     """Whether the learning rate falls besides as half a cosine, to zero after the last round."""
-    momentum: float = 0.0
-    weight_decay: float = 0.0
+    momentum: Momentum = 0.0
+    weight_decay: Strength = 0.0
     decayed: str = "all"
     """What weight decay pulls at: "all" parameters, or "weights", which leaves out biases and norm layers."""
-    clip: float | None = None
+    clip: Positive | None = None
     """Largest gradient norm; None for no clipping."""
     augment: str = "none"
     """One of `bench.data.AUGMENTATIONS`."""
     profile: str = "exponential"
     """Shape of the long tail: "exponential", "step" or "pareto"."""
-    imbalance: float | None = 1.0
-    """Largest class over smallest class, ≥ 1; None: every image is kept, the tail is the natural one."""
+    imbalance: Annotated[float, Interval(ge=1, le=1_000_000)] | None = 1.0
+    """Largest class over smallest class; None: every image is kept, the tail is the natural one."""
     partition: str = "dirichlet"
     """Name in `bench.splits.split.PARTITIONS`."""
-    alpha: float | None = 0.5
+    alpha: Positive | None = 0.5
     """Dirichlet concentration, or shards of a client for "shards"; None for partitions that have none."""
-    classes_per_client: int | None = None
+    classes_per_client: _Many | None = None
     """Of each client, exactly, by "classes" (two where nothing is said); None for other partitions."""
     sizes: str = "equal"
     """How "classes" shares a class among the clients that have it: "equal", or "unequal", by a weight of each client,
@@ -117,7 +123,7 @@ class Setting:
     users: str = "merge"
     """What "users" does with more natural users than clients: "sample", the default then, draws as many as there are
     clients, and the others are in no client; "merge" deals them all."""
-    split_seed: int | None = None
+    split_seed: Annotated[int, Interval(ge=0, lt=2**32)] | None = None
     """Seed of the partition and the clients' test images; None: the run's, so that both change together."""
     client_test: str = "matched"
     """How client test sets are drawn: "matched" (distributed as the client's training images), "fedloge" (the same,
@@ -126,9 +132,9 @@ class Setting:
     groups: str = "thirds"
     """Rule of many / medium / few: "thirds" of the classes by size, "count" (> 100, 20-100, < 20) or "cumulative"
     (75 %, 95 %)."""
-    eval_every: int = 1
+    eval_every: _Many = 1
     """Rounds between evaluations; the last round is always evaluated."""
-    eval_clients: int | None = None
+    eval_clients: _Many | None = None
     """Clients whose personal models are tested, drawn once by the seed; None: all."""
     auxiliary: str | None = None
     """Images at the server: `own:N` (N of each class that the tail cut away) or `DATASET:N`; only for algorithms that
@@ -136,34 +142,9 @@ class Setting:
     """
 
     def __post_init__(self) -> None:
-        for name in (
-            "clients", "rounds", "epochs", "batch_size", "eval_every", "eval_clients", "classes_per_client"
-        ):  # fmt: skip
-            value = getattr(self, name)
-            optional = name in ("clients", "eval_clients", "classes_per_client")
-            _require((value is None and optional) or value >= 1, name, value, "must be at least 1")
-        most = "clients - 1" if self.clients is None else f"{self.clients - 1} (clients - 1)"
-        fits = self.unseen >= 0 and (self.clients is None or self.unseen < self.clients)
-        _require(fits, "unseen", self.unseen, f"must be in 0..{most}")
-        _require(0 < self.participation <= 1, "participation", self.participation, "must be in (0, 1]")
-        for name in ("lr", "lr_decay", "alpha"):
-            value = getattr(self, name)
-            known = (value is None and name == "alpha") or 0 < value < math.inf
-            _require(known, name, value, "must be above 0, and finite")
-        _require(0 <= self.lost < 1, "lost", self.lost, "must be in [0, 1)")
-        _require(0 <= self.momentum < 1, "momentum", self.momentum, "must be in [0, 1)")
-        steps = all(0 < share < 1 and 0 < factor < math.inf for share, factor in self.lr_steps)
-        _require(steps, "lr_steps", self.lr_steps, "must be pairs of a share of the rounds in (0, 1) and a factor > 0")
-        known = self.split_seed is None or 0 <= self.split_seed < 2**32
-        _require(known, "split_seed", self.split_seed, "must be in 0..2^32-1")
-        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must be at least 0")
-        _require(self.clip is None or self.clip > 0, "clip", self.clip, "must be above 0")
-        _require(
-            self.imbalance is None or self.imbalance >= 1,
-            "imbalance",
-            self.imbalance,
-            "must be at least 1 (largest class over smallest)",
-        )
+        settle(self, BadConfig)
+        if self.clients is not None:
+            self.training_clients(self.clients)
         if self.model not in MODELS:
             raise BadConfig(f"model = {self.model!r}: must be one of {', '.join(MODELS)}")
         for name, allowed in (*NAMED.items(),):

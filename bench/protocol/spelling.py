@@ -12,10 +12,8 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
-
-from pydantic import TypeAdapter, ValidationError
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from bench.algorithm import Algorithm
 from bench.dataset import Dataset
@@ -27,6 +25,7 @@ from bench.protocol.composition import compose
 from bench.protocol.refusal import BadConfig
 from bench.protocol.sets import PREFIX, unfold
 from bench.protocol.words import split_at, split_list
+from bench.ranges import checked, hints, shown
 
 P = TypeVar("P")
 
@@ -139,20 +138,23 @@ def _construct(text: str, registry: Registry[P]) -> P:
         raise BadConfig(f"{text!r} is not a name or a call such as name(parameter=1)")
     plugin_name = registry.meant(call["name"])
     plugin = registry[plugin_name]
-    hints = _field_types(plugin)
-    takes = f"{plugin_name} takes {', '.join(hints) or 'no parameters'}"
+    types = hints(plugin)
+    takes = f"{plugin_name} takes {', '.join(types) or 'no parameters'}"
     written = call["parameters"] or "()"
     if (reserved := _reserved(written)) is not None:
         raise BadConfig(f"{plugin_name}{written}: {reserved} is a word of Python's own and no parameter; {takes}")
     values: dict[str, object] = {}
     for parameter, value in _keywords(plugin_name, written).items():
-        field = meant(parameter, hints)
+        field = meant(parameter, types)
         if field is None:
-            raise BadConfig(f"{plugin_name}({parameter}={value!r}): no such parameter; {takes}")
+            raise BadConfig(f"{plugin_name}({parameter}={shown(value)}): no such parameter; {takes}")
         if field in values:
             raise BadConfig(f"{plugin_name}{written}: {field} is given twice")
         values[field] = value
-    typed = {key: check_type(hints[key], value, f"{plugin_name}({key}={value!r})") for key, value in values.items()}
+    typed = {
+        key: check_type(types[key], value, f"{plugin_name}({key}={shown(value)}): {key}")
+        for key, value in values.items()
+    }
     try:
         return plugin(**typed)
     except ValueError as error:  # what a range check of `__post_init__` raises, `BadConfig` included
@@ -186,26 +188,18 @@ def _keywords(plugin_name: str, parameters: str) -> dict[str, object]:
     return values
 
 
-def _field_types(plugin: type) -> dict[str, Any]:
-    hints = get_type_hints(plugin, include_extras=True)
-    return {field.name: hints[field.name] for field in fields(plugin) if field.init}
-
-
 def check_type(hint: Any, value: object, where: str) -> Any:
-    """Give a value as a field's type has it: whole numbers as floats where floats are wanted, names in their own case.
+    """Give a value as a field's type has it, and names in their own case.
 
     Raises:
-        BadConfig: It is of another type, or not finite; begins with `where`.
+        BadConfig: It is none; begins with `where`.
     """
-    if isinstance(value, float) and not math.isfinite(value):
-        raise BadConfig(f"{where}: a finite number is wanted")
     if isinstance(value, str):
         value = meant(value, _choices(hint)) or value
     try:
-        return TypeAdapter(hint).validate_python(value, strict=True)
-    except ValidationError as error:
-        reasons = dict.fromkeys(detail["msg"].removeprefix("Input ") for detail in error.errors())
-        raise BadConfig(f"{where}: it {' or '.join(reasons)}") from error
+        return checked(hint, value)
+    except ValueError as error:
+        raise BadConfig(f"{where} {error}") from error
 
 
 def _choices(hint: Any) -> list[str]:
@@ -308,8 +302,8 @@ def check_fields(kind: type, values: Mapping[str, object], where: str) -> dict[s
     Raises:
         BadConfig: No such field, or a value of the wrong type.
     """
-    hints = _field_types(kind)
+    types = hints(kind)
     for field in values:
-        if field not in hints:
-            raise BadConfig(f"{where} has no field {field!r}; {near(field, hints)}")
-    return {field: check_type(hints[field], value, f"{field} = {value!r}") for field, value in values.items()}
+        if field not in types:
+            raise BadConfig(f"{where} has no field {field!r}; {near(field, types)}")
+    return {field: check_type(types[field], value, f"{field} = {shown(value)}:") for field, value in values.items()}

@@ -6,13 +6,10 @@ An identity names an algorithm, a dataset, a setting and a seed; what follows fr
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
-from functools import cache
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar, cast
-
-from pydantic import TypeAdapter, ValidationError
+from typing import TypeVar
 
 from bench.algorithm import Algorithm
 from bench.dataset import Dataset
@@ -22,6 +19,7 @@ from bench.protocol.composition import compose
 from bench.protocol.identity import canonical, identify
 from bench.protocol.settings import SETTINGS, BadConfig, Setting
 from bench.protocol.spelling import label, name
+from bench.ranges import checked, hints, shown
 from bench.results.record import Record
 from bench.splits import auxiliary
 from bench.sweep.config import Run
@@ -179,9 +177,12 @@ def _known(registry: Registry[P], described: object, part: str) -> tuple[type[P]
 def _own_rate(described: object) -> float | None:
     """Read the learning rate of an algorithm's own, if it has one."""
     lr = described.get("lr") if isinstance(described, dict) else None
-    if lr is not None and (type(lr) is not float or lr <= 0):
-        raise CannotRebuild("identity.algorithm.lr", f"is {lr!r}, and must be a number above 0")
-    return lr
+    if lr is None:
+        return None
+    try:
+        return checked(hints(Setting)["lr"], lr)  # type: ignore[no-any-return]
+    except ValueError as error:
+        raise CannotRebuild("identity.algorithm.lr", f"is {shown(lr)}, and {error}") from error
 
 
 def _own_rounds(described: object, algorithm: Algorithm, setting: Setting) -> int | None:
@@ -217,19 +218,18 @@ def _typed(kind: type[P], values: object, key: str) -> P:
     """Make a dataclass of JSON's values."""
     if not isinstance(values, dict):
         raise CannotRebuild(key, "is no object")
-    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    for field in values:
+    known, typed = hints(kind), {}
+    for field, value in values.items():
         if field not in known:
             raise CannotRebuild(f"{key}.{field}", f"is no field; there are {', '.join(known) or 'none'}")
-    try:  # as JSON, in which a list may be a tuple, and yet no text a number
-        return cast(P, _adapter(kind).validate_json(json.dumps(values), strict=True))
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, (key, *first["loc"])))
-        raise CannotRebuild(place, f"cannot be taken: {first['msg']}") from error
-
-
-_adapter: Callable[[object], TypeAdapter[object]] = cache(TypeAdapter)
+        try:
+            typed[field] = checked(known[field], value)
+        except ValueError as error:
+            raise CannotRebuild(f"{key}.{field}", f"is {shown(value)}, and {error}") from error
+    try:
+        return kind(**typed)
+    except (ValueError, TypeError) as error:  # values that do not go together, or one that is not there
+        raise CannotRebuild(key, f"cannot be taken: {error}") from error
 
 
 def _require_its_spelling(asked: Asked) -> None:
