@@ -64,6 +64,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bench import Algorithm, register, tree
+from bench.ranges import Steps
 
 
 @register("tuned")
@@ -71,7 +72,7 @@ from bench import Algorithm, register, tree
 class Tuned(Algorithm):
     tier: ClassVar[str] = "A"
     needs: ClassVar[frozenset[str]] = frozenset({"auxiliary"})
-    steps: int = 3
+    steps: Steps = 3
     warm: bool = False
 
     def init_server(self, task):

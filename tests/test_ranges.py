@@ -5,6 +5,8 @@ what means the same is one run.
 from __future__ import annotations
 
 import math
+import threading
+import time
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal
 
@@ -13,9 +15,12 @@ import pytest
 from annotated_types import Interval
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from bench import ranges
-from bench.contract import toy
+from bench import Batch, LocalData, Loss, Task, Tree, ranges, tree
+from bench.contract import checks, datasets, extremes, parts, toy
+from bench.contract.promises import ContractBroken
+from bench.losses import cross_entropy
 from bench.plugins.registry import ALGORITHMS, DATASETS, PARTS
 from bench.protocol.settings import BadConfig, Setting
 from bench.protocol.spelling import label, parse_algorithms, parse_dataset
@@ -274,3 +279,122 @@ def test_types_are_said_in_words() -> None:
         dict: "dict",
     }
     assert {hint: words(hint) for hint in said} == said
+
+
+# What `bench check` finds of others' plug-ins ---------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repeats(toy.Host):
+    """Trains so many times."""
+
+    times: Annotated[int, Interval(le=100)] = 1
+
+    def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
+        for _ in range(self.times):
+            shared = task.sgd(task.loss, shared, data.batches(1))
+        return shared, private
+
+
+@dataclass(frozen=True, kw_only=True)
+class Boundless(Repeats):
+    """Says nothing of what it takes."""
+
+    times: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Divides(Repeats):
+    """Fails on 0, in its own way."""
+
+    def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
+        return task.sgd(task.loss, shared, data.batches(steps=4 // abs(self.times))), private
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountsDown(Repeats):
+    """Never ends from -1 on."""
+
+    def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
+        left = self.times
+        while left and not threading.main_thread().name.startswith("over"):
+            left -= 1
+            time.sleep(0.001)
+        return super().local_update(task, shared, private, data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asserts(Repeats):
+    """Has a check of its own that is no sentence."""
+
+    def __post_init__(self) -> None:
+        assert self.times >= 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Silent(Repeats):
+    """Refuses without a word."""
+
+    def __post_init__(self) -> None:
+        if self.times < 0:
+            raise ValueError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diverges(Repeats):
+    """Ends in what the suite says in a sentence."""
+
+    def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
+        return tree.scale(shared, math.nan if self.times <= 0 else 1.0), private
+
+
+PROMISE = "numbers out of any sense are refused, or do no harm"
+BROKEN: dict[type[Repeats], str] = {
+    Boundless: "times = 1,000,000,000 is taken; say its range by its type: one of bench.ranges, as in times: Steps",
+    Divides: "times = 0 is taken and ends in ZeroDivisionError: ",
+    CountsDown: "times = -1 is taken and does not end within 0.5 seconds; refuse it: say its range",
+    Asserts: "times = -1 ends in AssertionError: ",
+    Silent: "times = -1 is refused without a word",
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_check_finds_fields_that_take_too_much(kind: type[Repeats], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extremes, "_SECONDS", 0.5 if kind is CountsDown else 60.0)
+    with pytest.raises(ContractBroken) as caught:
+        checks.ALGORITHM_PROMISES[PROMISE](kind)
+    monkeypatch.setattr(threading.main_thread(), "name", "over")  # ends what does not end
+    assert str(caught.value).startswith(BROKEN[kind])
+
+
+@pytest.mark.parametrize("kind", [Repeats, Diverges])
+def test_a_check_lets_a_field_take_what_does_no_harm(kind: type[Repeats]) -> None:
+    checks.ALGORITHM_PROMISES[PROMISE](kind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures(toy.Toy):
+    """Has as many classes as it is told, one at least."""
+
+    enlarged: Annotated[int, Interval(ge=1, le=16)] = 1
+    train: Annotated[int, Interval(ge=0, le=10_000)] = 480
+    test: Annotated[int, Interval(ge=0, le=10_000)] = 180
+
+    @property
+    def groups(self) -> str:
+        return "thirds" if 100 / self.train > 1 else "count"
+
+
+def test_parts_and_datasets_are_asked_as_well() -> None:
+    with pytest.raises(ContractBroken, match="train = 0 is taken and ends in ZeroDivisionError"):
+        datasets.PROMISES[PROMISE](Pictures)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Times(Loss):
+        factor: float = 2.0
+
+        def loss(self, task: Task, logits: Tensor, features: Tensor | None, batch: Batch, counts: Tensor) -> Tensor:
+            return self.factor * cross_entropy(logits, batch)
+
+    with pytest.raises(ContractBroken, match=r"factor = 1,000,000,000 is taken; .* as in factor: Strength, or"):
+        parts.PROMISES[PROMISE](Times)

@@ -22,7 +22,7 @@ import torch
 
 from bench import tree
 from bench.algorithm import Adaptation, Algorithm, is_usual, method_of, stages
-from bench.contract import datasets, probes, toy
+from bench.contract import datasets, extremes, probes, toy
 from bench.contract.promises import Finding, findings, require
 from bench.data import Uploads
 from bench.dataset import Dataset
@@ -403,6 +403,11 @@ def parts_act(plugin: type[Algorithm]) -> None:
              f"{'something' if own else 'nothing'}; say own_loss = {own}")  # fmt: skip
 
 
+def numbers_are_bounded(plugin: type[Algorithm]) -> None:
+    """No field takes a number out of any sense, or does harm with one."""
+    extremes.numbers_are_bounded(plugin, extremes.run_a_round)
+
+
 ALGORITHM_PROMISES: dict[str, Callable[[type[Algorithm]], None]] = {
     "the name is the file's name": name_is_file_name,
     "defaults construct, frozen, repr evaluates back": defaults_construct,
@@ -428,4 +433,5 @@ ALGORITHM_PROMISES: dict[str, Callable[[type[Algorithm]], None]] = {
     "predictors are there": predictors_are_there,
     "learns the toy problem": learns,
     "parts act, or are refused": parts_act,
+    "numbers out of any sense are refused, or do no harm": numbers_are_bounded,
 }

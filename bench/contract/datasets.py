@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from bench.contract import extremes
 from bench.contract.promises import ContractBroken, require
 from bench.dataset import DataDamaged, DataMissing, Dataset
 from bench.files import data_root
@@ -83,9 +84,15 @@ def says_what_is_missing(plugin: type[Dataset]) -> None:
             raise ContractBroken("an empty folder is missing data, not damaged data") from None
 
 
+def numbers_are_bounded(plugin: type[Dataset]) -> None:
+    """No field takes a number out of any sense, or keeps it from saying what it is."""
+    extremes.numbers_are_bounded(plugin, extremes.say_facts)
+
+
 PROMISES: dict[str, Callable[[type[Dataset]], None]] = {
     "the name is the file's name": name_is_file_name,
     "it describes itself": describes_itself,
     "it loads what it says": loads,
     "it says what is missing": says_what_is_missing,
+    "numbers out of any sense are refused, or do no harm": numbers_are_bounded,
 }

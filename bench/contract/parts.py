@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench import keys, tree
-from bench.contract import checks, toy
+from bench.contract import checks, extremes, toy
 from bench.contract.promises import Finding, findings, require
 from bench.data import Batch
 from bench.part import Aggregation, Channel, Correction, Loss, Part, UsesPrior
@@ -96,6 +96,11 @@ def neutral_is_off(part: type[Part]) -> None:
         pairs += [(was, {**was, **now}) for was, now in zip(*_corrected(mine, "serial"), strict=True)]
     apart = max(tree.largest_difference(a, {key: b[key] for key in a}) for a, b in pairs)
     require(apart <= engines.TOLERANCE, f"at its neutral values a model changes by {apart:.1e}")
+
+
+def numbers_are_bounded(part: type[Part]) -> None:
+    """No field takes a number out of any sense, or does harm with one."""
+    extremes.numbers_are_bounded(part, lambda made: extremes.run_a_round(hosted(made)()))
 
 
 def every_prior_works(part: type[Part]) -> None:
@@ -284,4 +289,5 @@ PROMISES: Mapping[str, Callable[[type[Part]], None]] = {
     "evaluation is pure": carried(checks.evaluation_is_pure),
     "test data stay out of training": carried(checks.test_data_stay_out),
     "learns the toy problem": carried(checks.learns),
+    "numbers out of any sense are refused, or do no harm": numbers_are_bounded,
 }

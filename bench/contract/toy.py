@@ -18,6 +18,7 @@ from bench.data import Batch, LocalData
 from bench.dataset import Dataset, Splits
 from bench.losses import cross_entropy
 from bench.protocol.settings import Setting
+from bench.ranges import Positive
 from bench.splits.auxiliary import NEEDS, Origin, Reserve, part_off
 from bench.splits.split import Split
 from bench.task import Task
@@ -88,7 +89,7 @@ class Toy(Dataset):
 class Host(Algorithm):
     """One model, trained by cross-entropy and averaged."""
 
-    scale: float = 1.0
+    scale: Positive = 1.0
     """Times cross-entropy is its loss: one of its own, if this is not 1."""
 
     def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:

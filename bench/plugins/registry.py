@@ -187,8 +187,9 @@ def plugin_files() -> set[str]:
     ]
     modules = {plugin.__module__ for plugin in plugins}
     files = {file for module in modules if (file := getattr(sys.modules.get(module), "__file__", None)) is not None}
-    methods = (member for plugin in plugins if plugin.__module__ == "__main__" for member in vars(plugin).values())
-    cells = {code.co_filename for member in methods if (code := getattr(inspect.unwrap(member), "__code__", None)) is not None}
+    members = (member for plugin in plugins if plugin.__module__ == "__main__" for member in vars(plugin).values())
+    methods = map(inspect.unwrap, members)  # not what is ours around them
+    cells = {code.co_filename for member in methods if (code := getattr(member, "__code__", None)) is not None}
     return files | (cells - {"<string>"})  # which is what a decorator made
 
 
