@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from typing import Any
 
 import click
 
 import bench
-from bench.command.streams import make_safe
+from bench.command.streams import make_safe, terminable, unwritten
 from bench.command.typed import Verbs, as_spelt, sentence
 
 _VERBS = {
@@ -79,12 +80,17 @@ class LazyVerbs(Verbs):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run a verb and exit; errors that are the user's are one line on standard error."""
         make_safe()
+        with terminable():
+            self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> None:
         try:
             os.getcwd()
         except FileNotFoundError:
             fail("the working directory is gone; change to one that is there, and type the command again", 2)
         try:
             status = super().main(*args, **{**kwargs, "standalone_mode": False})
+            sys.stdout.flush()
         except click.UsageError as error:
             fail(sentence(error), 2)
         except click.ClickException as error:
@@ -92,6 +98,12 @@ class LazyVerbs(Verbs):
         except click.Abort:
             fail("interrupted", 130)
         except Exception as error:
+            if isinstance(error, OSError) and error.filename is None and (why := unwritten()) is not None:
+                if isinstance(error, BrokenPipeError):  # whoever reads it has seen enough, such as 'head'
+                    sys.exit(1)
+                fail(f"what was asked for cannot be written to standard output: {why}", 2)
+            if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
+                fail("the memory that this process may use is too little; give it more ('ulimit -v' says how much)", 1)
             ours = [kind.__name__ for kind in type(error).__mro__ if kind.__module__.startswith("bench.")]
             expected = [_STATUS[name] for name in ours if name in _STATUS]
             if not expected:
@@ -102,8 +114,16 @@ class LazyVerbs(Verbs):
 
 def fail(sentence: str, status: int) -> None:
     """Say what is wrong and exit."""
-    click.echo(f"bench: {sentence}", err=True)
+    click.echo(f"bench: {_LONG.sub(_cut, sentence)}", err=True)
     sys.exit(status)
+
+
+_NO_MEMORY = ("failed to map segment", "Cannot allocate memory")  # the linker's words, and the system's
+_LONG = re.compile(r"\S{500,}")  # no word, and no path
+
+
+def _cut(match: re.Match[str]) -> str:
+    return f"{match[0][:60]}...{match[0][-20:]}"
 
 
 @click.group(

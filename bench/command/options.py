@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from bench.command.typed import Choice
+from bench.command.typed import Choice, Place
 from bench.face.asked import DEFAULT_ALGORITHMS, DEFAULT_DATASET, DEFAULT_SETTING, Asked
 from bench.plugins.names import meant, near
 
@@ -78,7 +78,7 @@ def _as_typed(value: Any, many: bool) -> Any:
     return value if isinstance(value, bool) else str(value)
 
 
-_PATH = click.Path(path_type=Path)
+_PATH = Place()
 _Callback = Callable[[click.Context, click.Parameter, Any], Any]
 _ON_FILE: dict[str, Any] = {"is_eager": True, "expose_value": False, "callback": _read_file}
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bench.command.typed import Choice
+from bench.command.typed import Choice, Place
 from bench.face.asked import DEFAULT_DATASET, DEFAULT_SETTING
 
 if TYPE_CHECKING:
     from bench.contract.promises import Finding
 
-_FILE = click.Path(path_type=Path)
+_FILE = Place()
 _RUN = {"algorithm": "--algos {}", "part": "--algos fedavg+{}", "dataset": "--dataset {}", "model": "--model {}"}
 
 

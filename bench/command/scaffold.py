@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import keyword
+import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +188,7 @@ def write(kind: str, name: str, folder: Path) -> Path:
         folder: Made if it is not there.
 
     Raises:
-        BadConfig: The name cannot be a module's, is taken, or the file is there or cannot be written.
+        BadConfig: The name cannot be a module's, is taken, is a package's, or the file is there or cannot be written.
     """
     name = name.replace("-", "_")
     if not name.isidentifier() or keyword.iskeyword(name) or name != name.lower() or name.startswith("_"):
@@ -194,6 +196,8 @@ def write(kind: str, name: str, folder: Path) -> Path:
     template, taken = _TEMPLATES[kind]
     if name in taken:
         raise BadConfig(f"there is {with_article(kind)} called {name!r} already; choose another name")
+    if name == "bench" or name in sys.stdlib_module_names or name in packages_distributions():
+        raise BadConfig(f"a file called {name}.py would hide the package {name} from this suite; choose another name")
     file = folder / f"{name}.py"
     content = template.format(name=name, Class="".join(map(str.capitalize, name.split("_"))))
     try:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bench.command.typed import Place
 from bench.plugins.names import meant
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def stored_in(*, published: bool = False) -> Callable[[Callable[..., Any]], Call
     default = "results if it is there, else runs" if published else "runs"
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        @click.argument("folder", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
+        @click.argument("folder", metavar="[DIR]", required=False, type=Place())
         @out_option(default)
         @wraps(command)
         def with_folder(*, folder: Path | None, out: Path | None, **others: Any) -> Any:
@@ -39,9 +40,7 @@ def stored_in(*, published: bool = False) -> Callable[[Callable[..., Any]], Call
 
 def out_option(default: str = "runs") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command `--out`, None where it is not given."""
-    return click.option(
-        "--out", type=click.Path(path_type=Path), show_default=default, help="Folder of results; DIR means the same."
-    )
+    return click.option("--out", type=Place(), show_default=default, help="Folder of results; DIR means the same.")
 
 
 all_versions_option = click.option(

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import codecs
 import io
+import os
+import signal
 import sys
+import threading
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _NAME = "bench.ascii"
 _ALIKE = {"–": "-", "±": "+-", "×": "x", "·": "*", "≥": ">=", "≤": "<=", "✓": "ok", "✗": "NO"}
@@ -18,6 +23,29 @@ def make_safe() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "backslashreplace"):
             stream.reconfigure(errors=_NAME)
+
+
+def unwritten() -> str | None:
+    """Say why standard output cannot be written, if it cannot; what is left of it is dropped then."""
+    try:
+        os.write(sys.stdout.fileno(), b"\n")
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again when it ends
+        return error.strerror or str(error)
+    return None
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Have SIGTERM, which schedulers send, end a command as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _stand_in(error: UnicodeError) -> tuple[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -18,6 +19,19 @@ class Choice(click.Choice[str]):
         if found is None:
             self.fail(f"there is no {str(value)!r}; {near(str(value), self.choices)}", param, ctx)
         return found
+
+
+class Place(click.Path):
+    """A file or folder, there or not: no empty text, which would be the working directory."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Give a path."""
+        if value == "":
+            self.fail("it is empty; a file or folder is wanted, and . is the working directory", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 class Verbs(click.Group):

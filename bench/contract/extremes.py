@@ -61,7 +61,7 @@ def _made(plugin: type[Any], values: dict[str, float]) -> Any | None:
     except ValueError as refusal:
         require(bool(str(refusal)), f"{_listed(values)} is refused without a word")
         return None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         said = f"{_listed(values)} ends in {blame.told(error, plugin_files())}"
         raise ContractBroken(f"{said}; a ValueError with a sentence is wanted") from error
 
@@ -79,7 +79,7 @@ def _problem(use: Callable[[Any], object], made: Any) -> str | None:
             use(made)
         except (Diverged, DataMissing):  # which are sentences
             pass
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             found.append(f"ends in {blame.told(error, plugin_files())}")
 
     trial = threading.Thread(target=try_it, daemon=True)  # what does not end ends with the process

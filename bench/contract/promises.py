@@ -32,7 +32,10 @@ def findings(plugin: type, promises: Mapping[str, Callable[[Any], None]]) -> Ite
             keep(plugin)
         except ContractBroken as broken:
             yield Finding(promise, str(broken))
-        except Exception as error:  # a plug-in may fail in any way, and the other promises are still of interest
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # of one promise, and the others are still of interest
             yield Finding(promise, blame.told(error, plugin_files()), looked_at=False)
         else:
             yield Finding(promise, None)

@@ -86,6 +86,10 @@ def sweep(asked: Asked) -> Sweep:
     from bench.protocol.words import split_list
     from bench.sweep import config
 
+    if asked.ray == "":
+        raise BadConfig("--ray is empty; local, off or the address of a cluster is wanted")
+    if asked.tracking_uri == "":
+        raise BadConfig("--tracking-uri is empty; the address of an MLflow server or off is wanted")
     stems = [file.stem for file in asked.plugin]
     if twice := next((stem for stem in stems if stems.count(stem) > 1), None):
         raise BadConfig(f"--plugin: two files are called {twice}.py, and plug-ins are known by it; rename one")

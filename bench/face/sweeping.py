@@ -77,12 +77,12 @@ def perform(asked: Asked, command: str, quiet: bool = False) -> Swept:
 def _perform(asked: Asked, command: str, quiet: bool) -> Swept:
     read, budget = asking.sweep(asked), asking.budget(asked)
     runs = asking.expand(read)
-    prepare(asked.out)
     keep = asked.keep_models
     rest = [run for run in runs if asked.force or not execution.finished(run, asked.out, keep)]
     prepare_own((run.dataset for run in rest), read.data_root)
     driver.check_data(rest)
     driver.verify_data(rest)
+    prepare(asked.out)  # now that nothing is wrong with what was typed
     _say_protocol(read, runs)
     if keep and not asked.force and (again := sum(execution.finished(run, asked.out) for run in rest)):
         _say(f"run again, to the same numbers, as no models were kept: {again} of {len(runs)} runs")

@@ -157,6 +157,8 @@ def load_plugin(path: Path) -> list[str]:
     module = f"bench_plugin_{path.stem}"
     if not path.is_file():
         raise BadPlugin(f"--plugin {path}: no such file")
+    if path.suffix != ".py":
+        raise BadPlugin(f"--plugin {path}: a file of Python is wanted, with a name that ends in .py")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if getattr(sys.modules.get(module), "__plugin_digest__", None) != digest:
         spec = importlib.util.spec_from_file_location(module, path)
@@ -166,7 +168,7 @@ def load_plugin(path: Path) -> list[str]:
         sys.modules[module] = imported  # before it runs, so that its classes pickle by reference
         try:
             spec.loader.exec_module(imported)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             del sys.modules[module]
             if isinstance(error, BadPlugin):
                 raise

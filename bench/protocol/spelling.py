@@ -179,6 +179,8 @@ def _keywords(plugin_name: str, parameters: str) -> dict[str, object]:
     values: dict[str, object] = {}
     for given in tree.keywords:
         assert given.arg is not None
+        if given.arg in values:
+            raise BadConfig(f"{plugin_name}{parameters}: {given.arg} is given twice")
         try:
             values[given.arg] = ast.literal_eval(given.value)
         except (ValueError, TypeError, MemoryError, RecursionError) as error:

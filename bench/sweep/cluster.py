@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import signal
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -81,7 +83,11 @@ def session(cpus: int, address: str = "local", shared_bytes: int = _LITTLE_BYTES
     with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
         try:
             try:
+                ended_by = signal.getsignal(signal.SIGTERM)
                 ray.init(**options)
+                if callable(ended_by) and threading.current_thread() is threading.main_thread():
+                    # Ray has put its own there, which ends this process at once.
+                    signal.signal(signal.SIGTERM, ended_by)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise BadConfig(f"--ray {address}: Ray does not start or answer there ({error})") from error
             yield ray

@@ -127,7 +127,7 @@ def _execute(
         _write(out, run, described, outcome, models, force or again)
     except records.OutputUnwritable:
         raise
-    except Exception as error:  # a plug-in may raise anything; the other runs of the sweep go on
+    except (Exception, SystemExit) as error:  # a plug-in may raise anything; the other runs of the sweep go on
         reason = reason_of(error, _EXPECTED)
         trace = None if isinstance(error, _EXPECTED) else traceback.format_exc()
         records.fail(out, run.id, {**described, "finished": _now(), "traceback": trace}, reason)
@@ -234,7 +234,7 @@ def _write(
         return
 
 
-def reason_of(error: Exception, expected: tuple[type[Exception], ...]) -> str:
+def reason_of(error: Exception | SystemExit, expected: tuple[type[Exception], ...]) -> str:
     """Say in a sentence what went wrong; for errors that are not expected what `blame.told` tells."""
     if isinstance(error, expected):
         return (str(error).strip() or "no message").splitlines()[0]

@@ -259,7 +259,7 @@ def answer() -> None:
                 load_plugin(file)
             found = probe(pickle.load(stream))
             said: dict[str, Any] = {"seconds": found.seconds, "peak_bytes": found.peak_bytes}
-        except Exception as error:  # a plug-in may raise anything
+        except (Exception, SystemExit) as error:  # a plug-in may raise anything
             ours = type(error).__module__.startswith("bench.")
             first = (str(error).strip().splitlines() or [""])[0]
             said = {"error": first if ours else blame.told(error, plugin_files())}

@@ -53,6 +53,9 @@ def cell_of(algorithm: object, protocol: str, engine: str, precision: str, devic
     )
 
 
+_LONGEST = 10 * 365 * 24 * 3600.0
+
+
 def parse_duration(text: str, option: str) -> float:
     """Read a duration such as 90m, 2h, 45s or 1h30m, in seconds.
 
@@ -66,12 +69,14 @@ def parse_duration(text: str, option: str) -> float:
     match = _DURATION.fullmatch(text.replace(" ", "").lower())
     hours, minutes, seconds = (float(part or 0) for part in match.group("h", "m", "s")) if match else (0.0, 0.0, 0.0)
     total = 3600 * hours + 60 * minutes + seconds
-    if not total > 0:
+    if not 0 < total <= _LONGEST:
         from bench.protocol.settings import (
             BadConfig,  # torch comes with it, and people who look at a sweep do not wait for that
         )
 
-        raise BadConfig(f"{option} {text!r}: a duration above zero is wanted, such as 45s, 90m, 2h or 1h30m")
+        raise BadConfig(
+            f"{option} {text!r}: a duration above zero is wanted, such as 45s, 90m, 2h or 1h30m, ten years at most"
+        )
     return total
 
 

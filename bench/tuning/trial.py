@@ -63,7 +63,7 @@ def attempt(study: Study, trial: Trial, folder: Path, say: Callable[[str], None]
         ended = _scored(study, trial, outcomes)
     except OSError:
         raise
-    except Exception as error:  # a plug-in may raise anything: then these values are no good
+    except (Exception, SystemExit) as error:  # a plug-in may raise anything: then these values are no good
         ended = replace(trial, reason=reason_of(error, (Diverged, BadConfig)))
     for file in files:
         for left in folder.glob(f"{file.stem}.*"):
