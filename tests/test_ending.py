@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -83,10 +84,10 @@ def begun(*words: str, **more: object) -> subprocess.Popen[str]:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no disk that is always full")
 @pytest.mark.parametrize("words", [("list", "algorithms"), ("table", "results", "--format", "md")])
 def test_output_that_cannot_be_written_is_a_sentence(words: tuple[str, ...]) -> None:
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "bench", *words]
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "bench", *words], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120
-        )
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, env=buffered)
     said = "bench: what was asked for cannot be written to standard output: No space left on device\n"
     assert (done.returncode, done.stderr) == (2, said)
 

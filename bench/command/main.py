@@ -98,14 +98,12 @@ class LazyVerbs(Verbs):
         except click.Abort:
             fail("interrupted", 130)
         except Exception as error:
-            if isinstance(error, OSError) and error.filename is None and (why := unwritten()) is not None:
-                if isinstance(error, BrokenPipeError):  # whoever reads it has seen enough, such as 'head'
-                    sys.exit(1)
-                fail(f"what was asked for cannot be written to standard output: {why}", 2)
-            if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
-                fail("the memory that this process may use is too little; give it more ('ulimit -v' says how much)", 1)
             ours = [kind.__name__ for kind in type(error).__mro__ if kind.__module__.startswith("bench.")]
             expected = [_STATUS[name] for name in ours if name in _STATUS]
+            if not expected and isinstance(error, OSError) and (why := unwritten(error)) is not None:
+                fail(f"what was asked for cannot be written to standard output: {why}", 2)
+            if not expected and (isinstance(error, MemoryError) or any(said in str(error) for said in _NO_MEMORY)):
+                fail("the memory that this process may use is too little; give it more ('ulimit -v' says how much)", 1)
             if not expected:
                 raise
             fail(str(error), expected[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import io
 import os
 import signal
@@ -25,13 +26,17 @@ def make_safe() -> None:
             stream.reconfigure(errors=_NAME)
 
 
-def unwritten() -> str | None:
-    """Say why standard output cannot be written, if it cannot; what is left of it is dropped then."""
+def unwritten(error: OSError) -> str | None:
+    """Say why standard output cannot be written, if that is what an error is of; what is left of it is dropped then."""
+    if error.errno not in (errno.ENOSPC, errno.EIO) or error.filename is not None:
+        return None
     try:
         os.write(sys.stdout.fileno(), b"\n")
-    except OSError as error:
+    except io.UnsupportedOperation:  # it is no file
+        return None
+    except OSError as again:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again when it ends
-        return error.strerror or str(error)
+        return again.strerror
     return None
 
 
