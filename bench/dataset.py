@@ -169,7 +169,7 @@ class Dataset(Ranged, ABC):
     def require(self, root: Path) -> None:
         """Raise what `load` would, where labels can be there without images."""
 
-    def verify(self, root: Path) -> None:  # noqa: B027 - most read their images where they read labels
+    def verify(self, root: Path) -> None:
         """Compare images with their checksums, where neither `labels` nor `load` does; raises as `load`."""
 
     def test_part(self, root: Path) -> str | None:
