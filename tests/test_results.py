@@ -744,16 +744,17 @@ def test_failed_and_missing_seeds_are_footnotes() -> None:
     found += [record("scaffold", seed=0, reason="diverged", metrics={}, cost={})]
     (board,) = leaderboards(found)
     marks, notes = footnotes(board)
-    assert marks == {"ditto": " [1]", "fedavg": "", "local": " [2]", "scaffold": " [3] [4]"}
+    assert marks == {"ditto": " [1]", "fedavg": "", "scaffold": " [2] [3]", "local": " [4] [5]"}
     assert notes == [
         "ditto: seed 2 failed (out of memory).",
-        "local: seed 1 of seeds 0, 1, 2.",
         "scaffold: seed 0 failed (diverged).",
         "scaffold: none of seeds 0, 1, 2.",
+        "local: seed 1 of seeds 0, 1, 2.",
+        "local: not ranked: its seeds may have been chosen, and those of rows that rank are 0 to n - 1.",
     ]
     text = table.render([board], "md")
-    assert "* \\[2\\] local: seed 1 of seeds 0" in text and "`scaffold` [3] [4]" in text
-    assert cells_of(text)[-1][2:] == ["0", *["–"] * 19]
+    assert "* \\[4\\] local: seed 1 of seeds 0" in text and "`scaffold` [2] [3]" in text
+    assert cells_of(text)[-2][2:] == ["0", *["–"] * 19]
 
 
 def test_runs_that_saw_other_splits_are_called_not_comparable() -> None:

@@ -25,14 +25,14 @@ from hypothesis import strategies as st
 
 from bench.command.site import site_command
 from bench.protocol.identity import identify
-from bench.results import classes, layout, packed, records
+from bench.results import classes, layout, packed, records, standing
 from bench.results.leaderboard import leaderboards
+from bench.results.standing import Standing
 from bench.site import build as building
 from bench.site import charts
 from bench.site.build import MARKER, build
 from bench.site.counts import MOST, count
 from bench.site.matrix import matrices
-from bench.validation import verification
 from tests.answers import from_rows, parted
 
 WILD = "<img src=x onerror=\"window.wild=1\"> & 'quoted' </script><script>window.wild=2</script>"
@@ -173,12 +173,10 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
             ids[f"other {algorithm} {seed}"] = plant(out, algorithm, seed, dataset="faces", imbalance=None, unseen=True)
     ids["failed"] = plant(out, "delta", 0, reason=f"the loss is not a number {WILD}")
     ids["wild"] = plant(out, "epsilon", 0, label=WILD, evaluations=1)
-    again = verification.Verification(
-        date="2026-03-04", commit="ffff0123456789", versions={}, hardware={}, exact=True, document=""
-    )
+    again = Standing(kind="verified", date="2026-03-04", commit="ffff0123456789", versions={}, hardware={}, document="")
     checked = [ids[f"alpha {seed}"] for seed in range(3)]
-    verification.note(
-        out, {run: replace(again, document=verification.digest(out, run) or "") for run in [*checked, ids["beta 0"]]}
+    standing.note(
+        out, {run: replace(again, document=records.digest(out, run) or "") for run in [*checked, ids["beta 0"]]}
     )
     (out / "NOTES.md").write_text(NOTES)
     return Planted(out=out, site=made(out, out.parent / "site"), ids=ids)
@@ -187,7 +185,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
 def made(out: Path, to: Path) -> Path:
     found, damaged = records.read_all(out)
     assert not damaged
-    build(found, to, verified=verification.verified(out), notes=records.prose(out))
+    build(found, to, notes=records.prose(out))
     return to
 
 
@@ -270,8 +268,7 @@ def shelved(site: Path) -> dict[str, str]:
 def test_the_same_records_give_the_same_bytes(planted: Planted, tmp_path: Path) -> None:
     shutil.copytree(planted.out, tmp_path / "elsewhere")
     found, _ = records.read_all(tmp_path / "elsewhere")
-    again = verification.verified(tmp_path / "elsewhere")
-    build(reversed(found), tmp_path / "site", verified=again, notes=NOTES)
+    build(reversed(found), tmp_path / "site", notes=NOTES)
     assert contents(tmp_path / "site") == contents(planted.site)
 
 
@@ -384,7 +381,7 @@ def test_an_entry_is_verified_only_if_all_its_runs_are(planted: Planted) -> None
     _, *rows = pages(planted.site)["index.html"].tables[0]
     standing = {squeezed(row[1]): row[-1].strip() for row in rows if "faces" not in row[0]}
     assert standing["alpha"] == "✓ verified"
-    assert standing["beta"] == "self-reported, 1 of 3 runs verified"
+    assert standing["beta"] == "self-reported, 1 of 3 runs better"
     assert standing["gamma"] == "self-reported"
 
 
@@ -584,9 +581,9 @@ def test_the_command_builds_names_damage_and_refuses_in_a_sentence(tmp_path: Pat
     assert done.exit_code == 0, done.output
     assert bad in done.output and "is no Parquet file" in done.output
     assert {*shelved(tmp_path / "site")} == {f"run.html?{good}"}
-    (tmp_path / "out" / verification.FILE).write_text("{}")
+    (tmp_path / "out" / standing.FILE).write_text("{}")
     done = CliRunner().invoke(site_command, options)
-    assert done.exit_code != 0 and verification.FILE in done.output
+    assert done.exit_code == 0 and f"{standing.FILE} cannot be read" in done.output
     done = CliRunner().invoke(site_command, ["--out", str(tmp_path / "nowhere")])
     assert done.exit_code != 0 and "there is no such folder" in done.output
 

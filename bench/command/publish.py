@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
 import tempfile
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +14,8 @@ import click
 from bench.command.stored import require_folder, stored_in
 
 if TYPE_CHECKING:
-    from bench.sweep.config import Run
+    from bench.validation.board import Board
     from bench.validation.report import Report
-    from bench.validation.rerun import Rerun
 
 _OPTIONS = (
     click.option(
@@ -41,9 +39,11 @@ _MOST = 200
 @stored_in(published=True)
 @_OPTIONS[0]
 @_OPTIONS[1]
-@click.option("--rerun", metavar="N|ID,...", help="Run so many finished runs again, drawn by chance, or these.")
+@click.option("--rerun", metavar="N|ID,...", help="Run so many runs again, drawn by chance, or these.")
 @click.option("--rerun-seed", type=click.IntRange(min=0), help="Of the draw; by default a new one, which is said.")
-@click.option("--write", is_flag=True, help="Note the runs that came out the same in DIR/verified.json.")
+@click.option("--time-limit", metavar="DURATION", default="24h", show_default=True, help="Of a run that is run again.")
+@click.option("--recount", is_flag=True, help="Test the models that were handed in, and compare their right answers.")
+@click.option("--write", is_flag=True, help="Note in DIR/verified.json what --rerun and --recount found.")
 @click.option("--jobs", type=click.IntRange(min=1), help="Processes at once; by default what many runs are worth.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
 def validate_command(
@@ -52,6 +52,8 @@ def validate_command(
     plugins: tuple[Path, ...],
     rerun: str | None,
     rerun_seed: int | None,
+    time_limit: str,
+    recount: bool,
     write: bool,
     jobs: int | None,
     as_json: bool,
@@ -59,7 +61,9 @@ def validate_command(
     """Check whether the results in DIR hold together: exit status 0 if so, 1 if not.
 
     Every file is read, every metric computed again from the stored counts, every identity, split, table and cost
-    compared with what it must be. What nobody can compute without training, --rerun does.
+    compared with what it must be. What nobody can compute without training, --rerun does: the same bits make a run
+    verified; where this machine rounds otherwise, it is run three times, and reproduced if every number lies within
+    what these differ by. With --write, what cannot be run again here is noted too.
 
     \b
     bench validate
@@ -71,12 +75,15 @@ def validate_command(
     from bench.face.bar import Bar
     from bench.files import data_root as root_of
     from bench.plugins.registry import load_plugin
+    from bench.sweep.schedule import parse_duration
+    from bench.validation.board import Board
     from bench.validation.report import summary, validate
 
     torch.set_num_threads(1)
     require_folder(out)
-    if write and rerun is None:
-        raise click.UsageError("--write notes what --rerun found; say how many runs are to be run again")
+    if write and rerun is None and not recount:
+        raise click.UsageError("--write notes what --rerun and --recount find; say which runs are to be run again")
+    seconds = parse_duration(time_limit, "--time-limit")
     for file in plugins:
         load_plugin(file)
     root = root_of(data_root).resolve()
@@ -84,20 +91,23 @@ def validate_command(
         report = validate(out, root, plugins=plugins, jobs=jobs, progress=bar)
     if not as_json:
         _print(report)
-    outcomes, seed = _rerun(report, root, tuple(file.resolve() for file in plugins), rerun, rerun_seed)
-    sound = [outcome for outcome in outcomes if outcome.agrees and not _problems_of(report, outcome.record.id)]
-    if write and sound:
-        _note(out, sound)
+    files = tuple(file.resolve() for file in plugins)
+    board = Board(report=report, root=root, plugins=files, seconds=seconds, say=partial(click.echo, err=True))
+    if recount:
+        board.recount()
+    seed = None if rerun is None else board.rerun(rerun, rerun_seed)
+    if write:
+        _note(board, out)
     if as_json:
-        click.echo(json.dumps(_document(report, out, outcomes, seed), indent=2))
+        click.echo(json.dumps(_document(board, out, seed), indent=2))
     else:
         click.echo(summary(report, out))
-    differing = sum(not outcome.agrees for outcome in outcomes)
-    if report.problems or differing:
-        told = f"problems: {len(report.problems)}" + f", runs that came out otherwise: {differing}" * bool(differing)
-        click.echo(f"bench: {told}; {_remedy(report, differing)}", err=True)
+    if report.problems or board.differing:
+        otherwise = f", runs that came out otherwise: {board.differing}" * bool(board.differing)
+        told = f"problems: {len(report.problems)}{otherwise}"
+        click.echo(f"bench: {told}; {_remedy(report, board.differing)}", err=True)
         return 1
-    if rerun is not None and not outcomes:
+    if rerun is not None and not board.outcomes:
         click.echo("bench: no run could be run again, as no run's data and device are at hand here", err=True)
         return 3
     return 0
@@ -121,74 +131,21 @@ def _remedy(report: Report, differing: int) -> str:
     return ", and ".join(words)
 
 
-def _problems_of(report: Report, run: str) -> bool:
-    return any(problem.file.split("/")[0] == run for problem in report.problems)
-
-
-def _rerun(
-    report: Report, root: Path, plugins: tuple[Path, ...], asked: str | None, seed: int | None
-) -> tuple[list[Rerun], int | None]:
-    """Run some runs again, one after the other in this process.
-
-    Returns:
-        What came out, and the seed of the draw if there was one.
-    """
-    if asked is None:
-        return [], None
-    from bench.validation.rerun import candidates, rerun
-
-    possible = candidates(report.inspected, root, plugins)
-    chosen, seed = _choose(report, possible, asked, seed)
-    found = []
-    for run in chosen:
-        record = next(record for record in report.runs if record.id == run)
-        took = record.cost.get("wall_seconds")
-        before = "" if took is None else f", which took {took:.0f} s"
-        click.echo(f"running {run} again{before}: {possible[run]}", err=True)
-        found.append(rerun(record, possible[run]))
-        click.echo(str(found[-1]), err=True)
-    return found, seed
-
-
-def _choose(report: Report, possible: dict[str, Run], asked: str, seed: int | None) -> tuple[list[str], int | None]:
-    from bench.validation.rerun import draw
-
-    named = [word.strip() for word in asked.split(",") if word.strip()]
-    known = {record.id for record in report.runs}
-    if named and all(word in known for word in named):
-        for word in named:
-            if word not in possible:
-                raise click.BadParameter(
-                    f"{word} cannot be run again here: no data, or no such device", param_hint="--rerun"
-                )
-        return list(dict.fromkeys(named)), None
-    if not re.fullmatch(r"[1-9][0-9]{0,5}", asked):
-        raise click.BadParameter(f"{asked}: a number of runs is wanted, or ids of runs", param_hint="--rerun")
-    seed = secrets.randbelow(2**32) if seed is None else seed
-    chosen = draw(list(possible), int(asked), seed)
-    told = f"{len(possible)} of {len(report.runs)} runs can be run again here"
-    click.echo(f"{told}; seed {seed} (--rerun-seed) draws {', '.join(chosen) or 'none'}", err=True)
-    return chosen, seed
-
-
-def _note(out: Path, sound: Sequence[Rerun]) -> None:
-    from bench.validation import verification
-    from bench.validation.rerun import entry
+def _note(board: Board, out: Path) -> None:
+    from bench.results.standing import FILE
 
     try:
-        path = verification.note(out, {outcome.record.id: entry(outcome) for outcome in sound})
+        noted = board.note(out)
     except ValueError as error:
         raise click.ClickException(str(error)) from error
-    click.echo(f"noted in {path}: {', '.join(outcome.record.id for outcome in sound)}", err=True)
+    click.echo(f"noted in {out / FILE}: {', '.join(noted) or 'nothing new'}", err=True)
 
 
-def _document(report: Report, out: Path, outcomes: Sequence[Rerun], seed: int | None) -> dict[str, Any]:
-    from bench.validation.verification import verified
+def _document(board: Board, out: Path, seed: int | None) -> dict[str, Any]:
+    from bench.results.records import stand
 
-    try:
-        known = sorted(verified(out))
-    except ValueError:  # which is one of the problems
-        known = []
+    report = board.report
+    stood, _ = stand(out, report.runs)
     return {
         "runs": len(report.runs),
         "splits": report.splits,
@@ -199,14 +156,18 @@ def _document(report: Report, out: Path, outcomes: Sequence[Rerun], seed: int | 
             {
                 "id": outcome.record.id,
                 "agrees": outcome.agrees,
-                "exact": outcome.because is None,
+                "exact": outcome.exact,
                 "because": outcome.because,
                 "differs": list(outcome.differs),
+                "within": outcome.within,
+                "runs": outcome.runs,
                 "seconds": outcome.seconds,
             }
-            for outcome in outcomes
+            for outcome in board.outcomes
         ],
-        "verified": known,
+        "recounted": board.recounted,
+        "stopped": board.stopped,
+        "standing": {record.id: record.stands for record in stood},
     }
 
 
@@ -221,11 +182,12 @@ def _document(report: Report, out: Path, outcomes: Sequence[Rerun], seed: int | 
 )
 @_OPTIONS[0]
 @_OPTIONS[1]
-def submit_command(out: Path, to: Path, data_root: Path | None, plugins: tuple[Path, ...]) -> int:
+@click.option("--models", is_flag=True, help="Hand in the models of runs that kept them, for the board to test.")
+def submit_command(out: Path, to: Path, data_root: Path | None, plugins: tuple[Path, ...], models: bool) -> int:
     """Pack the finished runs in DIR for a pull request, once they are valid.
 
     What the runs left and the files named by --plugin are packed, and nothing else: no checkpoint, no path and no name
-    of this machine.
+    of this machine. With models, whoever keeps the board can count their right answers (bench validate --recount).
 
     \b
     bench submit runs
@@ -252,10 +214,11 @@ def submit_command(out: Path, to: Path, data_root: Path | None, plugins: tuple[P
             folders += [each for each in submission.finished(Path(unpacked))[0] if each.name not in names]
             if not folders:
                 raise click.BadParameter(f"{out}: holds no finished run, 'bench run' makes them", param_hint="DIR")
-            runs = submission.gather(folders)
-            submission.write(runs, Path(place))  # what is handed in is what is validated
+            files = submission.gather(folders, models)
+            submission.write(files, Path(place))  # what is handed in is what is validated
+            runs = [folder.name for folder in folders]
             report = validate(Path(place), root_of(data_root).resolve(), [Path(place) / run for run in runs])
-            contents = {} if report.problems else submission.as_pack(Path(place), [*runs], plugins)
+            contents = {} if report.problems else submission.as_pack(Path(place), runs, plugins)
         _print(report)
         for sentence in others:
             click.echo(f"left out: {sentence}", err=True)

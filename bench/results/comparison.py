@@ -9,7 +9,7 @@ and initial weights, say anything about the next dataset, and they are not count
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import variance
 from typing import Any
@@ -18,6 +18,7 @@ from bench.protocol.identity import canonical
 from bench.results.entrants import entrants
 from bench.results.layout import NOT_INDEPENDENT, resolution, title
 from bench.results.leaderboard import Leaderboard, measured
+from bench.results.standing import RANKED
 from bench.results.statistics import LEVEL, Pair, Ranking, Scores, pairwise, rank
 
 _NAMED = 6
@@ -99,7 +100,15 @@ def compare(boards: Sequence[Leaderboard], metric: str, labels: Sequence[str] | 
 
 
 def part_over_datasets(boards: Sequence[Leaderboard], metric: str, labels: Sequence[str] | None = None) -> Part | None:
-    """Compare algorithms over datasets; None with fewer than two datasets, or two algorithms common to them."""
+    """Compare algorithms over datasets; None with fewer than two datasets, or two algorithms common to them.
+
+    The leaderboards are of rows that are believed alike: of the best standing of which there are enough.
+    """
+    parts = (_over(those, metric, labels) for those in _believed_alike(boards))
+    return next((part for part in parts if part is not None), None)
+
+
+def _over(boards: Sequence[Leaderboard], metric: str, labels: Sequence[str] | None) -> Part | None:
     tables = _tables(boards, metric, labels)
     scores, settings = _over_datasets(tables, labels)
     if not scores:
@@ -128,10 +137,11 @@ def ranking(boards: Sequence[Leaderboard], metric: str, labels: Sequence[str] | 
         Average ranks, Nemenyi's critical difference and the groups of algorithms that are not told apart; None if no
         block is common to two algorithms.
     """
+    for those in _believed_alike(boards):
+        scores, _ = _over_datasets(_tables(those, metric, labels), labels)
+        if scores:
+            return rank(scores, "dataset")
     tables = _tables(boards, metric, labels)
-    scores, _ = _over_datasets(tables, labels)
-    if scores:
-        return rank(scores, "dataset")
     alone = [scores for _, scores in tables if len(scores) > 1]
     return rank(alone[0]) if len(alone) == 1 else None
 
@@ -167,6 +177,13 @@ def _tables(
         found = {names[id(row)]: known[row.label] for row in board.rows if row.label in known}
         tables.append((board, {label: found[label] for label in labels or found if label in found}))
     return tables
+
+
+def _believed_alike(boards: Sequence[Leaderboard]) -> Iterator[list[Leaderboard]]:
+    """Give the leaderboards of each standing, the best first."""
+    for standing in RANKED:
+        if those := [board for board in boards if board.standing == standing]:
+            yield those
 
 
 # Datasets as blocks -----------------------------------------------------------------------------------------

@@ -21,26 +21,25 @@ def entrants(boards: Sequence[Leaderboard]) -> dict[str, list[Row]]:
     Returns:
         Rows by label, in the order of the leaderboards; versions of one algorithm have labels of their own.
     """
-    rows: dict[tuple[object, ...], list[Row]] = {}
+    rows: dict[tuple[_Key, str], list[Row]] = {}
     for board in boards:
         for row in board.rows:
             again = any(_key(other) == _key(row) and other is not row for other in board.rows)
-            rows.setdefault((*_key(row), row.label.partition(" #")[2] if again else ""), []).append(row)
-    plain = {key: members[0].label.partition(" #")[0] for key, members in rows.items()}
+            rows.setdefault((_key(row), row.label.removeprefix(row.words) if again else ""), []).append(row)
+    plain = {key: members[0].words for key, members in rows.items()}
     found: dict[str, list[Row]] = {}
-    for key, members in rows.items():
-        shared = [other for other, label in plain.items() if label == plain[key]]
-        label = plain[key]
-        if len({other[2] for other in shared}) > 1:
-            label += f" version {key[2]}"
-        if key[-1]:
-            label += f" #{key[-1]}"
-        found[label] = members
+    for (key, apart), members in rows.items():
+        words = members[0].words
+        versions = {other[2] for (other, _), label in plain.items() if label == words}
+        found[words + f" version {key[2]}" * (len(versions) > 1) + apart] = members
     return found
 
 
-def _key(row: Row) -> tuple[str, str, str, float | None]:
-    images = row.label.partition(" #")[0].partition("auxiliary ")[2]  # with others at the server it is another one
+_Key = tuple[str, str, str, float | None]
+
+
+def _key(row: Row) -> _Key:
+    images = row.words.partition("auxiliary ")[2]  # with others at the server it is another one
     return row.algorithm, row.call + images, row.version, row.lr
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from bench import keys, models, tree
 from bench.algorithm import Algorithm, method_of
 from bench.plugins.registry import ALGORITHMS, source_digest
-from bench.results.record import DOCUMENT, MODELS, DamagedResult, Record
+from bench.results.record import DOCUMENT, DamagedResult, Record
 from bench.task import Task
 from bench.training.job import PRECISIONS
 from bench.training.keeping import SERVER, sha256
@@ -74,8 +74,8 @@ class Kept:
         self.record = record
         if not record.models:
             raise NotKept(f"run {record.id} kept no models; the same 'bench run' with --keep-models writes them")
-        if record.pack is not None:
-            raise NotKept(f"run {record.id} lies in a pack, and models are not packed; read those of its folder")
+        if record.pack is not None and not record.has_models:
+            raise NotKept(f"run {record.id} lies in a pack without its models; read those of its folder")
         if SERVER not in record.models:
             raise DamagedResult(f"{record.folder / DOCUMENT} lists models without {SERVER}; {_AGAIN}")
         self._files = {name: _opened(record, name) for name in record.models}
@@ -251,7 +251,7 @@ def _is_of_clients(name: str) -> bool:
 
 def _opened(record: Record, name: str) -> Any:
     """Open a file of models, if it is the one that was written."""
-    path = record.folder / MODELS / name
+    path = record.models_folder / name
     try:
         found = sha256(path)
     except OSError as error:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from bench.results import classes
 from bench.results.cautions import cautions
 from bench.results.leaderboard import Leaderboard, Row, measured, suffix
+from bench.results.standing import WORDS
 from bench.results.statistics import (
     FEWEST,
     FEWEST_RESAMPLED,
@@ -183,7 +184,8 @@ def best(board: Leaderboard) -> dict[str, str]:
     if board.metric == "best":  # chosen on test data: no test of it means anything
         return {}
     accuracies = [column for column in columns(board) if column.unit is None]
-    found = {column.title: leader(measured(board, column.key)) for column in accuracies}
+    ranking = replace(board, rows=tuple(row for row in board.rows if row.ranks))
+    found = {column.title: leader(measured(ranking, column.key)) for column in accuracies}
     return {name: label for name, label in found.items() if label is not None}
 
 
@@ -202,16 +204,24 @@ def grid(
     """
     marks, _ = footnotes(board)
     shown, first = columns(board), best(board)
+    stands = _says_standing(board)
     cells = [
         [
             label(row.label) + marks[row.label],
             row.tier,
+            *([row.standing] if stands else []),
             str(len(row.seeds)),
             *((bold if first.get(column.title) == row.label else str)(column.show(row)) for column in shown),
         ]
         for row in board.rows
     ]
-    return ["algorithm", "tier", "seeds", *(column.title for column in shown)], cells
+    heading = ["algorithm", "tier", *(["standing"] if stands else []), "seeds"]
+    return [*heading, *(column.title for column in shown)], cells
+
+
+def _says_standing(board: Leaderboard) -> bool:
+    """Tell whether it is worth a word whom the numbers are believed of: in a folder of one's own it is not."""
+    return any(kind != "self-reported" for row in board.rows for kind in (row.standing, *row.standings))
 
 
 def title(board: Leaderboard, without: Collection[str] = ()) -> str:
@@ -252,6 +262,7 @@ def remarks(board: Leaderboard) -> list[str]:
     return [
         *warnings(board),
         order(board),
+        *_standing(board),
         *_rests(board),
         *cautions(board),
         provenance(board),
@@ -260,6 +271,14 @@ def remarks(board: Leaderboard) -> list[str]:
         *_derived(board),
         *numbered,
     ]
+
+
+def _standing(board: Leaderboard) -> list[str]:
+    """Say whom the numbers are believed of."""
+    if not _says_standing(board):
+        return []
+    kinds = dict.fromkeys(row.standing for row in board.rows)
+    return [f"{'; '.join(WORDS[kind] for kind in kinds)}."]
 
 
 def _derived(board: Leaderboard) -> list[str]:
@@ -338,7 +357,13 @@ def _notes(board: Leaderboard, row: Row) -> list[str]:
     notes = [f"seed {seed} failed ({' '.join(reason.split())})" for seed, reason in row.failures]
     if set(board.seeds) - set(row.seeds) - failed:
         notes.append(f"{_seeds(row.seeds) or 'none'} of {_seeds(board.seeds)}")
-    if "#" in row.label:
+    if not row.ranks:
+        notes.append("not ranked: its seeds may have been chosen, and those of rows that rank are 0 to n - 1")
+    if row.standing == "self-reported" and (again := sum(kind != row.standing for kind in row.standings)):
+        notes.append(f"{again} of its {len(row.seeds)} runs were looked at by the board")
+    if " @" in row.label.removeprefix(row.words):
+        notes.append(f"handed in as {row.submission}: no row is made of the runs of several")
+    if " #" in row.label.removeprefix(row.words):
         when = f", run {moment(row.finished)}" if row.finished else ""
         known = "a newer version is in these results" if row.stale else "the newest version in these results"
         notes.append(f"version {row.version} of {row.call}{when}; {known}")

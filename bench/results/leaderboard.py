@@ -13,6 +13,7 @@ from bench.protocol.identity import canonical, identify
 from bench.protocol.words import spell_imbalance
 from bench.results import older
 from bench.results.record import Record
+from bench.results.standing import RANKED, ranked_with, weakest
 from bench.results.statistics import NOTHING, Estimate, estimates
 from bench.results.versions import lasting, stale, variant, version
 
@@ -24,10 +25,20 @@ RANKS_BY = ("personal.balanced", "generic")
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One algorithm with one set of hyper-parameters, over its seeds."""
+    """One algorithm with one set of hyper-parameters, over its seeds, of one submission or run again by the board."""
 
     label: str
-    """As on the command line, without fields at their defaults: `fedrep(head_epochs=5)`."""
+    """As on the command line, without fields at their defaults: `fedrep(head_epochs=5)`. What tells it from others of
+    the leaderboard follows: `fedrep #1f0a` is another version, `fedrep @pack-1f0a` another submission's."""
+    words: str
+    """The label without that."""
+    submission: str | None
+    """The pack that it was handed in with; None: runs of the folder itself, or of several submissions, all run again.
+    """
+    standing: str
+    """The weakest of its runs': one of `bench.results.standing.ORDER`."""
+    standings: tuple[str, ...]
+    """Of the finished runs, in the order of the seeds."""
     algorithm: str
     call: str
     """The algorithm with all its fields."""
@@ -64,10 +75,16 @@ class Row:
     runs: tuple[str, ...]
     """Ids of the finished ones, in the order of the seeds."""
 
+    @property
+    def ranks(self) -> bool:
+        """Whether it is ranked: whoever chooses seeds chooses numbers, so that they must be 0 to n - 1."""
+        tried = {*self.seeds, *(seed for seed, _ in self.failures)}
+        return tried == {*range(len(tried))}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Leaderboard:
-    """Algorithms that were run under one protocol, engine, precision and kind of device."""
+    """Algorithms that were run under one protocol, engine, precision and kind of device, and are believed alike."""
 
     dataset: str
     """As on the command line, without options at their defaults: `inat(version=2019)`."""
@@ -85,12 +102,15 @@ class Leaderboard:
     engine: str
     precision: str
     device: str
+    standing: str
+    """Whom its numbers are believed of: one of `bench.results.standing.RANKED`."""
     metric: str
     """One of `METRICS`."""
     seeds: tuple[int, ...]
     """All seeds of any row, ascending."""
     rows: tuple[Row, ...]
-    """By the means of `RANKS_BY`, best first and absent last; best rounds never rank."""
+    """By the means of `RANKS_BY`, best first and absent last; best rounds never rank. Those with other seeds than 0 to
+    n - 1 come after those that rank."""
     fingerprints: Mapping[int, tuple[str, ...]]
     """Of the split, by seed; more than one means that the rows did not see the same data."""
     commits: tuple[str, ...]
@@ -121,7 +141,8 @@ def leaderboards(records: Iterable[Record], metric: str = "last", *, all_version
     """Sort records into tables.
 
     Runs stand in one table only if dataset, imbalance, alpha, protocol, engine, precision and device are
-    equal. The setting's name does not count: the same fields under two names are one protocol.
+    equal, and rows only if they are believed alike: what the board has run again is not ranked beside what it has not.
+    The setting's name does not count: the same fields under two names are one protocol.
 
     Args:
         records: Finished and failed runs, in any order.
@@ -138,11 +159,11 @@ def leaderboards(records: Iterable[Record], metric: str = "last", *, all_version
         raise ValueError(f"metric {metric!r}: must be one of {', '.join(METRICS)}")
     known = sorted(records, key=lambda record: record.id)
     old = stale(known)
-    tables: dict[tuple[object, ...], list[Record]] = defaultdict(list)
-    for record in known:
-        if all_versions or record.id not in old:
-            place = (record.imbalance, record.alpha, record.protocol)  # which dataset it is, wherever it lay
-            tables[(*place, record.engine, record.precision, record.device)].append(record)
+    tables: dict[tuple[object, ...], list[_Group]] = defaultdict(list)
+    for group in _groups(record for record in known if all_versions or record.id not in old):
+        first = group[0]
+        place = (first.imbalance, first.alpha, first.protocol)  # which dataset it is, wherever it lay
+        tables[(*place, first.engine, first.precision, first.device, ranked_with(_stands(group)))].append(group)
     hidden = {(lasting(record), variant(record)) for record in known if record.id in old and not all_versions}
     counted = Counter(row for row, _ in hidden)
     boards = [_leaderboard(members, metric, old, counted) for members in tables.values()]
@@ -176,12 +197,41 @@ def suffix(metric: str) -> str:
     return "" if metric == "last" else f"@{metric}"
 
 
+_Group = list[Record]
+"""The runs of a row."""
+
+
+def _groups(known: Iterable[Record]) -> Iterable[_Group]:
+    """Put together the runs of each row: those that differ by seed only, and came with one submission or were all run
+    again by the board.
+    """
+    rows: dict[tuple[str, str], dict[str | None, _Group]] = defaultdict(lambda: defaultdict(list))
+    for record in known:
+        rows[record.protocol, variant(record)][record.submission].append(record)
+    for submissions in rows.values():
+        again = [group for group in submissions.values() if ranked_with(_stands(group)) == RANKED[0]]
+        yield from (group for group in submissions.values() if group not in again)
+        if again:
+            yield [record for group in again for record in group]
+
+
+def _stands(group: _Group) -> str:
+    """Give the weakest standing of a row's finished runs; of its failed ones, if there are no others."""
+    done = [record for record in group if record.status == "done"]
+    return weakest(record.stands for record in done or group)
+
+
+def _submission(group: _Group) -> str | None:
+    return group[0].submission if len({record.submission for record in group}) == 1 else None
+
+
 def _place(board: Leaderboard) -> tuple[object, ...]:
     none_first = [(number is not None, number or 0.0) for number in (board.imbalance, board.alpha)]
     values = board.apart.values()
     apart = [(value, "") if isinstance(value, int | float) else (-math.inf, str(value)) for value in values]
     return (
-        board.dataset, *none_first, board.names, apart, board.protocol, board.engine, board.precision, board.device
+        board.dataset, *none_first, board.names, RANKED.index(board.standing), apart, board.protocol, board.engine,
+        board.precision, board.device,
     )  # fmt: skip
 
 
@@ -207,7 +257,7 @@ def _varies(key: str, facts: Sequence[Mapping[str, object]]) -> bool:
 
 def _facts(board: Leaderboard) -> dict[str, object]:
     """Give all that may tell a leaderboard from another one."""
-    where = {"engine": board.engine, "precision": board.precision, "device": board.device}
+    where = {key: getattr(board, key) for key in ("engine", "precision", "device", "standing")}
     return {**board.setting, **board.dataset_facts, **where}
 
 
@@ -221,7 +271,8 @@ def _dataset_facts(record: Record) -> dict[str, object]:
     return {f"dataset {key}": value for key, value in facts.items()}
 
 
-def _leaderboard(records: Sequence[Record], metric: str, old: Set[str], hidden: Mapping[str, int]) -> Leaderboard:
+def _leaderboard(groups: Sequence[_Group], metric: str, old: Set[str], hidden: Mapping[str, int]) -> Leaderboard:
+    records = sorted((record for group in groups for record in group), key=lambda record: record.id)
     first = records[0]
     names = sorted({str(record.setting["name"]) for record in records})
     fingerprints: dict[int, set[str]] = defaultdict(set)
@@ -240,9 +291,10 @@ def _leaderboard(records: Sequence[Record], metric: str, old: Set[str], hidden: 
         engine=first.engine,
         precision=first.precision,
         device=first.device,
+        standing=ranked_with(_stands(groups[0])),
         metric=metric,
         seeds=tuple(sorted({record.seed for record in records})),
-        rows=_rows(records, metric, old, hidden),
+        rows=_rows(groups, metric, old, hidden),
         fingerprints={seed: tuple(sorted(known)) for seed, known in sorted(fingerprints.items())},
         commits=tuple(sorted({record.commit for record in records if record.commit})),
         finished=tuple(sorted({record.finished[:10] for record in records if record.finished})),
@@ -260,7 +312,7 @@ def _asked_clients(record: Record) -> int | None:
 
 
 def _hardware(record: Record) -> str:
-    recorded = record.document.get("hardware")
+    recorded = record.standing.hardware if record.standing and record.standing.cost else record.document.get("hardware")
     if not isinstance(recorded, dict):
         return ""
     return str(recorded.get("gpu") or recorded.get("cpu") or "")
@@ -285,34 +337,40 @@ def _overrides(records: Sequence[Record], name: str) -> dict[str, object]:
     return {key: value for key, value in named.overrides.items() if key not in ("imbalance", "alpha")}
 
 
-def _rows(records: Sequence[Record], metric: str, old: Set[str], hidden: Mapping[str, int]) -> tuple[Row, ...]:
-    """Make one row of the runs that differ by seed only."""
-    runs: dict[str, list[Record]] = defaultdict(list)
-    for record in records:
-        runs[variant(record)].append(record)
-    labels = {key: members[0].label or members[0].call for key, members in runs.items()}
-    shared = {label for label in labels.values() if list(labels.values()).count(label) > 1}
-    rows = [
-        _row(f"{label} #{identify({'row': key})[:4]}" if label in shared else label, runs[key], old, hidden)
-        for key, label in labels.items()
-    ]
+def _rows(groups: Sequence[_Group], metric: str, old: Set[str], hidden: Mapping[str, int]) -> tuple[Row, ...]:
+    """Make the rows, and tell those of one label apart."""
+    labels = [group[0].label or group[0].call for group in groups]
+    variants: dict[str, set[str]] = defaultdict(set)
+    for label, group in zip(labels, groups, strict=True):
+        variants[label].add(variant(group[0]))
+    alike = Counter((label, variant(group[0])) for label, group in zip(labels, groups, strict=True))
+    rows = []
+    for label, group in zip(labels, groups, strict=True):
+        key, submission = variant(group[0]), _submission(group)
+        version = f" #{identify({'row': key})[:4]}" if len(variants[label]) > 1 else ""
+        whose = f" @{submission}" if alike[label, key] > 1 and submission is not None else ""
+        rows.append(_row(label, version + whose, group, old, hidden))
     ranking = "@last10" if metric == "last10" else ""
 
     def rank(row: Row) -> tuple[object, ...]:
         means = [row.metrics.get(f"{key}{ranking}", NOTHING).mean for key in RANKS_BY]
-        return (*((mean is None, -(mean or 0.0)) for mean in means), row.label)
+        return (not row.ranks, *((mean is None, -(mean or 0.0)) for mean in means), row.label)
 
     return tuple(sorted(rows, key=rank))
 
 
-def _row(label: str, records: Sequence[Record], old: Set[str], hidden: Mapping[str, int]) -> Row:
+def _row(words: str, apart: str, records: _Group, old: Set[str], hidden: Mapping[str, int]) -> Row:
     done = sorted((record for record in records if record.status == "done"), key=lambda record: record.seed)
     failed = sorted((record.seed, record.reason or "") for record in records if record.status == "failed")
     method: Any = records[0].identity.get("algorithm")
     values = _by_key([record.metrics for record in done])
     spent = _by_key([{**record.cost, **_totals(record.cost)} for record in done])
     return Row(
-        label=label,
+        label=words + apart,
+        words=words,
+        submission=_submission(records),
+        standing=_stands(records),
+        standings=tuple(record.stands for record in done),
         algorithm=records[0].algorithm,
         call=records[0].call,
         lr=method.get("lr") if isinstance(method, dict) else None,

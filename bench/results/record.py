@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from bench.protocol.identity import identify
 from bench.results import content, older, tables
+from bench.results.standing import Standing
 
 if TYPE_CHECKING:
     import numpy
@@ -102,11 +103,25 @@ class Record:
     commit: str | None = None
     finished: str | None = None
     """When, in ISO 8601."""
+    standing: Standing | None = field(default=None, repr=False)
+    """What the board found out about it, as `bench.results.records.stand` gives it; None: it is self-reported."""
+    submission: str | None = None
+    """The pack that it was handed in with; None: it lies in the folder itself."""
+
+    @property
+    def stands(self) -> str:
+        """Say what it stands as: one of `bench.results.standing.ORDER`."""
+        return "self-reported" if self.standing is None else self.standing.kind
 
     @property
     def has_models(self) -> bool:
         """Whether the run kept its models, and their files are there; what is in them is checked when they are read."""
-        return bool(self.models) and all((self.folder / MODELS / name).is_file() for name in self.models)
+        return bool(self.models) and all((self.models_folder / name).is_file() for name in self.models)
+
+    @property
+    def models_folder(self) -> Path:
+        """Where the files of its models are, if it kept them."""
+        return self.folder / MODELS if self.pack is None else self.pack / MODELS / self.id
 
     @property
     def lacks(self) -> tuple[str, ...]:
@@ -310,7 +325,12 @@ def check(folder: Path, document: object, pack: Path | None = None) -> Record:
         )
     try:
         # As JSON: "strict" lets an object be a dataclass there, and a string a path, yet no string a number.
-        place = {"folder": str(folder), "pack": None if pack is None else str(pack)}
+        place = {
+            "folder": str(folder),
+            "pack": None if pack is None else str(pack),
+            "standing": None,
+            "submission": None,
+        }
         whole = json.dumps({**older.legible(document), **place, "document": {}})
         record = replace(_adapter().validate_json(whole), document=document)
     except ValidationError as error:

@@ -13,13 +13,15 @@ companions' contents and its own identity's hash, so that files of different run
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace as changed
 from pathlib import Path
 from typing import Literal
 
-from bench.results import content, packed, storage, tables
+from bench.results import content, packed, standing, storage, tables
 from bench.results.record import DOCUMENT, FORMAT, MODELS, check
 from bench.results.record import DamagedResult as DamagedResult
 from bench.results.record import Record as Record
@@ -148,7 +150,42 @@ def read_all(out: Path) -> tuple[list[Record], list[str]]:
     for runs in several:
         places = " and ".join(str(record.pack or record.folder) for record in by_id.pop(runs[0].id))
         damaged.append(f"run {runs[0].id} is another result in each of {places}; remove all but the right one")
-    return [by_id[id][0] for id in sorted(by_id)], damaged
+    runs, told = stand(out, [by_id[id][0] for id in sorted(by_id)])
+    return runs, damaged + told
+
+
+def stand(out: Path, found: Iterable[Record]) -> tuple[list[Record], list[str]]:
+    """Give the runs of a folder their standing, and the name of the submission that each came with.
+
+    A pack below the folder is a submission; runs of their own, and of the folder's own pack, are the folder's.
+
+    Returns:
+        The runs, and a sentence if the board's file is damaged: then all are self-reported.
+    """
+    told: list[str] = []
+    entries: Mapping[str, standing.Standing] = {}
+    try:
+        entries = standing.read(out)
+    except ValueError as error:
+        told.append(f"{error}; until then every run is self-reported")
+    placed = []
+    for record in found:
+        entry = entries.get(record.id)
+        if entry is not None and hashlib.sha256(text_of(record)).hexdigest() != entry.document:
+            entry = None
+        cost = record.cost if entry is None else {**record.cost, **entry.cost}
+        submission = None if record.pack is None or record.pack == out else record.pack.name
+        placed.append(changed(record, standing=entry, submission=submission, cost=cost))
+    return placed, told
+
+
+def digest(out: Path, id: str) -> str | None:
+    """Give the SHA-256 of the run.json of a folder's run, which holds those of its tables; None if it has none."""
+    try:
+        text = document(out, id)
+    except (OSError, DamagedResult):
+        return None
+    return None if text is None else hashlib.sha256(text).hexdigest()
 
 
 def holds_runs(out: Path) -> bool:

@@ -18,7 +18,7 @@ _PROTOCOL = (
 )  # fmt: skip
 """Fields of the setting that are always a column; others are where leaderboards differ in them."""
 _CELL = ("engine", "precision", "device", "protocol")
-_ROW = ("algorithm", "call", "version", "tier", "finished")
+_ROW = ("algorithm", "call", "version", "tier", "standing", "submission", "finished")
 
 
 def sheet(boards: Sequence[Leaderboard], per_seed: bool = False) -> str:
@@ -92,14 +92,27 @@ def long(boards: Sequence[Leaderboard]) -> str:
     """Write every metric there is: a line per leaderboard, algorithm and metric, or cost as "cost.NAME"; `kind` says
     what low and high are, see `bench.results.statistics.Estimate`.
     """
-    heading = (*_BOARD, "setting", "algorithm", "call", "version", "metric", "mean", "n", "low", "high", "kind")
+    heading = (
+        *_BOARD,
+        "setting",
+        "algorithm",
+        "call",
+        "version",
+        "standing",
+        "metric",
+        "mean",
+        "n",
+        "low",
+        "high",
+        "kind",
+    )
     lines = []
     for board in boards:
         start = [*(getattr(board, key) for key in _BOARD), " or ".join(board.names)]
         for row in board.rows:
             costs = {f"cost.{key}": value for key, value in row.cost.items()}
             for key, number in {**row.metrics, **costs}.items():
-                cells = [row.label, row.call, row.version, key, number.mean, number.n]
+                cells = [row.label, row.call, row.version, row.standing, key, number.mean, number.n]
                 lines.append([*start, *cells, number.low, number.high, number.kind])
     return _csv(heading, lines)
 

@@ -36,10 +36,11 @@ def variant(record: Record) -> str:
 
 
 def lasting(record: Record) -> str:
-    """Name what runs have in common whose plug-ins were edited in between."""
+    """Name what runs have in common whose plug-ins were edited in between, by whoever handed them in."""
     rest = {key: _unversioned(value) for key, value in record.identity.items() if key not in ("seed", "algorithm")}
     dataset = record.dataset if "source" in _mapping(record.identity.get("dataset")) else None
     words = {"algorithm": record.algorithm, "label": record.label or record.call, "dataset": dataset}
+    words |= {"submission": record.submission}
     return canonical({**words, "rest": rest})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -14,7 +14,6 @@ from bench.results.records import file_of
 from bench.results.storage import OutputUnwritable
 from bench.site import assets, pages
 from bench.site.run_page import DATA, Results, files, is_packed
-from bench.validation.verification import Verification
 
 MARKER = "bench-site.json"
 """Lists the files of a site, and so tells a site from any other folder."""
@@ -25,7 +24,6 @@ def build(
     found: Iterable[records.Record],
     to: Path,
     *,
-    verified: Mapping[str, Verification] | None = None,
     notes: str | None = None,
     all_versions: bool = False,
 ) -> list[str]:
@@ -36,7 +34,6 @@ def build(
     Args:
         found: Finished and failed runs.
         to: Where to: a folder that is new, empty, or holds a site.
-        verified: The runs that were run again, by id.
         notes: What a person says about the results, in Markdown.
         all_versions: Whether older versions of a plug-in have rows and pages too.
 
@@ -50,7 +47,7 @@ def build(
     known = {record.id: record for record in found}
     boards = leaderboards(known.values(), all_versions=all_versions)
     shown = {run: known[run] for board in boards for row in board.rows for run in row.ids}
-    results = Results(records=shown, verified=verified or {}, notes=notes)
+    results = Results(records=shown, notes=notes)
     try:
         old = _earlier(to)
         contents: dict[str, bytes | Path | Callable[[], bytes]] = {**assets.static()}

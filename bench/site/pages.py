@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from bench.results import table
 from bench.results.comparison import compare, part_over_datasets
 from bench.results.layout import LEGEND, Column, best, columns, details, footnotes, remarks, title, warnings
 from bench.results.leaderboard import Leaderboard, Row
+from bench.results.standing import BELIEVED, ORDER, SIGNS, WORDS
 from bench.site import charts
 from bench.site.rendering import many, markdown, render, spell
 from bench.site.run_page import Results, Run, Shown
@@ -81,8 +83,9 @@ class Entry:
     tier: str
     cells: tuple[Cell, ...]
     runs: tuple[Run, ...]
-    verified: bool
     standing: str
+    """One of `bench.results.standing.ORDER`; how many of its runs are better, if some are."""
+    sign: str
     board: Comparison
     filters: Mapping[str, str]
 
@@ -154,12 +157,12 @@ def _index(results: Results, comparisons: Sequence[Comparison]) -> str:
     entries = [entry for comparison in comparisons for entry in _entries(results, comparison, shown)]
     used = {view for _, views in known for view in views}
     days = sorted(day for comparison in comparisons for day in comparison.leaderboard.finished)
-    verified = sum(entry.verified for entry in entries)
+    stand = Counter(entry.filters["standing"] for entry in entries)
     parts = [
         many(len(entries), "entry", "entries"),
         many(len(results.records), "run"),
         many(len(comparisons), "comparison"),
-        f"{verified} verified, {len(entries) - verified} self-reported",
+        ", ".join(f"{stand[kind]} {kind}" for kind in ORDER if stand[kind]),
         *([f"latest run {days[-1]}"] if days else []),
     ]
     return render(
@@ -181,7 +184,7 @@ def _index(results: Results, comparisons: Sequence[Comparison]) -> str:
         views=[{"name": view, "empty": view != "everything" and view not in used} for view in VIEWS],
         filters=_filters(entries),
         figures=_ranks(boards),
-        legend=LEGEND,
+        legend=(*LEGEND, *(f"{WORDS[kind]}." for kind in ORDER), BELIEVED),
         notes=markdown(results.notes) if results.notes else None,
     )
 
@@ -212,8 +215,6 @@ def _entries(results: Results, comparison: Comparison, shown: Sequence[Column]) 
     entries = []
     for row in board.rows:
         runs = _runs(results, row)
-        good = sum(run.id in results.verified for run in runs)
-        standing = _standing(good, len(runs))
         entries.append(
             Entry(
                 label=row.label,
@@ -221,8 +222,8 @@ def _entries(results: Results, comparison: Comparison, shown: Sequence[Column]) 
                 tier=row.tier,
                 cells=tuple(_cell(column, row, first.get(column.title) == row.label) for column in shown),
                 runs=runs,
-                verified=good == len(runs),
-                standing=standing,
+                standing=_standing(row),
+                sign=SIGNS.get(row.standing, ""),
                 board=comparison,
                 filters={
                     "dataset": board.dataset,
@@ -230,17 +231,16 @@ def _entries(results: Results, comparison: Comparison, shown: Sequence[Column]) 
                     "alpha": "none" if board.alpha is None else f"{board.alpha:g}",
                     "setting": " or ".join(board.names),
                     "tier": row.tier,
-                    "standing": standing.split(",")[0],
+                    "standing": row.standing,
                 },
             )
         )
     return entries
 
 
-def _standing(good: int, runs: int) -> str:
-    if good == runs:
-        return "verified"
-    return f"self-reported, {good} of {runs} runs verified" if good else "self-reported"
+def _standing(row: Row) -> str:
+    better = sum(kind != row.standing for kind in row.standings)
+    return f"{row.standing}, {better} of {len(row.standings)} runs better" if better else row.standing
 
 
 def _cell(column: Column, row: Row, bold: bool) -> Cell:
@@ -262,7 +262,6 @@ def _shown(results: Results, comparison: Comparison) -> Iterator[Shown]:
         for run in runs:
             yield Shown(
                 record=results.records[run.id],
-                verification=results.verified.get(run.id),
                 label=row.label,
                 siblings=tuple(other for other in runs if other != run) if len(runs) <= _MOST_SIBLINGS else (),
                 title=comparison.title,

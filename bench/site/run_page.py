@@ -10,11 +10,11 @@ from bench.results import older
 from bench.results.layout import ABSENT
 from bench.results.packing import packable
 from bench.results.record import DOCUMENT, Record
+from bench.results.standing import SIGNS
 from bench.site import charts
 from bench.site.counts import count
 from bench.site.matrix import matrices
 from bench.site.rendering import TIERS, render, spell
-from bench.validation.verification import Verification
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +23,6 @@ class Results:
 
     records: Mapping[str, Record]
     """By id."""
-    verified: Mapping[str, Verification]
-    """Of the runs that were run again, by id; all others are self-reported."""
     notes: str | None
     """What a person says about the results, in Markdown."""
 
@@ -66,8 +64,6 @@ class Shown:
     """What the page of a run is made of."""
 
     record: Record
-    verification: Verification | None
-    """Of the run, if somebody ran it again; else it is self-reported."""
     label: str
     """Of its row."""
     siblings: tuple[Run, ...]
@@ -94,7 +90,7 @@ def draw(run: Shown) -> Drawn:
     Raises:
         DamagedResult: Its files are not what was written.
     """
-    record, verification = run.record, run.verification
+    record = run.record
     content: dict[str, Any] = {
         "comparison": {"title": run.title, "page": run.page},
         "run": {
@@ -102,10 +98,10 @@ def draw(run: Shown) -> Drawn:
             "seed": record.seed,
             "failed": record.status == "failed",
             "reason": record.reason,
-            "verified": verification is not None,
-            "standing": "verified" if verification else "self-reported",
+            "standing": record.stands,
+            "sign": SIGNS.get(record.stands, ""),
         },
-        "verification": _verification(verification) if verification else None,
+        "looked_at": None if record.standing is None else str(record.standing),
         "siblings": run.siblings,
         "provenance": _provenance(record),
         "files": _files(record),
@@ -177,14 +173,6 @@ def _cost(record: Record) -> list[tuple[str, str]]:
         (name, ABSENT if (amount := record.cost.get(key)) is None else f"{amount / unit:,.4g} {spelt}")
         for name, key, unit, spelt in units
     ]
-
-
-def _verification(verification: Verification) -> str:
-    outcome = "the same to the bit"
-    if not verification.exact:
-        outcome = f"the same metrics to within {100 * (verification.tolerance or 0.0):g} percentage points"
-    commit = f" with commit {verification.commit[:10]}" if verification.commit else ""
-    return f"run again on {verification.date}{commit}, {outcome}"
 
 
 def _provenance(record: Record) -> list[tuple[str, str]]:

@@ -100,6 +100,10 @@ def _open(found: Inspected) -> None:
             found.add(path.name, "", "does not belong into a run's folder; remove it")
     if (folder / MODELS).exists() and not record.models:
         found.add(MODELS, "", f"is not listed in {DOCUMENT}; remove it")
+    elif record.models_folder.is_dir():
+        for path in sorted(record.models_folder.iterdir()):
+            if path.name not in record.models:
+                found.add(f"{MODELS}/{path.name}", "", f"is not listed in {DOCUMENT}; remove it")
     found.whole = record.id == folder.name
     if not found.whole:
         found.add(DOCUMENT, "id", f"is {record.id}, and the folder is called {folder.name}")

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING
 
 from bench.protocol import presets
 from bench.protocol.identity import canonical
-from bench.results import packed, records
+from bench.results import packed, records, standing
 from bench.results.leaderboard import leaderboards
-from bench.results.record import DOCUMENT, Record
+from bench.results.record import DOCUMENT, MODELS, Record
 from bench.results.table import results_readme
 from bench.sweep import journal
-from bench.validation import verification
 from bench.validation.counted import apart_at
 from bench.validation.found import Inspected, Problem
 from bench.validation.side_by_side import Place, inspect_all
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from bench.preparing.preparation import Progress
 
 TABLE, PROSE = "README.md", "NOTES.md"
-_BESIDE = (TABLE, PROSE, verification.FILE, ".gitignore", ".gitattributes")
+_BESIDE = (TABLE, PROSE, standing.FILE, ".gitignore", ".gitattributes")
 _ID = re.compile("[0-9a-f]{12}")
 _FOLDERS = (presets.FOLDER, "tuning", "studies")
 """Of `bench tune`: what it chose, and all it tried."""
@@ -304,7 +303,7 @@ def _packs(out: Path) -> Iterator[Problem]:
         except records.DamagedResult as error:
             yield Problem(f"{name}{packed.RUNS}", "", str(error))
         for path in sorted(pack.iterdir()) if pack != out else ():
-            if path.name not in (*packed.FILES, packed.PLUGINS):
+            if path.name not in (*packed.FILES, packed.PLUGINS, MODELS):
                 yield Problem(f"{name}{path.name}", "", "does not belong into a pack; remove it")
 
 
@@ -333,7 +332,8 @@ def _table(out: Path, found: Sequence[Record]) -> Iterator[Problem]:
         yield Problem(TABLE, "", f"does not say by which command it was written; {fix}")
         return
     try:
-        boards = leaderboards(found, command[2] or "last")
+        placed, _ = records.stand(out, found)
+        boards = leaderboards(placed, command[2] or "last")
         wanted = results_readme(boards, records.prose(out), command[1])
     except Exception as error:  # whatever made-up runs make of it
         yield Problem(TABLE, "", f"cannot be made of these folders ({type(error).__name__}: {error})")
@@ -346,17 +346,17 @@ def _table(out: Path, found: Sequence[Record]) -> Iterator[Problem]:
 
 def _verifications(out: Path) -> Iterator[Problem]:
     try:
-        entries = verification.read(out)
+        entries = standing.read(out)
     except ValueError as error:
-        yield Problem(verification.FILE, "", f"cannot be read: {error}")
+        yield Problem(standing.FILE, "", f"cannot be read: {error}")
         return
     for run, entry in entries.items():
-        digest = verification.digest(out, run) if _ID.fullmatch(run) else None
+        digest = records.digest(out, run) if _ID.fullmatch(run) else None
         if digest is None:
-            yield Problem(verification.FILE, run, "is no run of this folder; remove the entry")
+            yield Problem(standing.FILE, run, "is no run of this folder; remove the entry")
         elif digest != entry.document:
-            what = "was verified with another run.json than the one that is here; run it again, or remove the entry"
-            yield Problem(verification.FILE, run, what)
+            what = "was looked at with another run.json than the one that is here; run it again, or remove the entry"
+            yield Problem(standing.FILE, run, what)
 
 
 def summary(report: Report, out: Path) -> str:

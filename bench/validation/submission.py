@@ -51,14 +51,18 @@ def finished(out: Path) -> tuple[list[Path], list[str]]:
     return chosen, others
 
 
-def gather(folders: Sequence[Path]) -> dict[str, dict[str, bytes]]:
+def gather(folders: Sequence[Path], models: bool = False) -> dict[str, dict[str, bytes]]:
     """Read the files of finished runs as they are submitted.
 
     Where run.json spells a dataset of somebody's own files with the path to them, only the path's last part stays: the
-    identity tells the files by their contents. Kept models stay behind, and are not listed.
+    identity tells the files by their contents. Kept models stay behind, and are not listed, unless they are wanted.
+
+    Args:
+        folders: Of the runs.
+        models: Whether kept models are handed in too, for the board to test.
 
     Returns:
-        By run the contents of its files, run.json last.
+        By run the contents of its files, run.json last; by its id and "/models" those of its models.
 
     Raises:
         NotSubmittable: A run.json tells something else of the machine: a path, or its name.
@@ -68,14 +72,19 @@ def gather(folders: Sequence[Path]) -> dict[str, dict[str, bytes]]:
         content = (folder / DOCUMENT).read_bytes()
         document = json.loads(content)
         shortened = _IN_QUOTES.sub(_last_part, str(document["dataset"]))
-        if shortened != document["dataset"] or MODELS in document:
+        if shortened != document["dataset"] or (MODELS in document and not models):
             document = {**document, "dataset": shortened}
-            document.pop(MODELS, None)
+            if not models:
+                document.pop(MODELS, None)
             content = (json.dumps(document, indent=2, allow_nan=False) + "\n").encode()
         for key, what in told(document):
             raise NotSubmittable(f"{folder / DOCUMENT}: {key} tells {what} of this machine; take it out and try again")
-        companions = check(folder, document).companions.values()
-        runs[folder.name] = {name: (folder / name).read_bytes() for name in companions} | {DOCUMENT: content}
+        record = check(folder, document)
+        files = {name: (folder / name).read_bytes() for name in record.companions.values()}
+        runs[folder.name] = files | {DOCUMENT: content}
+        if record.models:
+            place = record.models_folder
+            runs[f"{folder.name}/{MODELS}"] = {name: (place / name).read_bytes() for name in record.models}
     return runs
 
 
@@ -97,13 +106,17 @@ def as_pack(place: Path, runs: Sequence[str], plugins: Sequence[Path] = ()) -> d
         raise NotSubmittable("two plug-ins have one file name; rename one of them and run it again")
     chosen, _ = packing.packable([read(place / run) for run in sorted(runs)])
     older = {*runs} - {record.id for record in chosen}
-    folders = {run: {file.name: file.read_bytes() for file in sorted((place / run).iterdir())} for run in older}
+    folders = {run: {file.name: file.read_bytes() for file in sorted((place / run).glob("*.*"))} for run in older}
+    kept = {
+        record.id: {name: (record.models_folder / name).read_bytes() for name in record.models} for record in chosen
+    }
     if chosen:
         files = {file.name: file.read_bytes() for file in sorted(plugins)}
         sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
         contents = packing.written([(text_of(record), record) for record in chosen], sums)
         name = f"pack-{hashlib.sha256(contents[RUNS]).hexdigest()[:8]}"
         folders |= {name: contents, **({f"{name}/{PLUGINS}": files} if files else {})}
+        folders |= {f"{name}/{MODELS}/{run}": models for run, models in kept.items() if models}
     return folders
 
 
