@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from bench import reading
 from bench.command.stored import require_folder, stored_in
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ State = Literal["running", "waiting", "failed", "done"]
 
 _WATCH_SECONDS, _WATCH_LINES_SECONDS = 1.0, 10.0
 _MOST_WAITING = 5
+_MOST_BYTES = 256 << 20
+"""Of what a run says of its rounds: half a kilobyte each."""
 """Waiting runs that are named."""
 
 
@@ -190,11 +193,14 @@ def _latest(out: Path, run_id: str) -> tuple[dict[str, Any], float] | None:
     """Give the last report of a run, the last metrics in it, and when it was written; see `bench.sweep.watch`."""
     file = out / run_id / "progress.jsonl"
     try:
-        lines, at = file.read_bytes().split(b"\n")[:-1], file.stat().st_mtime
+        lines, at = reading.contents(file, _MOST_BYTES, links=False).split(b"\n")[:-1], file.stat().st_mtime
         last = json.loads(lines[-1])
-        measured = (json.loads(line)["metrics"] for line in reversed(lines))
-        return {**last, "metrics": next(filter(None, measured), {})}, at
-    except (OSError, ValueError, LookupError, TypeError):  # none yet, or gone meanwhile
+        measured: dict[str, Any] = next(filter(None, (json.loads(line)["metrics"] for line in reversed(lines))), {})
+        numbers = (*(last[key] for key in ("round", "rounds", "seconds")), *measured.values())
+        if not all(isinstance(each, int | float | None) for each in numbers) or None in numbers[:3]:
+            raise ValueError("another version's")
+        return {**last, "metrics": measured}, at
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # none yet, or gone meanwhile
         return None
 
 
@@ -207,8 +213,8 @@ def _stored(out: Path) -> list[_Run]:
         with suppress(record.DamagedResult):  # 'bench table' says so
             texts |= packed.documents(pack)
     for path in sorted(out.glob("*/run.json")):
-        with suppress(OSError):
-            texts[path.parent.name] = path.read_bytes()
+        with suppress(OSError, reading.TooLarge):
+            texts[path.parent.name] = record.stored(path.parent)
     found = []
     for run, text in texts.items():
         try:

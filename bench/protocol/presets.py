@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from bench import reading
 from bench.algorithm import Algorithm
 from bench.plugins.registry import label
 from bench.protocol.composition import prefixed, with_values
@@ -163,12 +164,12 @@ def read(file: Path) -> Preset:
 
     try:
         # As JSON: "strict" lets an object be a dataclass there.
-        preset = _adapter().validate_json(json.dumps(tomllib.loads(file.read_text(encoding="utf-8"))))
+        preset = _adapter().validate_json(json.dumps(tomllib.loads(reading.contents(file, reading.TEXT).decode())))
     except ValidationError as error:
         first = error.errors()[0]
         raise BadConfig(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    except (OSError, ValueError, TypeError) as error:
-        raise BadConfig(f"{file} cannot be read as a preset: {error}") from error
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise BadConfig(f"{file} cannot be read as a preset: {reading.why(error)}") from error
     if preset.name in ("default", "paper"):
         raise BadConfig(f"{file}: a preset cannot be called {preset.name!r}, which is another one")
     return preset

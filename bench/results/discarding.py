@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable
 
 from bench.results.claims import Claimed, claim
-from bench.results.record import DOCUMENT, Record
+from bench.results.record import DOCUMENT, Record, stored
 from bench.results.storage import OutputUnwritable
 
 
@@ -29,7 +29,7 @@ def discard(records: Iterable[Record]) -> list[str]:
     for record in records:
         try:
             with claim(record.folder):
-                if json.loads((record.folder / DOCUMENT).read_bytes()) != record.document:
+                if json.loads(stored(record.folder)) != record.document:
                     kept.append(record.id)
                     continue
                 (record.folder / DOCUMENT).unlink()  # first: a folder without it is unfinished, and none is damaged

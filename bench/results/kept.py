@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from safetensors import safe_open
 from torch import Tensor
 
-from bench import keys, models, tree
+from bench import keys, models, reading, tree
 from bench.algorithm import Algorithm, method_of
 from bench.plugins.registry import ALGORITHMS, source_digest
 from bench.results.record import DOCUMENT, DamagedResult, Record
@@ -255,7 +255,7 @@ def _opened(record: Record, name: str) -> Any:
     try:
         found = sha256(path)
     except OSError as error:
-        raise DamagedResult(f"{path} cannot be read: {error.strerror}; {_AGAIN}") from error
+        raise DamagedResult(f"{path} cannot be read: {reading.why(error)}; {_AGAIN}") from error
     if found != record.models[name]:
         raise DamagedResult(f"{path} is not the file that {DOCUMENT} was written with; {_AGAIN}")
     return safe_open(path, "pt")

@@ -20,6 +20,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bench import reading
 from bench.protocol.identity import canonical
 from bench.results import content, tables
 from bench.results.record import DamagedResult, OtherFormat, Record, check, parse
@@ -37,6 +38,8 @@ PLUGINS = "plugins"
 FORMAT = 1
 NOTE = b"bench.pack"
 """Key of the metadata of runs.parquet that say what belongs to it, as JSON."""
+_MOST_BYTES = 256 << 20
+"""Of runs.parquet: 55 runs of the digits take 38 kB."""
 _MEND = "put the pack's files back as they were published"
 
 
@@ -46,8 +49,14 @@ def is_pack(folder: Path) -> bool:
 
 
 def packs(out: Path) -> list[Path]:
-    """Give the packs of a folder of results: itself, if it is one, or those in it."""
-    return [out] if is_pack(out) else sorted(path.parent for path in out.glob(f"*/{RUNS}"))
+    """Give the packs of a folder of results: itself, if it is one, or those in it that are no links."""
+    inside = (path.parent for path in out.glob(f"*/{RUNS}"))
+    return [out] if is_pack(out) else sorted(pack for pack in inside if not pack.is_symlink())
+
+
+def links(out: Path) -> list[Path]:
+    """Give the links to packs in a folder of results: nothing is read there, as it is not the folder's own."""
+    return sorted(path.parent for path in out.glob(f"*/{RUNS}") if path.parent.is_symlink())
 
 
 def documents(pack: Path) -> dict[str, bytes]:
@@ -71,7 +80,7 @@ def table(pack: Path, id: str, name: str) -> pyarrow.Table:
     try:
         stamps = [_stamp(whole.path(name)) for name in TABLES]
     except OSError as error:
-        raise DamagedResult(f"{error.filename} cannot be read: {error.strerror}; {_MEND}") from error
+        raise DamagedResult(f"{error.filename or pack} cannot be read: {reading.why(error)}; {_MEND}") from error
     return _table(whole, id, name, *stamps)
 
 
@@ -81,7 +90,12 @@ def _table(whole: Pack, id: str, name: str, *_: tuple[int, ...]) -> pyarrow.Tabl
 
     record = whole.record(id)
     if name == tables.ROUNDS:
-        found = tables.curves(curves(record.counts(), len(record.class_counts), record.groups))
+        counts = record.counts()
+        try:
+            found = tables.curves(curves(counts, len(record.class_counts), record.groups))
+        except (ValueError, IndexError, TypeError, MemoryError) as error:  # of counts that were made up
+            told = f"the curves of run {id} cannot be computed ({reading.why(error)})"
+            raise DamagedResult(f"{whole.folder}: {told}; {_MEND}") from error
     else:
         found = whole.table(name, whole.places[id])
     if content.digest(found) != record.tables.get(name):
@@ -124,30 +138,31 @@ def opened(pack: Path) -> Pack:
     try:
         at = _stamp(pack / RUNS)
     except OSError as error:
-        raise DamagedResult(f"{pack / RUNS} cannot be read: {error.strerror}; {_MEND}") from error
+        raise DamagedResult(f"{pack / RUNS} cannot be read: {reading.why(error)}; {_MEND}") from error
     return _open(pack, *at)
 
 
 @lru_cache(maxsize=16)
 def _open(pack: Path, *_: int) -> Pack:
-    import pyarrow
-    from pyarrow import parquet
-
     path = pack / RUNS
     try:
-        rows = parquet.read_table(path)
+        rows = tables.parse(reading.contents(path, _MOST_BYTES, links=False))
         note = json.loads((rows.schema.metadata or {})[NOTE])
+        if (format := note["format"]) != FORMAT:
+            raise OtherFormat(f"has format {format!r}, and this version reads format {FORMAT}; update bench")
         ids, texts, sums = (rows[name].to_pylist() for name in ("id", "document", "sha256"))
-        format = note["format"]
-    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
-        raise DamagedResult(f"{path} cannot be read ({str(error).partition(chr(10))[0]}); {_MEND}") from error
-    if format != FORMAT:
-        raise DamagedResult(f"{path} has format {format!r}, and this version reads format {FORMAT}; update bench")
-    texts = [text.encode() for text in texts]
+        digest, files = note["digest"], dict(note["files"])
+        texts = [text.encode() for text in texts]
+        if not all(isinstance(id, str) for id in ids):
+            raise ValueError("a run has no id")
+    except OtherFormat as error:
+        raise DamagedResult(f"{path} {error}") from error
+    except Exception as error:  # whatever a file that was made up makes of pyarrow
+        raise DamagedResult(f"{path} cannot be read ({reading.why(error)}); {_MEND}") from error
     for id, text, sum in zip(ids, texts, sums, strict=True):
         if hashlib.sha256(text).hexdigest() != sum:
             raise DamagedResult(f"{path}: the document of run {id} is not the one that was packed; {_MEND}")
-    if ids != sorted(set(ids)) or vouch(dict(zip(ids, sums, strict=True)), note["files"]) != note["digest"]:
+    if ids != sorted(set(ids)) or vouch(dict(zip(ids, sums, strict=True)), files) != digest:
         raise DamagedResult(f"{path} has not the runs that it was written with; {_MEND}")
     return Pack(folder=pack, documents=dict(zip(ids, texts, strict=True)), note=note)
 
@@ -199,14 +214,14 @@ class Pack:
         """
         path = self.path(name)
         try:
-            return _checksum(path) == self.note["files"][tables.file(name)]
+            return _checksum(path) == self.note["files"].get(tables.file(name))
         except OSError as error:
-            raise DamagedResult(f"{path} cannot be read: {error.strerror}; {_MEND}") from error
+            raise DamagedResult(f"{path} cannot be read: {reading.why(error)}; {_MEND}") from error
 
     def path(self, name: str) -> Path:
         """Give the place of a file, also if whoever added runs was killed before it got its name."""
         path, waiting = self.folder / tables.file(name), self.folder / waiting_name(name)
-        if waiting.is_file() and _checksum(waiting) == self.note["files"][tables.file(name)]:
+        if waiting.is_file() and _checksum(waiting) == self.note["files"].get(tables.file(name)):
             return waiting
         return path
 
@@ -217,26 +232,27 @@ class Pack:
             DamagedResult: The file cannot be read.
         """
         import pyarrow
-        from pyarrow import parquet
 
         try:
             path = self.path(name)
             at = _stamp(path)
             if name not in self._files or self._files[name][0] != at:  # the file may be replaced meanwhile
-                self._files[name] = at, parquet.ParquetFile(path)
+                with reading.opened(path, links=False):  # which does not wait for a pipe, as the library would
+                    source = pyarrow.OSFile(str(path))
+                self._files[name] = at, tables.opened(source, groups=len(self.documents) + 1)
                 self._groups.pop(name, None)
             file = self._files[name][1]
             group, rows = self._groups.get(name, (-1, None))
             wanted = _group_of(file.metadata, place)
             if rows is None or group != wanted:
-                rows = file.read_row_group(wanted)
+                rows = tables.plain(file.read_row_group(wanted))
                 self._groups[name] = wanted, rows
             runs = rows["run"].to_numpy()
             first, behind = runs.searchsorted(place), runs.searchsorted(place, "right")
             return rows.slice(first, behind - first).drop_columns("run")
-        except (OSError, ValueError, KeyError, IndexError, pyarrow.ArrowException) as error:
-            told = str(error).partition("\n")[0]
-            raise DamagedResult(f"{self.path(name)} cannot be read ({told}); {_MEND}") from error
+        except Exception as error:  # whatever a file that was made up makes of pyarrow
+            where = self.folder / tables.file(name)
+            raise DamagedResult(f"{where} cannot be read ({reading.why(error)}); {_MEND}") from error
 
 
 def waiting_name(name: str) -> str:
@@ -269,5 +285,5 @@ def _stamp(path: Path) -> tuple[int, int, int]:
 
 @lru_cache(maxsize=64)
 def _sum(path: Path, *_: int) -> str:
-    with path.open("rb") as stream:
+    with reading.opened(path, links=False) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from bench import durable
 from bench.results import packed, storage, tables
 from bench.results.packed import FORMAT, NOTE, RUNS, TABLES, vouch, waiting_name
-from bench.results.record import DOCUMENT, DamagedResult, Record
+from bench.results.record import DOCUMENT, DamagedResult, Record, stored
 from bench.results.records import file_of, text_of
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def unpack(pack: Path, to: Path) -> list[str]:
         raise DamagedResult(damaged[0])
     for record in found:
         there = to / record.id / DOCUMENT
-        if there.exists() and there.read_bytes() != text_of(record):
+        if there.exists() and stored(there.parent) != text_of(record):
             raise NotPackable(f"{there.parent} holds another result of run {record.id}; name another folder with --to")
     for record in found:
         files = (*record.companions.values(), DOCUMENT)

@@ -15,14 +15,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace as changed
 from pathlib import Path
 from typing import Literal
 
+from bench import reading
 from bench.results import content, packed, standing, storage, tables
-from bench.results.record import DOCUMENT, FORMAT, MODELS, check
+from bench.results.record import DOCUMENT, FORMAT, MODELS, check, stored
 from bench.results.record import DamagedResult as DamagedResult
 from bench.results.record import Record as Record
 from bench.results.record import read as read
@@ -139,6 +141,7 @@ def read_all(out: Path) -> tuple[list[Record], list[str]]:
             found.append(read(path.parent))
         except DamagedResult as error:
             damaged.append(str(error))
+    damaged += [f"{pack} is a link, and no folder of its own; put the pack itself there" for pack in packed.links(out)]
     for pack in packed.packs(out):
         runs, told = packed.read(pack)
         found += runs
@@ -202,9 +205,9 @@ def text_of(record: Record) -> bytes:
     if record.pack is not None:
         return packed.documents(record.pack)[record.id]
     try:
-        return (record.folder / DOCUMENT).read_bytes()
-    except OSError as error:
-        raise DamagedResult(f"{record.folder / DOCUMENT} cannot be read: {error.strerror}") from error
+        return stored(record.folder)
+    except (OSError, reading.TooLarge) as error:
+        raise DamagedResult(f"{record.folder / DOCUMENT} cannot be read: {reading.why(error)}") from error
 
 
 def file_of(record: Record, name: str) -> bytes:
@@ -212,14 +215,14 @@ def file_of(record: Record, name: str) -> bytes:
 
     Raises:
         DamagedResult: The run is not what was written.
-        OSError: The folder's file cannot be read.
+        OSError: The folder's file cannot be read, or is a link. TooLarge: It is larger than a table's can be.
     """
     if name == DOCUMENT:
         return text_of(record)
     if record.pack is None:
-        return (record.folder / name).read_bytes()
-    (stored,) = (table for table, file in record.companions.items() if file == name)
-    return storage.parquet(record.table(stored))
+        return reading.contents(record.folder / name, tables.MOST_BYTES, links=False)
+    (kept,) = (table for table, file in record.companions.items() if file == name)
+    return storage.parquet(record.table(kept))
 
 
 def document(out: Path, id: str) -> bytes | None:
@@ -227,10 +230,11 @@ def document(out: Path, id: str) -> bytes | None:
 
     Raises:
         DamagedResult: A pack cannot be read.
+        OSError, TooLarge: As of `stored`.
     """
     path = out / id / DOCUMENT
     if path.is_file():
-        return path.read_bytes()
+        return stored(path.parent)
     return next((known[id] for known in map(packed.documents, packed.packs(out)) if id in known), None)
 
 
@@ -245,9 +249,18 @@ def is_run(path: Path) -> bool:
 
 
 def prose(out: Path) -> str | None:
-    """Read what a person wrote about the results of a folder: its NOTES.md, if it has one."""
+    """Read what a person wrote about the results of a folder: its NOTES.md, if it has one.
+
+    Raises:
+        DamagedResult: It cannot be read, or is a link: what it shows may be somebody's who did not show it.
+    """
     path = out / "NOTES.md"
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    if not os.path.lexists(path):
+        return None
+    try:
+        return reading.contents(path, reading.TEXT, links=False).decode()
+    except (OSError, ValueError) as error:
+        raise DamagedResult(f"{path} cannot be read: {reading.why(error)}; write the text itself there") from error
 
 
 def publish(out: Path, text: str) -> Path:

@@ -35,6 +35,7 @@ from bench.plugins import blame
 from bench.plugins.registry import load_plugin, plugin_files
 from bench.protocol import provenance
 from bench.protocol.identity import identify
+from bench.results.record import stored
 from bench.splits.split import make_split
 from bench.sweep.config import Run
 from bench.sweep.schedule import Forecast, average, cell, cell_of, order, wall_seconds
@@ -133,8 +134,8 @@ def measured(out: Path, cells: Iterable[str]) -> tuple[dict[str, Forecast], dict
     wanted = set(cells)
     found: tuple[dict[str, list[Forecast]], dict[str, list[Forecast]]] = {}, {}
     for path in sorted(out.glob("*/run.json")) if wanted else []:
-        with suppress(OSError, ValueError, KeyError, TypeError):  # damaged: others say so, and stop
-            document = json.loads(path.read_bytes())
+        with suppress(Exception):  # damaged: others say so, and stop
+            document = json.loads(stored(path.parent))
             key = _cell_of_document(document)
             if document["status"] == "done" and key in wanted:
                 here = document["hardware"] == provenance.hardware(document["device"])

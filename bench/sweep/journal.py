@@ -8,26 +8,36 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
+from annotated_types import Interval
+
+from bench import reading
 from bench.durable import put
 from bench.sweep.schedule import Forecast, cell
 
 if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
     from bench.sweep.config import Run
     from bench.training.rounds import Report
 
 FOLDER = "sweeps"
 _FORMAT = 1
 _SIGN_OF_LIFE_SECONDS = 5.0
+_MOST_BYTES = 64 << 20
+"""Of a driver's file: 400 bytes a run."""
 
+Moment = Annotated[float, Interval(ge=0, le=10**11)]
 State = Literal["waiting", "running", "done", "failed", "cached"]
 
 
@@ -57,13 +67,15 @@ class Entry:
 class Sweep:
     """A driver and its runs."""
 
-    pid: int
+    __pydantic_config__: ClassVar[dict[str, object]] = {"strict": True, "extra": "forbid", "allow_inf_nan": False}
+
+    pid: Annotated[int, Interval(ge=1, lt=2**31)]
     host: str
     born: str | None
     """What tells this process from a later one of the same number; None on systems that do not say."""
-    began: float
+    began: Moment
     """In seconds since 1970."""
-    ended: float | None = None
+    ended: Moment | None = None
     """None while it is at work, and for ever if it was killed."""
     command: str
     """As it can be typed again."""
@@ -180,16 +192,26 @@ def read_files(folder: Path) -> list[tuple[Path, Sweep]]:
     """Read the files of a folder, each with its path."""
     found = []
     for file in sorted(folder.glob("*.json")):
-        with suppress(OSError, ValueError, TypeError, KeyError):  # of another version, or gone meanwhile
-            found.append((file, _parse(json.loads(file.read_bytes()))))
+        with suppress(OSError, ValueError, RecursionError):  # of another version, or gone meanwhile
+            found.append((file, _parse(reading.contents(file, _MOST_BYTES, links=False))))
     return found
 
 
-def _parse(document: dict[str, Any]) -> Sweep:
-    if document.pop("format") != _FORMAT:
+def _parse(content: bytes) -> Sweep:
+    document = json.loads(content)
+    if not isinstance(document, dict) or document.pop("format", None) != _FORMAT:
         raise ValueError("another format")
-    runs = {str(run_id): Entry(**entry) for run_id, entry in document.pop("runs").items()}
-    return Sweep(**document, runs=runs)
+    sweep = _adapter().validate_json(json.dumps(document))
+    if not all(re.fullmatch("[0-9a-f]{12}", run_id) for run_id in sweep.runs):
+        raise ValueError("runs have other ids")
+    return sweep
+
+
+@cache
+def _adapter() -> TypeAdapter[Sweep]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Sweep)
 
 
 def birth(pid: int) -> str | None:

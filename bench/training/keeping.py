@@ -41,7 +41,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from bench import durable, tree
+from bench import durable, reading, tree
 from bench.algorithm import Client, is_usual, method_of
 from bench.training.job import Job
 from bench.training.states import StatesUnwritable, Store
@@ -173,7 +173,7 @@ def holds(folder: Path, files: Mapping[str, str]) -> bool:
 
 def sha256(file: Path) -> str:
     """Give the SHA-256 of a file, as 64 hexadecimal digits."""
-    with file.open("rb") as stream:
+    with reading.opened(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

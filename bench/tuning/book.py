@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from bench import reading
 from bench.files import source
 from bench.plugins.registry import label
 from bench.protocol.settings import BadConfig
@@ -114,7 +115,7 @@ def _read(file: Path) -> list[Trial]:
     if not file.exists():
         return []
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = reading.contents(file, reading.TEXT, links=False).decode().splitlines()
         trials = [TypeAdapter(Trial).validate_json(line, strict=True) for line in lines]
     except (OSError, ValueError) as error:
         raise DamagedStudy(f"{file} cannot be read as trials; delete the folder {file.parent} ({error})") from error

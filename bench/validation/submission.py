@@ -11,11 +11,12 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from bench import durable
+from bench import durable, reading
 from bench.results import packing, storage
 from bench.results.packed import PLUGINS, RUNS
-from bench.results.record import DOCUMENT, MODELS, DamagedResult, check, read
+from bench.results.record import DOCUMENT, MODELS, DamagedResult, check, read, stored
 from bench.results.records import text_of
+from bench.results.tables import MOST_BYTES
 
 _IN_QUOTES = re.compile(r"(?<=['\"])(?:/|~|[A-Za-z]:[\\/])[^'\"]*(?=['\"])")
 _PATH = re.compile(r"(?<![\w.:/])(?:~?/[\w.@+-]+/[\w.@+/-]+|[A-Za-z]:\\[\w.\\-]+)")
@@ -69,7 +70,7 @@ def gather(folders: Sequence[Path], models: bool = False) -> dict[str, dict[str,
     """
     runs = {}
     for folder in folders:
-        content = (folder / DOCUMENT).read_bytes()
+        content = stored(folder)
         document = json.loads(content)
         shortened = _IN_QUOTES.sub(_last_part, str(document["dataset"]))
         if shortened != document["dataset"] or (MODELS in document and not models):
@@ -80,11 +81,11 @@ def gather(folders: Sequence[Path], models: bool = False) -> dict[str, dict[str,
         for key, what in told(document):
             raise NotSubmittable(f"{folder / DOCUMENT}: {key} tells {what} of this machine; take it out and try again")
         record = check(folder, document)
-        files = {name: (folder / name).read_bytes() for name in record.companions.values()}
-        runs[folder.name] = files | {DOCUMENT: content}
+        files = {name: reading.contents(folder / name, MOST_BYTES, links=False) for name in record.companions.values()}
+        runs[folder.name] = {**files, DOCUMENT: content}
         if record.models:
             place = record.models_folder
-            runs[f"{folder.name}/{MODELS}"] = {name: (place / name).read_bytes() for name in record.models}
+            runs[f"{folder.name}/{MODELS}"] = {name: reading.contents(place / name, links=False) for name in record.models}
     return runs
 
 
