@@ -96,6 +96,12 @@ def replaced(name: str, by: Callable[[Path], object]) -> Callable[[Path], None]:
     return tamper
 
 
+def hole(path: Path) -> None:
+    """A terabyte that takes nothing from the disk."""
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+
+
 def linked_folder(folder: Path) -> None:
     elsewhere = folder.parents[1] / folder.name
     shutil.move(folder, elsewhere)
@@ -139,7 +145,7 @@ STRANGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "lists": (lists, "counts.parquet cannot be read: its column round.list.element holds lists"),
     "many groups": (many_groups, "counts.parquet cannot be read: it has 7 columns in 1,500 row groups"),
     "a hole": (
-        replaced("counts.parquet", lambda path: path.touch() or os.truncate(path, 1 << 40)),
+        replaced("counts.parquet", hole),
         "counts.parquet cannot be read: more than 268,435,456 bytes would come out of it",
     ),
 }

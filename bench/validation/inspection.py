@@ -11,10 +11,11 @@ import torch
 from packaging.version import VERSION_PATTERN
 
 import bench
+from bench import reading
 from bench.dataset import DataDamaged, DataMissing
 from bench.protocol.settings import BadConfig
 from bench.results import packed
-from bench.results.record import DOCUMENT, FORMAT, MODELS, DamagedResult, Record, check, parse
+from bench.results.record import DOCUMENT, FORMAT, MODELS, DamagedResult, Record, check, parse, stored
 from bench.results.tables import ROUNDS
 from bench.splits.auxiliary import NEEDS
 from bench.splits.longtail import group_classes
@@ -43,10 +44,15 @@ def inspect(folder: Path, root: Path, pack: Path | None = None) -> Inspected:
         folder: Named by the run's id.
         root: Of all datasets; where it has the run's, the split is made anew.
         pack: The pack that the run is in; the folder is then the run's id below it.
+
+    Raises:
+        MemoryError: It takes more than there is.
     """
     found = Inspected(folder=folder, pack=pack)
     try:
         _inspect(found, root)
+    except MemoryError:  # which says more of this process than of the folder
+        raise
     except Exception as error:  # what was made up may be anything, and the other folders are still of interest
         found.add("", "", f"cannot be made sense of ({type(error).__name__}: {str(error).partition(chr(10))[0]})")
     found.tables.clear()
@@ -87,13 +93,13 @@ def _open(found: Inspected) -> None:
     """Read run.json, and compare the other files with what it says of them."""
     folder = found.folder
     try:
-        text = (folder / DOCUMENT).read_bytes() if found.pack is None else packed.documents(found.pack)[folder.name]
+        text = stored(folder) if found.pack is None else packed.documents(found.pack)[folder.name]
         found.record = record = check(folder, parse(text), found.pack)
     except FileNotFoundError:
         found.add("", "", f"has no {DOCUMENT}: the run is unfinished; finish it, or leave the folder out")
         return
     except (OSError, ValueError, RecursionError) as error:
-        found.add(DOCUMENT, "", str(error).splitlines()[0])
+        found.add(DOCUMENT, "", reading.why(error))
         return
     for path in sorted(folder.iterdir()) if found.pack is None else ():
         if path.name not in (DOCUMENT, *record.companions.values(), MODELS):
