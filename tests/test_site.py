@@ -301,7 +301,7 @@ def test_the_numbers_are_those_of_the_table(planted: Planted) -> None:
     known = pages(planted.site)
     assert len(boards) == 3
     for board in boards:
-        heading, cells = layout.grid(board)
+        heading, cells = layout.grid(board, str, str)
         (page,) = [
             page
             for name, page in known.items()

@@ -78,7 +78,7 @@ def test_a_missing_model_is_a_dash_in_ascii_too(results: Path, written: Callable
 
 def test_a_file_name_that_is_no_text_can_be_said(written: Callable[..., tuple[int, str, str]]) -> None:
     status, _, err = written("utf-8", "table", "--out", "no\udcfftext")
-    assert status == 2 and "no?text: there is no such folder" in err
+    assert status == 2 and r"no\udcfftext: there is no such folder" in err
 
 
 def test_a_working_directory_that_is_gone_is_said(tmp_path: Path) -> None:

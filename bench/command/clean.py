@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bench.command.stored import read_stored, stored_in
+from bench.text import plain
 
 if TYPE_CHECKING:
     from bench.results.record import Record
@@ -88,4 +89,4 @@ def _describe(record: Record) -> str:
     when = f", {moment(record.finished)}" if record.finished else ""
     why = f": {' '.join(record.reason.split())}" if record.status == "failed" and record.reason else ""
     what = f"{record.label or record.call} version {version(record)} on {record.dataset}, seed {record.seed}"
-    return f"{what}{when}{why}"
+    return plain(f"{what}{when}{why}")

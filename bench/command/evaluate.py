@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bench.command.stored import out_option, require_folder
+from bench.text import plain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -197,7 +198,7 @@ def _print(record: Record, dataset: Dataset, part: str, dealt: bool, found: Mapp
     from bench.results.layout import ABSENT
 
     where = "new clients have their own images" if dealt else "every model has all images"
-    title = f"{record.label or record.call} ({record.id}) on {label(dataset)}, {part} part: {where}"
+    title = plain(f"{record.label or record.call} ({record.id}) on {label(dataset)}, {part} part: {where}")
     table = Table(box=SIMPLE_HEAD, show_edge=False)
     table.add_column("model", overflow="fold")
     for heading in ("clients", "images", "right", "balanced", "worst decile"):
@@ -205,7 +206,7 @@ def _print(record: Record, dataset: Dataset, part: str, dealt: bool, found: Mapp
     for name, each in found.items():
         clients = ABSENT if each.clients == (-1,) else str(len(each.clients))
         shares = [ABSENT if share is None else f"{100 * share:.1f}" for share in _measures(name, each).values()]
-        table.add_row(Text(name), clients, f"{int(each.total.sum()):,}", *shares)
+        table.add_row(Text(plain(name)), clients, f"{int(each.total.sum()):,}", *shares)
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 160  # a file has no width, and 80 columns would cut

@@ -17,6 +17,7 @@ import click
 import bench
 from bench.command.streams import make_safe, terminable, unwritten
 from bench.command.typed import Verbs, as_spelt, sentence
+from bench.text import lines
 
 _VERBS = {
     "run": ("bench.command.run", "Compare algorithms; with no options, five of them on scikit-learn's digits."),
@@ -112,7 +113,7 @@ class LazyVerbs(Verbs):
 
 def fail(sentence: str, status: int) -> None:
     """Say what is wrong and exit."""
-    click.echo(f"bench: {_LONG.sub(_cut, sentence)}", err=True)
+    click.echo(f"bench: {_LONG.sub(_cut, lines(sentence))}", err=True)
     sys.exit(status)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from bench.command.stored import require_folder
+from bench.text import plain
 
 
 @click.command("pack")
@@ -44,7 +45,7 @@ def pack_command(out: Path, to: Path, unpack: bool, remove: bool) -> int:
         chosen, others = packing.packable(found)
         unfinished = [f"{path.name} is unfinished" for path in records.unfinished(out)]
         for sentence in (*damaged, *others, *unfinished):
-            click.echo(f"left out: {sentence}", err=True)
+            click.echo(f"left out: {plain(sentence)}", err=True)
         if not chosen:
             raise click.BadParameter(
                 f"{out}: holds no run that can be packed, 'bench run' makes them", param_hint="DIR"

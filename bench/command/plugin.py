@@ -14,6 +14,7 @@ import click
 
 from bench.command.typed import Choice, Place
 from bench.face.asked import DEFAULT_DATASET, DEFAULT_SETTING
+from bench.text import plain
 
 if TYPE_CHECKING:
     from bench.contract.promises import Finding
@@ -81,7 +82,7 @@ def check_command(name: str, plugin: Path | None, kind: str | None, as_json: boo
         findings.append(finding)
         if not as_json and not again:
             broken = "" if finding.problem is None else f": {finding.problem}"
-            click.echo(f"{'✓' if finding.problem is None else '✗'} {finding.promise}{broken}")
+            click.echo(plain(f"{'✓' if finding.problem is None else '✗'} {finding.promise}{broken}"))
     if as_json:
         rows = [{"promise": finding.promise, "problem": finding.problem} for finding in findings]
         click.echo(json.dumps({"name": name, "findings": rows}, indent=2))
@@ -96,7 +97,7 @@ def _say_unseen(findings: Sequence[Finding]) -> None:
     for error, times in errors.items():
         if times > 1:
             more = f"{times - 1} more promise{'s' * (times > 2)}"
-            click.echo(f"✗ {more} could not be looked at, for the same error: {error}")
+            click.echo(plain(f"✗ {more} could not be looked at, for the same error: {error}"))
 
 
 @click.command("speed")

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from bench.face.bar import Bar
+from bench.text import plain
 
 _SHOWN = 20
 """Broken photographs that are named; a file has them all."""
@@ -66,7 +67,7 @@ def prepare_command(name: str, size: int | None, jobs: int | None, data_root: Pa
             return 130
     if done.store is None:
         for path, why in done.broken[:_SHOWN]:
-            click.echo(f"{path}: {why}", err=True)
+            click.echo(plain(f"{path}: {why}"), err=True)
         raise DataDamaged(done.complaint(name))
     plan, what = done.store.plan, "prepared" if done.decoded else "already prepared"
     shape = " x ".join(map(str, plan.shape))
@@ -100,7 +101,7 @@ def check_command(name: str, jobs: int | None, data_root: Path | None) -> int:
         click.echo(f"{name}: {checked.contents}, as they should be")
         return 0
     for problem in checked.problems:
-        click.echo(problem)
+        click.echo(plain(problem))
     first, *others = checked.problems
     for said in (registry.label(dataset), registry.name(dataset)):  # many a sentence begins with whose it is
         first = first.removeprefix(f"{said}: ")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from bench.command.stored import require_folder, stored_in
+from bench.text import plain
 
 if TYPE_CHECKING:
     from bench.validation.board import Board
@@ -92,7 +92,7 @@ def validate_command(
     if not as_json:
         _print(report)
     files = tuple(file.resolve() for file in plugins)
-    board = Board(report=report, root=root, plugins=files, seconds=seconds, say=partial(click.echo, err=True))
+    board = Board(report=report, root=root, plugins=files, seconds=seconds, say=lambda sentence: click.echo(plain(sentence), err=True))
     if recount:
         board.recount()
     seed = None if rerun is None else board.rerun(rerun, rerun_seed)
@@ -115,11 +115,11 @@ def validate_command(
 
 def _print(report: Report) -> None:
     for problem in report.problems[:_MOST]:
-        click.echo(problem)
+        click.echo(plain(problem))
     if len(report.problems) > _MOST:
         click.echo(f"... and {len(report.problems) - _MOST} more; --json has them all")
     for note in report.notes:
-        click.echo(f"note: {note}", err=True)
+        click.echo(f"note: {plain(note)}", err=True)
 
 
 def _remedy(report: Report, differing: int) -> str:
@@ -221,7 +221,7 @@ def submit_command(out: Path, to: Path, data_root: Path | None, plugins: tuple[P
             contents = {} if report.problems else submission.as_pack(Path(place), runs, plugins)
         _print(report)
         for sentence in others:
-            click.echo(f"left out: {sentence}", err=True)
+            click.echo(f"left out: {plain(sentence)}", err=True)
         if report.problems:
             told = f"problems: {len(report.problems)}, so nothing was packed"
             click.echo(f"bench: {told}; run what is named above again with --force, or remove its folder", err=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from bench import text
 from bench.command.typed import Choice
 from bench.face.asked import DEFAULT_DATASET
 
@@ -39,7 +40,7 @@ def list_command(kind: str | None, as_json: bool) -> None:
         width = max(map(len, summaries), default=0)
         for name, summary in summaries.items():
             kept = f"{catalogue.family(name) or '–':10}  " if each == "algorithms" else ""
-            click.echo(f"  {name:{width}}  {kept}{summary}")
+            click.echo(text.plain(f"  {name:{width}}  {kept}{summary}"))
 
 
 @click.command("show")
@@ -69,7 +70,7 @@ def show_command(name: str, plugin: Path | None, kind: str | None, dataset: str,
         raise UnknownPlugin(f"none of the {kind} is called {name!r}; it is one of the {' and the '.join(kinds)}")
     shown = kind or kinds[0]
     described = catalogue.describe(shown, name, dataset)
-    click.echo(json.dumps(described, indent=2) if as_json else _prose(described))
+    click.echo(json.dumps(described, indent=2) if as_json else text.lines(_prose(described)))
     for other in kinds:
         if kind is None and other != shown:
             click.echo(f"{name} is also one of the {other}: bench show {name} --kind {other}", err=True)

@@ -15,6 +15,7 @@ import click
 
 from bench import reading
 from bench.command.stored import require_folder, stored_in
+from bench.text import plain
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -296,7 +297,7 @@ def say(found: Found) -> list[str]:
         lines.append(f"  waiting  {run.id}  {run.title}{'' if run.reason is None else ': ' + run.reason}")
     if len(waiting) > _MOST_WAITING:
         lines.append(f"  waiting  and {len(waiting) - _MOST_WAITING} more")
-    return lines
+    return [*map(plain, lines)]
 
 
 def _driver(driver: Sweep, heard: float, now: float) -> str:

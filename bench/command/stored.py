@@ -11,6 +11,7 @@ import click
 
 from bench.command.typed import Place
 from bench.plugins.names import meant
+from bench.text import plain
 
 if TYPE_CHECKING:
     from bench.results.record import Record
@@ -80,7 +81,7 @@ def read_stored(out: Path, datasets: str | None = None) -> list[Record]:
     require_folder(out)
     found, damaged = records.read_all(out)
     for sentence in damaged:
-        click.echo(f"bench: {sentence}", err=True)
+        click.echo(f"bench: {plain(sentence)}", err=True)
     if datasets is None:
         return found
     known = sorted({_name(record) for record in found})

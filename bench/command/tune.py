@@ -18,6 +18,7 @@ import click
 from bench.command.options import Options, defaults, some_run_options
 from bench.command.typed import Choice
 from bench.face.preparing import prepare_own
+from bench.text import plain
 
 if TYPE_CHECKING:
     from bench.tuning.book import Book
@@ -218,7 +219,7 @@ def _teller(trials: int) -> Callable[[Study, Trial], None]:
         why = f" ({trial.reason})" if trial.reason else ""
         why += f" (as trial {trial.same_as})" if trial.same_as is not None else ""
         place = f"{trial.number + 1}/{trials if study.space else 1}"
-        click.echo(f"{label(study.run.algorithm):<24} {place:>7}  {score:>6}  {values}{why}", err=True)
+        click.echo(plain(f"{label(study.run.algorithm):<24} {place:>7}  {score:>6}  {values}{why}"), err=True)
 
     return tell
 
@@ -246,10 +247,10 @@ def _print(book: Book) -> None:
         found = best(trials)
         chosen = "–" if found is None else "as written" if found.number == 0 else f"{found.call}, lr {found.lr:g}"
         table.add_row(
-            Text(label(study.run.algorithm)),
-            scored_by(study, trials) or "–",
+            Text(plain(label(study.run.algorithm))),
+            Text(plain(scored_by(study, trials) or "–")),
             *("–" if t is None or t.score is None else f"{100 * t.score:.2f}" for t in (trials[0], found)),
-            Text(chosen),
+            Text(plain(chosen)),
             str(len(trials)),
             str(sum(trial.score is None for trial in trials)),
             f"{sum(_processed(each) for trial in trials for each in trial.cost if trial.same_as is None):,.0f}",

@@ -7,6 +7,8 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from bench.text import lines, plain
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
 
@@ -40,7 +42,7 @@ class Bar:
 
     def say(self, sentence: str) -> None:
         """Print a line."""
-        self.console.print(sentence, markup=False)
+        self.console.print(lines(sentence), markup=False)
 
     def begin(self, what: str, total: int, done: int = 0) -> None:
         """Show how much there is to do."""
@@ -77,7 +79,7 @@ class Bar:
             console=self.console,
             transient=True,
         )
-        self.bars.add_task(self.what, total=self.total, completed=self.done, speed="")
+        self.bars.add_task(plain(self.what), total=self.total, completed=self.done, speed="")
         self.bars.start()
 
     def _stop(self) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from bench import text
 from bench.plugins.names import near
 from bench.protocol.settings import BadConfig
 from bench.results.comparison import spell_p
@@ -66,7 +67,7 @@ def curves(boards: Sequence[Leaderboard], records: Sequence[Record], metric: str
     for axes, (board, drawn) in zip(grid.flat, panels, strict=False):
         for label, (rounds, values) in drawn.items():
             _line(axes, label, looks[label], rounds, values)
-        axes.set_title(title(board), fontsize="medium")
+        axes.set_title(text.picture(title(board)), fontsize="medium")
         axes.set_xlabel("round")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel(f"{metric}, percent")
@@ -75,7 +76,8 @@ def curves(boards: Sequence[Leaderboard], records: Sequence[Record], metric: str
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_axis_off()
     lines = {str(line.get_label()): line for axes in grid.flat for line in axes.get_lines()}
-    picture.legend([lines[name] for name in names], names, loc="outside right upper", frameon=False)
+    shown = [text.picture(name) for name in names]
+    picture.legend([lines[name] for name in names], shown, loc="outside right upper", frameon=False)
     return picture
 
 
@@ -121,7 +123,7 @@ def ranks(ranking: Ranking, metric: str) -> Picture:
     from pandas import DataFrame
     from scikit_posthocs import critical_difference_diagram
 
-    names = [label.replace("$", r"\$") for label in ranking.labels]  # a dollar would begin a formula
+    names = [*map(text.picture, ranking.labels)]
     picture = Picture(figsize=(9, 1.6 + 0.22 * len(names)), layout="constrained")
     axes = picture.add_subplot()
     drawn = critical_difference_diagram(

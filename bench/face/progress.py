@@ -16,6 +16,7 @@ from bench.face.wording import accuracy, duration
 from bench.protocol.spelling import label
 from bench.protocol.words import spell_imbalance
 from bench.sweep.schedule import Forecast, Outlook, cell
+from bench.text import lines, plain
 from bench.training.rounds import Report
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class Display:
         now = self.clock()
         self.outlook.started(run.id, now)
         self.said[run.id] = now
-        name = " ".join((run.label, *(_cell(run)[i] for i in self.varying)))
+        name = plain(" ".join((run.label, *(_cell(run)[i] for i in self.varying))))
         if run.id in self.tasks:  # begun anew
             self.bars.remove_task(self.tasks.pop(run.id))
         self.tasks[run.id] = self.bars.add_task(name, total=run.trained_by().rounds, unit="rounds", note="", end=None)
@@ -163,7 +164,7 @@ class Display:
 
     def warn(self, sentence: str) -> None:
         """Say something that must be heard."""
-        self.console.print(f"bench: {sentence}", markup=False)
+        self.console.print(f"bench: {lines(sentence)}", markup=False)
 
     def _forget(self, run: Run) -> None:
         """Take a run's bar away."""
@@ -195,7 +196,7 @@ class Display:
 
     def _say(self, line: str) -> None:
         if not self.quiet:
-            self.console.print(line, markup=False)
+            self.console.print(lines(line), markup=False)
 
     def _accuracy(self, run: Run) -> str:
         return accuracy(self.latest.get(run.id, {}))

@@ -25,6 +25,7 @@ from bench.sweep import driver, execution
 from bench.sweep.forecast import forecast
 from bench.sweep.journal import Journal
 from bench.sweep.schedule import Budget, Schedule
+from bench.text import lines
 
 if TYPE_CHECKING:
     from bench.results.leaderboard import Leaderboard
@@ -155,4 +156,4 @@ def left_out(runs: Sequence[Run], budget: Budget, command: str) -> str:
 
 
 def _say(sentence: str) -> None:
-    print(sentence, file=sys.stderr)
+    print(lines(sentence), file=sys.stderr)

@@ -30,6 +30,7 @@ from bench.files.download import Remote, fetch_all
 from bench.files.listing import Listing, Part
 from bench.files.photographs import Photographs
 from bench.plugins.registry import label, name
+from bench.text import plain
 
 PACKED = ("", ".xz", ".gz")
 """Endings that a list may have on the disk; the first that is there is read."""
@@ -383,7 +384,7 @@ def read_table(path: Path, columns: Sequence[str], advice: str) -> dict[str, lis
     except (ValueError, csv.Error) as error:
         raise DataDamaged(f"{path} is no CSV with a header ({error}); {advice}") from error
     if not set(columns) <= set(header):
-        found = _printable(", ".join(header))
+        found = plain(", ".join(header))
         raise DataDamaged(f"{path} has the columns {found}, and {', '.join(columns)} are wanted; {advice}")
     uneven = (", ".join(row) for row in rows if len(row) != len(header))
     refuse(path, f"rows without {len(header)} columns", uneven, advice)
@@ -415,7 +416,7 @@ def refuse(source: Path, what: str, found: Iterable[object], advice: str) -> Non
     """Raise `DataDamaged` if anything was found, with the first and how many."""
     entries = list(found)
     if entries:
-        first = _printable(str(entries[0]))
+        first = plain(str(entries[0]))
         raise DataDamaged(f"{source}: {what}: {len(entries):,}, the first is {first}; {advice}")
 
 
@@ -437,10 +438,6 @@ def is_number(text: str) -> bool:
 
 def _is_class(value: object) -> bool:
     return type(value) is int and abs(value) < 2**31
-
-
-def _printable(text: str) -> str:
-    return text if text.isprintable() else repr(text)
 
 
 def _first(folder: Path, names: Iterable[str]) -> Path | None:

@@ -8,6 +8,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 _OURS = Path(__file__).parents[1]
+_MOST = 400
+"""Characters of an error's first line; some print whole tensors in it."""
 _LIBRARIES = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
 
 
@@ -22,6 +24,7 @@ def told(error: BaseException, plugins: Collection[str] = ()) -> str:
         plugins: Files of plug-ins, which may lie among ours or a library's: `bench.plugins.registry.plugin_files`.
     """
     first = (str(error).strip() or "no message").splitlines()[0]
+    first = first if len(first) <= _MOST else f"{first[: _MOST - 3]}..."
     said = f"{type(error).__name__}: {first}"
     frames = traceback.extract_tb(error.__traceback__)
     if not frames or (isinstance(error, SyntaxError) and error.filename):  # which says it itself

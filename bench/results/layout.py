@@ -20,6 +20,7 @@ from bench.results.statistics import (
     fewest,
     leader,
 )
+from bench.text import plain
 
 ABSENT = "–"
 NO_RUNS = "There are no finished runs."
@@ -190,14 +191,21 @@ def best(board: Leaderboard) -> dict[str, str]:
 
 
 def grid(
-    board: Leaderboard, label: Callable[[str], str] = str, bold: Callable[[str], str] = str
+    board: Leaderboard,
+    words: Callable[[str], str],
+    bold: Callable[[str], str],
+    *,
+    label: Callable[[str], str] | None = None,
+    number: Callable[[str], str] = str,
 ) -> tuple[list[str], list[list[str]]]:
     """Lay a leaderboard out.
 
     Args:
         board: The leaderboard.
-        label: How an algorithm's name is written.
-        bold: How a cell is that tests set apart from all others of its column.
+        words: How text is written, a function of `bench.text`.
+        bold: How a number is that tests set apart from all others of its column, after it was written.
+        label: How an algorithm's name is written, if otherwise than other text.
+        number: How numbers are written, and the marks of footnotes.
 
     Returns:
         The heading, and as many cells per row.
@@ -207,16 +215,16 @@ def grid(
     stands = _says_standing(board)
     cells = [
         [
-            label(row.label) + marks[row.label],
-            row.tier,
-            *([row.standing] if stands else []),
+            (label or words)(row.label) + number(marks[row.label]),
+            words(row.tier),
+            *([words(row.standing)] if stands else []),
             str(len(row.seeds)),
-            *((bold if first.get(column.title) == row.label else str)(column.show(row)) for column in shown),
+            *((bold if first.get(column.title) == row.label else str)(number(column.show(row))) for column in shown),
         ]
         for row in board.rows
     ]
     heading = ["algorithm", "tier", *(["standing"] if stands else []), "seeds"]
-    return [*heading, *(column.title for column in shown)], cells
+    return [*heading, *(words(column.title) for column in shown)], cells
 
 
 def _says_standing(board: Leaderboard) -> bool:
@@ -232,7 +240,7 @@ def title(board: Leaderboard, without: Collection[str] = ()) -> str:
         without: Fields that are not named although they tell it apart.
     """
     apart = {key: ABSENT if value is None else value for key, value in board.apart.items() if key not in without}
-    return ", ".join((board.base, *(f"{key} = {value}" for key, value in apart.items())))
+    return plain(", ".join((board.base, *(f"{key} = {value}" for key, value in apart.items()))))
 
 
 def details(board: Leaderboard) -> str:
@@ -252,14 +260,14 @@ def details(board: Leaderboard) -> str:
     if board.overrides:
         changed = ", ".join(f"{key} = {value}" for key, value in sorted(board.overrides.items()))
         parts.append(f"departs from {board.names[0]}: {changed}")
-    return "; ".join(parts) + "."
+    return plain("; ".join(parts) + ".")
 
 
 def remarks(board: Leaderboard) -> list[str]:
     """List what stands below a leaderboard: warnings, where the numbers come from, numbered footnotes."""
     _, notes = footnotes(board)
     numbered = [f"[{number}] {note}" for number, note in enumerate(notes, start=1)]
-    return [
+    said = [
         *warnings(board),
         order(board),
         *_standing(board),
@@ -271,6 +279,7 @@ def remarks(board: Leaderboard) -> list[str]:
         *_derived(board),
         *numbered,
     ]
+    return [*map(plain, said)]
 
 
 def _standing(board: Leaderboard) -> list[str]:
@@ -354,7 +363,7 @@ def footnotes(board: Leaderboard) -> tuple[dict[str, str], list[str]]:
 
 def _notes(board: Leaderboard, row: Row) -> list[str]:
     failed = {seed for seed, _ in row.failures}
-    notes = [f"seed {seed} failed ({' '.join(reason.split())})" for seed, reason in row.failures]
+    notes = [f"seed {seed} failed ({reason})" for seed, reason in row.failures]
     if set(board.seeds) - set(row.seeds) - failed:
         notes.append(f"{_seeds(row.seeds) or 'none'} of {_seeds(board.seeds)}")
     if not row.ranks:
@@ -385,7 +394,7 @@ def provenance(board: Leaderboard) -> str:
 def warnings(board: Leaderboard) -> list[str]:
     """Name the seeds of which the rows did not see the same split."""
     return [
-        f"Not comparable: the runs of seed {seed} saw different splits ({', '.join(fingerprints)})."
+        plain(f"Not comparable: the runs of seed {seed} saw different splits ({', '.join(fingerprints)}).")
         for seed, fingerprints in board.fingerprints.items()
         if len(fingerprints) > 1
     ]

@@ -16,6 +16,7 @@ from bench.results.record import Record
 from bench.results.standing import RANKED, ranked_with, weakest
 from bench.results.statistics import NOTHING, Estimate, estimates
 from bench.results.versions import lasting, stale, variant, version
+from bench.text import plain
 
 METRICS = ("last", "last10", "best")
 """Which evaluation counts: the last round, the mean of the last ten, or the best one, which is optimistic."""
@@ -222,7 +223,8 @@ def _stands(group: _Group) -> str:
 
 
 def _submission(group: _Group) -> str | None:
-    return group[0].submission if len({record.submission for record in group}) == 1 else None
+    several = {record.submission for record in group}
+    return plain(group[0].submission) if len(several) == 1 and group[0].submission is not None else None
 
 
 def _place(board: Leaderboard) -> tuple[object, ...]:
@@ -280,10 +282,10 @@ def _leaderboard(groups: Sequence[_Group], metric: str, old: Set[str], hidden: M
         if record.fingerprint is not None:
             fingerprints[record.seed].add(record.fingerprint)
     return Leaderboard(
-        dataset=first.dataset,
+        dataset=plain(first.dataset),
         imbalance=first.imbalance,
         alpha=first.alpha,
-        names=tuple(names),
+        names=tuple(map(plain, names)),
         setting={key: value for key, value in first.setting.items() if key != "name"},
         clients=next((each.clients for each in records if each.clients is not None), _asked_clients(first)),
         overrides=_overrides(records, names[0]),
@@ -296,9 +298,9 @@ def _leaderboard(groups: Sequence[_Group], metric: str, old: Set[str], hidden: M
         seeds=tuple(sorted({record.seed for record in records})),
         rows=_rows(groups, metric, old, hidden),
         fingerprints={seed: tuple(sorted(known)) for seed, known in sorted(fingerprints.items())},
-        commits=tuple(sorted({record.commit for record in records if record.commit})),
-        finished=tuple(sorted({record.finished[:10] for record in records if record.finished})),
-        hardware=tuple(sorted(filter(None, {_hardware(record) for record in records}))),
+        commits=tuple(sorted({plain(record.commit) for record in records if record.commit})),
+        finished=tuple(sorted({plain(record.finished[:10]) for record in records if record.finished})),
+        hardware=tuple(sorted(filter(None, {plain(_hardware(record)) for record in records}))),
         packages=_packages(records),
         dataset_facts=_dataset_facts(first),
         apart={},
@@ -323,7 +325,7 @@ def _packages(records: Sequence[Record]) -> dict[str, tuple[str, ...]]:
     for record in records:
         recorded = record.document.get("versions")
         for package, number in recorded.items() if isinstance(recorded, dict) else ():
-            found[str(package)].add(str(number))
+            found[plain(package)].add(plain(number))
 
     def order(number: str) -> tuple[list[int], str]:
         return [int(digits) for digits in re.findall(r"\d+", number)], number
@@ -339,7 +341,7 @@ def _overrides(records: Sequence[Record], name: str) -> dict[str, object]:
 
 def _rows(groups: Sequence[_Group], metric: str, old: Set[str], hidden: Mapping[str, int]) -> tuple[Row, ...]:
     """Make the rows, and tell those of one label apart."""
-    labels = [group[0].label or group[0].call for group in groups]
+    labels = [plain(group[0].label or group[0].call) for group in groups]
     variants: dict[str, set[str]] = defaultdict(set)
     for label, group in zip(labels, groups, strict=True):
         variants[label].add(variant(group[0]))
@@ -361,7 +363,7 @@ def _rows(groups: Sequence[_Group], metric: str, old: Set[str], hidden: Mapping[
 
 def _row(words: str, apart: str, records: _Group, old: Set[str], hidden: Mapping[str, int]) -> Row:
     done = sorted((record for record in records if record.status == "done"), key=lambda record: record.seed)
-    failed = sorted((record.seed, record.reason or "") for record in records if record.status == "failed")
+    failed = sorted((each.seed, _sentence(each.reason)) for each in records if each.status == "failed")
     method: Any = records[0].identity.get("algorithm")
     values = _by_key([record.metrics for record in done])
     spent = _by_key([{**record.cost, **_totals(record.cost)} for record in done])
@@ -371,14 +373,14 @@ def _row(words: str, apart: str, records: _Group, old: Set[str], hidden: Mapping
         submission=_submission(records),
         standing=_stands(records),
         standings=tuple(record.stands for record in done),
-        algorithm=records[0].algorithm,
-        call=records[0].call,
+        algorithm=plain(records[0].algorithm),
+        call=plain(records[0].call),
         lr=method.get("lr") if isinstance(method, dict) else None,
-        version=version(records[0]),
+        version=plain(version(records[0])),
         stale=records[0].id in old,
         hidden=hidden.get(lasting(records[0]), 0),
         finished=max(filter(None, (record.finished for record in records)), default=None),
-        tier=records[0].tier,
+        tier=plain(records[0].tier),
         seeds=tuple(record.seed for record in done),
         splits=tuple(record.fingerprint or "" for record in done),
         values=values,
@@ -390,6 +392,11 @@ def _row(words: str, apart: str, records: _Group, old: Set[str], hidden: Mapping
         ids=tuple(sorted(record.id for record in records)),
         runs=tuple(record.id for record in done),
     )
+
+
+def _sentence(reason: str | None) -> str:
+    """Put what has several lines, such as an error of a plug-in, on one."""
+    return plain(" ".join((reason or "").split()))
 
 
 def _by_key(runs: Sequence[Mapping[str, float | None]]) -> dict[str, tuple[float | None, ...]]:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from bench.results.layout import ACCURACY, columns
 from bench.results.leaderboard import Leaderboard, Row, suffix
 from bench.results.statistics import NOTHING
+from bench.text import cell
 
 _PROTOCOL = (
     "model", "norm", "partition", "client_test", "participation", "rounds", "epochs", "batch_size", "lr",
@@ -120,6 +121,6 @@ def long(boards: Sequence[Leaderboard]) -> str:
 def _csv(heading: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
     sink = io.StringIO()
     writer = csv.writer(sink, lineterminator="\n")
-    writer.writerow(heading)
-    writer.writerows(lines)
+    writer.writerow(map(cell, heading))
+    writer.writerows(map(cell, line) for line in lines)
     return sink.getvalue()

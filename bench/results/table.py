@@ -5,7 +5,6 @@ Accuracies are percentages in tables and fractions 0-1 in CSV and JSON. The same
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -34,6 +33,7 @@ from bench.results.leaderboard import Leaderboard as Leaderboard
 from bench.results.leaderboard import leaderboards as leaderboards
 from bench.results.sheet import long, sheet
 from bench.results.statistics import FEWEST
+from bench.text import code, html_text, latex, markdown, notes, plain
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -69,7 +69,7 @@ def results_readme(boards: Sequence[Leaderboard], prose: str | None, command: st
         f"Generated from the folders beside this file by `{command}`; do not edit it. What a person has to "
         "say about the results goes into `NOTES.md`, and appears here."
     )
-    parts = ["# Results", origin, *([prose.strip()] if prose and prose.strip() else []), _markdown(boards)]
+    parts = ["# Results", origin, *([notes(prose.strip())] if prose and prose.strip() else []), _markdown(boards)]
     return "\n\n".join(parts)
 
 
@@ -92,10 +92,10 @@ def front_page(text: str, boards: Sequence[Leaderboard]) -> str:
     parts = []
     for board in shown:
         chosen = main_columns(board)
-        rows = [[_code(row.label), *(column.show(row) for column in chosen)] for row in board.rows]
-        heading, sides = ["algorithm", *(column.title for column in chosen)], ["left", *["right"] * len(chosen)]
+        rows = [[code(row.label), *(column.show(row) for column in chosen)] for row in board.rows]
+        heading, sides = ["algorithm", *(markdown(each.title) for each in chosen)], ["left", *["right"] * len(chosen)]
         seeds = " or ".join(map(str, sorted({len(row.seeds) for row in board.rows})))
-        parts += [f"**{_plain(title(board))}**, {seeds} seeds", _pipe(heading, rows, sides), order(board)]
+        parts += [f"**{markdown(title(board))}**, {seeds} seeds", _pipe(heading, rows, sides), order(board)]
     left_out = len(boards) - len(shown)
     if left_out:
         noun, have = ("comparison", "has") if left_out == 1 else ("comparisons", "have")
@@ -124,7 +124,7 @@ def terminal(boards: Sequence[Leaderboard]) -> list[RenderableType]:
         table = Table(title=Text(title(board)), box=SIMPLE_HEAD, title_justify="left", padding=0, show_edge=False)
         table.add_column("algorithm", overflow="fold")  # the one column that gives way in a narrow terminal
         for column in shown:
-            table.add_column(column.title.replace(" ", "\n"), justify="right", no_wrap=True)
+            table.add_column(Text(plain(column.title).replace(" ", "\n")), justify="right", no_wrap=True)
         for row in board.rows:
             cells = [
                 Text(_narrow(column, row), style="bold" if first.get(column.title) == row.label else "")
@@ -206,37 +206,19 @@ def _markdown(boards: Sequence[Leaderboard]) -> str:
         return NO_RUNS + "\n"
     parts = []
     for board in boards:
-        table = _tabulate(*grid(board, _code, "**{}**".format), "pipe")
-        parts += [f"## {_plain(title(board))}", _plain(details(board)), table]
-        parts.append(_bullets(_plain(line) for line in remarks(board)))
+        table = _tabulate(*grid(board, markdown, "**{}**".format, label=code), "pipe")
+        parts += [f"## {markdown(title(board))}", markdown(details(board)), table]
+        parts.append(_bullets(map(markdown, remarks(board))))
     summary = averages(boards)
     if summary is not None:
-        cells = [(_code(label), *numbers) for label, *numbers in summary.cells]
+        cells = [(code(label), *numbers) for label, *numbers in summary.cells]
         parts += [f"## {summary.title}", _tabulate(summary.heading, cells, "pipe", 1)]
-        parts.append(_bullets(_plain(line) for line in summary.says))
+        parts.append(_bullets(map(markdown, summary.says)))
     return "\n\n".join((*parts, "## How to read the tables", _bullets(LEGEND))) + "\n"
-
-
-_BOLD, _THIN = "\ue000", "\ue001"
-"""Stand around what is bold until a table is laid out and its text escaped; they are of no alphabet."""
-
-
-def _marked(text: str) -> str:
-    return f"{_BOLD}{text}{_THIN}"
 
 
 def _bullets(lines: Iterable[str]) -> str:
     return "\n".join(f"* {line}" for line in lines)
-
-
-def _code(text: str) -> str:
-    """Set text as code, so that Markdown takes no character of it for its own."""
-    return "`" + text.replace("|", "\\|").replace("`", "'") + "`"
-
-
-def _plain(text: str) -> str:
-    """Take the meaning from characters that Markdown would read as its own."""
-    return "".join(f"\\{character}" if character in "\\`*_<>[]#|" else character for character in text)
 
 
 def _json(boards: Sequence[Leaderboard]) -> str:
@@ -248,36 +230,27 @@ def _json(boards: Sequence[Leaderboard]) -> str:
     return json.dumps(document, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
-_LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "±": r"$\pm$",
-    "–": "--",
-}
-
-
 def _latex(boards: Sequence[Leaderboard]) -> str:
     parts = ["% needs \\usepackage{booktabs}" if boards else f"% {NO_RUNS}"]
     for board in boards:
-        tabular = _tabulate(*grid(board, bold=_marked), "latex_booktabs")
-        for character, written in {"±": _LATEX["±"], "–": _LATEX["–"], _BOLD: r"\textbf{", _THIN: "}"}.items():
-            tabular = tabular.replace(character, written)
-        caption = rf"\caption{{{_escaped(f'{title(board)}: {details(board)}')}}}"
-        below = [rf"\par {_escaped(line)}" for line in remarks(board)]
+        tabular = _tabular(*grid(board, latex, r"\textbf{{{}}}".format, number=latex))
+        caption = rf"\caption{{{latex(f'{title(board)}: {details(board)}')}}}"
+        below = [rf"\par {latex(line)}" for line in remarks(board)]
         parts.append("\n".join((r"\begin{table}", caption, tabular, *below, r"\end{table}")))
     summary = averages(boards)
     if summary is not None:
-        tabular = _tabulate(summary.heading, summary.cells, "latex_booktabs", 1).replace("–", _LATEX["–"])
-        below = [rf"\par {_escaped(line)}" for line in summary.says]
+        tabular = _tabular(summary.heading, [[*map(latex, line)] for line in summary.cells], 1)
+        below = [rf"\par {latex(line)}" for line in summary.says]
         parts.append("\n".join((r"\begin{table}", rf"\caption{{{summary.title}}}", tabular, *below, r"\end{table}")))
     return "\n\n".join(parts) + "\n"
 
 
-def _escaped(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in text)
+def _tabular(heading: Sequence[str], cells: Sequence[Sequence[str]], left: int = 2) -> str:
+    """Lay out what is written for LaTeX already, with the lines of booktabs."""
+    text = _tabulate(heading, cells, "latex_raw", left)
+    for rule in (r"\toprule", r"\midrule", r"\bottomrule"):
+        text = text.replace(r"\hline", rule, 1)
+    return text
 
 
 def fragment(boards: Sequence[Leaderboard]) -> str:
@@ -286,12 +259,12 @@ def fragment(boards: Sequence[Leaderboard]) -> str:
     """
     parts = [] if boards else [_paragraph(NO_RUNS)]
     for board in boards:
-        parts += [f"<h2>{html.escape(title(board))}</h2>", _paragraph(details(board))]
-        table = _tabulate(*grid(board, bold=_marked), "html").replace(_BOLD, "<strong>").replace(_THIN, "</strong>")
+        parts += [f"<h2>{html_text(title(board))}</h2>", _paragraph(details(board))]
+        table = _tabulate(*grid(board, html_text, "<strong>{}</strong>".format), "unsafehtml")
         parts += [table, *map(_paragraph, remarks(board))]
     summary = averages(boards)
     if summary is not None:
-        parts += [f"<h2>{html.escape(summary.title)}</h2>", _tabulate(summary.heading, summary.cells, "html", 1)]
+        parts += [f"<h2>{html_text(summary.title)}</h2>", _tabulate(summary.heading, summary.cells, "html", 1)]
         parts += map(_paragraph, summary.says)
     if boards:
         parts += ["<details><summary>How to read the tables</summary>", *map(_paragraph, LEGEND), "</details>"]
@@ -304,7 +277,7 @@ def _html(boards: Sequence[Leaderboard]) -> str:
 
 
 def _paragraph(text: str) -> str:
-    return f"<p>{html.escape(text)}</p>"
+    return f"<p>{html_text(text)}</p>"
 
 
 FORMATS: dict[str, Callable[[Sequence[Leaderboard]], str]] = {

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import bench
 from bench.results.layout import ABSENT
+from bench.text import lines, plain
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -22,15 +23,20 @@ def many(number: int, one: str, several: str | None = None) -> str:
 
 
 def markdown(text: str) -> str:
-    """Turn a person's notes into HTML without tags of their own, pictures, or headings above our own."""
+    """Turn a person's notes into HTML without tags of their own, pictures, or headings above our own. Their links lead
+    anywhere: no page there is told of ours, nor vouched for.
+    """
     from markdown_it import MarkdownIt
     from markupsafe import Markup
 
     parser = MarkdownIt("commonmark", {"html": False}).enable("table").disable("image")
-    tokens = parser.parse(text)
+    tokens = parser.parse(lines(text))
     for token in tokens:
         if token.type in ("heading_open", "heading_close"):
             token.tag = f"h{min(int(token.tag[1]) + 2, 6)}"
+        for inner in token.children or ():
+            if inner.type == "link_open":
+                inner.attrSet("rel", "nofollow noopener")
     return Markup(parser.renderer.render(tokens, parser.options, {}))
 
 
@@ -47,6 +53,7 @@ def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("bench.site"),
         autoescape=True,  # a label or a reason may hold anything
+        finalize=_plain,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -54,6 +61,13 @@ def _environment() -> Environment:
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":"), "sort_keys": False}
     return environment
+
+
+def _plain(value: object) -> object:
+    """Write text that is no markup yet on one line, before it is escaped."""
+    from markupsafe import Markup
+
+    return plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def spell(value: object) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from bench.protocol.identity import identify
 from bench.protocol.words import spell_imbalance
 from bench.results.record import DOCUMENT, Record
+from bench.text import plain
 
 if TYPE_CHECKING:
     from bench.sweep.config import Run
@@ -79,11 +80,13 @@ def _describe(
     method = identity["algorithm"]
     pieces = [method, *method.get("parts", ())]
     called = "+".join(piece["name"] for piece in pieces)
-    cell = {"algorithm": called, "dataset": dataset, "setting": setting["name"], "seed": seed}
+    cell = {"algorithm": plain(called), "dataset": plain(dataset), "setting": plain(setting["name"]), "seed": seed}
     cell |= {"imbalance": imbalance} | ({} if alpha is None else {"alpha": f"{alpha:g}"})
     parts = {"algorithm": method["fields"], "dataset": identity["dataset"]["fields"], "setting": setting}
     parts |= {f"algorithm.{piece['name']}": piece["fields"] for piece in pieces[1:]}
-    params = {f"{part}.{key}": _text(value) for part, values in parts.items() for key, value in values.items()}
+    params = {
+        metric_name(f"{part}.{key}"): _text(value) for part, values in parts.items() for key, value in values.items()
+    }
     params |= {key: _text(identity[key]) for key in ("engine", "precision", "device", "weights") if key in identity}
     for key in ("lr", "auxiliary"):  # of a preset; images at the server
         if key in method:
@@ -91,7 +94,7 @@ def _describe(
     concentration = "" if alpha is None else f" alpha {alpha:g}"
     return Described(
         id=run_id,
-        title=f"{algorithm} {dataset} imbalance {imbalance}{concentration} seed {seed}",
+        title=plain(f"{algorithm} {dataset} imbalance {imbalance}{concentration} seed {seed}"),
         tags={RUN_TAG: run_id, PROTOCOL_TAG: protocol, **cell, "protocol": protocol},
         params={**params, **cell, "protocol": protocol},
     )
@@ -99,7 +102,7 @@ def _describe(
 
 def _text(value: object) -> str:
     """Write a value alike whether it has been JSON or not."""
-    return json.dumps(value) if isinstance(value, list | tuple | dict) else str(value)
+    return json.dumps(value) if isinstance(value, list | tuple | dict) else plain(value)
 
 
 # Of a record ------------------------------------------------------------------------------------------------
@@ -114,15 +117,16 @@ def record_key(record: Record) -> str:
 
 def record_tags(record: Record) -> dict[str, str]:
     """Give what is known of a run only at its end."""
-    versions = record.document.get("versions")
+    recorded = record.document.get("versions")
+    versions = recorded if isinstance(recorded, dict) else {}
     tags = {
         "bench.fingerprint": record.fingerprint,
         "bench.digest": record.document.get("digest"),
         "bench.commit": record.commit,
         "reason": record.reason,
-        **{f"version.{key}": value for key, value in (versions if isinstance(versions, dict) else {}).items()},
+        **{metric_name(f"version.{key}"): value for key, value in versions.items()},
     }
-    return {key: str(value) for key, value in tags.items() if value is not None} | {RECORD_TAG: record_key(record)}
+    return {key: plain(value) for key, value in tags.items() if value is not None} | {RECORD_TAG: record_key(record)}
 
 
 def record_times(record: Record) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from bench.results.storage import OutputUnwritable
 from bench.sweep.cluster import cores, need_ray, packed, session, unpacked
+from bench.text import plain
 from bench.tuning.book import Book
 from bench.tuning.study import Study, Trial
 from bench.tuning.trial import attempt as attempt
@@ -111,7 +112,7 @@ def _rotation(book: Book) -> Any:
 
 
 def _say(sentence: str) -> None:
-    print(f"bench: {sentence}", file=sys.stderr)
+    print(f"bench: {plain(sentence)}", file=sys.stderr)
 
 
 def _on_worker(config: Mapping[str, Any]) -> dict[str, Any]:
