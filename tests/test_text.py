@@ -29,6 +29,8 @@ from bench.results.record import DOCUMENT
 from bench.site.rendering import markdown
 from bench.sweep import journal
 from bench.tracking import described
+from bench.validation.report import validate
+from bench.validation.wording import overlong, unfit
 from tests.test_site import pages, plant
 
 RAW = "\x1b]0;owned\x07\x1b[2J\u202e\u200b\u0085\r\n\x7f\ue000"
@@ -261,3 +263,34 @@ def test_a_long_first_line_of_an_error_is_cut() -> None:
 
 def test_a_dollar_begins_no_formula_in_a_picture() -> None:
     assert text.picture("a$b$\x1b") == r"a\$b\$\x1b"
+
+
+def test_texts_of_a_submission_have_a_length_and_can_be_seen() -> None:
+    honest: dict[str, object] = {"label": "fedrep(head_epochs=5)", "reason": "two\nlines\tof it", "metrics": {"a": 0.5}}
+    honest |= {"hardware": {"cpu": "x" * 100}, "tested": {"images": [1, 2]}, "alpha": None, "call": "y" * 2_000}
+    assert [*unfit(honest)] == []
+    for change, said in (
+        ({"label": "x" * 301}, ("label", "has 301 characters, and may have 300")),
+        ({"reason": "x" * 2_001}, ("reason", "has 2,001 characters, and may have 2,000")),
+        ({"hardware": {"cpu": "x" * 101}}, ("hardware.cpu", "has 101 characters, and may have 100")),
+        ({"versions": {"a\u202eb": "1"}}, ("versions.a\u202eb", r"holds \u202e, and must be text that can be seen")),
+        ({"groups": [{"a": ["\x1b"]}]}, ("groups.a", r"holds \x1b, and must be text that can be seen")),
+        ({"label": "a\nb"}, ("label", r"holds \n, and must be text that can be seen")),
+        ({"reason": "a\rb"}, ("reason", r"holds \r, and must be text that can be seen")),
+        ({"x" * 501: 1}, (f"{'x' * 77}...", "has 501 characters, and may have 500")),
+    ):
+        assert [*unfit({**honest, **change})] == [said]
+    assert [*overlong(f"{'x' * 2_000}\n{'y' * 2_001}\n")] == [
+        ("line 2", "has 2,001 characters, and may have 2,000; break it")
+    ]
+
+
+def test_validation_looks_at_the_length_of_texts(tmp_path: Path) -> None:
+    folder = hostile(tmp_path)
+    (tmp_path / "NOTES.md").write_text("x" * 3_000)
+    said = {(problem.file, problem.key) for problem in validate(tmp_path, tmp_path).problems}
+    assert ("NOTES.md", "line 1") in said and (f"{folder.name}/{DOCUMENT}", "label") in said
+    (tmp_path / "NOTES.md").write_bytes(b"\xff")
+    assert any(
+        "cannot be read" in str(each) for each in validate(tmp_path, tmp_path).problems if each.file == "NOTES.md"
+    )

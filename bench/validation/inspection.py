@@ -27,6 +27,7 @@ from bench.validation.expected import dealt, drawn_by, sent
 from bench.validation.found import Inspected, brief, close
 from bench.validation.plausible import implausible
 from bench.validation.rebuilding import Asked, CannotRebuild, description, rebuild
+from bench.validation.wording import unfit
 
 COSTS = ("bytes_down", "bytes_up", *WORK, "device_seconds", "wall_seconds", "peak_memory_bytes", "client_state_bytes")
 _WHOLE = ("bytes_down", "bytes_up", "client_state_bytes", "peak_memory_bytes")
@@ -139,6 +140,8 @@ def _open(found: Inspected) -> None:
 def _provenance(found: Inspected, record: Record) -> None:
     """Look at where, when and with what the run was done."""
     document = record.document
+    for key, what in unfit(document):
+        found.add(DOCUMENT, key, what)
     if record.commit is not None and not re.fullmatch(r"[0-9a-f]{40}(-dirty)?", record.commit):
         found.add(DOCUMENT, "commit", f"is {record.commit!r}, and must be 40 hexadecimal digits")
     elif record.commit is not None and record.commit.endswith("-dirty"):

@@ -23,6 +23,7 @@ from bench.sweep import journal
 from bench.validation.counted import apart_at
 from bench.validation.found import Inspected, Problem
 from bench.validation.side_by_side import Place, inspect_all
+from bench.validation.wording import overlong
 
 if TYPE_CHECKING:
     from bench.preparing.preparation import Progress
@@ -104,7 +105,7 @@ def validate(
         twice = [*_twice(here)]
         whole = [one.record for one in inspected if one.whole and one.record is not None]
         rows = [record for record in whole if record.id not in {problem.file for problem in twice}]
-        problems += [*twice, *_packs(out), *_strangers(out), *_table(out, rows), *_verifications(out)]
+        problems += [*twice, *_packs(out), *_strangers(out), *_notes(out), *_table(out, rows), *_verifications(out)]
     return Report(inspected=tuple(inspected), problems=tuple(sorted(set(problems))), notes=tuple(notes))
 
 
@@ -313,6 +314,16 @@ def _strangers(out: Path) -> Iterator[Problem]:
         if path.name not in beside and not (path.is_dir() and (_ID.fullmatch(path.name) or packed.is_pack(path))):
             what = "does not belong into a folder of published results, which holds packs and folders of runs"
             yield Problem(path.name, "", f"{what}; remove it")
+
+
+def _notes(out: Path) -> Iterator[Problem]:
+    try:
+        notes = records.prose(out) or ""
+    except (OSError, ValueError) as error:
+        yield Problem(PROSE, "", f"cannot be read ({error}); write it anew")
+        return
+    for place, what in overlong(notes):
+        yield Problem(PROSE, place, what)
 
 
 def _table(out: Path, found: Sequence[Record]) -> Iterator[Problem]:
