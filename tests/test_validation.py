@@ -1419,11 +1419,13 @@ def test_weights_are_named_without_their_folder() -> None:
 # The workflow -----------------------------------------------------------------------------------------------
 
 
-def workflow() -> dict[Any, Any]:
+WORKFLOWS = Path(__file__).parents[1] / ".github" / "workflows"
+
+
+def workflow(name: str = "checks") -> dict[Any, Any]:
     import yaml  # type: ignore[import-untyped]
 
-    file = Path(__file__).parents[1] / ".github" / "workflows" / "checks.yml"
-    content: dict[Any, Any] = yaml.safe_load(file.read_text())
+    content: dict[Any, Any] = yaml.safe_load((WORKFLOWS / f"{name}.yml").read_text())
     return content
 
 
@@ -1440,6 +1442,39 @@ def test_the_workflow_checks_code_and_results_and_publishes_the_main_branch_only
     assert "default_branch" in publish["if"] and "github.event_name != 'pull_request'" in publish["if"]
 
 
+@pytest.mark.parametrize("name", [file.stem for file in WORKFLOWS.glob("*.yml")])
+def test_actions_are_named_by_commit_and_leave_no_token(name: str) -> None:
+    used = re.findall(r"uses: *(.*)", (WORKFLOWS / f"{name}.yml").read_text())
+    assert used and all(re.fullmatch(r"actions/[\w-]+@[0-9a-f]{40}  # v\d+\.\d+\.\d+", each) for each in used)
+    steps = [step for job in workflow(name)["jobs"].values() for step in job["steps"]]
+    for step in steps:
+        if step.get("uses", "").startswith("actions/checkout@"):
+            assert step["with"]["persist-credentials"] is False
+        assert "${{" not in step.get("run", ""), "what a pull request is called would be run"
+
+
+def test_no_pull_request_changes_the_guard_and_the_guard_runs_none() -> None:
+    guard = workflow("guard")
+    assert set(guard[True]) == {"pull_request_target"} and guard["permissions"] == {"contents": "read"}  # on: is true
+    assert [name for name in WORKFLOWS.glob("*.yml") if "pull_request_target:" in name.read_text()] == [
+        WORKFLOWS / "guard.yml"
+    ]
+    (job,) = guard["jobs"].values()
+    assert "permissions" not in job
+    checkout, *rest = job["steps"]
+    assert set(checkout["with"]) == {"fetch-depth", "persist-credentials"}, "the main branch, and nothing else"
+    programs = {line.split()[0] for step in rest for line in step["run"].splitlines()}
+    assert not any("uses" in step for step in rest)
+    assert programs <= {"git", "if", "fi", "echo", "exit", "changed=$(git"}
+    assert not re.search(r"git (checkout|switch|merge|restore|worktree|apply|submodule)", str(rest))
+
+
+def test_what_decides_over_results_has_owners() -> None:
+    lines = (WORKFLOWS.parent / "CODEOWNERS").read_text().splitlines()
+    owned = {line.split()[0]: line.split()[1:] for line in lines if not line.startswith("#")}
+    assert set(owned) == {"/.github/", "/bench/", "/results/verified.json", ".gitattributes"} and all(owned.values())
+
+
 @pytest.mark.parametrize(
     ("change", "refused"),
     [
@@ -1452,7 +1487,7 @@ def test_the_workflow_checks_code_and_results_and_publishes_the_main_branch_only
     ],
 )
 def test_the_workflow_lets_nobody_change_what_is_published(tmp_path: Path, change: str, refused: str) -> None:
-    steps = workflow()["jobs"]["results"]["steps"]
+    steps = workflow("guard")["jobs"]["published"]["steps"]
     script = next(step["run"] for step in steps if step.get("name") == "What is published stays as it is")
     git = "git -c user.name=a -c user.email=a@b"
 
@@ -1466,5 +1501,8 @@ def test_the_workflow_lets_nobody_change_what_is_published(tmp_path: Path, chang
     ).check_returncode()
     base = shell("git rev-parse HEAD").stdout.strip()
     shell(f"{change}; git add .; {git} commit -qm two").check_returncode()
-    done = shell(script, BASE=base)
+    head = shell("git rev-parse HEAD").stdout.strip()
+    shell(f"git checkout -q {base}").check_returncode()
+    done = shell(script, BASE=base, HEAD=head)
+    assert "fatal" not in done.stderr
     assert (done.returncode != 0) == bool(refused) and refused in done.stdout, done.stdout + done.stderr
