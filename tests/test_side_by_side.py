@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.validation import limits, side_by_side
+from bench.sweep import limits, side_by_side
 from bench.validation.found import Inspected
 from bench.validation.side_by_side import inspect_all
 

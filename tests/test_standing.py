@@ -434,10 +434,10 @@ def test_what_the_board_ran_is_not_ranked_beside_what_it_did_not(tmp_path: Path)
     assert [layout.title(board).rpartition(", ")[2] for board in found] == [
         "standing = run again", "standing = self-reported", "standing = unrepeatable"
     ]  # fmt: skip
-    heading, cells = layout.grid(found[0])
+    heading, cells = layout.grid(found[0], str, str)
     assert heading[2] == "standing" and [row[2] for row in cells] == ["verified", "reproduced"]
     assert any("the same to the bit" in line for line in layout.remarks(found[0]))
-    assert "standing" not in layout.grid(found[1])[0]
+    assert "standing" not in layout.grid(found[1], str, str)[0]
     parts = compare(found, "personal.balanced").parts
     assert [{pair.first, pair.second} for part in parts for pair in part.pairs] == [{"fedavg", "fedrep"}]
 

@@ -92,7 +92,13 @@ def validate_command(
     if not as_json:
         _print(report)
     files = tuple(file.resolve() for file in plugins)
-    board = Board(report=report, root=root, plugins=files, seconds=seconds, say=lambda sentence: click.echo(plain(sentence), err=True))
+    board = Board(
+        report=report,
+        root=root,
+        plugins=files,
+        seconds=seconds,
+        say=lambda sentence: click.echo(plain(sentence), err=True),
+    )
     if recount:
         board.recount()
     seed = None if rerun is None else board.rerun(rerun, rerun_seed)

@@ -10,6 +10,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from bench.plugins.registry import load_plugin
+from bench.sweep import limits
 from bench.sweep.config import Run
 from bench.sweep.execution import execute
 
@@ -58,4 +59,7 @@ def answer() -> None:
     with redirect_stdout(sys.stderr):  # whatever plug-ins print
         for file in pickle.load(stream):
             load_plugin(file)
-        execute(*pickle.load(stream))
+        run, out = pickle.load(stream)
+        if run.device == "cpu" and (memory := limits.of_the_machine()) is not None:
+            limits.take_memory(memory)  # or others would go with it
+        execute(run, out)

@@ -23,7 +23,7 @@ from typing import Any
 
 from bench.plugins.registry import load_plugin
 from bench.sweep.cluster import cores
-from bench.validation import limits
+from bench.sweep import limits
 from bench.validation.found import Inspected
 from bench.validation.inspection import inspect
 

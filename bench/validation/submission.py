@@ -85,7 +85,9 @@ def gather(folders: Sequence[Path], models: bool = False) -> dict[str, dict[str,
         runs[folder.name] = {**files, DOCUMENT: content}
         if record.models:
             place = record.models_folder
-            runs[f"{folder.name}/{MODELS}"] = {name: reading.contents(place / name, links=False) for name in record.models}
+            runs[f"{folder.name}/{MODELS}"] = {
+                name: reading.contents(place / name, links=False) for name in record.models
+            }
     return runs
 
 

@@ -1,4 +1,4 @@
-"""What a process may take that looks at somebody else's files: an end by the system, whatever these make of it."""
+"""What a process may take that does what somebody else asks for: an end by the system, whatever it makes of it."""
 
 from __future__ import annotations
 
@@ -28,6 +28,14 @@ def take_memory(most: int) -> None:
 def _taken() -> int:
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def of_the_machine() -> int | None:
+    """Give the bytes of memory that the machine has; None where that is not known."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def take_seconds(most: float) -> None:
