@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +91,43 @@ def alive(group: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def of_ray(driver: int) -> dict[str, list[int]]:
+    """Find the processes of the Ray that a sweep's driver has started, by what they are: "raylet", "gcs_server",
+    "DashboardAgent", "RuntimeEnvAgent", "worker" (at work or idle) and "other"; to be killed by those who test that.
+    """
+    import psutil
+
+    found: dict[str, list[int]] = {}
+    with suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(driver).children(recursive=True):
+            with suppress(psutil.Error):
+                name = process.name()
+                agent = name.removeprefix("ray::")
+                what = next((each for each in _OF_RAY if each.startswith(agent[:13])), None)
+                kind = what or ("worker" if name.startswith("ray::") else "other")
+                found.setdefault(kind, []).append(process.pid)
+    return found
+
+
+_OF_RAY = ("raylet", "gcs_server", "DashboardAgent", "RuntimeEnvAgent")
+
+
+def homes_of_ray() -> set[Path]:
+    """List the folders of Rays that sweeps have started and not removed."""
+    where = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    return set(Path(where).glob("bench-ray-*"))
+
+
+def in_homes(homes: Iterable[Path]) -> list[str]:
+    """List the processes that live in such folders, also those whose driver is gone."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            words = [*process.cmdline(), *(file.path for file in process.open_files())]
+            if any(f"{home}/" in word for home in homes for word in words):
+                found.append(f"{process.pid} {process.name()}")
+    return found

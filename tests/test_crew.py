@@ -32,7 +32,7 @@ from bench.plugins.registry import ALGORITHMS
 from bench.protocol.settings import BadConfig, Setting
 from bench.sweep import actors, cluster, config, on_ray
 from bench.sweep.actors import OnActors
-from bench.sweep.cluster import WorkersDied
+from bench.sweep.cluster import Session, WorkersDied
 from bench.sweep.schedule import Schedule
 from bench.training import crew, engine
 from bench.training.crew import Surroundings
@@ -166,7 +166,7 @@ def _resolved(value: object) -> object:
 
 def hired(make: Callable[[], Surroundings], size: int = 3, **how: Any) -> tuple[OnActors, StandIn]:
     ray = StandIn(**how)
-    crew = OnActors(ray, size, "cpu")
+    crew = OnActors(Session(ray), size, "cpu")
     crew.brief(make)
     return crew, ray
 
@@ -605,7 +605,8 @@ def test_on_a_cluster_no_run_waits_for_workers_that_other_runs_keep_it_from(
         nodes=lambda: [],
     )
     nobody: Any = None
-    drive = on_ray._Drive(ray, jobs, "cpu", workers, Schedule([]), Path(), nobody, nobody)
+    drive = on_ray._Drive(jobs, "cpu", workers, Schedule([]), Path(), nobody, nobody)
+    drive.go(Session(ray))
     assert drive.at_once == at_once
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
+from unittest.mock import patch
 
 import pytest
 
-from bench.sweep import config, on_ray
+from bench.sweep import cluster, config, on_ray
+from bench.sweep.cluster import DEATHS_OF_RAY, RayDied, Session
 from bench.sweep.config import Run
+from bench.sweep.local_ray import Home
 from bench.sweep.on_ray import OnRay
 from bench.sweep.pool import Failure
 from bench.sweep.schedule import Forecast, Schedule
@@ -43,6 +47,11 @@ class Accounts:
     """All tasks that were there, at each wait."""
     times: dict[str, int] = field(default_factory=dict)
     cancelled: list[Task] = field(default_factory=list)
+    left: Schedule = field(default_factory=lambda: Schedule([]))
+    started: int = 0
+    """How often Ray was started."""
+    dead: bool = False
+    """Whether Ray is; set by outcomes."""
     said: list[str] = field(default_factory=list)
     """Why runs wait again, and which rounds were told of."""
 
@@ -68,14 +77,22 @@ class Accounts:
             progressed=lambda run, report: self.said.append(f"round {report.round}"),
             ended=lambda run, reason: ended.append(f"{run.seed}{'' if reason is None else '*'}"),
         )
-        schedule = Schedule(runs, forecasts)
+        schedule = self.left = Schedule(runs, forecasts)
         nothing: Any = None
         drive = on_ray._Drive(
-            ray, options.get("jobs"), device, options.get("workers", 1), schedule, self.out, nothing, watcher
+            options.get("jobs"), device, options.get("workers", 1), schedule, self.out, nothing, watcher
         )
-        drive.go()
+        with patch.object(cluster, "session", lambda *_: self._session(ray)):
+            cluster.lasting(drive.go, 1, tell=self.said.append)
         assert drive.places == {} and all(room == pytest.approx(1.0) for room in drive.room)
         return ended
+
+    @contextmanager
+    def _session(self, ray: Any) -> Iterator[Session]:
+        self.started += 1
+        self.tasks.clear()
+        self.dead = False
+        yield Session(ray, cast(Home, SimpleNamespace(is_alive=lambda patience: not self.dead)))
 
     def _options(self, **options: float) -> Any:
         def remote(payload: Any, out: str) -> Task:
@@ -244,3 +261,40 @@ def test_an_interruption_cancels_what_is_going_on() -> None:
     with pytest.raises(KeyboardInterrupt):
         accounts.drive(runs, {}, "cpu")
     assert len(accounts.cancelled) == 2  # of three, one had ended
+
+
+DIED = "Ray's own processes died (killed, or out of memory)"
+
+
+@pytest.mark.parametrize("how", ["NodeDiedError", "RayError", Failure("a worker found nobody")])
+def test_the_death_of_ray_is_no_run_s_failure_and_what_was_going_on_goes_on_on_the_next(how: Any) -> None:
+    def outcome(run: Run, time: int) -> Any:
+        accounts.dead = accounts.started <= DEATHS_OF_RAY and run.seed == 1
+        return how if accounts.dead else None
+
+    accounts, runs = Accounts({"CPU": 2.0}, outcome=outcome), runs_of(4)
+    assert sorted(accounts.drive(runs, {}, "cpu")) == list("0123")
+    assert accounts.started == DEATHS_OF_RAY + 1
+    assert accounts.said.count(DIED + "; it is started again, and what was going on goes on from what was saved") == 3
+    assert set(accounts.said[:2]) == {f"{DIED}; the run goes on from what was saved"}
+    assert accounts.cancelled == []
+
+
+def test_what_ended_well_before_ray_died_is_done() -> None:
+    def outcome(run: Run, time: int) -> None:
+        accounts.dead = accounts.started == 1
+
+    accounts, runs = Accounts({"CPU": 3.0}, outcome=outcome), runs_of(3)
+    assert sorted(accounts.drive(runs, {}, "cpu")) == list("012")
+    assert accounts.started == 2 and set(accounts.times.values()) == {1}
+
+
+def test_ray_that_dies_once_more_leaves_the_runs_waiting() -> None:
+    def outcome(run: Run, time: int) -> str:
+        accounts.dead = True
+        return "RayError"
+
+    accounts, runs = Accounts({"CPU": 2.0, "GPU": 1.0}, outcome=outcome), runs_of(3)
+    with pytest.raises(RayDied, match=r"^Ray's own processes died"):
+        accounts.drive(runs, peaks(runs, 1.0, 1.0, 1.0), "cuda")
+    assert accounts.started == DEATHS_OF_RAY + 1 and len(accounts.left) == 3

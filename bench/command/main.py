@@ -53,6 +53,7 @@ _STATUS = {
     "DamagedResult": 2,
     "NotKept": 2,
     "TrackingFailed": 2,
+    "RayDied": 1,
     "DataMissing": 3,
     "DataDamaged": 3,
 }

@@ -22,6 +22,7 @@ from bench.results import records
 from bench.results.storage import prepare
 from bench.results.table import leaderboards, render
 from bench.sweep import driver, execution
+from bench.sweep.cluster import RayDied
 from bench.sweep.forecast import forecast
 from bench.sweep.journal import Journal
 from bench.sweep.schedule import Budget, Schedule
@@ -65,6 +66,7 @@ def perform(asked: Asked, command: str, quiet: bool = False) -> Swept:
 
     Raises:
         Stopped: Somebody interrupted it.
+        RayDied: Ray's own processes did, again and again; the runs wait.
         BadConfig, DataMissing, ...: It cannot be done; nothing was begun.
     """
     threads = torch.get_num_threads()
@@ -106,6 +108,12 @@ def _perform(asked: Asked, command: str, quiet: bool) -> Swept:
             if mirror is not None:
                 mirror.finish("KILLED", {})
             raise Stopped from interrupt
+        except RayDied as error:
+            done = sum(execution.finished(run, asked.out) for run in runs)
+            if mirror is not None:
+                mirror.finish("KILLED", {})
+            kept = f"{done} of {len(runs)} runs are done and kept, the others wait"
+            raise RayDied(f"{error}; {kept}. The same command goes on: {command}") from error
         finished = [result.run.id for result in results if result.status in ("done", "cached")]
         swept = Swept(results, leaderboards([records.read(asked.out / run) for run in finished]), mirror)
         if mirror is not None:

@@ -10,7 +10,7 @@ import os
 import pickle
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,18 @@ from typing import Any
 import torch
 
 from bench.protocol.settings import BadConfig
-from bench.sweep.cluster import MODELS_BYTES, Payload, WorkersDied, import_ray, need_ray, packed, session, unpacked
+from bench.sweep.cluster import (
+    MODELS_BYTES,
+    Payload,
+    RayDied,
+    Session,
+    WorkersDied,
+    import_ray,
+    need_ray,
+    packed,
+    session,
+    unpacked,
+)
 from bench.training.crew import Alone, Answer, Crew, Item, Surroundings
 from bench.training.memory import peak_memory
 from bench.training.parcel import Memory, Parcel, addresses, pack, unpack
@@ -29,6 +40,8 @@ Make = Callable[[], Surroundings]
 
 DEATHS = 3
 """Actors that may die one after the other, without any work done in between, each in the place of the one before."""
+_LOOK_SECONDS = 1.0
+"""Between two looks whether Ray lives, while nothing comes."""
 _AHEAD = 2
 """Items that an actor is given at once, where there are many: one to do, and one to go on with."""
 _KEPT = 2
@@ -50,17 +63,18 @@ def hire(size: int, device: str, plugins: Sequence[Path], make: Make) -> Iterato
 
     Raises:
         BadConfig: Ray is not installed, or the cluster has fewer cores.
+        RayDied: Ray, which was started here, does not start or did not live until the end.
     """
     if size <= 1:
         yield Alone()
         return
     need_ray(f"--workers-per-run {size}", "leave it out")
     in_task = import_ray().is_initialized()
-    with session(size, shared_bytes=MODELS_BYTES) as ray:
-        available = int(ray.cluster_resources().get("CPU", 0.0))
+    with session(size, shared_bytes=MODELS_BYTES) as here:
+        available = int(here.ray.cluster_resources().get("CPU", 0.0))
         if available < size:
             raise BadConfig(f"--workers-per-run {size}: the cluster has {available} cores; use at most as many")
-        crew = OnActors(ray, size, device, in_task=in_task)
+        crew = OnActors(here, size, device, in_task=in_task)
         try:
             crew.brief(make, plugins)
             yield crew
@@ -72,14 +86,15 @@ class OnActors:
     """A crew of this process and Ray actors of one core each.
 
     Args:
-        ray: The module, connected to a cluster.
+        cluster: Where.
         size: Processes, this one among them.
         device: "cpu" or "cuda".
         in_task: Whether this process is a task of Ray: it may have a share of a GPU, and each actor gets as much.
     """
 
-    def __init__(self, ray: Any, size: int, device: str, in_task: bool = False) -> None:
-        self.ray, self.size = ray, size
+    def __init__(self, cluster: Session, size: int, device: str, in_task: bool = False) -> None:
+        self.cluster, self.ray, self.size = cluster, cluster.ray, size
+        ray = self.ray
         share = 0.0
         cards: list[str] = []
         if device == "cuda":
@@ -161,9 +176,11 @@ class OnActors:
         return sum(self._answer(worker, worker.actor.peak_memory.remote()) or 0.0 for worker in there)
 
     def dismiss(self) -> None:
-        """Stop the actors."""
-        for worker in self.workers:
-            self.ray.kill(worker.actor)
+        """Stop the actors, unless Ray is dead and they with it."""
+        with suppress(RayDied):
+            self.cluster.require_alive()
+            for worker in self.workers:
+                self.ray.kill(worker.actor)
 
     def _start(self, worker: _Handle) -> None:
         worker.actor = self.actor.remote(worker.card)
@@ -202,10 +219,13 @@ class OnActors:
 
     def _finished(self, references: list[Any], wait: bool) -> list[Any]:
         """Give the references that have been answered, at least one if we wait."""
-        if not references:
-            return []
-        many = 1 if wait else len(references)
-        done: list[Any] = self.ray.wait(references, num_returns=many, timeout=None if wait else 0)[0]
+        done: list[Any] = []
+        while references and not done:
+            many = 1 if wait else len(references)
+            done = self.ray.wait(references, num_returns=many, timeout=_LOOK_SECONDS if wait else 0)[0]
+            if not wait:
+                break
+            self.cluster.require_alive()
         return done
 
     def _answer(self, worker: _Handle, reference: Any) -> Any:
@@ -218,6 +238,7 @@ class OnActors:
         except errors.RayTaskError as error:
             raise error.cause from None
         except errors.RayError as error:
+            self.cluster.require_alive(error)
             worker.deaths += 1
             if worker.deaths > DEATHS:
                 raise WorkersDied(

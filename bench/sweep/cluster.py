@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any, TypeVar
 from bench.plugins import cells
 from bench.plugins.registry import load_plugin
 from bench.protocol.settings import BadConfig
+from bench.sweep import local_ray
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -33,10 +35,18 @@ MODELS_BYTES = 2000 * 2**20
 """Shared memory for processes that hand each other models; where they write their results to files, less will do."""
 _LITTLE_BYTES = 100 * 2**20
 _POLL_SECONDS = 0.2
+DEATHS_OF_RAY = 3
+"""How often Ray is started again for one piece of work."""
+_SURELY_SECONDS, _PERHAPS_SECONDS = 10.0, 1.0
+"""In which Ray's death shows, after an error that says so; and after another one of a worker's death."""
 
 
 class WorkersDied(RuntimeError):
     """Processes that did a piece of work were killed, again and again."""
+
+
+class RayDied(RuntimeError):
+    """Ray itself is dead, on this machine and where we started it; that says nothing of the work it did."""
 
 
 def has_ray() -> bool:
@@ -59,40 +69,121 @@ def need_ray(option: str, otherwise: str) -> None:
 
 
 @contextmanager
-def session(cpus: int, address: str = "local", shared_bytes: int = _LITTLE_BYTES) -> Iterator[Any]:
-    """Give Ray's module, connected to a cluster; what was started or joined here is left at the end.
+def session(cpus: int, address: str = "local", shared_bytes: int = _LITTLE_BYTES) -> Iterator[Session]:
+    """Give Ray, connected to a cluster; what was started or joined here is left at the end.
 
     Nothing that Ray prints is seen meanwhile: it says on standard output, which is for results, what happened to its
     workers, and whoever has them work says that anyway. Within a task of Ray nothing is started, joined or hidden.
 
     Args:
         cpus: Cores to start Ray with.
-        address: "local" starts it on this machine; another one joins a running cluster, whatever `cpus` says.
+        address: "local" starts it on this machine, where it is private; another one joins a running cluster, whatever
+            `cpus` says, with the user's own token.
         shared_bytes: Memory for what its processes hand each other.
 
     Raises:
         BadConfig: Nobody answers at the address.
+        RayDied: It does not start here.
     """
     ray = import_ray()
     if ray.is_initialized():
-        yield ray
+        yield Session(ray)
         return
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "address": address}
-    if address == "local":
-        options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": shared_bytes}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
-        try:
+        if address != "local":
             try:
-                ended_by = signal.getsignal(signal.SIGTERM)
-                ray.init(**options)
-                if callable(ended_by) and threading.current_thread() is threading.main_thread():
-                    # Ray has put its own there, which ends this process at once.
-                    signal.signal(signal.SIGTERM, ended_by)
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                raise BadConfig(f"--ray {address}: Ray does not start or answer there ({error})") from error
-            yield ray
-        finally:
-            ray.shutdown()
+                _init(ray, quiet | {"address": address})
+                yield Session(ray)
+            finally:
+                ray.shutdown()
+            return
+        ours = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": shared_bytes}
+        with local_ray.home() as home:
+            try:
+                _init(ray, quiet | ours | {"address": address, "_temp_dir": str(home.temporary)})
+                home.listen()
+                yield Session(ray, home)
+            finally:
+                if not home.is_alive():  # or Ray would wait for what is dead
+                    home.clear()
+                ray.shutdown()
+
+
+@dataclass(frozen=True)
+class Session:
+    """Ray, connected to a cluster."""
+
+    ray: Any
+    """The module."""
+    home: local_ray.Home | None = None
+    """Of a Ray that was started here."""
+
+    def require_alive(self, after: Exception | None = None) -> None:
+        """Make sure that the Ray that was started here lives; of another one nothing is known.
+
+        Args:
+            after: Ray's error of a worker that died: of its own, or because Ray is dying, which shows a moment later.
+
+        Raises:
+            RayDied: It does not.
+        """
+        sure = type(after).__name__ in ("NodeDiedError", "LocalRayletDiedError")
+        patience = 0.0 if after is None else _SURELY_SECONDS if sure else _PERHAPS_SECONDS
+        if self.home is not None and not self.home.is_alive(patience):
+            raise RayDied("Ray's own processes died (killed, or out of memory)")
+
+
+def lasting(
+    work: Callable[[Session], Answer],
+    cpus: int,
+    address: str = "local",
+    shared_bytes: int = _LITTLE_BYTES,
+    tell: Callable[[str], None] = lambda sentence: print(sentence, file=sys.stderr),
+) -> Answer:
+    """Have work done on Ray, and go on with it on another one if that dies, three times at most.
+
+    Args:
+        work: Given the session; goes on where it was when it is called again. It calls `require_alive`.
+        cpus, address, shared_bytes: As of `session`.
+        tell: Told in a sentence that Ray died.
+
+    Raises:
+        RayDied: It died once more, or does not start. Besides, whatever `work` raises.
+    """
+    deaths = 0
+    while True:
+        try:
+            with session(cpus, address, shared_bytes) as here:
+                return work(here)
+        except RayDied as error:
+            deaths += 1
+            if deaths > DEATHS_OF_RAY:
+                raise
+            tell(f"{error}; it is started again, and what was going on goes on from what was saved")
+
+
+def _init(ray: Any, options: dict[str, Any]) -> None:
+    """Start or join Ray, and leave this process's signals as they were."""
+    ended_by = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(**options)
+    except SystemExit as terminated:  # by what Ray does with SIGTERM
+        raise KeyboardInterrupt from terminated
+    except ValueError as error:
+        raise BadConfig(_refused(options["address"], error)) from error
+    except (ConnectionError, RuntimeError) as error:
+        kind = RayDied if options["address"] == "local" else BadConfig
+        raise kind(_refused(options["address"], error)) from error
+    finally:
+        if callable(ended_by) and threading.current_thread() is threading.main_thread():
+            # Ray has put its own there, which ends this process at once.
+            signal.signal(signal.SIGTERM, ended_by)
+
+
+def _refused(address: str, error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"--ray {address}: Ray does not start or answer there ({lines[0].rstrip('. ')})"
 
 
 def import_ray() -> Any:
@@ -166,44 +257,50 @@ def spread(
         done: Told each item with its answer as they come, in this process.
 
     Raises:
-        WorkersDied: The workers of one item died several times. Besides, whatever `work` raises; the others are stopped
-        then, as they are at an interruption.
+        WorkersDied: The workers of one item died several times.
+        RayDied: Ray did. Besides, whatever `work` raises; the others are stopped then, as they are at an interruption.
     """
     at_once = min(jobs or cores("cpu"), len(items))
     if at_once <= 1 or not has_ray():
         for item in items:
             done(item, work(item))
         return
-    with session(at_once) as ray:
-        _spread_on(ray, work, items, at_once, done)
+    left = dict(enumerate(items))
+    lasting(lambda here: _spread_on(here, work, left, at_once, done), at_once)
 
 
 def _spread_on(
-    ray: Any,
+    here: Session,
     work: Callable[[Item], Answer],
-    items: Sequence[Item],
+    left: dict[int, Item],
     at_once: int,
     done: Callable[[Item, Answer], None],
 ) -> None:
+    """Apply a function to the items that are left, and take those that are done out of them."""
+    ray = here.ray
     task = ray.remote(num_cpus=1, max_retries=2)(_apply)
-    waiting = iter(items)
-    running = {task.remote(work, item): item for item in islice(waiting, at_once)}
+    waiting = iter(list(left))
+    running = {task.remote(work, left[k]): k for k in islice(waiting, at_once)}
     try:
         while running:
+            here.require_alive()
             finished, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
             for reference in finished:
-                item = running.pop(reference)
-                running |= {task.remote(work, following): following for following in islice(waiting, 1)}
+                k = running.pop(reference)
+                running |= {task.remote(work, left[following]): following for following in islice(waiting, 1)}
                 try:
                     answer: Answer = ray.get(reference)
                 except ray.exceptions.RayTaskError as error:
                     raise error.cause from None
                 except ray.exceptions.RayError as error:
+                    here.require_alive(error)
                     raise WorkersDied(
                         "workers died again and again (killed, or out of memory); the same command goes on, and "
                         "fewer --jobs need less memory"
                     ) from error
-                done(item, answer)
+                done(left.pop(k), answer)
+    except RayDied:
+        raise
     except BaseException:
         for reference in running:
             ray.cancel(reference, force=True)

@@ -25,7 +25,7 @@ from bench.results import records, tables
 from bench.results.claims import Claimed, claim
 from bench.splits.split import Split, describe, group_classes, make_split
 from bench.sweep.actors import hire
-from bench.sweep.cluster import WorkersDied
+from bench.sweep.cluster import RayDied, WorkersDied
 from bench.sweep.config import Run
 from bench.sweep.pool import Failure
 from bench.sweep.watch import append, progress_file
@@ -84,6 +84,7 @@ def execute(
 
     Raises:
         OutputUnwritable: The run's folder cannot be written.
+        RayDied: Ray did, which had been started for the run's other processes; it goes on from its checkpoint.
     """
     folder = records.prepare(out / run.id)
     try:
@@ -125,7 +126,7 @@ def _execute(
         if models is not None:
             described["models"] = outcome.models
         _write(out, run, described, outcome, models, force or again)
-    except records.OutputUnwritable:
+    except (records.OutputUnwritable, RayDied):
         raise
     except (Exception, SystemExit) as error:  # a plug-in may raise anything; the other runs of the sweep go on
         reason = reason_of(error, _EXPECTED)

@@ -7,8 +7,19 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.sweep.cluster import MODELS_BYTES, Payload, cores, gpu_bytes, need_ray, packed, session, unpacked
-from bench.sweep.pool import DEATHS, POLL_SECONDS, Execute, Failure, Queue, attempt
+from bench.sweep.cluster import (
+    MODELS_BYTES,
+    Payload,
+    RayDied,
+    Session,
+    cores,
+    gpu_bytes,
+    lasting,
+    need_ray,
+    packed,
+    unpacked,
+)
+from bench.sweep.pool import DEATHS, GOES_ON, POLL_SECONDS, Execute, Failure, Queue, attempt
 from bench.sweep.schedule import Schedule
 from bench.sweep.watch import Tail, Watcher, progress_file
 
@@ -42,10 +53,15 @@ class OnRay:
         self.address, self.jobs, self.device, self.workers = address, jobs, device, workers
 
     def __call__(self, schedule: Schedule, out: Path, execute: Execute, watcher: Watcher) -> None:
-        """Execute all runs; an interruption stops the workers at once and keeps what they have saved."""
+        """Execute all runs; an interruption stops the workers at once and keeps what they have saved.
+
+        Raises:
+            RayDied: Ray did, again and again; the runs that were going on wait.
+        """
         shared = {} if self.workers == 1 else {"shared_bytes": MODELS_BYTES}
-        with session(self.cpus(len(schedule)), self.address, **shared) as ray:
-            _Drive(ray, self.jobs, self.device, self.workers, schedule, out.resolve(), execute, watcher).go()
+        drive = _Drive(self.jobs, self.device, self.workers, schedule, out.resolve(), execute, watcher)
+        # that Ray died is told of each run that waits for it
+        lasting(drive.go, self.cpus(len(schedule)), self.address, **shared, tell=lambda sentence: None)
 
     def cpus(self, runs: int) -> int:
         """Count the cores that Ray is started with for so many runs, if it is started here."""
@@ -55,11 +71,10 @@ class OnRay:
 
 
 class _Drive:
-    """One sweep on Ray."""
+    """One sweep on Ray, or on several, one after the other, if they die."""
 
     def __init__(
         self,
-        ray: Any,
         jobs: int | None,
         device: str,
         workers: int,
@@ -68,41 +83,58 @@ class _Drive:
         execute: Execute,
         watcher: Watcher,
     ) -> None:
-        self.ray, self.device, self.schedule = ray, device, schedule
+        self.jobs, self.device, self.workers, self.schedule = jobs, device, workers, schedule
         self.out, self.execute, self.watcher = out, execute, watcher
         self.queue = Queue(schedule, out, watcher)
         self.running: dict[Any, Run] = {}
         self.tails: dict[str, Tail] = {}
         self.completed: dict[str, int] = {}
-        self.task = ray.remote(num_cpus=1, max_retries=0)(_work)
-        self.resources: dict[str, float] = ray.cluster_resources()
-        gpus = self.resources.get("GPU", 0.0) if device == "cuda" else 0.0
-        cores = self.resources.get("CPU", 1.0)
-        self.room = [1.0] * int(gpus) if workers == 1 else []
-        """What is left of each GPU, as runs are thought to lie there; Ray places them."""
-        self.places: dict[str, tuple[int, float]] = {}
-        """Of the runs that are going on: on which GPU, and how much of it."""
-        self.at_once = jobs or max(int((cores if self.room else gpus or cores) // workers), 1)
-        if workers > 1:  # each run waits for workers of its own: there must be room for those too
-            self.at_once = max(min(self.at_once, int(cores // workers)), 1)
-        together = 1 if self.room and jobs is None else math.ceil(self.at_once * workers / gpus) if gpus else 0
-        self.share = 1 / together if together else 0.0
-        """Of a GPU, for each process of a run of which nobody knows how much memory it takes."""
-        self.largest = max((node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
 
-    def go(self) -> None:
-        """Execute all runs."""
+    def go(self, here: Session) -> None:
+        """Execute all runs that are left.
+
+        Raises:
+            RayDied: Ray did; the runs that were going on wait.
+        """
+        self._enter(here)
         try:
             while True:
+                here.require_alive()
                 while len(self.running) < self.at_once and (run := self.queue.take(self._fits)) is not None:
                     self._begin(run)
                 if not self.running and self.queue.is_over():
                     return
                 self._wait()
+        except RayDied as error:
+            for run in self.running.values():
+                self.queue.wait(run, f"{error}; {GOES_ON}")
+            self.running.clear()
+            raise
         except BaseException:
             for reference in self.running:
                 self.ray.cancel(reference, force=True)
             raise
+
+    def _enter(self, here: Session) -> None:
+        """See what a cluster has."""
+        self.here, self.ray = here, here.ray
+        self.task = self.ray.remote(num_cpus=1, max_retries=0)(_work)
+        self.resources: dict[str, float] = self.ray.cluster_resources()
+        gpus = self.resources.get("GPU", 0.0) if self.device == "cuda" else 0.0
+        cores = self.resources.get("CPU", 1.0)
+        self.room = [1.0] * int(gpus) if self.workers == 1 else []
+        """What is left of each GPU, as runs are thought to lie there; Ray places them."""
+        self.places: dict[str, tuple[int, float]] = {}
+        """Of the runs that are going on: on which GPU, and how much of it."""
+        self.at_once = self.jobs or max(int((cores if self.room else gpus or cores) // self.workers), 1)
+        if self.workers > 1:  # each run waits for workers of its own: there must be room for those too
+            self.at_once = max(min(self.at_once, int(cores // self.workers)), 1)
+        each_alone = self.room and self.jobs is None
+        together = 1 if each_alone else math.ceil(self.at_once * self.workers / gpus) if gpus else 0
+        self.share = 1 / together if together else 0.0
+        """Of a GPU, for each process of a run of which nobody knows how much memory it takes."""
+        nodes = [node["Resources"].get("memory", 0.0) for node in self.ray.nodes() if node["Alive"]]
+        self.largest = max(nodes, default=0.0)
 
     def _begin(self, run: Run) -> None:
         alone = run.id in self.queue.alone
@@ -148,13 +180,28 @@ class _Drive:
             last = str(error).strip().splitlines()[-1]  # before it stands a trace
             failure = Failure(f"the worker failed: {last.partition('. ')[0]}")
         except errors.RayError as error:
+            self._blame(run, reference, error)
             lost = isinstance(error, errors.NodeDiedError | errors.ObjectLostError)
             reason = "its machine was lost" if lost else "the worker died (killed, or out of memory)"
             if self.queue.survives(run, reason, self.completed.get(run.id, 0)):
                 return
             failure = Failure(f"{reason}, {DEATHS} times in a row; the same command tries again")
+        if failure is not None:
+            self._blame(run, reference)
         if failure is None or not self.queue.again(run, failure):
             self.watcher.ended(run, None if failure is None else failure.reason)
+
+    def _blame(self, run: Run, reference: Any, error: Exception | None = None) -> None:
+        """Make sure that a run failed by itself.
+
+        Raises:
+            RayDied: Ray did, and what it made of the run says nothing: it is still going on.
+        """
+        try:
+            self.here.require_alive(error)
+        except RayDied:
+            self.running[reference] = run
+            raise
 
     def _fits(self, run: Run) -> bool:
         """Tell whether there is room for a run beside those that are running."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from bench.results import records
 from bench.results.claims import is_claimed
+from bench.sweep.cluster import DEATHS_OF_RAY, RayDied
 from bench.sweep.schedule import Schedule
 from bench.sweep.watch import Watcher
 from bench.training.rounds import Report
@@ -27,6 +28,7 @@ ELSEWHERE_SECONDS = 2.0
 """Between two looks whether another process is still doing a run."""
 DEATHS = 3
 """Workers that may die over one round of a run before it is given up."""
+GOES_ON = "the run goes on from what was saved"
 
 
 @dataclass(frozen=True)
@@ -52,15 +54,26 @@ class InProcess:
     """Runs one after the other, here."""
 
     def __call__(self, schedule: Schedule, out: Path, execute: Execute, watcher: Watcher) -> None:
-        """Execute all runs."""
-        queue = Queue(schedule, out, watcher)
+        """Execute all runs.
+
+        Raises:
+            RayDied: Ray did, again and again, where it had been started for the other processes of runs.
+        """
+        queue, deaths = Queue(schedule, out, watcher), 0
         while not queue.is_over():
             run = queue.take(lambda run: True)
             if run is None:
                 time.sleep(POLL_SECONDS)
                 continue
             watcher.started(run)
-            failure = attempt(execute, run, out, partial(watcher.progressed, run))
+            try:
+                failure = attempt(execute, run, out, partial(watcher.progressed, run))
+            except RayDied as error:
+                deaths += 1
+                queue.wait(run, f"{error}; {GOES_ON}")
+                if deaths > DEATHS_OF_RAY:
+                    raise
+                continue
             if failure is not None and failure.again in ("later", "found"):
                 queue.again(run, failure)
             else:
@@ -119,7 +132,13 @@ class Queue:
         if failure.again == "never" or run.id in self.alone:
             return False
         self.alone.add(run.id)
-        return self._delay(run, f"{failure.reason}; it will go on alone")
+        self.wait(run, f"{failure.reason}; it will go on alone")
+        return True
+
+    def wait(self, run: Run, why: str) -> None:
+        """Have a run wait again for a reason that is not its own."""
+        self.watcher.retried(run, why)
+        self.schedule.put_back(run)
 
     def survives(self, run: Run, reason: str, completed: int) -> bool:
         """Have a run wait again whose worker died; not if too many have died since it last got on.
@@ -133,11 +152,9 @@ class Queue:
             self._deaths[run.id] = 0
         self._rounds[run.id] = completed
         self._deaths[run.id] += 1
-        return self._deaths[run.id] < DEATHS and self._delay(run, f"{reason}; another one will go on")
-
-    def _delay(self, run: Run, why: str) -> bool:
-        self.watcher.retried(run, why)
-        self.schedule.put_back(run)
+        if self._deaths[run.id] >= DEATHS:
+            return False
+        self.wait(run, f"{reason}; another one will go on")
         return True
 
     def _is_done(self, run: Run) -> bool:

@@ -45,7 +45,8 @@ def search_on_ray(book: Book, address: str = "local", jobs: int | None = None) -
     device = book.studies[0].run.device
     need_ray(f"--ray {address}", "use --ray off")
     cpus = min(jobs or cores(device), len(book.studies))
-    with session(cpus, address) as ray, tempfile.TemporaryDirectory() as scratch:
+    with session(cpus, address) as here, tempfile.TemporaryDirectory() as scratch:
+        ray = here.ray
         from ray import tune
 
         for logger in ("ray.tune", "ray.train"):
