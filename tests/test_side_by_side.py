@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.sweep import limits, side_by_side
+from bench.sweep import limits
+from bench.validation import side_by_side
 from bench.validation.found import Inspected
 from bench.validation.side_by_side import inspect_all
 

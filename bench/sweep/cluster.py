@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from bench.plugins import cells
 from bench.plugins.registry import load_plugin
 from bench.protocol.settings import BadConfig
-from bench.sweep import local_ray
+from bench.sweep import limits, local_ray
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -230,9 +230,8 @@ def cores(device: str) -> int:
     if device == "mps":
         return 1
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not on this system
+    memory = limits.of_the_machine()
+    if memory is None:
         return here
     return max(min(here, memory // RUN_MEMORY_BYTES), 1)
 

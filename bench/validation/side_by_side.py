@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.plugins.registry import load_plugin
-from bench.sweep.cluster import cores
 from bench.sweep import limits
+from bench.sweep.cluster import cores
 from bench.validation.found import Inspected
 from bench.validation.inspection import inspect
 
