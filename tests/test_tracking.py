@@ -74,6 +74,7 @@ class Memory:
         self.dies, self.late, self.back = dies, late, back
         self.runs: dict[str, Kept] = {}
         self.requests: list[str] = []
+        self.moved: str | None = None
         self.release: threading.Event | None = None
         """If set, requests wait for it: a server that accepts and never answers."""
 

@@ -36,8 +36,10 @@ def track_command(out: Path, tracking_uri: str | None) -> None:
     found = read_stored(out)
     boards = table.leaderboards(found)
     tables = {f"leaderboard.{form}": table.render(boards, form) for form in ("md", "json")}
-    uri = tracking_uri or tracking.default_uri(out)
+    uri, said = tracking_uri or tracking.default_uri(out), list[str]()
     with click.progressbar(length=len(found), label=f"{len(found)} runs of {out}", file=sys.stderr) as bar:
-        done = tracking.import_records(uri, out, found, tables, lambda: bar.update(1))
+        done = tracking.import_records(uri, out, found, tables, lambda: bar.update(1), said.append)
+    for sentence in said:
+        click.echo(f"bench: {sentence}", err=True)
     click.echo(f"{done.added} added, {done.completed} completed, {done.present} there already")
     click.echo(f"curves:  {tracking.interface_command(uri)}")

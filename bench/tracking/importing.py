@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.results.record import Record
+from bench.tracking.database import passes
 from bench.tracking.described import (
     FOLDER_TAG,
     PARENT_TAG,
@@ -21,7 +22,7 @@ from bench.tracking.described import (
     record_tags,
     record_times,
 )
-from bench.tracking.server import Refused, Server, Shown, TrackingFailed, import_command, why
+from bench.tracking.server import Refused, Server, Shown, TrackingFailed, import_command, is_remote, why
 
 
 @dataclass(kw_only=True)
@@ -41,6 +42,7 @@ def import_records(
     records: Sequence[Record],
     tables: Mapping[str, str],
     tell: Callable[[], None] = lambda: None,
+    warn: Callable[[str], None] = lambda sentence: None,
 ) -> Imported:
     """Show finished and failed runs in MLflow.
 
@@ -53,16 +55,22 @@ def import_records(
         records: Its runs.
         tables: File name to content, kept with the parent if anything is added.
         tell: Called after each run.
+        warn: Told in a sentence that a damaged database was moved away.
 
     Raises:
         TrackingFailed: MLflow does not answer, or refuses. What was imported until then is not imported again.
     """
     try:
-        return _Import(Server(uri, out), out, records).run(tables, tell)
+        server = Server(uri, out)
+        if server.moved is not None:
+            warn(server.moved)
+        return _Import(server, out, records).run(tables, tell)
     except Refused as error:
         raise TrackingFailed(f"MLflow at {uri} cannot be written: {why(error)}") from error
     except Exception as error:  # whatever MLflow raises
         again = f"what was imported stays, and the same command goes on: {import_command(uri, out)}"
+        if not is_remote(uri) and not passes(error):
+            again = f"move that away, and the same command imports everything: {import_command(uri, out)}"
         raise TrackingFailed(f"MLflow at {uri} cannot be written: {why(error)}; {again}") from error
 
 

@@ -35,6 +35,7 @@ from bench.tracking.server import Server, Shown, Status, import_command, import_
 from bench.training.rounds import Report
 
 if TYPE_CHECKING:
+    from bench.results.record import Record
     from bench.sweep.config import Run
 
 _GATHER_SECONDS = 5.0
@@ -80,7 +81,8 @@ class Mirror:
         uri: Where to; `default_uri` or any tracking URI.
         out: The folder of all results. With the default URI artifacts lie there too.
         about: Parameters of the sweep, for the parent run.
-        warn: Told in a sentence, at most once, that MLflow is not written, and what to do.
+        warn: Told in a sentence, at most once, that MLflow is not written, and what to do; and that a damaged database
+            was moved away.
     """
 
     def __init__(self, uri: str, out: Path, about: Mapping[str, str], warn: Callable[[str], None]) -> None:
@@ -93,12 +95,12 @@ class Mirror:
         self._patience = _SILENT_SECONDS if is_remote(uri) else _CLOSE_SECONDS
         self._try_at = 0.0
         self._events: queue.SimpleQueue[Callable[[_Sweep], None]] = queue.SimpleQueue()
-        self._sweep = _Sweep(out, about)
+        self._sweep = _Sweep(out, about, warn)
         self._thread = threading.Thread(target=self._work, name="mlflow mirror", daemon=True)
 
     def begin(self, runs: Sequence[Run], cached: Sequence[Run]) -> None:
         """Open the parent run; finished runs that MLflow does not have yet are copied there."""
-        self._events.put(lambda sweep: sweep.cached.extend(cached))
+        self._events.put(lambda sweep: sweep.plan(runs, cached))
         self._thread.start()
 
     def started(self, run: Run) -> None:
@@ -194,8 +196,10 @@ class Mirror:
 class _Sweep:
     """What MLflow is to show, and how much of that it has; in the mirror's thread."""
 
-    def __init__(self, out: Path, about: Mapping[str, str]) -> None:
-        self.out, self.about, self.folder = out, about, str(out.resolve())
+    def __init__(
+        self, out: Path, about: Mapping[str, str], warn: Callable[[str], None] = lambda sentence: None
+    ) -> None:
+        self.out, self.about, self.warn, self.folder = out, about, warn, str(out.resolve())
         self.began = _milliseconds()
         self.server: Server | None = None
         self.parent: str | None = None
@@ -204,7 +208,9 @@ class _Sweep:
         """What earlier sweeps of the folder left open."""
         self.going: dict[str, _Child] = {}
         self.ended: deque[_Child] = deque()
-        self.cached: deque[Run] = deque()
+        self.planned: set[str] = set()
+        """Runs that are to be done, by id."""
+        self.cached: deque[Run | Record] = deque()
         self.copied: set[str] | None = None
         """Finished runs that MLflow has, by id."""
         self.status: Status | None = None
@@ -213,6 +219,10 @@ class _Sweep:
         """Whether MLflow has everything, to the end."""
 
     # What happens -------------------------------------------------------------------------------------------
+
+    def plan(self, runs: Sequence[Run], cached: Sequence[Run]) -> None:
+        self.planned |= {run.id for run in runs}
+        self.cached.extend(cached)
 
     def start(self, run: Run, now: int) -> None:
         if run.id not in self.going:  # a worker may take it once more after another died
@@ -246,6 +256,20 @@ class _Sweep:
         for child in (*self.going.values(), *self.ended):
             child.waiting, child.in_doubt, child.has_params = [], True, False
 
+    def begin_anew(self) -> None:
+        """Have everything shown in a database that is new: what is going on, and all that the folder holds."""
+        self.parent, self.has_about, self.copied = None, False, None
+        for child in (*self.going.values(), *self.ended):
+            child.mlflow_run, child.in_doubt, child.has_params = None, False, False
+            child.waiting, child.logged = [], set()
+        found, _ = records.read_all(self.out)
+        known = {run.id for run in self.cached} | self.going.keys() | {child.described.id for child in self.ended}
+        self.cached.extend(
+            record
+            for record in found
+            if record.id not in known and (record.status == "done" or record.id not in self.planned)
+        )
+
     # What is written ----------------------------------------------------------------------------------------
 
     @property
@@ -254,7 +278,12 @@ class _Sweep:
 
     def write(self, uri: str) -> Iterator[None]:
         """Write what is due and at most one run of the backlog; stops after each answer."""
-        server = self.server = self.server or Server(uri, self.out)
+        if self.server is None:
+            self.server = Server(uri, self.out)
+            if self.server.moved is not None:
+                self.warn(self.server.moved)
+                self.begin_anew()
+        server = self.server
         yield
         if self.parent is None or not self.has_about:
             yield from self._open(server)
@@ -322,7 +351,7 @@ class _Sweep:
             )
         yield
 
-    def _copy(self, server: Server, run: Run) -> Iterator[None]:
+    def _copy(self, server: Server, run: Run | Record) -> Iterator[None]:
         """Show a run that was finished earlier, unless it is shown already."""
         if self.copied is None:
             protocols = {each.protocol for each in self.cached}

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import importlib.util
 import logging
 import os
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from bench.results.claims import Claimed, claim
+from bench.tracking import database
 from bench.tracking.described import Point
 
 EXPERIMENT = "bench"
@@ -28,7 +30,7 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 """Set before mlflow is imported, unless the user has set them: give up soon, and be quiet."""
@@ -51,11 +53,7 @@ def has_mlflow() -> bool:
 
 def default_uri(out: Path) -> str:
     """Give the address of the SQLite database beside the results."""
-    path = str(out / "mlflow.db")
-    if not {"?", "%"} & set(path):
-        return f"sqlite:///{path}"
-    quoted = path.replace("%", "%25").replace("?", "%3F")
-    return f"sqlite+pysqlite:///{quoted}"  # without the driver's name MLflow makes a folder that is called as is quoted
+    return database.address(out / "mlflow.db")
 
 
 def is_remote(uri: str) -> bool:
@@ -97,7 +95,7 @@ class Server:
     Everything raises what MLflow raises, which may be anything.
 
     Raises:
-        Refused: The experiment was deleted, or the database cannot lie there.
+        Refused: The experiment was deleted, or the database cannot lie there, or is damaged and not the default one.
     """
 
     def __init__(self, uri: str, out: Path) -> None:
@@ -113,9 +111,45 @@ class Server:
                     "(pip install 'sqlalchemy>=2.1'), or use another --out or --tracking-uri"
                 )
             beside = (out / "mlflow-artifacts").resolve().as_uri()
-        with nullcontext() if file is None else _alone(file):
-            self.client = connect(tracking_uri=uri)
-            self.experiment: str = self.find() or self._make(beside)
+        self.moved: str | None = None
+        """What is to be told of a damaged database, in whose place there is a new one now: it was moved away."""
+        if file is None:
+            self._enter(connect, beside)
+            return
+        with _alone(file):
+            try:
+                self._open(connect, file, beside)
+            except Refused:
+                raise
+            except Exception as error:  # of our own checks, or whatever MLflow raises
+                if database.passes(error):
+                    raise
+                if beside is None:  # somebody's own, with who knows what in it
+                    raise Refused(
+                        f"the database {file} cannot be opened ({why(error)}): move it away or use another "
+                        f"--tracking-uri, and {import_command(uri, out)} imports everything"
+                    ) from error
+                moved = database.move_away(file)
+                self._open(connect, file, beside)
+                self.moved = (
+                    f"MLflow's database {file} is damaged ({why(error)}): it was moved to {moved.name}, and what is "
+                    "finished is shown in a new one"
+                )
+
+    def _open(self, connect: Any, file: Path, beside: str | None) -> None:
+        """Open a database, which is made if it is not there; the default one is looked over."""
+        version = importlib.metadata.version("mlflow")
+        is_new = not file.exists()
+        if is_new or not (database.look_over(file, version) or beside is None):
+            database.complete(file, version, connect)
+        self._enter(connect, beside, is_new)
+
+    def _enter(self, connect: Any, beside: str | None, is_new: bool = False) -> None:
+        self.client = connect(tracking_uri=self.uri)
+        if is_new:  # MLflow may still have connections to one that was there before
+            with suppress(AttributeError):
+                self.client._tracking_client.store.engine.dispose()
+        self.experiment: str = self.find() or self._make(beside)
 
     def find(self) -> str | None:
         """Look the experiment up: its id, or None if there is none yet.
@@ -271,7 +305,7 @@ def import_mlflow() -> Any:
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     for library in ("alembic", "mlflow"):
-        logging.getLogger(library).setLevel(logging.ERROR)
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # errors are told by us, without a trace
     from mlflow import MlflowClient
 
     return MlflowClient
