@@ -1,0 +1,26 @@
+"""Where the recipes of each area are, in the order of the report."""
+
+from __future__ import annotations
+
+import importlib
+
+AREAS = (
+    "forgeries",
+    "exhaustion",
+    "injection",
+    "notes",
+    "odd_files",
+    "command_lines",
+)
+
+
+def load(seed: int) -> None:
+    """Enter all tries.
+
+    Args:
+        seed: Of those that are drawn: kills, damage.
+    """
+    for name in AREAS:
+        module = importlib.import_module(f"tests.attack.{name}")
+        if hasattr(module, "draw"):
+            module.draw(seed)
