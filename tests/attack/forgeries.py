@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tests.attack.frame import TRIES, Try, copied
 from tests.attack.published import forged, validated
 from tests.attack.verdict import Fell, bench, calm, refused, require
 from tests.test_validation import (
-    _LEAVE_THE_TABLE, ADVERSARIES, TAMPERINGS, Forger, a_little_better, all_right, document, folder, write_table,
+    _LEAVE_THE_TABLE, ADVERSARIES, SWEEP, TAMPERINGS, Forger, a_little_better, all_right, document, folder, write_table,
 )  # fmt: skip
 
 AREA = "consistent forgeries against validate"
@@ -86,15 +87,18 @@ for key in ("train_samples", "train_flops", "bytes_up", "bytes_down"):
 
 
 def _other_algorithms_files(other: str) -> None:
-    """The files of one algorithm under the name of another."""
-    out = copied("published")
-    forger = Forger(folder(out, "ditto"))
-    known = {"fedrep": "FedRep()", "fedprox": "FedProx()", "fedper": "FedPer()", "fedavg": "FedAvg()"}
-    forger.document["identity"]["algorithm"] = {"name": other, "version": 1, "fields": {}}
-    forger.document |= {"algorithm": other, "label": other, "call": known[other]}
-    forger.save()
-    write_table(out)
-    refused(validated(out))
+    """The files of one algorithm under the name of another, at its version here."""
+    from bench.sweep import execution
+    from bench.sweep.config import parse_algorithms
+
+    (run, _) = replace(SWEEP, algorithms=tuple(parse_algorithms(other))).expand()
+    said = json.loads(json.dumps(execution.document(run, None)))
+
+    def change(forger: Forger) -> None:
+        forger.document["identity"]["algorithm"] = said["identity"]["algorithm"]
+        forger.document |= {key: said[key] for key in ("algorithm", "label", "call", "tier")}
+
+    _refused(change, "ditto")
 
 
 for each in ("fedrep", "fedprox", "fedper", "fedavg"):
@@ -248,7 +252,12 @@ def from_any_weights(forger: Forger) -> None:
     forger.set("weights", "0" * 64)
 
 
-for forge in (on_a_gpu, from_any_weights):
+def of_an_older_version(forger: Forger) -> None:
+    forger.document["identity"]["algorithm"] = {"name": "fedrep", "version": 1, "fields": {}}
+    forger.document |= {"algorithm": "fedrep", "label": "fedrep", "call": "FedRep()"}
+
+
+for forge in (on_a_gpu, from_any_weights, of_an_older_version):
     _enter(f"{forge.__name__}, where nobody can rerun it", partial(_not_rerun, forge))
 
 

@@ -10,7 +10,18 @@ AREAS = (
     "injection",
     "notes",
     "odd_files",
+    "foreign",
+    "archives",
+    "photographs",
+    "checkpoints",
+    "folders",
+    "database",
+    "killed",
+    "full_disk",
+    "surroundings",
     "command_lines",
+    "guards",
+    "ports",
 )
 
 
