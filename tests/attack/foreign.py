@@ -146,7 +146,7 @@ for name, (write, ending) in WEIGHTS.items():
 
 def _packed(damage: Callable[[bytes], bytes]) -> None:
     """A pack of images that is damaged is refused before a run begins, and no run fails of it."""
-    require(bench("data", "pack", "digits", "--out", "pack.npz").status == 0, "nothing was packed")
+    require(bench("data", "pack", "digits", "--imbalance", 10, "--out", "pack.npz").status == 0, "nothing was packed")
     file = Path("pack.npz")
     file.write_bytes(damage(file.read_bytes()))
     _refused("run", "--algos", "fedavg,fedrep", "--rounds", 1, *OFF, "--data-root", "pack.npz", "--out", "runs")

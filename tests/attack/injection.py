@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.attack.frame import TRIES, Try
 from tests.attack.verdict import Answer, bench, calm, require
-from tests.test_site import contents, plant
+from tests.test_site import Page, contents, plant
 
 AREA = "injection: site, scripts, Markdown, LaTeX, CSV, terminal"
 
@@ -38,9 +38,6 @@ WORDS = {
     "an expression of Vega": "datum['x'] && window.wild",
     "quotes": "'\"`'\"`",
 }  # fmt: skip
-_RUNS = re.compile(r"<script>window|<img|onerror=['\"]?window|javascript:alert\(1\)\"|example\.org/x\.png\"", re.IGNORECASE)
-
-
 def _planted(word: str) -> Path:
     """A folder of results whose label, dataset, reason and file names say something wild."""
     out = Path("out")
@@ -79,12 +76,12 @@ def _disarmed(word: str) -> None:
                     number = re.fullmatch(r"[-+]?[\d.,e+-]+", cell) is not None
                     require(sign not in tuple("=+-@\t") or number or cell in ("-", "–"), f"{form}: the cell {cell!r}")
         if form == "html":
-            require(_RUNS.search(answer.out) is None, f"{form}: {_RUNS.search(answer.out)}")
+            _harmless(form, answer.out)
         if form == "md":
             lines = [line for line in answer.out.splitlines() if line.startswith("|")]
             widths = {len(re.findall(r"(?<!\\)\|", re.sub(r"`[^`]*`", "", line))) for line in lines}
             require(len(widths) <= len(answer.out.split("\n\n")), f"{form}: rows of other widths {widths}")
-            require("](javascript:" not in re.sub(r"`[^`]*`", "", answer.out), f"{form}: a link")
+            require(re.search(r"(?<!\\)\]\(javascript:", re.sub(r"`[^`]*`", "", answer.out)) is None, f"{form}: a link")
         if form == "latex":
             bare = re.search(r"(?<!\\)\\(input|write18)", answer.out)
             require(bare is None, f"{form}: {bare}")
@@ -100,8 +97,22 @@ def _site(out: Path) -> None:
             text = content.decode("utf-8", "replace")
             _no_controls(name, text)
             if name.endswith(".html"):
-                found = _RUNS.search(text)
-                require(found is None, f"{name}: {found and text[found.start() - 40 : found.end() + 20]}")
+                _harmless(name, text)
+
+
+def _harmless(name: str, text: str) -> None:
+    """Require that a page has no script, picture, attribute or link of a stranger's."""
+    try:
+        page = Page(text)
+    except AssertionError as error:
+        raise AssertionError(f"{name}: {error}") from None
+    foreign = [each for each in page.loaded if "://" in each or each.startswith(("//", "javascript:"))]
+    require(not foreign, f"{name} loads {foreign}")
+    wild = [each for each in page.links if each.lower().startswith(("javascript:", "data:", "vbscript:", "file:"))]
+    require(not wild, f"{name} links to {wild}")
+    require("<img" not in text, f"{name} has a picture")
+    own = [script for script in page.scripts if script.strip() and not script.lstrip().startswith(("{", "[", '"'))]
+    require(not any("wild" in script for script in own), f"{name} has a script")
 
 
 def _no_controls(name: str, text: str) -> None:
@@ -120,13 +131,10 @@ def _link(address: str, allowed: bool) -> None:
     (out / "NOTES.md").write_text(f"[here]({address}) and <{address}>\n")
     calm(bench("site", "--out", out, "--to", "site"))
     page = Path("site/index.html").read_text()
-    links = re.findall(r"<a [^>]*>(?=[^<]*(?:here|" + re.escape(address.split(":")[0]) + "))", page)
-    mine = [link for link in links if address.split(":")[0] in link and "example.org" in link or not allowed]
-    if allowed:
-        require(bool(mine) and all("noopener" in link and "nofollow" in link for link in mine), f"{mine}")
-    else:
-        scheme = address.split(":")[0]
-        require(f'href="{scheme}:' not in page.lower(), f"a link of {scheme}")
+    _harmless("index.html", page)
+    mine = [link for link in re.findall(r"<a [^>]*>", page) if "example.org" in link]
+    require(bool(mine) == allowed, f"links: {mine}")
+    require(all("noopener" in link and "nofollow" in link for link in mine), f"{mine}")
 
 
 for address, allowed in (("https://example.org/x", True), ("javascript:alert(1)", False), ("data:text/html,x", False),
