@@ -1465,7 +1465,7 @@ def test_no_pull_request_changes_the_guard_and_the_guard_runs_none() -> None:
     assert set(checkout["with"]) == {"fetch-depth", "persist-credentials"}, "the main branch, and nothing else"
     programs = {line.split()[0] for step in rest for line in step["run"].splitlines()}
     assert not any("uses" in step for step in rest)
-    assert programs <= {"git", "if", "fi", "echo", "exit", "changed=$(git"}
+    assert programs <= {"git", "if", "fi", "echo", "exit", "changed=$(git", "loose=$(git"}
     assert not re.search(r"git (checkout|switch|merge|restore|worktree|apply|submodule)", str(rest))
 
 
@@ -1478,7 +1478,8 @@ def test_what_decides_over_results_has_owners() -> None:
 @pytest.mark.parametrize(
     ("change", "refused"),
     [
-        ("mkdir results/0123456789ab; echo {} > results/0123456789ab/run.json; echo more >> results/README.md", ""),
+        ("mkdir results/pack-1; echo 1 > results/pack-1/runs.parquet; echo more >> results/README.md", ""),
+        ("mkdir results/0123456789ab; echo {} > results/0123456789ab/run.json", "a submission is one pack"),
         ("echo more >> results/NOTES.md; echo more > code.py", ""),
         ("echo more >> results/aaaaaaaaaaaa/run.json", "results/aaaaaaaaaaaa/run.json"),
         ("git rm -qr results/aaaaaaaaaaaa", "results/aaaaaaaaaaaa/run.json"),
@@ -1506,3 +1507,14 @@ def test_the_workflow_lets_nobody_change_what_is_published(tmp_path: Path, chang
     done = shell(script, BASE=base, HEAD=head)
     assert "fatal" not in done.stderr
     assert (done.returncode != 0) == bool(refused) and refused in done.stdout, done.stdout + done.stderr
+    by_the_board = shell(script, BASE=base, HEAD=head, BOARD="true")
+    assert (by_the_board.returncode == 0) == (done.returncode == 0 or refused == "leave it out")
+
+
+def test_the_board_alone_may_write_and_only_after_everything_ran() -> None:
+    assert [file.stem for file in WORKFLOWS.glob("*.yml") if "contents: write" in file.read_text()] == ["board"]
+    (job,) = workflow("board")["jobs"].values()
+    assert "default_branch" in job["if"] and not {"pull_request", "pull_request_target"} & set(workflow("board")[True])
+    *before, last = job["steps"]
+    assert not any("token" in str(step) for step in before) and "GH_TOKEN" in last["env"]
+    assert "--plugin" not in str(job), "the main branch's code alone"
