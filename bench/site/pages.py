@@ -129,7 +129,8 @@ def write(results: Results, boards: Sequence[Leaderboard]) -> Iterator[tuple[str
 def page_of(board: Leaderboard, place: int) -> Comparison:
     """Say what stands on the page of a leaderboard; its address stays, whatever it must be told from."""
     named = re.sub(r"[^a-z0-9.]+", "-", board.base.lower()).strip("-.")[:80]
-    what = (board.protocol, board.imbalance, board.alpha, board.engine, board.precision, board.device)
+    what = [board.protocol, board.imbalance, board.alpha, board.engine, board.precision, board.device]
+    what += [board.standing] * (board.standing != "self-reported")
     own = warnings(board)
     return Comparison(
         leaderboard=board,
