@@ -252,7 +252,7 @@ def spread(tables: Sequence[tuple[Leaderboard, _ByLabel]]) -> tuple[Spread, ...]
     for board, scores in tables:
         if board.setting.get("split_seed") is not None:
             rest = {key: value for key, value in board.setting.items() if key != "split_seed"}
-            cell = [board.dataset, board.engine, board.precision, board.device, rest]
+            cell = [board.dataset, board.engine, board.precision, board.device, board.standing, rest]
             families.setdefault(canonical({"cell": cell}), []).append((board, scores))
     found = []
     for members in families.values():
