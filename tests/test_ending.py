@@ -45,6 +45,13 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "a long value": (("run", "--algos", f"fedrep(head_epochs={LONG[:4000]})"), "a whole number from 0 to 1,000"),
     "many brackets": (("run", "--algos", f"fedrep(head_epochs={'[' * 300 + ']' * 300})"), "as a Python call"),
     "an endless budget": (("run", "--time-budget", "9" * 50 + "h"), "ten years at most"),
+    "nested brackets": (("run", "--algos", f"fedrep(head_epochs={'-' * 3000}1)"), "is not written as a Python call"),
+    "images without number": (("run", "--auxiliary", f"own:{LONG}"), "own:N, DATASET or DATASET:N is wanted"),
+    "a sweep that is a device": (("run", "--from", "/dev/zero"), "/dev/zero: it is a pipe or a device, and no file"),
+    "a sweep of brackets": (("run", "--from", "nested.toml"), "nested.toml: too many brackets in each other"),
+    "no run to test": (("eval", "ffff"), "runs: there is no such folder"),
+    "no MLflow to show": (("track", ".", "--tracking-uri", ""), "it is empty; the address of an MLflow server"),
+    "endless weights": (("run", "--weights", "endless.pth"), "it has more than 4,294,967,296 bytes"),
     "no Ray": (("run", "--ray", "", "--dry-run"), "--ray is empty; local, off or the address"),
     "no MLflow": (("run", "--tracking-uri", "", "--dry-run"), "--tracking-uri is empty"),
     "no folder": (("run", "--out", "", "--dry-run"), "it is empty; a file or folder is wanted"),
@@ -63,11 +70,19 @@ def test_what_is_wrong_is_a_sentence_and_leaves_nothing(
     Path("notes.txt").write_text("x = 1\n")
     Path("quits.py").write_text("import sys\nsys.exit(3)\n")
     Path("two.py").write_text("raise RuntimeError('one\\ntwo')\n")
+    Path("nested.toml").write_text("algos = " + "[" * 2000 + "]" * 2000)
+    with Path("endless.pth").open("wb") as stream:
+        stream.truncate(1 << 40)  # a hole
     there = set(tmp_path.iterdir())
     words, said = WRONG[what]
     status, err = bench(*words, *(OFF if words[0] == "run" and "" not in words else ()), capsys=capsys)
     assert status == 2 and said in err and err.count("\n") == 1 and len(err) < 400
     assert set(tmp_path.iterdir()) == there
+
+
+def test_a_name_that_no_file_can_have_is_no_file(capsys: pytest.CaptureFixture[str]) -> None:
+    status, err = bench("run", "--preset", "a" * 300, *OFF, capsys=capsys)
+    assert status == 2 and "there is no such file" in err and err.count("\n") == 1
 
 
 # Processes of their own -------------------------------------------------------------------------------------

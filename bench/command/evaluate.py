@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bench.command.stored import out_option, require_folder
+from bench.command.stored import chosen, out_option, require_folder
 from bench.text import plain
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def eval_command(
     seed: int | None,
     plugins: tuple[Path, ...],
     data_root: Path | None,
-    out: Path,
+    out: Path | None,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -67,6 +67,7 @@ def eval_command(
     from bench.results.retest import retest
 
     torch.set_num_threads(1)
+    out = chosen(None, out)
     require_folder(out)
     for file in plugins:
         load_plugin(file)

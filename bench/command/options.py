@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from bench import reading
 from bench.command.typed import Choice, Place
 from bench.face.asked import DEFAULT_ALGORITHMS, DEFAULT_DATASET, DEFAULT_SETTING, Asked
 from bench.plugins.names import meant, near
@@ -51,9 +52,11 @@ def _read_file(context: click.Context, parameter: click.Parameter, file: Path | 
     if file is None:
         return
     try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
+        content = tomllib.loads(reading.contents(file).decode())
+    except RecursionError as error:
+        raise click.BadParameter(f"{file}: too many brackets in each other", context, parameter) from error
     except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else f"not TOML: {error}"
+        why = error.strerror or str(error) if isinstance(error, OSError) else f"not TOML: {error}"
         raise click.BadParameter(f"{file}: {why}", context, parameter) from error
     options = {name.removeprefix("--").replace("-", "_"): more for name, _, more in _OPTIONS}
     del options["from"]

@@ -29,6 +29,8 @@ def track_command(out: Path, tracking_uri: str | None) -> None:
     from bench.sweep import journal
 
     require_folder(out)
+    if tracking_uri == "":
+        raise click.BadParameter("it is empty; the address of an MLflow server is wanted", param_hint="--tracking-uri")
     if any(sweep.fate == "working" for sweep in journal.read(out)):
         raise click.UsageError(f"a sweep is at work in {out} and shows its runs by itself; call this when it has ended")
     if not tracking.has_mlflow():

@@ -106,6 +106,8 @@ class _Header(tarfile.TarInfo):
             if bytes(buf) == bytes(tarfile.BLOCKSIZE):
                 raise
             raise tarfile.ReadError("it is cut short or damaged") from error
+        if header.size < 0:
+            raise tarfile.ReadError(f"it has a file of {header.size:,} bytes")
         if not (header.isreg() or header.isdir()) and header.size > _LONGEST:
             raise tarfile.ReadError(f"it has a name of {header.size:,} bytes")
         return header

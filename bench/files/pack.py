@@ -28,6 +28,7 @@ import torch
 from numpy.lib import format as npy
 from torch import Tensor
 
+from bench import durable
 from bench.dataset import DataDamaged, DataMissing, Dataset, Labels, Splits, Streamed
 from bench.files import npz
 from bench.plugins.registry import label, name, source_digest
@@ -96,19 +97,19 @@ def write(path: Path, dataset: Dataset, splits: Splits, rows: Tensor, profile: s
         "imbalance": imbalance,
         "streamed": not isinstance(splits.train_x, Tensor),
     }
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with ZipFile(part, "w") as archive:
+
+    def put(stream: IO[bytes]) -> None:
+        with ZipFile(stream, "w") as archive:
             header["arrays"] = {
                 key: _put(archive, key, values, chosen) for key, values, chosen in contents if values is not None
             }
             header["fingerprint"] = _fingerprint(header)
             text = torch.frombuffer(bytearray(json.dumps(header).encode()), dtype=torch.uint8)
             _put(archive, "header", text, None)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    durable.put(path, put)
+    durable.flush(path.parent)
     return Pack(path, header)
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import io
+import os
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,10 +83,19 @@ def digest(path: Path) -> str:
         BadWeights: The file cannot be read.
     """
     try:
-        with reading.opened(path) as file:
+        with _opened(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise _unreadable(path, error) from error
+
+
+def _opened(path: Path) -> io.BufferedReader:
+    """Open a file that is no larger than weights can be."""
+    file = reading.opened(path)
+    if os.fstat(file.fileno()).st_size > reading.MOST:
+        file.close()
+        raise OSError(f"it has more than {reading.MOST:,} bytes")
+    return file
 
 
 def _unreadable(path: Path, error: OSError) -> BadWeights:
@@ -112,18 +124,20 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 def _unpickled(path: Path) -> object:
     """Read what `torch.save` wrote; no code in it is run."""
-    with reading.opened(path) as file:
+    with _opened(path) as file:
         if is_zipfile(file):
             with ZipFile(file) as archive:
                 if any(member.compress_type != ZIP_STORED for member in archive.infolist()):
                     raise BadWeights(f"{path} is packed, as torch.save never does; save a state_dict anew")
         file.seek(0)
-        return torch.load(file, "cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other protocols, before it refuses them
+            return torch.load(file, "cpu", weights_only=True)
 
 
 def _safe(path: Path) -> dict[str, Tensor]:
     library = importlib.import_module("safetensors.torch")
-    with reading.opened(path):  # which does not wait for a pipe, as the library would
+    with _opened(path):  # which does not wait for a pipe, as the library would
         pass
     tensors: dict[str, Tensor] = library.load_file(path)
     return tensors

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -149,8 +150,9 @@ def file_of(name: str, out: Path) -> Path:
 def _file(item: str, out: Path) -> Path:
     files = (Path(item), file_of(item, out))
     for file in files:
-        if file.is_file():
-            return file
+        with suppress(OSError, ValueError):  # of a name that no file can have
+            if file.is_file():
+                return file
     raise BadConfig(f"--preset {item}: there is no such file, nor {files[1]}; 'bench tune' writes one")
 
 

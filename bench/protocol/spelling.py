@@ -170,7 +170,7 @@ def _reserved(parameters: str) -> str | None:
 def _keywords(plugin_name: str, parameters: str) -> dict[str, object]:
     try:
         tree = ast.parse(f"{plugin_name}{parameters}", mode="eval").body
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         raise BadConfig(f"{plugin_name}{parameters} is not written as a Python call") from error
     if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name):
         raise BadConfig(f"{plugin_name}{parameters} is not written as one Python call")

@@ -68,7 +68,7 @@ def parse(text: str) -> Origin:
         BadConfig: It is spelt otherwise, or the images are somebody's own, which others could not check.
         UnknownPlugin: There is no such dataset.
     """
-    match = re.fullmatch(r"\s*(?P<images>\w.*?)\s*(:\s*(?P<each>\d+)\s*)?", text)
+    match = re.fullmatch(r"\s*(?P<images>\w.*?)\s*(:\s*(?P<each>[0-9]{1,12})\s*)?", text)
     if match is None or (match["images"] == _OWN and match["each"] is None) or match["images"].startswith(f"{_OWN}:"):
         raise BadConfig(f"auxiliary = {text!r}: own:N, DATASET or DATASET:N is wanted, such as own:10")
     dataset = None if match["images"] == _OWN else parse_dataset(match["images"])

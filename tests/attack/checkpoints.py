@@ -7,7 +7,7 @@ import os
 import random
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,28 +20,35 @@ OFF = ("--ray", "off", "--tracking-uri", "off")
 ASKED = ("run", "--algos", "fedrep(head_epochs=1)", "--rounds", 6, "--epochs", 1, *OFF, "--json", "--out", "out")
 
 
+def _save_each_round() -> None:
+    from bench.training import rounds
+
+    run: Any = rounds.Run
+    run._is_due = lambda self: True
+
+
 def _in_a_file() -> None:
     """Keep private states in a file, however few they are."""
-    from bench.training import rounds, states
+    from bench.training import states
 
     states.IN_MEMORY_BYTES = 0
-    rounds.Run._is_due = lambda run: True  # type: ignore[method-assign]
+    _save_each_round()
 
 
 def numbers(answer: Answer) -> dict[str, object]:
     """Digest and metrics of the runs that a command printed, by id."""
     require(answer.out.startswith("{"), f"nothing was printed: {answer.err[-300:]}")
-    return {run["id"]: (run["status"] == "failed", run["digest"], run["metrics"]) for run in json.loads(answer.out)["runs"]}
+    return {
+        run["id"]: (run["status"] == "failed", run["digest"], run["metrics"]) for run in json.loads(answer.out)["runs"]
+    }
 
 
 def _killed(in_a_file: bool) -> None:
     """A run that is killed after its fourth round, and one that is not."""
-    from bench.training import rounds
-
     if in_a_file:
         _in_a_file()
     else:
-        rounds.Run._is_due = lambda run: True  # type: ignore[method-assign]
+        _save_each_round()
     whole = calm(bench(*ASKED))
     Path("wanted.json").write_text(whole.out)
     shutil.rmtree("out")
@@ -57,12 +64,12 @@ def _killed(in_a_file: bool) -> None:
 def _stop_after(stop: int) -> None:
     from bench.training import checkpoint
 
-    save, saved = checkpoint.save, [0]
+    save, count = checkpoint.save, [0]
 
-    def watched(file: Path, what: Any) -> None:
-        save(file, what)
-        saved[0] += 1
-        if saved[0] == stop:
+    def watched(file: Path, saved: Mapping[str, Any]) -> None:
+        save(file, saved)
+        count[0] += 1
+        if count[0] == stop:
             os.kill(os.getpid(), signal.SIGKILL)
 
     checkpoint.save = watched
@@ -136,17 +143,25 @@ def _replaced(by: Callable[[Path], object], file: Path) -> None:
 
 
 CRAFTED: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "a list": lambda saved: [1, 2], "without the store": lambda saved: {k: v for k, v in saved.items() if k != "store"},
-    "round 10^9": lambda saved: {**saved, "round": 10**9}, "round -1": lambda saved: {**saved, "round": -1},
-    "round as a text": lambda saved: {**saved, "round": "2"}, "one key more": lambda saved: {**saved, "more": 1},
-    "an empty server": lambda saved: {**saved, "server": {}}, "no counts": lambda saved: {**saved, "counts": []},
+    "a list": lambda saved: [1, 2],
+    "without the store": lambda saved: {k: v for k, v in saved.items() if k != "store"},
+    "round 10^9": lambda saved: {**saved, "round": 10**9},
+    "round -1": lambda saved: {**saved, "round": -1},
+    "round as a text": lambda saved: {**saved, "round": "2"},
+    "one key more": lambda saved: {**saved, "more": 1},
+    "an empty server": lambda saved: {**saved, "server": {}},
+    "no counts": lambda saved: {**saved, "counts": []},
     "costs that are NaN": lambda saved: {**saved, "cost": {"wall_seconds": float("nan")}},
-}  # fmt: skip
+}
 ODD: dict[str, Callable[[Path], object]] = {
-    "a link to nowhere": lambda file: file.symlink_to("nowhere"), "a link to itself": lambda file: file.symlink_to(file),
-    "a folder": lambda file: file.mkdir(), "a pipe": os.mkfifo, "nothing": lambda file: file.write_bytes(b""),
-    "a pickle that runs code": lambda file: _evil(file), "a device": lambda file: file.symlink_to("/dev/zero"),
-}  # fmt: skip
+    "a link to nowhere": lambda file: file.symlink_to("nowhere"),
+    "a link to itself": lambda file: file.symlink_to(file),
+    "a folder": lambda file: file.mkdir(),
+    "a pipe": os.mkfifo,
+    "nothing": lambda file: file.write_bytes(b""),
+    "a pickle that runs code": lambda file: _evil(file),
+    "a device": lambda file: file.symlink_to("/dev/zero"),
+}
 
 
 def _evil(file: Path) -> None:
@@ -171,12 +186,15 @@ def draw(seed: int) -> None:
         _enter(f"{change.__name__}, {number}", "unfinished", ".pt", partial(_bytes, change, chosen.random()))
     for number in range(8):
         change = (flipped, hole, cut, swapped)[number % 4]
-        _enter(f"states {change.__name__}, {number}", "unfinished_states", ".states", partial(_bytes, change, chosen.random()))
+        _enter(
+            f"states {change.__name__}, {number}",
+            "unfinished_states",
+            ".states",
+            partial(_bytes, change, chosen.random()),
+        )
     for name, craft in CRAFTED.items():
         _enter(f"a checkpoint that is {name}", "unfinished", ".pt", partial(_crafted, craft))
     for name, put in ODD.items():
         _enter(f"a checkpoint is {name}", "unfinished", ".pt", partial(_replaced, put))
     for name in ("nothing", "a folder", "a link to nowhere"):
         _enter(f"states are {name}", "unfinished_states", ".states", partial(_replaced, ODD[name]))
-
-

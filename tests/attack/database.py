@@ -14,7 +14,20 @@ from tests.attack.frame import TRIES, Try, copied, made
 from tests.attack.verdict import Answer, apart, calm, equal, require
 
 AREA = "damaged mlflow.db, then run and track"
-ASKED = ("run", "--algos", "fedavg,fedrep(head_epochs=1)", "--rounds", 2, "--epochs", 1, "--ray", "off", "--json", "--out", "out")
+ASKED = (
+    "run",
+    "--algos",
+    "fedavg,fedrep(head_epochs=1)",
+    "--rounds",
+    2,
+    "--epochs",
+    1,
+    "--ray",
+    "off",
+    "--json",
+    "--out",
+    "out",
+)
 
 
 @made
@@ -52,7 +65,7 @@ def _half_made(file: Path) -> None:
     """As a kill while the tables are made leaves it: some are there, the version is not."""
     with sqlite3.connect(file) as database:
         tables = [name for (name,) in database.execute("select name from sqlite_master where type = 'table'")]
-        for name in ("alembic_version", *sorted(tables)[::2]):
+        for name in {"alembic_version", *sorted(tables)[::2]}:
             if name in tables and not name.startswith("sqlite"):
                 database.execute(f'drop table "{name}"')
     database.close()
@@ -70,12 +83,16 @@ def _replaced(by: Callable[[Path], object], file: Path) -> None:
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
-    "cut in half": partial(_bytes, cut, 0.5), "cut after its header": partial(_bytes, cut, 0.002),
-    "a hole of zeros": partial(_bytes, hole, 0.3), "its header overwritten": partial(_bytes, hole, 0),
-    "half made": _half_made, "without its version": _no_version,
+    "cut in half": partial(_bytes, cut, 0.5),
+    "cut after its header": partial(_bytes, cut, 0.002),
+    "a hole of zeros": partial(_bytes, hole, 0.3),
+    "its header overwritten": partial(_bytes, hole, 0),
+    "half made": _half_made,
+    "without its version": _no_version,
     "empty": partial(_replaced, lambda file: file.write_bytes(b"")),
     "a text": partial(_replaced, lambda file: file.write_text("dear diary\n" * 100)),
-    "a folder": partial(_replaced, os.mkdir), "a bit changed in its schema": partial(_bytes, flipped, 0.001),
-}  # fmt: skip
+    "a folder": partial(_replaced, os.mkdir),
+    "a bit changed in its schema": partial(_bytes, flipped, 0.001),
+}
 for name, damage in DAMAGES.items():
     TRIES.append(Try(area=AREA, name=name, act=partial(_mended, damage), needs=("tracked",), seconds=240, memory=None))

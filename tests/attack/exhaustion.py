@@ -42,11 +42,22 @@ def _setting(**values: Any) -> None:
 
 
 for values in (
-    {"rounds": 10**9}, {"rounds": 10**9, "eval_every": 10**9}, {"rounds": 10**9, "participation": 1e-9},
-    {"clients": 10**7, "partition": "iid", "alpha": None}, {"clients": 10**9}, {"epochs": 10**12},
-    {"batch_size": 10**12}, {"eval_clients": 10**9}, {"unseen": 10**9}, {"rounds": 10**30}, {"eval_every": 10**30},
-    {"imbalance": 1e300}, {"alpha": 1e-300}, {"lr": 1e308}, {"participation": 1e-300},
-):  # fmt: skip
+    {"rounds": 10**9},
+    {"rounds": 10**9, "eval_every": 10**9},
+    {"rounds": 10**9, "participation": 1e-9},
+    {"clients": 10**7, "partition": "iid", "alpha": None},
+    {"clients": 10**9},
+    {"epochs": 10**12},
+    {"batch_size": 10**12},
+    {"eval_clients": 10**9},
+    {"unseen": 10**9},
+    {"rounds": 10**30},
+    {"eval_every": 10**30},
+    {"imbalance": 1e300},
+    {"alpha": 1e-300},
+    {"lr": 1e308},
+    {"participation": 1e-300},
+):
     _enter(" and ".join(f"{field} of {value}" for field, value in values.items()), partial(_setting, **values))
 
 
@@ -62,7 +73,9 @@ def _algorithm(name: str, call: str, **fields: Any) -> None:
     _named(*forged(change))
 
 
-_enter("an endless fine-tuning in an algorithm's name", partial(_algorithm, "fedavg_ft", "FedAvgFT", finetune_epochs=10**7))
+_enter(
+    "an endless fine-tuning in an algorithm's name", partial(_algorithm, "fedavg_ft", "FedAvgFT", finetune_epochs=10**7)
+)
 _enter("endless epochs of a head", partial(_algorithm, "fedrep", "FedRep", head_epochs=10**7))
 
 
@@ -113,7 +126,10 @@ for name, inner in {
     _enter(name, partial(_text, _within(inner)))
 
 
-_enter("a number beyond all floats", partial(_text, lambda written: written.replace(b'"wall_seconds": ', b'"wall_seconds": 9e999')))
+_enter(
+    "a number beyond all floats",
+    partial(_text, lambda written: written.replace(b'"wall_seconds": ', b'"wall_seconds": 9e999')),
+)
 
 
 def _hole(place: str) -> None:
@@ -133,10 +149,14 @@ def _rows(number: int, name: str = "counts", columns: int = 0) -> None:
     out, run = altered(lambda content: None)
     file = out / run / f"{name}.parquet"
     known = parquet.read_table(file)
-    piece = pyarrow.table({
-        column.name: pyarrow.chunked_array([pyarrow.nulls(10**6, column.type).fill_null("generic" if column.type == pyarrow.string() else 1)])
-        for column in known.schema
-    })  # fmt: skip
+    piece = pyarrow.table(
+        {
+            column.name: pyarrow.chunked_array(
+                [pyarrow.nulls(10**6, column.type).fill_null("generic" if column.type == pyarrow.string() else 1)]
+            )
+            for column in known.schema
+        }
+    )
     with parquet.ParquetWriter(file, piece.schema, compression="zstd") as writer:
         for _ in range(number // 10**6):
             writer.write_table(piece, row_group_size=10**6)
@@ -184,16 +204,20 @@ def _pack(rows: int) -> None:
     """A pack whose counts are few bytes and many rows."""
     from bench.results import packing, records
 
-    out, run = altered(lambda content: None)
+    out, _ = altered(lambda content: None)
     packing.pack(records.read_all(out)[0], out / "pack")
     for each in list(out.glob("*/run.json")):
         shutil.rmtree(each.parent)
     file = out / "pack" / "counts.parquet"
     known = parquet.read_schema(file)
-    piece = pyarrow.table({
-        column.name: pyarrow.nulls(10**6, column.type).fill_null("generic" if column.type == pyarrow.string() else 1)
-        for column in known
-    })  # fmt: skip
+    piece = pyarrow.table(
+        {
+            column.name: pyarrow.nulls(10**6, column.type).fill_null(
+                "generic" if column.type == pyarrow.string() else 1
+            )
+            for column in known
+        }
+    )
     with parquet.ParquetWriter(file, piece.schema, compression="zstd") as writer:
         for _ in range(rows // 10**6):
             writer.write_table(piece)
@@ -204,19 +228,30 @@ _enter("a pack of a hundred million rows", partial(_pack, 10**8))
 
 
 def _many_folders() -> None:
-    out, run = altered(lambda content: None)
+    out, _ = altered(lambda content: None)
     for number in range(3000):
         (out / f"{number:012x}").mkdir()
     refused(validated(out), "has no run.json")
 
 
-TRIES.append(Try(area=AREA, name="three thousand empty folders", act=_many_folders, seconds=150, memory=None, needs=("published",)))
+TRIES.append(
+    Try(
+        area=AREA,
+        name="three thousand empty folders",
+        act=_many_folders,
+        seconds=150,
+        memory=None,
+        needs=("published",),
+    )
+)
 
 
 def _endless_rerun() -> None:
-    """A rerun of what would take years is not begun, or has an end."""
+    """A rerun of what takes much longer than was said has an end, and is no sign of anything."""
     out, run = forged(lambda forger: forger.set("epochs", 900), "ditto")
-    refused(validated(out, "--rerun", run))
+    answer = refused(validated(out, "--rerun", run, "--time-limit", "5s"))
+    require("No such option" not in answer.text, "a rerun has no limit")
+    require(not (out / "verified.json").exists(), "it is noted")
 
 
 _enter("a rerun that is much longer than said", _endless_rerun)

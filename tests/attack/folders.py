@@ -15,12 +15,17 @@ from tests.test_validation import folder
 
 AREA = "damaged finished folders, then reading commands"
 READING: dict[str, Callable[[Path], tuple[object, ...]]] = {
-    "table": lambda out: ("table", "--out", out), "csv": lambda out: ("table", "--out", out, "--format", "long"),
-    "compare": lambda out: ("compare", "--out", out), "status": lambda out: ("status", "--out", out),
-    "site": lambda out: ("site", "--out", out, "--to", "site"), "validate": lambda out: ("validate", out, *DATA),
-    "submit": lambda out: ("submit", out, "--to", "mine.zip", *DATA), "pack": lambda out: ("pack", out, "--to", "packed"),
-    "clean": lambda out: ("clean", out, "--failed", "--dry-run"), "f1": lambda out: ("table", "--out", out, "--metrics", "generic,f1"),
-}  # fmt: skip
+    "table": lambda out: ("table", "--out", out),
+    "csv": lambda out: ("table", "--out", out, "--format", "long"),
+    "compare": lambda out: ("compare", "--out", out),
+    "status": lambda out: ("status", "--out", out),
+    "site": lambda out: ("site", "--out", out, "--to", "site"),
+    "validate": lambda out: ("validate", out, *DATA),
+    "submit": lambda out: ("submit", out, "--to", "mine.zip", *DATA),
+    "pack": lambda out: ("pack", out, "--to", "packed"),
+    "clean": lambda out: ("clean", out, "--failed", "--dry-run"),
+    "f1": lambda out: ("table", "--out", out, "--metrics", "generic,f1"),
+}
 
 
 def emptied(content: bytes, place: int) -> bytes:

@@ -89,8 +89,7 @@ def made(act: Callable[[], object]) -> Callable[[], object]:
 
 
 def looked_at(name: str) -> Callable[[Callable[[Path], object]], Callable[[Path], object]]:
-    """Enter a function that looks at a material in this process: what it then keeps in memory, every try begins with.
-    """
+    """Enter a function that looks at a material in this process: what it then keeps in memory, tries begin with."""
 
     def enter(look: Callable[[Path], object]) -> Callable[[Path], object]:
         _LOOKS[name] = look
@@ -176,12 +175,26 @@ def _warm() -> None:
     for name in _HEAVY:
         importlib.import_module(name)
     for each in registry.REGISTRIES:
-        dict(each)  # type: ignore[call-overload]
+        dict(each)
 
 
-_HEAVY = ("bench.command.run", "bench.command.publish", "bench.command.table", "bench.command.site", "bench.face.run",
-          "bench.validation.report", "bench.validation.rerun", "bench.sweep.driver", "pyarrow.parquet", "pandas",
-          "pydantic", "scipy.stats", "sklearn.datasets", "bench.site.build", "bench.results.table")  # fmt: skip
+_HEAVY = (
+    "bench.command.run",
+    "bench.command.publish",
+    "bench.command.table",
+    "bench.command.site",
+    "bench.face.run",
+    "bench.validation.report",
+    "bench.validation.rerun",
+    "bench.sweep.driver",
+    "pyarrow.parquet",
+    "pandas",
+    "pydantic",
+    "scipy.stats",
+    "sklearn.datasets",
+    "bench.site.build",
+    "bench.results.table",
+)
 
 
 class _Child:
@@ -224,9 +237,14 @@ class _Child:
         elif fell is None and skipped is None and self.of.memory is not None and held > _own() / GIB + self.of.memory:
             fell = f"held {held:.1f} GiB"
         return Outcome(
-            area=self.of.area, name=self.of.name, fell=fell, skipped=skipped, seconds=took, gigabytes=held,
+            area=self.of.area,
+            name=self.of.name,
+            fell=fell,
+            skipped=skipped,
+            seconds=took,
+            gigabytes=held,
             left=self.of.left,
-        )  # fmt: skip
+        )
 
 
 def _read(said: bytes) -> tuple[str | None, str | None]:

@@ -16,7 +16,20 @@ from tests.attack.frame import TRIES, Skipped, Try, copied, made
 from tests.attack.verdict import Answer, apart, bench, calm, equal, require
 
 AREA = "full disk: too small from the start, filled at a random moment"
-ASKED = ("run", "--algos", "fedavg,fedrep(head_epochs=1),ditto", "--rounds", 6, "--epochs", 1, "--ray", "off", "--json", "--out", "out")
+ASKED = (
+    "run",
+    "--algos",
+    "fedavg,fedrep(head_epochs=1),ditto",
+    "--rounds",
+    6,
+    "--epochs",
+    1,
+    "--ray",
+    "off",
+    "--json",
+    "--out",
+    "out",
+)
 SPACE = ("unshare", "-rm")
 TRACKED = {"off": ("--tracking-uri", "off"), "on": ()}
 
@@ -50,9 +63,15 @@ def _largest_file(most: int) -> None:
 
 for most in (0, 1_000, 4_000, 12_000, 40_000, 200_000):
     TRIES.append(
-        Try(area=AREA, name=f"no file above {most:,} bytes", act=partial(_largest_file, most), needs=("swept",), memory=None,
-            seconds=200)
-    )  # fmt: skip
+        Try(
+            area=AREA,
+            name=f"no file above {most:,} bytes",
+            act=partial(_largest_file, most),
+            needs=("swept",),
+            memory=None,
+            seconds=200,
+        )
+    )
 
 
 def _small_disk(kilobytes: int, tracked: str, fills: float | None) -> None:
@@ -85,12 +104,12 @@ def draw(seed: int) -> None:
     chosen = random.Random(f"{seed} disks")
     for kilobytes in (8, 32, 128, 512):
         act = partial(_small_disk, kilobytes, "off", None)
-        TRIES.append(Try(area=AREA, name=f"{kilobytes} kB from the start", act=act, needs=("swept",), memory=None, seconds=240))
+        TRIES.append(
+            Try(area=AREA, name=f"{kilobytes} kB from the start", act=act, needs=("swept",), memory=None, seconds=240)
+        )
     for number in range(8):
         tracked = ("off", "on")[number % 2]
         when = chosen.uniform(2, 12)
         act = partial(_small_disk, 4096, tracked, when)
         name = f"full after {when:.1f} s, MLflow {tracked}"
         TRIES.append(Try(area=AREA, name=name, act=act, needs=("swept",), memory=None, seconds=240))
-
-

@@ -18,16 +18,18 @@ ROOT = Path(__file__).parents[2]
 RUN = "mkdir -p results/aaaaaaaaaaaa; cd results/aaaaaaaaaaaa; echo {} > run.json; echo 1 > rounds.parquet; cd ../.."
 PACK = "mkdir -p results/digits; echo 1 > results/digits/runs.parquet; echo 1 > results/digits/counts.parquet"
 CHANGES = {
-    "a changed run": "echo more >> results/aaaaaaaaaaaa/run.json", "a removed run": "git rm -qr results/aaaaaaaaaaaa",
+    "a changed run": "echo more >> results/aaaaaaaaaaaa/run.json",
+    "a removed run": "git rm -qr results/aaaaaaaaaaaa",
     "a renamed run": "git mv results/aaaaaaaaaaaa results/bbbbbbbbbbbb",
     "a run that becomes a link": "rm results/aaaaaaaaaaaa/run.json; ln -s /etc/passwd results/aaaaaaaaaaaa/run.json",
-    "a changed pack": "echo more >> results/digits/counts.parquet", "a removed pack": "git rm -qr results/digits",
+    "a changed pack": "echo more >> results/digits/counts.parquet",
+    "a removed pack": "git rm -qr results/digits",
     "a verified.json": "echo {} > results/verified.json",
     "another mode": "chmod +x results/aaaaaaaaaaaa/run.json",
     "a folder in the place of a run": "rm -r results/aaaaaaaaaaaa; ln -s /tmp results/aaaaaaaaaaaa",
     "attributes that hide": "echo '* -diff' > results/.gitattributes; echo more >> results/aaaaaaaaaaaa/run.json",
-    "a name with a line of its own": "git mv results/aaaaaaaaaaaa \"results/b\nb\"",
-}  # fmt: skip
+    "a name with a line of its own": 'git mv results/aaaaaaaaaaaa "results/b\nb"',
+}
 
 
 def _guarded(change: str) -> None:

@@ -26,7 +26,7 @@ WORDS = {
     "a link of Markdown": "[here](javascript:alert(1))",
     "a picture of Markdown": "![here](https://example.org/x.png)",
     "a command of LaTeX": "\\input{/etc/passwd}\\write18{ls}$x_1^2$ & % # ~",
-    "a formula": "=HYPERLINK(\"https://example.org\",\"here\")",
+    "a formula": '=HYPERLINK("https://example.org","here")',
     "a formula behind a sign": "+1+cmd|' /C calc'!A0",
     "a formula behind a blank": "\t@SUM(1)",
     "a title of a terminal": "\x1b]0;mine\x07",
@@ -37,7 +37,9 @@ WORDS = {
     "a null": "a\x00b",
     "an expression of Vega": "datum['x'] && window.wild",
     "quotes": "'\"`'\"`",
-}  # fmt: skip
+}
+
+
 def _planted(word: str) -> Path:
     """A folder of results whose label, dataset, reason and file names say something wild."""
     out = Path("out")
@@ -137,8 +139,13 @@ def _link(address: str, allowed: bool) -> None:
     require(all("noopener" in link and "nofollow" in link for link in mine), f"{mine}")
 
 
-for address, allowed in (("https://example.org/x", True), ("javascript:alert(1)", False), ("data:text/html,x", False),
-                         ("vbscript:x", False), ("file:///etc/passwd", False)):  # fmt: skip
+for address, allowed in (
+    ("https://example.org/x", True),
+    ("javascript:alert(1)", False),
+    ("data:text/html,x", False),
+    ("vbscript:x", False),
+    ("file:///etc/passwd", False),
+):
     TRIES.append(Try(area=AREA, name=f"a link to {address}", act=partial(_link, address, allowed)))
 
 
@@ -147,8 +154,15 @@ def _journal() -> None:
     out = Path("out")
     plant(out)
     (out / "sweeps").mkdir()
-    document = {"format": 1, "command": "bench run\x1b[8m; rm -rf ~\x1b[0m\nbench: done", "began": "2026-01-01T00:00:00+00:00",
-                "ended": None, "host": "\x1b]0;x\x07", "process": 1, "runs": {}}  # fmt: skip
+    document = {
+        "format": 1,
+        "command": "bench run\x1b[8m; rm -rf ~\x1b[0m\nbench: done",
+        "began": "2026-01-01T00:00:00+00:00",
+        "ended": None,
+        "host": "\x1b]0;x\x07",
+        "process": 1,
+        "runs": {},
+    }
     (out / "sweeps" / "20260101-000000-1.json").write_text(json.dumps(document))
     calm(bench("status", "--out", out))
 

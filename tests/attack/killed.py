@@ -42,7 +42,11 @@ def _one_process(moments: tuple[float, ...]) -> None:
     answer = calm(bench(*words(out, "off", SEEDS, ROUNDS)))
     require(answer.status == 0, f"exit status {answer.status}: {answer.err[-300:]}")
     equal(finished(out), wanted)
-    left = [path.name for path in out.glob("*/*") if path.name.startswith(".") or ".tmp" in path.name or "checkpoint" in path.name]
+    left = [
+        path.name
+        for path in out.glob("*/*")
+        if path.name.startswith(".") or ".tmp" in path.name or "checkpoint" in path.name
+    ]
     require(not left, f"left behind: {left}")
 
 
@@ -67,4 +71,6 @@ def draw(seed: int) -> None:
             name = f"on Ray, {kind} three times, {number}"
             TRIES.append(Try(area=AREA, name=name, act=act, needs=("whole",), seconds=420, memory=None, alone=True))
     act = partial(_on_ray, KINDS, f"{seed} all")
-    TRIES.append(Try(area=AREA, name="on Ray, each once", act=act, needs=("whole",), seconds=600, memory=None, alone=True))
+    TRIES.append(
+        Try(area=AREA, name="on Ray, each once", act=act, needs=("whole",), seconds=600, memory=None, alone=True)
+    )

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -136,9 +137,15 @@ def watch(tally: Tally, out: Path, before: Mapping[str, object], wanted: Mapping
 
 
 def disturb(
-    tally: Tally, out: Path, kills: int, wanted: Mapping[str, object], chosen: random.Random, ray: str = "local",
-    kinds: tuple[str, ...] = KINDS, rounds: int = 3,
-) -> None:  # fmt: skip
+    tally: Tally,
+    out: Path,
+    kills: int,
+    wanted: Mapping[str, object],
+    chosen: random.Random,
+    ray: str = "local",
+    kinds: tuple[str, ...] = KINDS,
+    rounds: int = 3,
+) -> None:
     """Kill during one sweep, each time after a while in which runs finish; end it by the same command.
 
     Args:
@@ -160,7 +167,11 @@ def disturb(
         kind = kinds[kill % len(kinds)] if kill < len(kinds) else chosen.choice(kinds)
         more = chosen.choice((0, 1, 1, 2, 3)) if len(before) < len(wanted) - 4 else 0
         limit = time.monotonic() + (60 if more else chosen.uniform(0.5, 15))
-        while time.monotonic() < limit and process.poll() is None and (not more or len(finished(out)) < len(before) + more):
+        while (
+            time.monotonic() < limit
+            and process.poll() is None
+            and (not more or len(finished(out)) < len(before) + more)
+        ):
             time.sleep(0.05)
         time.sleep(chosen.uniform(0, 0.5))
         if process.poll() is not None:
@@ -202,10 +213,8 @@ def disturb(
 
 def _end_rest(session: int) -> None:
     """Kill what a killed driver has left in its session."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(session, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def undisturbed(out: Path, seeds: int = SEEDS, rounds: int = 3) -> dict[str, object]:

@@ -12,12 +12,23 @@ from tests.test_site import plant
 AREA = "Markdown of NOTES.md that is slow to parse"
 N = 20_000
 TEXTS = {
-    "brackets": "[" * N, "brackets that close": "[" * N + "]" * N, "stars": "*a_" * N, "quotes": ">" * N,
-    "lists in lists": "".join(" " * (2 * n) + "- a\n" for n in range(400)), "backticks": "".join("`" * n + " " for n in range(600)),
-    "links": "[a](" * N, "pictures": "![" * N, "entities": "&" * N, "a wide table": "|" + "a|" * 3000 + "\n|" + "-|" * 3000 + "\n",
-    "a long table": "|a|\n|-|\n" + "|a|\n" * N, "references": "".join(f"[a{n}]: x\n" for n in range(N // 4)) + "[a1]" * N,
-    "emphasis that never ends": "**a *b " * N, "headings": "# a\n" * N, "tildes": "~~~\n" * N, "autolinks": "<a:" * N,
-}  # fmt: skip
+    "brackets": "[" * N,
+    "brackets that close": "[" * N + "]" * N,
+    "stars": "*a_" * N,
+    "quotes": ">" * N,
+    "lists in lists": "".join(" " * (2 * n) + "- a\n" for n in range(400)),
+    "backticks": "".join("`" * n + " " for n in range(600)),
+    "links": "[a](" * N,
+    "pictures": "![" * N,
+    "entities": "&" * N,
+    "a wide table": "|" + "a|" * 3000 + "\n|" + "-|" * 3000 + "\n",
+    "a long table": "|a|\n|-|\n" + "|a|\n" * N,
+    "references": "".join(f"[a{n}]: x\n" for n in range(N // 4)) + "[a1]" * N,
+    "emphasis that never ends": "**a *b " * N,
+    "headings": "# a\n" * N,
+    "tildes": "~~~\n" * N,
+    "autolinks": "<a:" * N,
+}
 
 
 def _parsed(text: str) -> None:

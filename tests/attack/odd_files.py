@@ -99,10 +99,20 @@ def _named(change: Callable[[Path], str]) -> None:
 
 
 for change in (
-    notes_that_are_a_link, a_run_that_is_a_link, a_table_that_is_a_link, a_document_that_is_a_link, a_page_among_presets,
-    a_link_among_presets, a_program_among_tunings, a_link_among_studies, attributes_that_hide, a_folder_that_is_a_loop,
-):  # fmt: skip
-    TRIES.append(Try(area=AREA, name=change.__name__.replace("_", " "), act=partial(_named, change), needs=("published",)))
+    notes_that_are_a_link,
+    a_run_that_is_a_link,
+    a_table_that_is_a_link,
+    a_document_that_is_a_link,
+    a_page_among_presets,
+    a_link_among_presets,
+    a_program_among_tunings,
+    a_link_among_studies,
+    attributes_that_hide,
+    a_folder_that_is_a_loop,
+):
+    TRIES.append(
+        Try(area=AREA, name=change.__name__.replace("_", " "), act=partial(_named, change), needs=("published",))
+    )
 for place in ("run.json", "counts.parquet", "NOTES.md", "verified.json"):
     for kind in ("pipe", "device", "socket"):
         change = partial(_odd, place, kind)

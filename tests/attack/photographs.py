@@ -33,10 +33,14 @@ def _text(path: Path) -> None:
 
 
 ODD: dict[str, Callable[[Path], object]] = {
-    "a bomb": bomb, "a pipe": os.mkfifo, "a device": lambda path: path.symlink_to("/dev/zero"), "a link to a text": _text,
-    "nothing": lambda path: path.write_bytes(b""), "a link to nowhere": lambda path: path.symlink_to("nowhere"),
+    "a bomb": bomb,
+    "a pipe": os.mkfifo,
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+    "a link to a text": _text,
+    "nothing": lambda path: path.write_bytes(b""),
+    "a link to nowhere": lambda path: path.symlink_to("nowhere"),
     "a terabyte of nothing": lambda path: _sparse(path),
-}  # fmt: skip
+}
 
 
 def _sparse(path: Path) -> None:

@@ -63,7 +63,9 @@ def _loopback() -> None:
     with sweeping() as those:
         ports = listening(set(those))
         require(bool(ports), "nothing listens")
-        open_to_all = {port: at for port, at in ports.items() if not (at.startswith("127.") or at in ("::1", "::ffff:127.0.0.1"))}
+        open_to_all = {
+            port: at for port, at in ports.items() if not (at.startswith("127.") or at in ("::1", "::ffff:127.0.0.1"))
+        }
         require(not open_to_all, f"{len(open_to_all)} of {len(ports)} listen on every interface: {open_to_all}")
 
 
@@ -100,7 +102,11 @@ def _token_file() -> None:
         files = [Path(path) for path in given if path] + [file for file in home.rglob("*token*") if file.is_file()]
         kept = any(each.get("RAY_AUTH_TOKEN") for each in _environments(those))
         require(bool(files) or kept, "there is no token")
-        wide = [f"{file} {stat.filemode(file.stat().st_mode)}" for file in files if file.exists() and file.stat().st_mode & 0o077]
+        wide = [
+            f"{file} {stat.filemode(file.stat().st_mode)}"
+            for file in files
+            if file.exists() and file.stat().st_mode & 0o077
+        ]
         require(not wide, f"others may read {', '.join(wide)}")
 
 
@@ -122,7 +128,11 @@ def _without_token() -> None:
     with sweeping() as those:
         gcs = next((line for line in those.values() if "gcs_server" in line), "")
         found = re.search(r"--gcs_server_port=(\d+)", gcs)
-        ports = [int(found[1])] if found and int(found[1]) else list(listening({pid for pid, line in those.items() if "gcs_server" in line}))
+        ports = (
+            [int(found[1])]
+            if found and int(found[1])
+            else list(listening({pid for pid, line in those.items() if "gcs_server" in line}))
+        )
         require(bool(ports), "the control store listens nowhere")
         code = f"""
 import os
@@ -137,9 +147,13 @@ print('IN', client.internal_kv_keys(b'', None, 5))
         home.mkdir()
         try:
             done = subprocess.run(
-                [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False,
+                [sys.executable, "-c", code],
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
                 env={"PATH": os.environ["PATH"], "HOME": str(home)},
-            )  # fmt: skip
+            )
         except subprocess.TimeoutExpired:
             return  # no answer
         require("IN" not in done.stdout, f"the control store answers: {done.stdout[:200]}")
@@ -163,5 +177,14 @@ def _enter(name: str, act: Callable[[], object]) -> None:
     TRIES.append(Try(area=AREA, name=name, act=act, seconds=240, memory=None, alone=True))
 
 
-for act in (_loopback, _token, _token_file, _session_folder, _no_dashboard, _without_token, _lowest_ray, _results_follow_the_umask):
+for act in (
+    _loopback,
+    _token,
+    _token_file,
+    _session_folder,
+    _no_dashboard,
+    _without_token,
+    _lowest_ray,
+    _results_follow_the_umask,
+):
     _enter(act.__name__.strip("_").replace("_", " "), partial(act))

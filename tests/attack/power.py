@@ -14,12 +14,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench import DataDamaged, DataMissing
 from bench.results import packing, records
@@ -38,9 +40,12 @@ Numbers = dict[str, object]
 def runs(algorithms: str, count: int = 3, seeds: tuple[int, ...] = (0,)) -> tuple[Run, ...]:
     """Give short runs on digits."""
     asked = Sweep(
-        algorithms=tuple(parse_algorithms(algorithms)), datasets=tuple(parse_datasets("digits")), seeds=seeds,
-        overrides={"rounds": count, "epochs": 1, "clients": 8}, data_root=Path("no data here"),
-    )  # fmt: skip
+        algorithms=tuple(parse_algorithms(algorithms)),
+        datasets=tuple(parse_datasets("digits")),
+        seeds=seeds,
+        overrides={"rounds": count, "epochs": 1, "clients": 8},
+        data_root=Path("no data here"),
+    )
     return tuple(asked.expand())
 
 
@@ -110,10 +115,8 @@ def _images(out: Path, disk: Disk | None) -> None:
 
 def _images_safe(out: Path) -> int:
     """Require that what is left of a file of images is whole or refused."""
-    try:
+    with suppress(DataDamaged, DataMissing):
         _images_read(out)
-    except (DataDamaged, DataMissing):
-        pass
     return 0
 
 
@@ -122,7 +125,7 @@ def _images_read(out: Path) -> object:
 
     digits = parse_datasets("digits")[0]
     splits = source.load(digits, out / "pack.npz")
-    return [splits.train_y.tolist(), splits.test_y.tolist(), splits.train_x[:].sum().item()]
+    return [splits.train_y.tolist(), splits.test_y.tolist(), int(torch.as_tensor(splits.train_x).sum())]
 
 
 def scenes(place: Path) -> dict[str, Scene]:
@@ -132,7 +135,9 @@ def scenes(place: Path) -> dict[str, Scene]:
     known = records.read_all(place / "made")[0]
     return {
         "a run and its checkpoints": Scene(partial(_sweep, plain, False), partial(_finished, plain, False), numbers),
-        "a run and its states in a file": Scene(partial(_sweep, plain, False), partial(_finished, plain, False), numbers),
+        "a run and its states in a file": Scene(
+            partial(_sweep, plain, False), partial(_finished, plain, False), numbers
+        ),
         "a run that keeps its models": Scene(partial(_sweep, models, True), partial(_finished, models, True), numbers),
         "a sweep and its journal": Scene(partial(_sweep, several, False), partial(_finished, several, False), numbers),
         "a pack of results": Scene(partial(_packed, known), lambda out: len(numbers(out)), numbers),
@@ -191,7 +196,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments that are tried")
     given = parser.parse_args()
     began, chosen, held = time.monotonic(), random.Random(given.seed), True
-    print("| what is written | moments | tried | equal | safe and lost | changed | errors |\n|---|--:|--:|--:|--:|--:|---|")
+    print("| what is written | moments | tried | equal | safe and lost | changed | errors |")
+    print("|---|--:|--:|--:|--:|--:|---|")
     with tempfile.TemporaryDirectory(prefix="power-") as folder:
         for number, (name, scene) in enumerate(scenes(Path(folder)).items()):
             with pytest.MonkeyPatch.context() as patch:

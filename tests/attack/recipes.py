@@ -25,12 +25,18 @@ AREAS = (
 )
 
 
+_loaded: list[int] = []
+
+
 def load(seed: int) -> None:
-    """Enter all tries.
+    """Enter all tries, once.
 
     Args:
         seed: Of those that are drawn: kills, damage.
     """
+    if _loaded:
+        return
+    _loaded.append(seed)
     for name in AREAS:
         module = importlib.import_module(f"tests.attack.{name}")
         if hasattr(module, "draw"):
