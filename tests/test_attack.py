@@ -40,6 +40,7 @@ SAMPLE = (
     "*/half made",
 )
 EXPENSIVE = (
+    "*/counts.parquet is a socket",
     "*/brackets",
     "*/one bit of a checkpoint, 0",
     "*/no dashboard",
