@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,16 @@ import pytest
 from pyarrow import parquet
 
 from bench import reading
+from bench.contract import toy
+from bench.protocol.identity import identify
 from bench.protocol.presets import parse_presets
 from bench.protocol.settings import BadConfig
 from bench.results import packed, packing, records, storage, tables
 from bench.results.content import digest
 from bench.results.record import DamagedResult
 from bench.sweep import forecast, journal
+from bench.validation import expected
+from bench.validation.inspection import inspect
 from tests.test_command import Bench
 from tests.test_command import bench as bench
 
@@ -312,3 +317,52 @@ def test_a_strange_preset_is_a_sentence(tmp_path: Path) -> None:
     file.write_bytes(b"#" * (reading.TEXT + 1))
     with pytest.raises(BadConfig, match=r"mine\.toml cannot be read as a preset: more than 16,777,216 bytes"):
         parse_presets("mine", tmp_path)
+
+
+def changed(folder: Path, change: dict[str, Any]) -> str:
+    """Write a run of another setting, whose name and identity agree, and say what inspection has to say of it."""
+    told = document(folder)
+    for setting in (told["setting"], told["identity"]["setting"], told["overrides"]):
+        setting.update(change)
+    told["clients"] = change.get("clients", told["clients"])
+    told["id"] = identify(told["identity"])
+    here = folder.rename(folder.parent / told["id"])
+    (here / "run.json").write_text(json.dumps(told))
+    found = inspect(here, Path("nowhere"))
+    return "\n".join([*map(str, found.problems), *found.notes])
+
+
+@pytest.mark.parametrize("rounds", [10**9, 10**9 + 0.0, str(10**9)])
+def test_a_thousand_million_rounds_are_none_in_any_spelling(rounds: object, bad: Path) -> None:
+    assert "identity.setting.rounds is " in (said := changed(bad, {"rounds": rounds})) and "from 1 to 100,000" in said
+
+
+def test_ten_million_clients_are_none(bad: Path) -> None:
+    assert "identity.setting.clients is 10000000, and must be a whole number from 1 to" in changed(
+        bad, {"clients": 10**7}
+    )
+
+
+def test_ten_million_epochs_are_none(bad: Path) -> None:
+    told = document(bad)
+    told["identity"]["algorithm"]["name"] = "fedavg_ft"
+    told["identity"]["algorithm"]["fields"] = {"finetune_epochs": 10**7}
+    told["identity"]["algorithm"]["version"] = 1
+    told["id"] = identify(told["identity"])
+    here = bad.rename(bad.parent / told["id"])
+    (here / "run.json").write_text(json.dumps(told))
+    said = "\n".join(map(str, inspect(here, Path("nowhere")).problems))
+    assert "identity.algorithm.fields.finetune_epochs is 10000000, and must be a whole number from 0 to 1,000" in said
+
+
+def test_the_largest_setting_is_looked_at_without_its_cohorts(bad: Path) -> None:
+    said = changed(bad, {"rounds": 100_000, "clients": 100_000})
+    assert "the split is not made anew, nor are cohorts, as there are too many clients and rounds" in said
+
+
+def test_many_rounds_of_many_clients_are_counted() -> None:
+    setting = replace(toy.SETTING, rounds=500, clients=1000, participation=0.04)
+    assert expected.countable(setting, 1000) and expected.countable(replace(setting, rounds=5000), 1000)
+    drawn = expected.drawn(setting, 1000, 0)
+    assert drawn.times.sum() == 500 * 40 and (drawn.times > 0).all() and drawn.first.max() <= 500
+    assert drawn.times.nbytes + drawn.first.nbytes == 16_000

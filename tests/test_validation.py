@@ -241,8 +241,11 @@ def test_what_follows_from_a_setting_is_what_the_run_does(published: Path) -> No
     setting = replace(run.setting, participation=0.3, rounds=5, eval_clients=4)
     split = make_split(splits.labels, run.dataset.num_classes, setting, run.seed)
     population = Population(run.dataset, splits, split, setting, run.seed, "cpu")
-    cohorts = list(expected.cohorts(setting, population.size, run.seed))
-    assert cohorts == [population.cohort(round) for round in range(5)]
+    cohorts = [population.cohort(round) for round in range(5)]
+    drawn = expected.drawn(setting, population.size, run.seed)
+    assert drawn.times.tolist() == [sum(k in cohort for cohort in cohorts) for k in range(population.size)]
+    first = [next((r for r, cohort in enumerate(cohorts, start=1) if k in cohort), 6) for k in range(population.size)]
+    assert drawn.first.tolist() == first and 6 in first
     trained = range(population.training)
     assert tuple(expected.evaluated(setting, trained, run.seed)) == population.evaluated(trained)
     repeated = execution.document(run, None)

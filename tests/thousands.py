@@ -26,7 +26,7 @@ from bench.results import records, tables
 from bench.results.record import Record
 from bench.training import metrics
 from bench.training.population import rests_on
-from bench.validation.expected import Dealt, dealt, drawn_by, evaluations, sent
+from bench.validation.expected import Dealt, Numbers, dealt, evaluations, ever_drawn, first_drawn, sent
 from bench.validation.rebuilding import Asked, rebuild
 from tests.answers import from_rows
 
@@ -51,8 +51,8 @@ def _store(out: Path, template: Record, rates: Rates, seed: int) -> str:
     identity = {**template.identity, "seed": seed}
     asked = rebuild(replace(template, identity=identity, seed=seed))
     root = data_root(None)
-    given, drawn = dealt(asked, root), drawn_by(asked, int(str(template.clients)))
-    rows = list(_answers(rates, asked, given, drawn, np.random.default_rng(int(identify(identity), 16))))
+    given, first_in = dealt(asked, root), first_drawn(asked, int(str(template.clients)))
+    rows = list(_answers(rates, asked, given, first_in, np.random.default_rng(int(identify(identity), 16))))
     classes = len(template.class_counts)
     groups = {name: torch.tensor(those) for name, those in given.described["groups"].items()}  # type: ignore[attr-defined]
     curves: list[dict[str, Any]] = []
@@ -80,7 +80,7 @@ def _store(out: Path, template: Record, rates: Rates, seed: int) -> str:
         "metrics": measured,
         "cost": cost,
         "digest": hashlib.sha256(run.encode()).hexdigest(),
-        "tested": rests_on(given.images, given.classes, drawn[-1]),
+        "tested": rests_on(given.images, given.classes, ever_drawn(asked, int(str(template.clients)))),
     }
     last = max(row["round"] for row in rows)
     earlier = [row for row in rows if row["round"] < last]
@@ -124,7 +124,7 @@ def _rates(template: Record) -> Rates:
 
 
 def _answers(
-    rates: Rates, asked: Asked, given: Dealt, drawn: list[frozenset[int]], generator: np.random.Generator
+    rates: Rates, asked: Asked, given: Dealt, first_in: Numbers, generator: np.random.Generator
 ) -> Iterator[dict[str, Any]]:
     """Draw the rows of counts: an image is answered rightly where its own threshold lies below the class's rate."""
     thresholds: dict[tuple[str, int, int], Any] = {}
@@ -145,7 +145,7 @@ def _answers(
                 correct = max(correct, usual.get((*place, round), 0))
             else:
                 usual[(*place, round)] = correct
-            told = -1 if kind != "personal" else int(client in drawn[round - 1])
+            told = -1 if kind != "personal" else int(first_in[client] <= round)
             yield {
                 "round": round, "model": model, "client": client, "class": label,
                 "correct": correct, "total": total, "drawn": told,

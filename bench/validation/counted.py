@@ -16,7 +16,7 @@ from bench.results.record import DOCUMENT, Record
 from bench.results.tables import COUNT_COLUMNS, COUNTS, PREDICTION_COLUMNS, PREDICTIONS, ROUNDS, together
 from bench.results.tables import curves as laid_out
 from bench.training import metrics
-from bench.validation.expected import Cells, drawn_by, evaluations, tested_models
+from bench.validation.expected import Cells, Numbers, countable, evaluations, first_drawn, tested_models
 from bench.validation.found import Inspected, brief, close
 from bench.validation.rebuilding import Asked
 
@@ -134,8 +134,9 @@ def _tests(found: Inspected, frame: pandas.DataFrame) -> None:
     }
     if found.asked is not None:
         _models(found, found.asked, tables)
-        if found.clients is not None:
-            _drawn(found, frame[frame["drawn"] != -1], drawn_by(found.asked, found.clients), found.clients)
+        if found.clients is not None and countable(found.asked.trained_by, found.clients):
+            first, rounds_ = first_drawn(found.asked, found.clients), found.asked.trained_by.rounds
+            _drawn(found, frame[frame["drawn"] != -1], first, rounds_)
     _images(found, {place: table[:3] for place, table in tables.items()})
     odd: list[tuple[int, int, int]] = []
     for (round, model), masked in tables.items():
@@ -208,14 +209,11 @@ def _predicted(found: Inspected, frame: pandas.DataFrame) -> None:
         found.add(_file(found, PREDICTIONS), "predicted", f"{what} {len(odd)} row(s), the first: {place}")
 
 
-def _drawn(found: Inspected, frame: pandas.DataFrame, known: Sequence[frozenset[int]], clients: int) -> None:
-    """See that the clients that are said to have been drawn are those of the cohorts."""
-    by_then = np.zeros((len(known) + 1, clients), dtype=bool)
-    for round, those in enumerate(known, start=1):
-        by_then[round, list(those)] = True
+def _drawn(found: Inspected, frame: pandas.DataFrame, first: Numbers, last: int) -> None:
+    """See that the clients that are said to have been drawn are those of the cohorts, by their `first`."""
     rounds, client = frame["round"].to_numpy(), frame["client"].to_numpy()
-    inside = (rounds > 0) & (rounds <= len(known)) & (client >= 0) & (client < clients)
-    wanted = inside & by_then[np.where(inside, rounds, 0), np.where(inside, client, 0)]
+    inside = (rounds > 0) & (rounds <= last) & (client >= 0) & (client < len(first))
+    wanted = inside & (first[np.where(inside, client, 0)] <= rounds)
     others = rounds[(frame["drawn"].to_numpy() == 1) != wanted]
     if len(others):
         found.add(

@@ -5,7 +5,6 @@ That is its split where the data are at hand, which models are tested when, and 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
@@ -27,9 +26,13 @@ from bench.task import Task
 from bench.training.population import draw_cohort
 from bench.validation.rebuilding import Asked
 
+Numbers = npt.NDArray[np.int64]
 Cells = npt.NDArray[np.int64]
 """(3, n): client, class and number of test images, in this order, ascending; client -1 for a generic model."""
 
+_MOST_ROUNDS, _MOST_DRAWS = 20_000, 5 * 10**7
+"""And clients times rounds: a run of 1,000 clients and 5,000 rounds has 5 million, and its cohorts take some seconds.
+"""
 _MOST_BYTES = 2**29
 """Of a model that is made to count what is sent; of larger ones the bytes are compared between seeds only."""
 
@@ -80,7 +83,7 @@ def _dealt(dataset: Dataset, root: Path, setting: Setting, seed: int) -> Dealt:
         rows = [split.tests[client].numpy() for client in chosen]
         tested[kind] = _cells(chosen, rows, labels, dataset.num_classes)
     sizes = [len(rows) for rows in split.clients]
-    visited = sum(sizes[client] for cohort in cohorts(setting, clients, seed) for client in cohort)
+    visited = int(drawn(setting, clients, seed).times @ np.asarray(sizes, dtype=np.int64))
     described = {key: said[key] for key in ("fingerprint", "class_counts", "groups", "heterogeneity")}
     chosen = evaluated(setting, kinds["personal"], seed)
     images = {k: len(split.tests[k]) for k in chosen}
@@ -110,10 +113,35 @@ def _cells(clients: list[int], rows: list[Cells], labels: Labels, num_classes: i
     return np.stack([np.asarray(clients, dtype=np.int64)[client], which, table[client, which]]).astype(np.int64)
 
 
-@lru_cache(maxsize=512)
-def cohorts(setting: Setting, clients: int, seed: int) -> tuple[tuple[int, ...], ...]:
-    """Give the clients that train in each round, as `Population.cohort` draws them."""
-    return tuple(draw_cohort(setting, clients, keys.key(seed), round) for round in range(setting.rounds))
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Drawn:
+    """The cohorts of all rounds, as `Population.cohort` draws them, counted: a list of them would fill the memory."""
+
+    times: Numbers
+    """(clients,): how many each is in."""
+    first: Numbers
+    """(clients,): the round, from 1 on, of the first that each is in; one more than there are, if it is in none."""
+
+
+@lru_cache(maxsize=128)
+def drawn(setting: Setting, clients: int, seed: int) -> Drawn:
+    """Draw the cohorts of a run, which must be `countable`."""
+    times, first = np.zeros(clients, dtype=np.int64), np.full(clients, setting.rounds + 1)
+    for round in range(setting.rounds):
+        cohort = _cohort(setting, clients, seed, round)
+        times[cohort] += 1
+        first[cohort] = np.minimum(first[cohort], round + 1)
+    return Drawn(times=times, first=first)
+
+
+@lru_cache(maxsize=4)  # exchanges of one round have one cohort
+def _cohort(setting: Setting, clients: int, seed: int, round: int) -> Numbers:
+    return np.array(draw_cohort(setting, clients, keys.key(seed), round), dtype=np.int64)
+
+
+def countable(setting: Setting, clients: int) -> bool:
+    """Tell whether a run's cohorts are drawn anew: not those of whoever asks for more than anybody trains."""
+    return setting.rounds <= _MOST_ROUNDS and setting.rounds * clients <= _MOST_DRAWS
 
 
 def evaluated(setting: Setting, clients: range, seed: int) -> list[int]:
@@ -124,10 +152,14 @@ def evaluated(setting: Setting, clients: range, seed: int) -> list[int]:
     return [clients[k] for k in chosen.tolist()]
 
 
-def drawn_by(asked: Asked, clients: int) -> list[frozenset[int]]:
-    """Give the clients that were in the cohort of any round by the end of each round."""
-    cohorts_ = map(frozenset, cohorts(asked.trained_by, clients, asked.record.seed))
-    return list(itertools.accumulate(cohorts_, lambda known, cohort: known | cohort))
+def first_drawn(asked: Asked, clients: int) -> Numbers:
+    """Give the round, from 1 on, in whose cohort each client is first, as `Drawn` has it."""
+    return drawn(asked.trained_by, clients, asked.record.seed).first
+
+
+def ever_drawn(asked: Asked, clients: int) -> frozenset[int]:
+    """Give the clients that were in the cohort of any round."""
+    return frozenset(np.flatnonzero(first_drawn(asked, clients) <= asked.trained_by.rounds).tolist())
 
 
 # What it tests and sends ------------------------------------------------------------------------------------
@@ -179,27 +211,23 @@ def sent(asked: Asked, clients: int) -> Sent | None:
 
     Returns:
         None where the images' shape is not known here, or the model is too large to be made for this; or where there
-        are images at the server, on which states may depend.
+        are images at the server, on which states may depend; or where the run is not `countable`.
     """
-    if asked.algorithm.needs & auxiliary.NEEDS:
+    if asked.algorithm.needs & auxiliary.NEEDS or not countable(asked.trained_by, clients):
         return None
     setting, pooled = asked.trained_by, "pooled" in asked.algorithm.needs
     shapes = None if asked.dataset is None else _shapes(asked.algorithm, asked.dataset, setting, clients)
     if shapes is None:
         return None
     own_statistics = setting.norm == "batch" and setting.statistics == "personal"
-    drawn = cohorts(setting, clients, asked.record.seed)
-    down, known = 0, set[int]()
-    for trip in shapes.trips:
-        cohort = range(setting.training_clients(clients)) if trip.everyone else drawn[trip.round]
-        down += len(cohort) * trip.changing + len(set(cohort) - known) * trip.constant
-        known.update(cohort)
+    down, known, everyone = 0, np.zeros(clients, dtype=bool), np.arange(setting.training_clients(clients))
+    final = [replace(shapes.trips[-1], everyone=True)] if setting.final_visit and not pooled else []
+    for trip in (*shapes.trips, *final):
+        cohort = everyone if trip.everyone else _cohort(setting, clients, asked.record.seed, trip.round)
+        down += len(cohort) * trip.changing + int((~known[cohort]).sum()) * trip.constant
+        known[cohort] = True
     chosen = any(trip.chosen for trip in shapes.trips)
-    if setting.final_visit and not pooled:
-        trip, everyone = shapes.trips[-1], set(range(setting.training_clients(clients)))
-        down += len(everyone) * trip.changing + len(everyone - known) * trip.constant
-        known |= everyone
-    kept = shapes.private * (1 if pooled else len(known))
+    kept = shapes.private * (1 if pooled else int(known.sum()))
     return Sent(
         pooled=pooled,
         bytes_down=None if pooled or chosen or shapes.packed else down,

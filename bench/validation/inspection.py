@@ -23,7 +23,7 @@ from bench.splits.split import PartitionFailed
 from bench.training.population import rests_on
 from bench.training.rounds import WORK
 from bench.validation import counted
-from bench.validation.expected import dealt, drawn_by, sent
+from bench.validation.expected import countable, dealt, ever_drawn, sent
 from bench.validation.found import Inspected, brief, close
 from bench.validation.plausible import implausible
 from bench.validation.rebuilding import Asked, CannotRebuild, description, rebuild
@@ -273,6 +273,9 @@ def _split(found: Inspected, record: Record, asked: Asked, root: Path) -> None:
     if asked.dataset is None:
         found.notes.append("the split cannot be made anew, as the images are somebody's own")
         return
+    if not countable(asked.trained_by, found.clients or 0):
+        found.notes.append("the split is not made anew, nor are cohorts, as there are too many clients and rounds")
+        return
     try:
         found.dealt = dealt(asked, root)
     except DataMissing:
@@ -284,7 +287,7 @@ def _split(found: Inspected, record: Record, asked: Asked, root: Path) -> None:
     except (PartitionFailed, BadConfig) as error:
         found.add(DOCUMENT, "setting", f"cannot be: {error}")
         return
-    drawn = drawn_by(asked, int(str(found.dealt.described["clients"])))[-1]
+    drawn = ever_drawn(asked, int(str(found.dealt.described["clients"])))
     tested = rests_on(found.dealt.images, found.dealt.classes, drawn)
     for key, value in {**found.dealt.described, "tested": tested}.items():
         written = record.document.get(key)

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import keys, models, tree
 from bench.algorithm import Algorithm
 from bench.contract import toy
-from bench.validation.expected import cohorts
+from bench.validation.expected import drawn
 from bench.validation.rebuilding import Asked
 
 _FASTEST = 1e17
@@ -98,7 +98,7 @@ def _on_the_toy(algorithm: Algorithm, epochs: int) -> _Toy:
         setting = replace(toy.SETTING, rounds=rounds, epochs=epochs)
         run = toy.finish(toy.run(algorithm, setting=setting))
         cost = run.progress.cost
-        visited = sum(toy.SIZES[k] for cohort in cohorts(setting, len(toy.SIZES), 0) for k in cohort)
+        visited = int(drawn(setting, len(toy.SIZES), 0).times @ toy.SIZES)
         forward = _forward(setting.model, toy.Toy.num_classes, toy.Toy().image_shape, setting.norm)
         work = cost.get("train_flops", 0.0) / max(cost.get("train_samples", 0.0), 1.0) / forward.flops
         sent = cost.get("bytes_up", 0.0) == cost.get("bytes_down", 0.0)
