@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from markdown_it.token import Token
 
 from bench import text
 from bench.command.main import main
+from bench.face.bar import Bar
+from bench.face.progress import Display
 from bench.plugins import blame
 from bench.protocol.identity import identify
 from bench.results import records
@@ -126,13 +129,16 @@ def test_a_damaged_result_and_a_journal_are_told_of_as_text(tmp_path: Path, benc
     out = tmp_path / "runs"
     file = hostile(out, 4) / DOCUMENT
     file.write_text(json.dumps({**json.loads(file.read_bytes()), "metrics": {WILD: WILD}}))
+    damaged = file.parent.rename(out / RAW) / DOCUMENT
     driver = journal.Sweep(pid=1, host=WILD, born=None, began=0.0, command=f"bench run {WILD}")
     driver.runs["0" * 12] = journal.Entry(title=WILD, cell=WILD, rounds=1, state="failed", reason=WILD)
     (out / journal.FOLDER).mkdir()
     (out / journal.FOLDER / "1-0.json").write_text(json.dumps({"format": 1, **asdict(driver)}))
-    for words in ("table runs", "status runs", "validate runs", "submit runs"):
+    for words in ("table runs", "status runs", "validate runs", "pack runs --to pack"):
         _, said, err = bench(*words.split())
-        assert is_text(said) and is_text(err) and "wild" in said + err, words
+        assert is_text(said) and is_text(err), words
+        assert "wild" in said + err or "owned" in said + err or words.startswith("validate"), words
+    assert damaged.is_file() and "a bad key" in bench("table", "runs")[2]
     assert "1 failed" in bench("status", "runs")[1]
 
 
@@ -147,6 +153,8 @@ def test_a_spreadsheet_computes_nothing(planted: Path, bench: Spoken) -> None:
         assert is_text(said) and sum(text.plain(WILD) in each for each in cells) > 10, words
         assert not [each for each in cells if each[:1] in set("=+-@\t\r") and not is_number(each)], words
         assert f"'{text.plain(WILD)}" in cells
+    _, said, _ = bench("table", planted, "--format", "csv", "--metrics", f"{WILD},generic")
+    assert f"'{text.plain(WILD)}" in cells_of(said)[:60], "a column is called so"
 
 
 def is_number(written: str) -> bool:
@@ -259,6 +267,27 @@ def test_markdown_and_html_give_the_text_back(written: str) -> None:
 def test_a_long_first_line_of_an_error_is_cut() -> None:
     said = blame.told(ValueError("tensor " * 1000))
     assert len(said) < 450 and said.startswith("ValueError: tensor ")
+
+
+def test_what_begins_a_row_of_latex_is_no_option_of_the_row_above() -> None:
+    assert text.latex("[2cm] wide") == "{}[2cm] wide" and text.latex("*") == "{}*" and text.latex("a[1]") == "a[1]"
+
+
+def test_a_plug_in_and_a_sweep_are_told_of_as_text(tmp_path: Path, bench: Spoken) -> None:
+    file = tmp_path / "mine.py"
+    assert bench("new", "part", "mine")[0] == 0
+    written = re.sub(
+        r"^(    def .*:)$", r'\1\n        raise ValueError("\\x1b]0;owned\\x07")', file.read_text(), flags=re.M
+    )
+    file.write_text(written.replace('"""Mine', r'"""\x1b]0;owned\x07 Mine', 1))
+    for words, ended in (("show", 0), ("check", 1)):
+        status, said, err = bench(words, "mine", "--plugin", file)
+        assert status == ended and is_text(said) and is_text(err) and r"\x1b]0;owned\x07" in said
+    sink = io.StringIO()
+    with Display(stream=sink) as display, redirect_stderr(sink), Bar("images") as bar:
+        display.warn(f"failed: {WILD}")
+        bar.say(WILD)
+    assert is_text(sink.getvalue().replace("\n\\x7f", "")) and sink.getvalue().count("owned") == 2
 
 
 def test_a_dollar_begins_no_formula_in_a_picture() -> None:

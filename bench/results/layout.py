@@ -267,7 +267,7 @@ def remarks(board: Leaderboard) -> list[str]:
     """List what stands below a leaderboard: warnings, where the numbers come from, numbered footnotes."""
     _, notes = footnotes(board)
     numbered = [f"[{number}] {note}" for number, note in enumerate(notes, start=1)]
-    said = [
+    return [
         *warnings(board),
         order(board),
         *_standing(board),
@@ -279,7 +279,6 @@ def remarks(board: Leaderboard) -> list[str]:
         *_derived(board),
         *numbered,
     ]
-    return [*map(plain, said)]
 
 
 def _standing(board: Leaderboard) -> list[str]:
