@@ -154,7 +154,7 @@ def test_a_spreadsheet_computes_nothing(planted: Path, bench: Spoken) -> None:
         assert not [each for each in cells if each[:1] in set("=+-@\t\r") and not is_number(each)], words
         assert f"'{text.plain(WILD)}" in cells
     _, said, _ = bench("table", planted, "--format", "csv", "--metrics", f"{WILD},generic")
-    assert f"'{text.plain(WILD)}" in cells_of(said)[:60], "a column is called so"
+    assert f"'{text.plain(WILD)}" in next(csv.reader(io.StringIO(said))), "a column is called so"
 
 
 def is_number(written: str) -> bool:
