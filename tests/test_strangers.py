@@ -24,6 +24,7 @@ from bench.results.content import digest
 from bench.results.record import DamagedResult
 from bench.sweep import forecast, journal
 from bench.validation import expected
+from bench.validation.beside import models, strange
 from bench.validation.inspection import inspect
 from tests.test_command import Bench
 from tests.test_command import bench as bench
@@ -366,3 +367,82 @@ def test_many_rounds_of_many_clients_are_counted() -> None:
     drawn = expected.drawn(setting, 1000, 0)
     assert drawn.times.sum() == 500 * 40 and (drawn.times > 0).all() and drawn.first.max() <= 500
     assert drawn.times.nbytes + drawn.first.nbytes == 16_000
+
+
+BESIDE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "NOTES.md": (lambda path: path.symlink_to("/etc/hostname"), "NOTES.md: is a link, and no part of these results"),
+    "verified.json": (lambda path: path.symlink_to("/dev/zero"), "verified.json: is a link"),
+    ".gitattributes": (lambda path: path.write_text("* -diff"), ".gitattributes: does not belong into a folder of"),
+    "README.md": (os.mkfifo, "README.md: cannot be read: it is a pipe"),
+    "0123456789ab": (lambda path: path.symlink_to("/etc"), "0123456789ab: is a link"),
+    "presets/page.html": (Path.touch, "presets/page.html: does not belong into presets, as it is no preset, which is"),
+    "presets/mine.toml": (lambda path: path.write_text("x = 1"), "presets/mine.toml: does not belong into presets, as"),
+    "presets/etc": (lambda path: path.symlink_to("/etc"), "presets/etc: does not belong into presets, as it is a link"),
+    "tuning/program": (lambda path: path.write_bytes(b"\x7fELF"), "tuning/program: does not belong into tuning"),
+    "tuning/0123456789ab/trials.jsonl": (os.mkfifo, "trials.jsonl: cannot be read as a study's: "),
+    "tuning/0123456789ab/study.json": (lambda path: path.write_text("[" * 10**5), "study.json: cannot be read as a"),
+    "tuning/0123456789ab/other": (Path.touch, "other: cannot be read as a study's: a study has no such file"),
+    "studies/program": (Path.touch, "studies/program: does not belong into studies, as it is neither a text"),
+    "studies/long.md": (
+        lambda path: path.write_bytes(b" " * (reading.TEXT + 1)),
+        "studies/long.md: does not belong into studies, as it cannot be read: more than 16,777,216 bytes",
+    ),
+    "pack/plugins/mine.so": (Path.touch, "pack/plugins/mine.so: does not belong into plug-ins, as it is no file of"),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_stands_beside_runs_is_known_or_named(name: str, out: Path) -> None:
+    make, told = BESIDE[name]
+    packing.pack(records.read_all(out)[0][:1], out / "pack")
+    assert list(strange(out)) == []
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    make(out / name)
+    (problem,) = strange(out)
+    assert told in str(problem)
+
+
+def test_what_bench_tune_and_we_ourselves_left_is_known(out: Path) -> None:
+    assert list(strange(PUBLISHED)) == []
+    (out / "presets").mkdir()
+    (out / "presets" / "tuned.toml").write_text('name = "tuned"\n\n[algorithms."fedavg"]\ncall = "fedavg"\nlr = 0.1\n')
+    study = out / "tuning" / "0123456789ab"
+    study.mkdir(parents=True)
+    (study / "study.json").write_text("{}")
+    (study / "trials.jsonl").write_text("")
+    (out / "studies").mkdir()
+    (out / "studies" / "personal.md").write_text("Nothing.")
+    assert list(strange(out)) == []
+
+
+def test_models_of_a_run_are_files_that_it_lists(bad: Path) -> None:
+    record = records.read(bad)
+    listed = replace(record, models={"server.safetensors": "0" * 64, "clients-00000.safetensors": "0" * 64})
+    (bad / "models").mkdir()
+    (bad / "models" / "server.safetensors").write_bytes(b"")
+    assert list(models(listed)) == []
+    (bad / "models" / "clients-00000.safetensors").symlink_to("/etc/hostname")
+    (bad / "models" / "page.html").touch()
+    said = [" ".join(each) for each in models(listed)]
+    assert said == [
+        "models/clients-00000.safetensors is a link or a folder, and no file of its own",
+        "models/page.html is not listed in run.json; remove it",
+    ]
+    (bad / "models").rename(bad.parent / "elsewhere")
+    (bad / "models").symlink_to(bad.parent / "elsewhere")
+    assert [*models(listed)] == [("models", "is a link, and no folder of its own")]
+
+
+def test_validation_names_all_that_is_strange_and_goes_on(out: Path, bad: Path, bench: Bench) -> None:
+    many_rows(bad)
+    (out / "NOTES.md").symlink_to("/etc/hostname")
+    (out / ".gitattributes").touch()
+    (out / "README.md").write_text("`bench table --out results --write`")
+    answer = bench("validate", out)
+    assert answer.status == 1 and "Traceback" not in answer.err and "4 finished runs" in answer.out
+    lines = answer.out.splitlines()
+    table = "README.md: cannot be made of these folders (DamagedResult: "
+    rows = f"{bad.name}/counts.parquet: cannot be read: it has 500,000 rows"
+    for told in (rows, table, "NOTES.md: is a link", ".gitattributes: does not"):
+        assert sum(line.startswith(told) for line in lines) == 1, answer.out
+    assert len(lines) == 5

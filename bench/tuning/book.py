@@ -23,7 +23,7 @@ from bench.tuning.study import Study, Trial
 
 FOLDER = "tuning"
 """Within the folder of results."""
-TRIALS = "trials.jsonl"
+TRIALS, STUDY = "trials.jsonl", "study.json"
 
 
 class DamagedStudy(BadConfig):
@@ -66,11 +66,11 @@ class Book:
         self.studies, self.told = studies, told
         self.budget = {study.id: trials if study.space else 1 for study in studies}
         self.folders = {study.id: out / FOLDER / study.id for study in studies}
-        self.trials = {study.id: _read(self.folders[study.id] / TRIALS) for study in studies}
+        self.trials = {study.id: trials_of(self.folders[study.id] / TRIALS) for study in studies}
         self._busy: set[str] = set()
         for study in studies:
             text = json.dumps(study.described(), indent=2) + "\n"
-            place(self.folders[study.id], {"study.json": text.encode()})
+            place(self.folders[study.id], {STUDY: text.encode()})
 
     def left(self) -> int:
         """Count the trials that are not there yet."""
@@ -111,13 +111,18 @@ class Book:
         return self.budget[study.id] - len(self.trials[study.id])
 
 
-def _read(file: Path) -> list[Trial]:
+def trials_of(file: Path) -> list[Trial]:
+    """Read a study's trials; none if there is no file.
+
+    Raises:
+        DamagedStudy: It cannot be read.
+    """
     if not file.exists():
         return []
     try:
         lines = reading.contents(file, reading.TEXT, links=False).decode().splitlines()
         trials = [TypeAdapter(Trial).validate_json(line, strict=True) for line in lines]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DamagedStudy(f"{file} cannot be read as trials; delete the folder {file.parent} ({error})") from error
     if [trial.number for trial in trials] != list(range(len(trials))):
         raise DamagedStudy(f"{file} lacks trials; delete the folder {file.parent}")

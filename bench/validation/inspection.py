@@ -22,7 +22,7 @@ from bench.splits.longtail import group_classes
 from bench.splits.split import PartitionFailed
 from bench.training.population import rests_on
 from bench.training.rounds import WORK
-from bench.validation import counted
+from bench.validation import beside, counted
 from bench.validation.expected import countable, dealt, ever_drawn, sent
 from bench.validation.found import Inspected, brief, close
 from bench.validation.plausible import implausible
@@ -107,10 +107,8 @@ def _open(found: Inspected) -> None:
             found.add(path.name, "", "does not belong into a run's folder; remove it")
     if (folder / MODELS).exists() and not record.models:
         found.add(MODELS, "", f"is not listed in {DOCUMENT}; remove it")
-    elif record.models_folder.is_dir():
-        for path in sorted(record.models_folder.iterdir()):
-            if path.name not in record.models:
-                found.add(f"{MODELS}/{path.name}", "", f"is not listed in {DOCUMENT}; remove it")
+    for name, what in beside.models(record) if record.models else ():
+        found.add(name, "", what)
     found.whole = record.id == folder.name
     if not found.whole:
         found.add(DOCUMENT, "id", f"is {record.id}, and the folder is called {folder.name}")

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.protocol import presets
+from bench import reading
 from bench.protocol.identity import canonical
 from bench.results import packed, records, standing
 from bench.results.leaderboard import leaderboards
-from bench.results.record import DOCUMENT, MODELS, Record
+from bench.results.record import DOCUMENT, MODELS, Record, stored
 from bench.results.table import results_readme
 from bench.sweep import journal
+from bench.validation.beside import PROSE, TABLE, strange
 from bench.validation.counted import apart_at
 from bench.validation.found import Inspected, Problem
 from bench.validation.side_by_side import Place, inspect_all
@@ -28,11 +29,7 @@ from bench.validation.wording import overlong
 if TYPE_CHECKING:
     from bench.preparing.preparation import Progress
 
-TABLE, PROSE = "README.md", "NOTES.md"
-_BESIDE = (TABLE, PROSE, standing.FILE, ".gitignore", ".gitattributes")
 _ID = re.compile("[0-9a-f]{12}")
-_FOLDERS = (presets.FOLDER, "tuning", "studies")
-"""Of `bench tune`: what it chose, and all it tried."""
 _COMMAND = re.compile(r"`(bench table --out [^`]+? --write(?: --metric (last10|best))?)`")
 """What the table says it was written by."""
 
@@ -105,7 +102,7 @@ def validate(
         twice = [*_twice(here)]
         whole = [one.record for one in inspected if one.whole and one.record is not None]
         rows = [record for record in whole if record.id not in {problem.file for problem in twice}]
-        problems += [*twice, *_packs(out), *_strangers(out), *_notes(out), *_table(out, rows), *_verifications(out)]
+        problems += [*twice, *_packs(out), *strange(out), *_notes(out), *_table(out, rows), *_verifications(out)]
     return Report(inspected=tuple(inspected), problems=tuple(sorted(set(problems))), notes=tuple(notes))
 
 
@@ -275,8 +272,8 @@ def _twice(here: Mapping[str, Sequence[Place]]) -> Iterator[Problem]:
 def _text(place: Place) -> bytes | None:
     folder, pack = place
     try:
-        return packed.documents(pack)[folder.name] if pack is not None else (folder / DOCUMENT).read_bytes()
-    except OSError:
+        return packed.documents(pack)[folder.name] if pack is not None else stored(folder)
+    except (OSError, reading.TooLarge):
         return None
 
 
@@ -306,14 +303,9 @@ def _packs(out: Path) -> Iterator[Problem]:
         for path in sorted(pack.iterdir()) if pack != out else ():
             if path.name not in (*packed.FILES, packed.PLUGINS, MODELS):
                 yield Problem(f"{name}{path.name}", "", "does not belong into a pack; remove it")
-
-
-def _strangers(out: Path) -> Iterator[Problem]:
-    beside = (*_BESIDE, *_FOLDERS, *((*packed.FILES, packed.PLUGINS) if packed.is_pack(out) else ()))
-    for path in sorted(out.iterdir()):
-        if path.name not in beside and not (path.is_dir() and (_ID.fullmatch(path.name) or packed.is_pack(path))):
-            what = "does not belong into a folder of published results, which holds packs and folders of runs"
-            yield Problem(path.name, "", f"{what}; remove it")
+        for path in sorted((pack / MODELS).iterdir()) if (pack / MODELS).is_dir() else ():
+            if path.name not in _readable(pack):
+                yield Problem(f"{name}{MODELS}/{path.name}", "", "is of no run of this pack; remove it")
 
 
 def _notes(out: Path) -> Iterator[Problem]:
@@ -331,12 +323,12 @@ def _table(out: Path, found: Sequence[Record]) -> Iterator[Problem]:
     path = out / TABLE
     fix = f"'bench table --out {out} --write' writes it"
     try:
-        written = path.read_text(encoding="utf-8")
+        written = reading.contents(path, reading.TEXT, links=False).decode()
     except FileNotFoundError:
         yield Problem(TABLE, "", f"is not there; {fix}")
         return
     except (OSError, ValueError) as error:
-        yield Problem(TABLE, "", f"cannot be read ({error}); {fix}")
+        yield Problem(TABLE, "", f"cannot be read ({reading.why(error)}); {fix}")
         return
     command = _COMMAND.search(written)
     if command is None:
@@ -356,6 +348,8 @@ def _table(out: Path, found: Sequence[Record]) -> Iterator[Problem]:
 
 
 def _verifications(out: Path) -> Iterator[Problem]:
+    if (out / verification.FILE).is_symlink() or (out / verification.FILE).is_fifo():
+        return  # which is said
     try:
         entries = standing.read(out)
     except ValueError as error:
