@@ -64,7 +64,7 @@ def quickly(made: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def cut(share: float) -> Callable[[Path], None]:
+def cut(share: float) -> Callable[[Path], object]:
     return lambda file: file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
 
 
@@ -85,7 +85,7 @@ def text(file: Path) -> None:
     file.write_text("this is no database\n" * 1000)
 
 
-DAMAGED: dict[str, Callable[[Path], None]] = {
+DAMAGED: dict[str, Callable[[Path], object]] = {
     "emptied": cut(0),
     "cut to a few bytes": lambda file: file.write_bytes(file.read_bytes()[:50]),
     "cut to a header": lambda file: file.write_bytes(file.read_bytes()[:100]),
@@ -216,6 +216,14 @@ def test_somebody_s_own_database_is_left_where_it_is(out: Path) -> None:
     assert "the same command" not in str(failed.value) and own.read_text().startswith("this is no database")
 
 
+def test_what_sqlite_keeps_beside_a_database_goes_with_it(tmp_path: Path) -> None:
+    for end in ("", "-journal", "-wal", ".damaged-1"):
+        (tmp_path / f"mlflow.db{end}").write_text(end)
+    assert database.move_away(tmp_path / "mlflow.db").name == "mlflow.db.damaged-2"
+    left = {path.name.removeprefix("mlflow.db.damaged-"): path.read_text() for path in tmp_path.iterdir()}
+    assert left == {"1": ".damaged-1", "2": "", "2-journal": "-journal", "2-wal": "-wal"}
+
+
 def test_nothing_stands_under_its_name_before_it_is_whole(tmp_path: Path) -> None:
     """A process that is killed while MLflow makes the tables; the next one knows nothing of it."""
     file = tmp_path / "mlflow.db"
@@ -246,14 +254,14 @@ def make(tracking_uri: str) -> None:
 def test_a_disk_that_fills_inside_a_transaction_is_a_sentence(out: Path) -> None:
     (run,) = some_runs(4, rounds=2)[3:]
     write(out, run)
-    limit = (out / "mlflow.db").stat().st_size - 4096
-    done = subprocess.run(
-        [sys.executable, "-m", "bench", "track", "--out", str(out)],
-        capture_output=True, text=True, check=False, cwd=ROOT,
-        preexec_fn=lambda: (
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        ),
-    )  # fmt: skip
+    most = (out / "mlflow.db").stat().st_size - 4096
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+    command = [sys.executable, "-m", "bench", "track", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, preexec_fn=limit)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "and the same command goes on: bench track" in done.stderr and not list(out.glob("*.damaged-*"))
     assert import_all(out, tracking.default_uri(out)) in ((3, 0, 1), (3, 1, 0))

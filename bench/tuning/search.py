@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.results.storage import OutputUnwritable
-from bench.sweep.cluster import cores, need_ray, packed, session, unpacked
+from bench.sweep.cluster import RayDied, Session, cores, need_ray, packed, session, unpacked
 from bench.text import plain
 from bench.tuning.book import Book
 from bench.tuning.study import Study, Trial
@@ -38,7 +38,7 @@ def search_on_ray(book: Book, address: str = "local", jobs: int | None = None) -
         jobs: Trials at once; None for what the machine or cluster holds.
 
     Raises:
-        OutputUnwritable: A worker could not read its data or write its checkpoints.
+        OutputUnwritable: A worker could not read its data or write its checkpoints, or Ray died.
         BadConfig: Nobody answers at the address.
     """
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1"}
@@ -54,7 +54,7 @@ def search_on_ray(book: Book, address: str = "local", jobs: int | None = None) -
         cpu = ray.cluster_resources().get("CPU", 1.0)
         gpus = ray.cluster_resources().get("GPU", 0.0) if device == "cuda" else 0.0
         at_once = min(jobs or int(gpus or cpu), len(book.studies))
-        rotation = _rotation(book)
+        rotation = _rotation(book, here)
         tuner = tune.Tuner(
             tune.with_resources(_on_worker, {"cpu": 1, "gpu": min(1.0, gpus / at_once)}),
             tune_config=tune.TuneConfig(
@@ -72,7 +72,7 @@ def search_on_ray(book: Book, address: str = "local", jobs: int | None = None) -
         raise OutputUnwritable(f"{rotation.stopped}; the same command goes on")
 
 
-def _rotation(book: Book) -> Any:
+def _rotation(book: Book, here: Session) -> Any:
     """Make Ray Tune's searcher: asks the book what to try, and tells it what became of that."""
     from ray.tune.search import Searcher
 
@@ -97,6 +97,11 @@ def _rotation(book: Book) -> Any:
             for sentence in (result or {}).get("said", ()):
                 _say(sentence)
             if result is None or "payload" not in result:
+                try:
+                    here.require_alive()
+                except RayDied as died:  # that is no trial's failure
+                    self.stopped = str(died)
+                    return
                 reason = "its worker died again and again (killed, or out of memory)"
                 book.note(study, replace(trial, reason=reason))
             elif isinstance(ended := pickle.loads(result["payload"]), Trial):

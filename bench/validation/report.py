@@ -348,7 +348,7 @@ def _table(out: Path, found: Sequence[Record]) -> Iterator[Problem]:
 
 
 def _verifications(out: Path) -> Iterator[Problem]:
-    if (out / verification.FILE).is_symlink() or (out / verification.FILE).is_fifo():
+    if (out / standing.FILE).is_symlink() or (out / standing.FILE).is_fifo():
         return  # which is said
     try:
         entries = standing.read(out)
