@@ -143,7 +143,8 @@ def test_a_run_that_kills_every_worker_fails_with_a_reason_and_the_others_are_do
     failed, done = printed["runs"]
     assert (failed["status"], done["status"]) == ("failed", "done")
     assert failed["reason"].startswith("the worker died (killed, or out of memory), 3 times in a row")
-    assert json.loads((here / "runs" / failed["id"] / "run.json").read_text())["reason"] == failed["reason"]
+    told = json.loads((here / "runs" / failed["id"] / "run.json").read_text())
+    assert told["reason"] == failed["reason"] and told["started"] is None and told["finished"] is not None
     assert err.count("another one will go on") == 2
 
 

@@ -197,6 +197,9 @@ def test_a_run_that_fails_in_the_same_way_is_verified(tmp_path: Path) -> None:
     driver.run([run], tmp_path / "out", pool=InProcess())
     record = records.read(tmp_path / "out" / run.id)
     assert record.status == "failed"
+    for left in ("claim", "checkpoint.pt"):  # of a worker that was killed
+        (record.folder / left).touch()
+    assert not validate(tmp_path / "out", ROOT, [record.folder]).problems
     found = again(tmp_path / "out", record.folder)
     assert found.exact and "it fails in the same way" in str(found) and reruns.entry(found).kind == "verified"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -175,6 +176,7 @@ class _Collector:
     def _record_death(self, run: Run, reason: str) -> None:
         """Record the failure of a run whose worker died before it could."""
         try:
-            records.fail(self.out, run.id, document(run, started=None), reason)
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            records.fail(self.out, run.id, {**document(run, started=None), "finished": now}, reason)
         except records.OutputUnwritable:  # then standard error is all there is to say it on
             return

@@ -103,7 +103,8 @@ def _open(found: Inspected) -> None:
         found.add(DOCUMENT, "", reading.why(error))
         return
     for path in sorted(folder.iterdir()) if found.pack is None else ():
-        if path.name not in (DOCUMENT, *record.companions.values(), MODELS):
+        going_on = record.status == "failed" and path.name.partition(".")[0] in ("claim", "checkpoint")
+        if not going_on and path.name not in (DOCUMENT, *record.companions.values(), MODELS):
             found.add(path.name, "", "does not belong into a run's folder; remove it")
     if (folder / MODELS).exists() and not record.models:
         found.add(MODELS, "", f"is not listed in {DOCUMENT}; remove it")
