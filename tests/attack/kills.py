@@ -30,7 +30,7 @@ _NAMES = {
     "raylet": ("raylet/raylet",),
     "gcs": ("gcs_server",),
     "agent": ("dashboard/agent.py", "runtime_env/agent", "log_monitor.py", "DashboardAgent", "RuntimeEnvAgent"),
-    "worker": ("ray::", "default_worker.py"),
+    "worker": ("ray::_", "ray::IDLE", "default_worker.py"),
 }
 """What stands in the command line of Ray's processes."""
 
@@ -182,7 +182,11 @@ def disturb(
                 break
             continue
         now = watch(tally, out, before, wanted)
-        pid = target(process.pid, kind, chosen)
+        limit = time.monotonic() + 20
+        while (
+            (pid := target(process.pid, kind, chosen)) is None and process.poll() is None and time.monotonic() < limit
+        ):
+            time.sleep(0.1)
         if pid is None:
             kind, pid = "driver", process.pid
         tally.kills[kind] += 1
