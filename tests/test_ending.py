@@ -40,6 +40,10 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
         ("run", "--algos", "fedrep(head_epochs=1,head_epochs=2)"),
         "fedrep(head_epochs=1,head_epochs=2): head_epochs is given twice",
     ),
+    "more workers than cores": (("run", "--workers-per-run", "1000"), "--workers-per-run 1000: this machine has "),
+    "a cluster that is none": (("run", "--ray", "127.0.0.1:1"), "--ray 127.0.0.1:1: nobody answers there"),
+    "a client of none": (("run", "--ray", "ray://127.0.0.1:1"), "--ray ray://127.0.0.1:1: nobody answers there"),
+    "no such port": (("run", "--ray", "127.0.0.1:99999"), "--ray 127.0.0.1:99999: nobody answers there"),
     "a long number": (("run", "--rounds", LONG), "is not a valid integer"),
     "a long field": (("run", "--algos", f"fedrep(head_epochs={LONG})"), "is not written as a Python call"),
     "a long value": (("run", "--algos", f"fedrep(head_epochs={LONG[:4000]})"), "a whole number from 0 to 1,000"),
@@ -75,7 +79,8 @@ def test_what_is_wrong_is_a_sentence_and_leaves_nothing(
         stream.truncate(1 << 40)  # a hole
     there = set(tmp_path.iterdir())
     words, said = WRONG[what]
-    status, err = bench(*words, *(OFF if words[0] == "run" and "" not in words else ()), capsys=capsys)
+    usual = OFF if words[0] == "run" and "" not in words else ()
+    status, err = bench(words[0], *usual, *words[1:], capsys=capsys)
     assert status == 2 and said in err and err.count("\n") == 1 and len(err) < 400
     assert set(tmp_path.iterdir()) == there
 

@@ -22,7 +22,7 @@ from bench.results import records
 from bench.results.storage import prepare
 from bench.results.table import leaderboards, render
 from bench.sweep import driver, execution
-from bench.sweep.cluster import RayDied
+from bench.sweep.cluster import RayDied, require_room
 from bench.sweep.forecast import forecast
 from bench.sweep.journal import Journal
 from bench.sweep.schedule import Budget, Schedule
@@ -80,6 +80,7 @@ def perform(asked: Asked, command: str, quiet: bool = False) -> Swept:
 def _perform(asked: Asked, command: str, quiet: bool) -> Swept:
     read, budget = asking.sweep(asked), asking.budget(asked)
     runs = asking.expand(read)
+    require_room(asked.ray, asked.workers_per_run)
     keep = asked.keep_models
     rest = [run for run in runs if asked.force or not execution.finished(run, asked.out, keep)]
     prepare_own((run.dataset for run in rest), read.data_root)

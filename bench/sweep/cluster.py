@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -35,6 +36,7 @@ MODELS_BYTES = 2000 * 2**20
 """Shared memory for processes that hand each other models; where they write their results to files, less will do."""
 _LITTLE_BYTES = 100 * 2**20
 _POLL_SECONDS = 0.2
+_ANSWER_SECONDS = 5.0
 DEATHS_OF_RAY = 3
 """How often Ray is started again for one piece of work."""
 _SURELY_SECONDS, _PERHAPS_SECONDS = 10.0, 1.0
@@ -163,6 +165,35 @@ def lasting(
             tell(f"{error}; it is started again, and what was going on goes on from what was saved")
 
 
+def require_room(address: str | None, workers: int) -> None:
+    """Make sure that runs can go where they are asked to, as far as that is told at once.
+
+    Args:
+        address: "local", "off" or None for this machine; else of a cluster.
+        workers: Processes of a run.
+
+    Raises:
+        BadConfig: This machine has fewer cores, or nobody listens at the address.
+    """
+    if address in (None, "local", "off"):
+        if workers > (here := _processors()):
+            raise BadConfig(f"--workers-per-run {workers}: this machine has {here} cores; use at most as many")
+        return
+    host, _, port = str(address).rpartition("//")[2].rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
+        except (OSError, OverflowError, UnicodeError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise BadConfig(
+                f"--ray {address}: nobody answers there ({why}); 'ray start --head' says its address"
+            ) from error
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _init(ray: Any, options: dict[str, Any]) -> None:
     """Start or join Ray, and leave this process's signals as they were."""
     ended_by = signal.getsignal(signal.SIGTERM)
@@ -229,7 +260,7 @@ def cores(device: str) -> int:
         return max(torch.cuda.device_count(), 1)
     if device == "mps":
         return 1
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    here = _processors()
     memory = limits.of_the_machine()
     if memory is None:
         return here
