@@ -40,14 +40,15 @@ class Home:
         self.folder = folder
         self.temporary = folder / "r"
         """What Ray opens to everybody, in a folder that nobody else enters."""
-        self.heart: Sequence[psutil.Process] = ()
+        self.heart: Sequence[tuple[int, float]] = ()
+        """Numbers of the processes that must live, and when they began. They can be pickled, as Ray Tune does."""
 
     def listen(self) -> None:
         """Note which processes must live, once Ray has started."""
         import psutil
 
-        children = psutil.Process().children()
-        self.heart = [child for child in _of(self.folder, children) if child.name() in _HEART]
+        ours = _of(self.folder, psutil.Process().children())
+        self.heart = [(child.pid, child.create_time()) for child in ours if child.name() in _HEART]
 
     def is_alive(self, patience: float = 0.0) -> bool:
         """Tell whether Ray lives.
@@ -55,10 +56,8 @@ class Home:
         Args:
             patience: Seconds in which its death may show, where something speaks for that.
         """
-        import psutil
-
         until = time.monotonic() + patience
-        while all(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in self.heart):
+        while all(_lives(*each) for each in self.heart):
             if time.monotonic() >= until:
                 return True
             time.sleep(0.05)
@@ -178,6 +177,17 @@ def _of(folder: Path, processes: Any = None) -> Iterator[psutil.Process]:
                 or any(file.path.startswith(inside) for file in process.open_files())
             ):
                 yield process
+
+
+def _lives(pid: int, born: float) -> bool:
+    """Tell whether a process is there, and not only its number, or what nobody has asked of its end."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return bool(process.create_time() == born and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _end(folder: Path) -> None:

@@ -91,6 +91,10 @@ class Book:
                 return study, trial
         return None
 
+    def give_back(self) -> None:
+        """Have the trials that were begun and not ended begin again."""
+        self._busy.clear()
+
     def note(self, study: Study, trial: Trial) -> None:
         """End a trial.
 

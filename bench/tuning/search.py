@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.results.storage import OutputUnwritable
-from bench.sweep.cluster import RayDied, Session, cores, need_ray, packed, session, unpacked
+from bench.sweep.cluster import RayDied, Session, cores, lasting, need_ray, packed, unpacked
 from bench.text import plain
 from bench.tuning.book import Book
 from bench.tuning.study import Study, Trial
@@ -38,16 +38,30 @@ def search_on_ray(book: Book, address: str = "local", jobs: int | None = None) -
         jobs: Trials at once; None for what the machine or cluster holds.
 
     Raises:
-        OutputUnwritable: A worker could not read its data or write its checkpoints, or Ray died.
+        OutputUnwritable: A worker could not read its data or write its checkpoints.
+        RayDied: Ray did, again and again; the trials that were going on are left.
         BadConfig: Nobody answers at the address.
     """
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1"}
     device = book.studies[0].run.device
     need_ray(f"--ray {address}", "use --ray off")
     cpus = min(jobs or cores(device), len(book.studies))
-    with session(cpus, address) as here, tempfile.TemporaryDirectory() as scratch:
-        ray = here.ray
+    try:
+        lasting(lambda here: _tune(here, book, jobs), cpus, address, tell=_say)
+    except RayDied as error:
+        raise RayDied(f"{error}; the same command goes on") from error
+
+
+def _tune(here: Session, book: Book, jobs: int | None) -> None:
+    """Do the trials that are left on a cluster."""
+    device, ray = book.studies[0].run.device, here.ray
+    book.give_back()
+    with tempfile.TemporaryDirectory() as scratch:
         from ray import tune
+
+        class Lives(tune.Callback):  # type: ignore[misc]
+            def on_step_begin(self, iteration: int, trials: Any, **info: Any) -> None:
+                here.require_alive()
 
         for logger in ("ray.tune", "ray.train"):
             logging.getLogger(logger).setLevel(logging.CRITICAL)  # workers that die are told of as trials that fail
@@ -65,10 +79,12 @@ def search_on_ray(book: Book, address: str = "local", jobs: int | None = None) -
                 storage_path=scratch,  # what lasts is in the studies' folders
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=_RETRIES),
+                callbacks=[Lives()],
             ),
         )
         tuner.fit()
     if rotation.stopped is not None:
+        here.require_alive()
         raise OutputUnwritable(f"{rotation.stopped}; the same command goes on")
 
 
