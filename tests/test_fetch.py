@@ -551,6 +551,15 @@ def named(nbytes: int) -> bytes:
     return gzip.compress(first + info.tobuf(tarfile.GNU_FORMAT) + b"n" * nbytes + tarred(MEMBERS, "w"))
 
 
+def negative() -> bytes:
+    """Make a tar archive of a file that has less than nothing."""
+    header = bytearray(tarfile.TarInfo("top/hole").tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = b"\xff" * 12
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + bytes(512 * 2)
+
+
 MB = 10**6
 BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     "zip": (lambda: zipped({"zeros": bytes(3 * MB)}), r"more than 2,000,000 bytes would come out of its \d,\d\d\d"),
@@ -560,6 +569,7 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     "empty files": (lambda: tarred({f"{n}": b"" for n in range(500)}), "more than 2,000,000 bytes would come out of"),
     "a hole": (lambda: sparse(2**32), "more than 2,000,000 bytes would come out of its 2,048"),
     "behind the end": (lambda: gzip.compress(tarred(MEMBERS, "w") + bytes(3 * MB)), "more than 2,000,000 bytes would"),
+    "less than nothing": (negative, "it has a file of -1 bytes"),
     "a name": (lambda: named(2**20 + 1), "it has a name of 1,048,577 bytes"),
 }
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.attack.frame import TRIES, Try
 from tests.attack.verdict import Fell, require
-from tests.test_fetch import MALICIOUS, MEMBERS, md5, named, sparse, tarred, zipped
+from tests.test_fetch import MALICIOUS, MEMBERS, md5, named, negative, sparse, tarred, zipped
 
 AREA = "archives from a server"
 MB = 10**6
@@ -77,7 +77,7 @@ MORE: dict[str, Callable[[], bytes]] = {
     "a name of 100 MB": lambda: named(10**8),
     "a tar in a tar in a gzip": lambda: gzip.compress(gzip.compress(tarred(MEMBERS, "w"))),
     "a zip that was cut off": lambda: zipped(MEMBERS)[:-30],
-    "a size below zero": lambda: _negative(),
+    "a size below zero": lambda: negative(),
     "a file and a folder of one name": lambda: tarred({"top": b"!", "top/one": b"!"}),
 }
 _TAKEN = {"a zip with a name that climbs by backslashes"}
@@ -94,15 +94,6 @@ def _linked() -> bytes:
         info.size = 1
         archive.addfile(info, io.BytesIO(b"!"))
     return stream.getvalue()
-
-
-def _negative() -> bytes:
-    info = tarfile.TarInfo("top/evil")
-    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
-    header[124:136] = b"\xff" * 12
-    header[148:156] = b" " * 8
-    header[148:156] = b"%06o\0 " % sum(header)
-    return bytes(header) + bytes(1024)
 
 
 def _unpacked(make: Callable[[], bytes], taken: bool) -> None:

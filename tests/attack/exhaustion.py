@@ -18,7 +18,7 @@ from tests.attack.verdict import refused, require
 from tests.test_validation import Forger
 
 AREA = "resource exhaustion by run.json and Parquet during validate"
-SECONDS = 40
+SECONDS = 90
 
 
 def _enter(name: str, act: Callable[[], object]) -> None:

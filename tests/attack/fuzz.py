@@ -4,8 +4,7 @@ Real run.json, Parquet tables, packs, checkpoints and files of images are change
 without; command lines are put together of words that are known and words that are not. Nothing may end in a traceback,
 hang, or hold more than 2 GB. What does is kept in a folder, with a line that repeats it.
 
-Cases are Hypothesis's. With `--guided TARGET` they are those of atheris instead (`pip install atheris`, which is none
-of the test extras: it has no wheels for every system), which looks at what code they reach: whole contents of a file.
+Cases are Hypothesis's, and go through whole commands, some a second. `tests.attack.guided` is for what takes less.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ from hypothesis import seed as seeded
 
 from tests.attack import frame
 from tests.attack.checkpoints import unfinished
-from tests.attack.command_lines import DRY
 from tests.attack.published import published, valid
 from tests.attack.targets import Target, targets
 from tests.attack.verdict import Fell
@@ -175,10 +173,7 @@ def main() -> None:
     parser.add_argument("--target", action="append", help="run.json, tables, ...; may be given several times")
     parser.add_argument("--keep", type=Path, default=Path("fuzz-failures"), help="folder of what went wrong")
     parser.add_argument("--again", type=Path, metavar="FILE", help="try this content with --target, and nothing else")
-    parser.add_argument("--guided", metavar="TARGET", help="by coverage, with atheris")
     given = parser.parse_args()
-    if given.guided is not None:
-        _guided(given)
     with prepared() as (place, known):
         if given.again is not None:
             os.chdir(place)
@@ -234,44 +229,6 @@ def _keep(folder: Path, name: str, content: bytes, wrong: str, number: int) -> N
     with (folder / "README.txt").open("a", encoding="utf-8", errors="backslashreplace") as stream:
         stream.write(f"{command}\n    {wrong[:600]}\n")
     print(f"{name}: {wrong[:300]}\n    {command}", flush=True)
-
-
-def _guided(given: argparse.Namespace) -> None:
-    """Have atheris look for contents that reach new code; it ends this process."""
-    try:
-        import atheris  # type: ignore[import-not-found, import-untyped, unused-ignore]
-    except ImportError:
-        raise SystemExit("atheris is not installed: pip install atheris") from None
-    with atheris.instrument_imports(include=["bench"]):
-        import bench.validation.report
-    assert bench.validation.report
-    with prepared() as (place, known):
-        target = known[given.guided]
-        corpus = place / "corpus"
-        corpus.mkdir()
-        (corpus / "real").write_bytes(target.make(_nothing(given.guided)))
-        os.chdir(place)
-
-        def one(content: bytes) -> None:
-            wrong = tried(target, content)
-            if wrong is not None:
-                _keep(Path(given.keep), given.guided, content, wrong, abs(hash(signature(wrong))) % 1000)
-
-        limits = [
-            f"-max_total_time={int(60 * given.minutes)}",
-            "-rss_limit_mb=4096",
-            f"-timeout={2 * SECONDS}",
-            "-max_len=200000",
-        ]
-        atheris.Setup([sys.argv[0], *limits, str(corpus)], one)
-        atheris.Fuzz()
-
-
-def _nothing(name: str) -> Any:
-    """Give the case that changes nothing."""
-    if name in ("tables", "packs"):
-        return "counts.parquet", []
-    return ["run", "--algos", "fedavg", *DRY] if name == "command lines" else []
 
 
 if __name__ == "__main__":
