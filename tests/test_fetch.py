@@ -557,7 +557,7 @@ def negative() -> bytes:
     header[124:136] = b"\xff" * 12
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
-    return bytes(header) + bytes(512 * 2)
+    return tarfile.TarInfo("first").tobuf(tarfile.GNU_FORMAT) + bytes(header) + bytes(512 * 2)
 
 
 MB = 10**6
