@@ -111,7 +111,7 @@ def read(out: Path) -> dict[str, Standing]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(reading.contents(path))
+        content = json.loads(reading.contents(path, reading.TEXT, links=False))
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"this version reads format {FORMAT}")
         return _adapter().validate_json(json.dumps(content.get("runs")))
