@@ -255,7 +255,7 @@ for what, more in {
     "weights": ("--weights", "none.pth"),
     "alpha": ("--alpha", "1e-300"),
     "imbalance": ("--imbalance", "1e300"),
-    "model": ("--model", "resnet18"),
+    "model": ("--model", "resnet50"),
     "mars": ("--dataset", "mars"),
     "auxiliary": ("--auxiliary", "own:100000"),
     "address": ("--ray", "127.0.0.1:1"),
