@@ -168,3 +168,15 @@ def test_a_run_that_quits_fails_and_the_others_go_on(
     assert status == 1 and "1 of 2 runs failed" in err
     reasons = [json.loads(file.read_text()).get("reason") for file in Path("out").glob("*/run.json")]
     assert sorted(map(str, reasons)) == ["None", "SystemExit: 3 (leaves.py, line 9)"]
+
+
+def test_without_room_for_temporary_files_that_is_said(tmp_path: Path) -> None:
+    nowhere = {name: str(tmp_path / "none") for name in ("TMPDIR", "TEMP", "TMP")}
+    words = "import resource, tempfile; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)); "
+    code = words + "from bench.command.main import main; main(['run', '--algos', 'fedavg', '--out', 'out'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, **nowhere}
+    )
+    assert done.returncode == 2 and done.stderr == (
+        "bench: temporary files cannot be written; free some space in the folder that TMPDIR names, or /tmp\n"
+    )

@@ -269,6 +269,20 @@ def test_the_metrics_can_be_computed_again_from_the_stored_counts(tmp_path: Path
     assert found.recompute() == found.metrics == metrics.summarise(COUNTS, GROUPS)
 
 
+@pytest.mark.parametrize(
+    "tested",
+    [
+        {key: value for key, value in TESTED.items() if key != "worst_decile"},
+        {**TESTED, "images": None},
+        {**TESTED, "images": [4]},
+        {**TESTED, "drawn": None},
+    ],
+)
+def test_a_run_says_on_what_its_personal_metrics_rest(tested: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not say on how many clients and images"):
+        store(tmp_path, document() | {"tested": tested})
+
+
 def test_a_finished_run_is_not_overwritten_unless_asked_for(tmp_path: Path) -> None:
     folder = store(tmp_path, document(digest="first"))
     with pytest.raises(records.AlreadyDone, match="--force"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -494,6 +495,14 @@ def test_a_damaged_file_of_the_board_makes_every_run_self_reported_and_is_said(t
         found, damaged = records.read_all(tmp_path)
         assert {record.stands for record in found} == {"self-reported"}
         assert len(damaged) == 1 and "until then every run is self-reported" in damaged[0]
+
+
+@pytest.mark.parametrize("odd", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_a_file_of_the_board_that_is_none_is_damaged(odd: Callable[[Path], object], tmp_path: Path) -> None:
+    planted(tmp_path, "fedavg", (0,), 0.8)
+    odd(tmp_path / standing.FILE)
+    _, (said,) = records.read_all(tmp_path)
+    assert "cannot be read" in said and "until then every run is self-reported" in said
 
 
 def test_the_csv_and_the_json_say_what_rows_stand_as(tmp_path: Path) -> None:

@@ -104,6 +104,8 @@ class LazyVerbs(Verbs):
             expected = [_STATUS[name] for name in ours if name in _STATUS]
             if not expected and isinstance(error, OSError) and (why := unwritten(error)) is not None:
                 fail(f"what was asked for cannot be written to standard output: {why}", 2)
+            if not expected and "No usable temporary directory" in str(error):
+                fail("temporary files cannot be written; free some space in the folder that TMPDIR names, or /tmp", 2)
             if not expected and (isinstance(error, MemoryError) or any(said in str(error) for said in _NO_MEMORY)):
                 fail("the memory that this process may use is too little; give it more ('ulimit -v' says how much)", 1)
             if not expected:

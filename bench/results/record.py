@@ -381,7 +381,17 @@ def check(folder: Path, document: object, pack: Path | None = None) -> Record:
             lacking += [f"tables.{name}" for name in tables.NAMES if name not in record.tables]
         if lacking:
             raise ValueError(f"lacks {', '.join(lacking)}")
+        if format > 1 and not _says_what_was_tested(record.tested):
+            raise ValueError("does not say on how many clients and images its personal metrics rest (tested)")
     return record
+
+
+def _says_what_was_tested(tested: dict[str, int | list[int] | None]) -> bool:
+    """Tell whether `tested` is as `bench.training.population.rests_on` has it."""
+    images = tested.get("images")
+    counted = ("clients", "worst_decile", "one_class", "drawn", "never")
+    span = isinstance(images, list) and len(images) == 2 if tested.get("clients") else images is None
+    return span and all(isinstance(tested.get(key), int) for key in counted)
 
 
 @cache

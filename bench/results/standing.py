@@ -8,6 +8,7 @@ submissions never bring one.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -108,7 +109,7 @@ def read(out: Path) -> dict[str, Standing]:
         ValueError: The file cannot be read, is of another format, or an entry lacks something.
     """
     path = out / FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     try:
         content = json.loads(reading.contents(path, reading.TEXT, links=False))

@@ -174,10 +174,12 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, default=Path("fuzz-failures"), help="folder of what went wrong")
     parser.add_argument("--again", type=Path, metavar="FILE", help="try this content with --target, and nothing else")
     given = parser.parse_args()
+    given.keep = given.keep.resolve()
+    content = None if given.again is None else given.again.read_bytes()
     with prepared() as (place, known):
-        if given.again is not None:
+        if content is not None:
             os.chdir(place)
-            wrong = tried(known[given.target[0]], given.again.read_bytes())
+            wrong = tried(known[given.target[0]], content)
             print(wrong or "held")
             sys.exit(1 if wrong else 0)
         sys.exit(1 if _rounds(given, place, {name: known[name] for name in given.target or known}) else 0)
