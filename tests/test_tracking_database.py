@@ -85,6 +85,11 @@ def text(file: Path) -> None:
     file.write_text("this is no database\n" * 1000)
 
 
+def folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
 DAMAGED: dict[str, Callable[[Path], object]] = {
     "emptied": cut(0),
     "cut to a few bytes": lambda file: file.write_bytes(file.read_bytes()[:50]),
@@ -95,6 +100,7 @@ DAMAGED: dict[str, Callable[[Path], object]] = {
     "zeros in the middle": zeros,
     "zeros across pages": unaligned,
     "overwritten": text,
+    "a folder": folder,
 }
 
 
@@ -104,14 +110,15 @@ def test_a_damaged_database_is_told_moved_away_and_everything_imported_again(how
     file = out / "mlflow.db"
     DAMAGED[how](file)
     (out / "mlflow.db-journal").write_bytes(b"of the damaged one")
-    content, said = file.read_bytes(), list[str]()
+    content, said = b"" if file.is_dir() else file.read_bytes(), list[str]()
     found, _ = records.read_all(out)
     done = tracking.import_records(tracking.default_uri(out), out, found, {}, warn=said.append)
     assert (done.present, done.completed, done.added) == (0, 0, 3)
     (sentence,) = said
     assert sentence.startswith(f"MLflow's database {file} is damaged (")
     assert sentence.endswith("it was moved to mlflow.db.damaged-1, and what is finished is shown in a new one")
-    assert (out / "mlflow.db.damaged-1").read_bytes()[:50] == content[:50]
+    moved = out / "mlflow.db.damaged-1"
+    assert moved.is_dir() if how == "a folder" else moved.read_bytes()[:50] == content[:50]
     assert not (out / "mlflow.db-journal").exists(), "it belongs to the one that was moved away"
     assert import_all(out, tracking.default_uri(out)) == (3, 0, 0)
 

@@ -52,6 +52,8 @@ def look_over(file: Path, version: str) -> bool:
     Raises:
         DatabaseDamaged: It does not hold together. sqlite3.OperationalError: It cannot be read now.
     """
+    if file.is_dir():
+        raise DatabaseDamaged("it is a folder")
     try:
         with _opened(file) as database:
             if not database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
