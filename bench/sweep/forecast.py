@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
@@ -32,11 +30,12 @@ from bench.dataset import DataDamaged, DataMissing, Dataset
 from bench.durable import put
 from bench.files import source
 from bench.plugins import blame
-from bench.plugins.registry import load_plugin, plugin_files
+from bench.plugins.registry import plugin_files
 from bench.protocol import provenance
 from bench.protocol.identity import identify
 from bench.results.record import stored
 from bench.splits.split import make_split
+from bench.sweep.apart import begin, told
 from bench.sweep.config import Run
 from bench.sweep.schedule import Forecast, average, cell, cell_of, order, wall_seconds
 from bench.training import memory, rounds
@@ -50,9 +49,6 @@ _ENOUGH_SECONDS = 0.5
 _QUICK_SECONDS = 5.0
 _MOST_ROUNDS, _MOST_EVALUATIONS = 10, 3
 _POLL_SECONDS = 0.05
-_CHILD = (
-    "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); from bench.sweep.forecast import answer; answer()"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,17 +220,9 @@ def _probe_all(cells: Mapping[str, Run], jobs: int, say: Callable[[str], None]) 
 
 def _start(run: Run) -> subprocess.Popen[bytes]:
     """Start a process that does nothing else, so that its memory at the highest is the run's."""
-    with tempfile.TemporaryFile() as request:
-        for part in (sys.path, run.plugins, run):
-            request.write(pickle.dumps(part))
-        request.seek(0)
-        return subprocess.Popen(
-            [sys.executable, "-c", _CHILD],
-            stdin=request,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # an interrupt from the terminal is for the parent, which stops this
-        )
+    # an interrupt from the terminal is for the parent, which stops this
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    return begin(__name__, run.plugins, run, **how)
 
 
 def _read(process: subprocess.Popen[bytes]) -> dict[str, Any]:
@@ -253,12 +241,10 @@ def _title(run: Run) -> str:
 
 def answer() -> None:
     """Be the process of a probe: read a run from standard input, write its forecast to standard output as JSON."""
-    stream = sys.stdin.buffer
     with redirect_stdout(sys.stderr):  # whatever plug-ins print
         try:
-            for file in pickle.load(stream):
-                load_plugin(file)
-            found = probe(pickle.load(stream))
+            (run,) = told()
+            found = probe(run)
             said: dict[str, Any] = {"seconds": found.seconds, "peak_bytes": found.peak_bytes}
         except (Exception, SystemExit) as error:  # a plug-in may raise anything
             ours = type(error).__module__.startswith("bench.")
