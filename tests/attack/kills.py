@@ -189,11 +189,14 @@ def disturb(
             time.sleep(0.1)
         if pid is None:
             kind, pid = "driver", process.pid
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:  # it has ended by itself meanwhile
+            continue
         tally.kills[kind] += 1
         tally.seen += len(now)
         tally.between += len(now) > len(before)
         before = now
-        os.kill(pid, signal.SIGKILL)
         if kind == "driver":
             process.wait()
             _end_rest(process.pid)
