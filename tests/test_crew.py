@@ -274,7 +274,7 @@ def test_a_result_depends_on_its_stack_so_stacks_stay_whole() -> None:
 def test_the_largest_items_are_handed_out_and_the_smallest_are_done_here() -> None:
     crew, ray = hired(partial(toys, "fedavg", "serial", SETTING), 2)
     crew.join(toys("fedavg", "serial", SETTING))
-    ray.wait = lambda references, num_returns, timeout: (references if timeout is None else [], [])  # type: ignore[method-assign]
+    ray.wait = lambda references, num_returns, timeout: (references if timeout else [], [])  # type: ignore[method-assign]
     mine: list[int] = []
     sizes = [3.0, 9.0, 1.0, 7.0, 5.0]
     assert crew.map(partial(_note, mine), {}, [3, 9, 1, 7, 5], sizes) == [6, 18, 2, 14, 10]
@@ -385,7 +385,7 @@ def test_a_model_that_is_handed_back_is_named_and_not_copied() -> None:
     crew, ray = hired(partial(toys, "fedavg", "serial", SETTING), 2)
     here = toys("fedavg", "serial", SETTING)
     crew.join(here)
-    ray.wait = lambda references, num_returns, timeout: (references if timeout is None else [], [])  # type: ignore[method-assign]
+    ray.wait = lambda references, num_returns, timeout: (references if timeout else [], [])  # type: ignore[method-assign]
     shared = {"body": torch.randn(1000), "head": torch.randn(4, 5)}
     private = [{"own": torch.randn(10, 10).T} for _ in range(4)]
     for found, own in zip(crew.map(_hand_back, shared, private, [1.0] * 4), private, strict=True):
