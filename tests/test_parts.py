@@ -5,8 +5,8 @@ spelt, stored, tuned and shown like any other.
 from __future__ import annotations
 
 import json
-import re
 import math
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
