@@ -390,8 +390,8 @@ def _says_what_was_tested(tested: dict[str, int | list[int] | None]) -> bool:
     """Tell whether `tested` is as `bench.training.population.rests_on` has it."""
     images = tested.get("images")
     counted = ("clients", "worst_decile", "one_class", "drawn", "never")
-    span = isinstance(images, list) and len(images) == 2 if tested.get("clients") else images is None
-    return span and all(isinstance(tested.get(key), int) for key in counted)
+    span = isinstance(images, list) and len(images) == 2
+    return (span or not tested.get("clients")) and all(isinstance(tested.get(key), int) for key in counted)
 
 
 @cache
