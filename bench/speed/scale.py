@@ -155,7 +155,7 @@ def _stored_run(splits: Splits) -> Run:
     tests = tuple(torch.arange(0) for _ in rows)
     split = Split(class_counts=torch.bincount(splits.train_y), clients=rows, tests=tests, fingerprint="scale")
     setting = Setting(
-        name="scale", model="small_cnn", clients=400, participation=8 / 400, rounds=10**6, epochs=1, batch_size=32,
+        name="scale", model="small_cnn", clients=400, participation=8 / 400, rounds=100_000, epochs=1, batch_size=32,
         lr=0.01, augment="crop_flip",
     )  # fmt: skip
     return Run(Job(_Heads(), _Generated(side=SIDE), splits, split, setting, 0, "serial"))

@@ -78,7 +78,7 @@ def _federated(
         name="speed",
         model=model,
         clients=clients,
-        rounds=10**6,
+        rounds=100_000,
         epochs=1,
         batch_size=batch,
         lr=0.01,

@@ -311,9 +311,8 @@ def _packs(out: Path) -> Iterator[Problem]:
 def _notes(out: Path) -> Iterator[Problem]:
     try:
         notes = records.prose(out) or ""
-    except (OSError, ValueError) as error:
-        yield Problem(PROSE, "", f"cannot be read ({error}); write it anew")
-        return
+    except (OSError, ValueError):
+        return  # which is said
     for place, what in overlong(notes):
         yield Problem(PROSE, place, what)
 
