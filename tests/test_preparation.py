@@ -271,10 +271,26 @@ def test_a_preparation_killed_anywhere_goes_on_to_the_same_bytes(root: Path) -> 
     assert kills >= 10 and gaps <= 3
 
 
-def bench(*words: object) -> subprocess.Popen[str]:
-    """Start the command in a session of its own, so that it can be interrupted as from a terminal."""
+HOLDING = """
+import sys, time
+from bench.command.main import main
+from bench.preparing import preparation
+decode, held = preparation.decode, sys.argv.pop(1)
+preparation.decode = lambda path, pixels: time.sleep(600) if str(path) == held else decode(path, pixels)
+main(prog_name="bench")
+"""
+
+
+def bench(*words: object, held: Path | None = None) -> subprocess.Popen[str]:
+    """Start the command in a session of its own, so that it can be interrupted as from a terminal.
+
+    Args:
+        words: After "data".
+        held: A photograph whose decoding does not end; None: none.
+    """
+    command = ["-m", "bench"] if held is None else ["-c", HOLDING, str(held)]
     return subprocess.Popen(
-        [sys.executable, "-m", "bench", "data", *map(str, words)],
+        [sys.executable, *command, "data", *map(str, words)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -302,7 +318,7 @@ def alive(group: int) -> bool:
 
 @dataclass(frozen=True)
 class Inat:
-    """A tree in iNaturalist's form whose last test photograph keeps who opens it waiting, and what it should become."""
+    """A tree in iNaturalist's form whose last test photograph is none, and what it should become."""
 
     root: Path
     waits: Path
@@ -352,7 +368,7 @@ def test_workers_and_driver_killed_go_on_to_the_bytes_of_one_process(inat: Inat,
 
 def test_an_interruption_keeps_what_is_done_and_a_second_process_waits_its_turn(inat: Inat) -> None:
     words = ("prepare", inat.name, "--size", 8, "--data-root", inat.root)
-    waiting = bench(*words, "--jobs", 1)
+    waiting = bench(*words, "--jobs", 1, held=inat.waits)
     wait(lambda: len([*inat.root.glob("prepared/*/parts/*.json")]) == 2)
     dataset = DATASETS["inat"](classes=4, pixels=8)
     assert isinstance(dataset, Photographs)
