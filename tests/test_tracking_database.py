@@ -90,6 +90,17 @@ def folder(file: Path) -> None:
     file.mkdir()
 
 
+def without(words: str) -> Callable[[Path], object]:
+    """Take something out of the tables, which hold together without it."""
+
+    def damage(file: Path) -> None:
+        with closing(sqlite3.connect(file)) as database:
+            database.execute(words)
+            database.commit()
+
+    return damage
+
+
 DAMAGED: dict[str, Callable[[Path], object]] = {
     "emptied": cut(0),
     "cut to a few bytes": lambda file: file.write_bytes(file.read_bytes()[:50]),
@@ -101,6 +112,8 @@ DAMAGED: dict[str, Callable[[Path], object]] = {
     "zeros across pages": unaligned,
     "overwritten": text,
     "a folder": folder,
+    "without its version": without("DELETE FROM alembic_version"),
+    "without its table of versions": without("DROP TABLE alembic_version"),
 }
 
 

@@ -61,7 +61,11 @@ def look_over(file: Path, version: str) -> bool:
             (found,) = database.execute("PRAGMA integrity_check(1)").fetchone()
             if found != b"ok":
                 raise DatabaseDamaged("its pages do not hold together")
-            return bool(database.execute("PRAGMA user_version").fetchone()[0] == _stamp(version))
+            if database.execute("PRAGMA user_version").fetchone()[0] != _stamp(version):
+                return False
+            if not database.execute("SELECT count(*) FROM alembic_version").fetchone()[0]:
+                raise DatabaseDamaged("it has lost the version of its tables")  # MLflow would hold on to it
+            return True
     except sqlite3.OperationalError as error:
         if passes(error):
             raise
