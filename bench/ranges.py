@@ -51,7 +51,8 @@ class Ranged:
 
     def __init_subclass__(cls, **more: Any) -> None:
         super().__init_subclass__(**more)
-        if "__post_init__" in vars(cls):  # it sees checked values, and need not call that of this class
+        # A dataclass's own sees checked values, and need not call this class's; no type tells that it may be replaced.
+        if "__post_init__" in vars(cls):
             cls.__post_init__ = _after_settling(vars(cls)["__post_init__"])  # type: ignore[assignment, method-assign]
 
     def __post_init__(self) -> None:

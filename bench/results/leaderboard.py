@@ -12,8 +12,9 @@ from typing import Any
 from bench.protocol.identity import canonical, identify
 from bench.protocol.words import spell_imbalance
 from bench.results import older
+from bench.results.groups import Group, groups_of, stands, submission_of
 from bench.results.record import Record
-from bench.results.standing import RANKED, ranked_with, weakest
+from bench.results.standing import RANKED, ranked_with
 from bench.results.statistics import NOTHING, Estimate, estimates
 from bench.results.versions import lasting, stale, variant, version
 from bench.text import plain
@@ -160,11 +161,11 @@ def leaderboards(records: Iterable[Record], metric: str = "last", *, all_version
         raise ValueError(f"metric {metric!r}: must be one of {', '.join(METRICS)}")
     known = sorted(records, key=lambda record: record.id)
     old = stale(known)
-    tables: dict[tuple[object, ...], list[_Group]] = defaultdict(list)
-    for group in _groups(record for record in known if all_versions or record.id not in old):
+    tables: dict[tuple[object, ...], list[Group]] = defaultdict(list)
+    for group in groups_of(record for record in known if all_versions or record.id not in old):
         first = group[0]
         place = (first.imbalance, first.alpha, first.protocol)  # which dataset it is, wherever it lay
-        tables[(*place, first.engine, first.precision, first.device, ranked_with(_stands(group)))].append(group)
+        tables[(*place, first.engine, first.precision, first.device, ranked_with(stands(group)))].append(group)
     hidden = {(lasting(record), variant(record)) for record in known if record.id in old and not all_versions}
     counted = Counter(row for row, _ in hidden)
     boards = [_leaderboard(members, metric, old, counted) for members in tables.values()]
@@ -196,35 +197,6 @@ def measured(board: Leaderboard, key: str) -> dict[str, dict[Hashable, float]]:
 def suffix(metric: str) -> str:
     """Give what follows a metric's key: "" for the last round, "@last10", "@best"."""
     return "" if metric == "last" else f"@{metric}"
-
-
-_Group = list[Record]
-"""The runs of a row."""
-
-
-def _groups(known: Iterable[Record]) -> Iterable[_Group]:
-    """Put together the runs of each row: those that differ by seed only, and came with one submission or were all run
-    again by the board.
-    """
-    rows: dict[tuple[str, str], dict[str | None, _Group]] = defaultdict(lambda: defaultdict(list))
-    for record in known:
-        rows[record.protocol, variant(record)][record.submission].append(record)
-    for submissions in rows.values():
-        again = [group for group in submissions.values() if ranked_with(_stands(group)) == RANKED[0]]
-        yield from (group for group in submissions.values() if group not in again)
-        if again:
-            yield [record for group in again for record in group]
-
-
-def _stands(group: _Group) -> str:
-    """Give the weakest standing of a row's finished runs; of its failed ones, if there are no others."""
-    done = [record for record in group if record.status == "done"]
-    return weakest(record.stands for record in done or group)
-
-
-def _submission(group: _Group) -> str | None:
-    several = {record.submission for record in group}
-    return plain(group[0].submission) if len(several) == 1 and group[0].submission is not None else None
 
 
 def _place(board: Leaderboard) -> tuple[object, ...]:
@@ -273,7 +245,7 @@ def _dataset_facts(record: Record) -> dict[str, object]:
     return {f"dataset {key}": value for key, value in facts.items()}
 
 
-def _leaderboard(groups: Sequence[_Group], metric: str, old: Set[str], hidden: Mapping[str, int]) -> Leaderboard:
+def _leaderboard(groups: Sequence[Group], metric: str, old: Set[str], hidden: Mapping[str, int]) -> Leaderboard:
     records = sorted((record for group in groups for record in group), key=lambda record: record.id)
     first = records[0]
     names = sorted({str(record.setting["name"]) for record in records})
@@ -293,7 +265,7 @@ def _leaderboard(groups: Sequence[_Group], metric: str, old: Set[str], hidden: M
         engine=first.engine,
         precision=first.precision,
         device=first.device,
-        standing=ranked_with(_stands(groups[0])),
+        standing=ranked_with(stands(groups[0])),
         metric=metric,
         seeds=tuple(sorted({record.seed for record in records})),
         rows=_rows(groups, metric, old, hidden),
@@ -339,7 +311,7 @@ def _overrides(records: Sequence[Record], name: str) -> dict[str, object]:
     return {key: value for key, value in named.overrides.items() if key not in ("imbalance", "alpha")}
 
 
-def _rows(groups: Sequence[_Group], metric: str, old: Set[str], hidden: Mapping[str, int]) -> tuple[Row, ...]:
+def _rows(groups: Sequence[Group], metric: str, old: Set[str], hidden: Mapping[str, int]) -> tuple[Row, ...]:
     """Make the rows, and tell those of one label apart."""
     labels = [plain(group[0].label or group[0].call) for group in groups]
     variants: dict[str, set[str]] = defaultdict(set)
@@ -348,7 +320,7 @@ def _rows(groups: Sequence[_Group], metric: str, old: Set[str], hidden: Mapping[
     alike = Counter((label, variant(group[0])) for label, group in zip(labels, groups, strict=True))
     rows = []
     for label, group in zip(labels, groups, strict=True):
-        key, submission = variant(group[0]), _submission(group)
+        key, submission = variant(group[0]), submission_of(group)
         version = f" #{identify({'row': key})[:4]}" if len(variants[label]) > 1 else ""
         whose = f" @{submission}" if alike[label, key] > 1 and submission is not None else ""
         rows.append(_row(label, version + whose, group, old, hidden))
@@ -361,7 +333,7 @@ def _rows(groups: Sequence[_Group], metric: str, old: Set[str], hidden: Mapping[
     return tuple(sorted(rows, key=rank))
 
 
-def _row(words: str, apart: str, records: _Group, old: Set[str], hidden: Mapping[str, int]) -> Row:
+def _row(words: str, apart: str, records: Group, old: Set[str], hidden: Mapping[str, int]) -> Row:
     done = sorted((record for record in records if record.status == "done"), key=lambda record: record.seed)
     failed = sorted((each.seed, _sentence(each.reason)) for each in records if each.status == "failed")
     method: Any = records[0].identity.get("algorithm")
@@ -370,8 +342,8 @@ def _row(words: str, apart: str, records: _Group, old: Set[str], hidden: Mapping
     return Row(
         label=words + apart,
         words=words,
-        submission=_submission(records),
-        standing=_stands(records),
+        submission=submission_of(records),
+        standing=stands(records),
         standings=tuple(record.stands for record in done),
         algorithm=plain(records[0].algorithm),
         call=plain(records[0].call),

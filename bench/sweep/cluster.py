@@ -203,9 +203,9 @@ def _init(ray: Any, options: dict[str, Any]) -> None:
         raise KeyboardInterrupt from terminated
     except ValueError as error:
         raise BadConfig(_refused(options["address"], error)) from error
-    except Exception as error:
+    except Exception as error:  # by this very class Ray says that a node does not come up
         if type(error) is not Exception and not isinstance(error, ConnectionError | RuntimeError):
-            raise  # of a node that does not come up Ray says so by an Exception
+            raise
         kind = RayDied if options["address"] == "local" else BadConfig
         raise kind(_refused(options["address"], error)) from error
     finally:

@@ -128,7 +128,7 @@ def _open(file: Path, connect: Callable[..., Any]) -> None:
     uri = address(file)
     try:
         connect(tracking_uri=uri)
-    except Exception as error:
+    except Exception as error:  # MLflow's own, of which only the words tell what is to be done
         if "out-of-date" not in str(error):
             raise
         command = [sys.executable, "-m", "mlflow", "db", "upgrade", uri]

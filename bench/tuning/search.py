@@ -59,7 +59,7 @@ def _tune(here: Session, book: Book, jobs: int | None) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         from ray import tune
 
-        class Lives(tune.Callback):  # type: ignore[misc]
+        class Lives(tune.Callback):  # type: ignore[misc]  # Ray's class has no types
             def on_step_begin(self, iteration: int, trials: Any, **info: Any) -> None:
                 here.require_alive()
 
