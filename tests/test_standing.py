@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from bench.sweep.pool import InProcess
 from bench.validation import rerun as reruns
 from bench.validation import submission
 from bench.validation.board import Board
+from bench.validation.found import Problem
 from bench.validation.recount import recount
 from bench.validation.report import validate
 from bench.validation.rerun import candidates, rerun
@@ -275,6 +277,13 @@ def test_what_the_board_cannot_run_is_noted_as_that_and_never_takes_a_better_wor
     assert "cannot be run again here" in str(standing.read(out)[noted])
 
 
+def test_a_run_with_a_problem_is_not_verified_though_its_bits_come_out(out: Path) -> None:
+    here, report = folder(out), validate(out, ROOT)
+    board = Board(report=replace(report, problems=(Problem(f"{here.name}/run.json", "", "is odd"),)), root=ROOT)
+    board.rerun(here.name)
+    assert board.outcomes[0].exact and board.note(out) == []
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -356,19 +365,14 @@ def planted(out: Path, algorithm: str, seeds: range | tuple[int, ...], value: fl
         shutil.rmtree(place)
 
 
-def note(
-    out: Path, kind: str, algorithm: str, submission: str | None = None, seeds: tuple[int, ...] | None = None
-) -> None:
-    """Note what the board found out about runs."""
-    of = [
-        record
-        for record in records.read_all(out)[0]
-        if (record.algorithm, record.submission) == (algorithm, submission)
-    ]
+def note(out: Path, kind: str, algorithm: str, submission: str | None = None, **only: Any) -> None:
+    """Note what the board found out about runs; about some of them, by their seeds or their dataset."""
     entries = {
         record.id: Standing(**{**ENTRY, "kind": kind, "document": records.digest(out, record.id)})  # type: ignore[arg-type]
-        for record in of
-        if seeds is None or record.seed in seeds
+        for record in records.read_all(out)[0]
+        if (record.algorithm, record.submission) == (algorithm, submission)
+        and record.seed in only.get("seeds", {record.seed})
+        and record.dataset == only.get("dataset", record.dataset)
     }
     standing.note(out, entries)
 
@@ -461,10 +465,13 @@ def test_averages_over_datasets_are_of_rows_that_are_believed_alike(tmp_path: Pa
             for seed in range(2):
                 values, setting = {"personal.balanced": value + seed / 1000}, {"clients": clients}
                 store(tmp_path, document(algorithm, seed=seed, dataset=dataset, values=values, setting=setting))
-    part = part_over_datasets(boards(tmp_path), "personal.balanced")
-    assert part is not None
-    note(tmp_path, "verified", "fedavg")
+    assert part_over_datasets(boards(tmp_path), "personal.balanced") is not None
+    for algorithm in ("fedavg", "fedrep"):
+        note(tmp_path, "verified", algorithm, dataset="digits")
     assert part_over_datasets(boards(tmp_path), "personal.balanced") is None
+    for algorithm in ("fedavg", "fedrep"):
+        note(tmp_path, "verified", algorithm)
+    assert part_over_datasets(boards(tmp_path), "personal.balanced") is not None
 
 
 def test_rows_whose_seeds_may_have_been_chosen_come_last_and_are_never_bold(tmp_path: Path) -> None:
