@@ -17,15 +17,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import keys, tree
 from bench.data import Images, LocalData, Meter
 from bench.models import Model
 from bench.task import Task
+from bench.training.replay import Recordings
 from bench.training.visit import Verb, Visit
 from bench.tree import Tree
 
@@ -40,6 +43,10 @@ STACKED_WEIGHTS = 2**16
 
 Share = Callable[[list[list[Visit]]], list[list[tuple[Any, float]]]]
 """Does groups of visits wherever it likes: for each group what `Engine.work` gives."""
+
+
+_RECORDINGS: WeakKeyDictionary[Images, Recordings] = WeakKeyDictionary()
+"""Of each run of this process, as long as its images are there."""
 
 
 class CannotStack(ValueError):
@@ -159,7 +166,8 @@ def _all_at_once(
     verb: Verb, task: Task, shared: Tree, images: Images, visits: Sequence[Visit]
 ) -> list[tuple[Any, float]]:
     stack, samples = _run_group(verb, replace(task.at_client(), stacked=True), shared, images, visits)
-    return [(None if stack is None else _row(stack, position), count) for position, count in enumerate(samples)]
+    rows = [None] * len(visits) if stack is None else _rows(stack, len(visits))
+    return list(zip(rows, samples, strict=True))
 
 
 serial = Engine("serial", _alone, _one_by_one)
@@ -168,13 +176,15 @@ stacked = Engine("stacked", _stacks, _all_at_once)
 """Clients in groups of similar size, mapped over a leading axis."""
 
 
-def _row(stack: Any, position: int) -> Any:
-    """Give one client's part of what `vmap` returned: nested dicts and tuples of tensors."""
+def _rows(stack: Any, count: int) -> list[Any]:
+    """Give each client's part of what `vmap` returned: nested dicts and tuples of tensors."""
     if isinstance(stack, dict):
-        return {key: _row(value, position) for key, value in stack.items()}
+        parts = [_rows(value, count) for value in stack.values()]
+        return [dict(zip(stack, own, strict=True)) for own in zip(*parts, strict=True)] if parts else [{}] * count
     if isinstance(stack, tuple):
-        return tuple(_row(value, position) for value in stack)
-    return stack[position]
+        return list(zip(*(_rows(value, count) for value in stack), strict=True)) if stack else [()] * count
+    rows: list[Any] = list(stack.unbind())
+    return rows
 
 
 def _width(shared: Tree, visits: Sequence[Visit]) -> int:
@@ -186,36 +196,35 @@ def _width(shared: Tree, visits: Sequence[Visit]) -> int:
 
 
 def _run_group(verb: Verb, task: Task, shared: Tree, images: Images, group: Sequence[Visit]) -> tuple[Any, list[float]]:
-    length = max(len(visit.index) for visit in group)
-    device = group[0].key.device
-    index = torch.zeros(len(group), length, dtype=torch.int64, device=device)
-    for row, visit in zip(index, group, strict=True):
-        row[: len(visit.index)] = visit.index
-    images, index = images.gather(index)
-    n = torch.tensor([len(visit.index) for visit in group], device=device)
-    absent = False
+    rows = [visit.index for visit in group]
+    images, index = images.gather(pad_sequence(rows, batch_first=True))
+    clients: Tree = {
+        "sent": tree.stack([visit.sent for visit in group]),
+        "private": tree.stack([visit.private for visit in group]),
+        "index": index,
+        "n": torch.tensor([len(each) for each in rows], device=index.device),
+        "key": torch.stack([visit.key for visit in group]),
+        "client_key": torch.stack([visit.client_key for visit in group]),
+        "counts": torch.stack([visit.class_counts for visit in group]),
+    }
 
-    def one(
-        sent: Tree, private: Tree, index: Tensor, n: Tensor, key: Tensor, client_key: Tensor, counts: Tensor
-    ) -> tuple[Any, Tensor]:
-        nonlocal absent
-        data = LocalData(images, index, n, key, counts, task.batch_size, Meter(), client_key, padded=True)
-        result = verb(task, {**shared, **sent}, private, data)
-        absent = result is None
-        samples = data.samples() + task.samples()
-        assert isinstance(samples, Tensor)  # vmap must be given at least one tensor back
-        return ({} if absent else result), samples
+    def mapped(task: Task, given: Tree) -> tuple[Any, Tensor]:
+        def one(client: Tree) -> tuple[Any, Tensor]:
+            of, n, key = client["index"], client["n"], client["key"]
+            data = LocalData(
+                images, of, n, key, client["counts"], task.batch_size, Meter(), client["client_key"], padded=True
+            )
+            result = verb(task, {**given["shared"], **client["sent"]}, client["private"], data)
+            samples = data.samples() + task.samples()
+            assert isinstance(samples, Tensor)  # vmap must be given at least one tensor back
+            return (() if result is None else (result,)), samples
+
+        results: tuple[Any, Tensor] = torch.func.vmap(one, in_dims=(0,), randomness="error")(given["clients"])
+        return results
 
     try:
-        stack, samples = torch.func.vmap(one, in_dims=0, randomness="error")(
-            tree.stack([visit.sent for visit in group]),
-            tree.stack([visit.private for visit in group]),
-            index,
-            n,
-            torch.stack([visit.key for visit in group]),
-            torch.stack([visit.client_key for visit in group]),
-            torch.stack([visit.class_counts for visit in group]),
-        )
+        recordings = _RECORDINGS.setdefault(images, Recordings())
+        (*stack,), samples = recordings.do(mapped, verb, task, {"shared": shared, "clients": clients})
     except RuntimeError as error:
         inner: Any = verb
         while isinstance(inner, partial):  # what stands around it is not the author's
@@ -231,7 +240,7 @@ def _run_group(verb: Verb, task: Task, shared: Tree, images: Images, group: Sequ
                 f"{name} draws from torch's global generator; derive randomness from data.key with bench.keys"
             ) from error
         raise
-    return (None if absent else stack), samples.tolist()
+    return (stack[0] if stack else None), samples.tolist()
 
 
 def choose(engine: str, model: Model, device: str) -> str:

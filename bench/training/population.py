@@ -77,6 +77,7 @@ class Population:
         self.key = keys.key(seed)
         self._keys = -1, self.key
         self._drawn = 0, frozenset[int]()
+        self._cohort: tuple[int, tuple[int, ...]] = -1, ()
         self.device = device
         self.num_classes = dataset.num_classes
         self.size = len(split.clients)
@@ -91,11 +92,14 @@ class Population:
         self.test = Images(splits.test_x, splits.test_y.to(device), *look, "none", dataset.scale)
         self.index = [place[rows].to(device) for rows in split.clients]
         self.tests = [rows.to(device) for rows in split.tests]
+        self._counts: dict[int, Tensor] = {}
         self._client_keys = keys.fold(self.key.to(device), "client", torch.arange(self.size, device=device))
 
     def cohort(self, round: int) -> tuple[int, ...]:
         """Draw the training clients of a round, ascending."""
-        return draw_cohort(self.setting, self.size, self.key, round)
+        if self._cohort[0] != round:  # several ask in a round
+            self._cohort = round, draw_cohort(self.setting, self.size, self.key, round)
+        return self._cohort[1]
 
     def arrives(self, client: int, round: int) -> bool:
         """Draw whether what a client sends in a round reaches the server."""
@@ -104,6 +108,8 @@ class Population:
 
     def prefetch(self, *rounds: int) -> None:
         """Have the images of rounds' cohorts read ahead, where they are in a file."""
+        if self.images.streamed is None:
+            return
         clients = [client for round in rounds for client in self.cohort(round)]
         if clients:
             self.images.prefetch(torch.cat([self.index[client] for client in clients]))
@@ -135,7 +141,9 @@ class Population:
 
     def class_counts(self, client: int) -> Tensor:
         """Count a client's training images of each class: (C,) int64."""
-        return torch.bincount(self.images.y[self.index[client]], minlength=self.num_classes)
+        if client not in self._counts:
+            self._counts[client] = torch.bincount(self.images.y[self.index[client]], minlength=self.num_classes)
+        return self._counts[client]
 
     def visit(self, client: int, round: int, private: Tree, sent: Tree | None = None) -> Visit:
         """Make what a client brings to a verb in a round."""
@@ -168,8 +176,7 @@ class Population:
 
     def sizes(self, clients: Iterable[int]) -> Tensor:
         """Give the training examples of clients: (K,) float64; -1 stands for the union of all."""
-        union = sum(len(index) for index in self.index[: self.training])
-        counts = [len(self.index[k]) if k >= 0 else union for k in clients]
+        counts = [len(self.index[k]) if k >= 0 else sum(map(len, self.index[: self.training])) for k in clients]
         return torch.tensor(counts, dtype=tree.counting(self.device), device=self.device)
 
 
