@@ -4,7 +4,8 @@ things.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -140,7 +141,7 @@ class Task:
             return value, gradient, tree.merge(params, following)
         moving = tree.map(lambda leaf: leaf.detach().requires_grad_(), moving)
         value, following = recorded(moving)
-        gradient = iter(tree.flatten(_differentiate(value, tree.flatten(moving))).values())
+        gradient = iter(_differentiate(value, list(tree.flatten(moving).values())))
         return value.detach(), tree.map(lambda _: next(gradient), moving), tree.merge(params, following)
 
     def sgd(
@@ -249,7 +250,9 @@ class Task:
         """Compute a loss in training mode: its value, and the next running statistics and carried values."""
         moving = frozenset(map(id, tree.flatten(statistics).values())) if self.still else None
         recorder = Recorder(batch.weight, self.stacked, self.frozen_statistics, moving)
-        with training(recorder), torch.autocast(batch.x.device.type, self.precision, self._mixed):
+        # Where nothing is cast, a context that does nothing would cost as much as a small layer.
+        cast = torch.autocast(batch.x.device.type, self.precision) if self._mixed else nullcontext()
+        with training(recorder), cast:
             value = loss(params, batch)
         if isinstance(value, Tensor):
             return value, recorder.following(statistics) if recorder.seen else statistics
@@ -274,7 +277,7 @@ class Task:
         current = tree.merge(tree.merge(params, tree.unflatten(leaves)), statistics)
         for batch in batches:
             value, following = self._recorded(loss, current, statistics, batch)
-            gradient = list(tree.flatten(_differentiate(value, leaves)).values())
+            gradient = _differentiate(value, values)
             if edit is not None:
                 unlike = tree.map(torch.Tensor.detach, current)
                 edited = tree.flatten(edit(_like(tree.parameters(unlike), leaves, gradient), unlike, batch))
@@ -329,14 +332,9 @@ def _like(params: Tree, leaves: dict[str, Tensor], gradient: list[Tensor]) -> Tr
     return tree.merge(params, tree.unflatten(dict(zip(leaves, gradient, strict=True))))
 
 
-def _differentiate(value: Tensor, leaves: dict[str, Tensor]) -> Tree:
+def _differentiate(value: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
     """Give the gradient of a () value; zero for a leaf it does not depend on."""
     if not value.requires_grad:
-        return tree.unflatten({path: torch.zeros_like(leaf) for path, leaf in leaves.items()})
-    gradient = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-    return tree.unflatten(
-        {
-            path: torch.zeros_like(leaf) if part is None else part
-            for (path, leaf), part in zip(leaves.items(), gradient, strict=True)
-        }
-    )
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    gradient = torch.autograd.grad(value, leaves, allow_unused=True)
+    return [torch.zeros_like(leaf) if part is None else part for leaf, part in zip(leaves, gradient, strict=True)]

@@ -64,6 +64,39 @@ def equal(one: list[dict[str, Tensor]], other: list[dict[str, Tensor]]) -> bool:
     )
 
 
+# Several batches made together ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding", [0, PADDING])
+@pytest.mark.parametrize("augment", AUGMENTATIONS)
+@pytest.mark.parametrize("options", [{}, {"views": 2}, {"weighted": True}, {"batch_size": 8}], ids=str)
+def test_batches_that_are_made_together_are_those_made_one_by_one(
+    options: dict[str, Any], augment: str, padding: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = client(13, padding, augment)
+    weights = torch.arange(13.0 + padding) if options.pop("weighted", False) else None
+    found = []
+    for at_once in (0, 2 * SIZE * 72, 2**18):
+        monkeypatch.setattr("bench.data.images._AT_ONCE", at_once)
+        found.append(list(data.batches(2, weights=weights, **options)))
+    for batches in found[1:]:
+        assert equal(real(batches), real(found[0])) and len(batches) == len(found[0])
+        assert [int(each.first) for each in batches] == [int(each.first) for each in found[0]]
+
+
+def test_only_so_many_are_made_together_as_stay_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = client(13).images
+    monkeypatch.setattr("bench.data.images._AT_ONCE", 72 * 4 * 5 + 1)
+    assert [images.batches_at_once(size) for size in (4, 20, 40)] == [5, 1, 1]
+    assert images.batches_at_once(5) == 1  # 360 numbers: the next batch would begin between two vectors
+    assert client(13, augment="batch_crop_flip").images.batches_at_once(4) == 1
+
+
+def test_a_stream_that_is_left_counts_the_batches_that_were_taken() -> None:
+    data = client(13, augment="none")
+    assert len(list(itertools.islice(data.batches(1), 2))) == 2 and data.samples() == 2 * SIZE
+
+
 # So many steps ----------------------------------------------------------------------------------------------
 
 

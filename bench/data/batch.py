@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,12 @@ class Batch:
     def real(self) -> Tensor:
         """Whether there is any example, and not padding only: () bool."""
         return self.weight.sum() > 0
+
+    def parts(self, size: int) -> Iterator[Batch]:
+        """Part a batch of one view into batches of so many examples; the last may be smaller."""
+        columns = (each.split(size) for each in (self.x, self.y, self.weight, self.example))
+        for k, (x, y, weight, example) in enumerate(zip(*columns, strict=True)):
+            yield Batch(x, y, weight, example, self.key, self.first + k * size)
 
     @property
     def keys(self) -> Tensor:

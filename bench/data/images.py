@@ -21,6 +21,9 @@ AUGMENTATIONS = ("none", "crop", "crop_flip", "batch_crop_flip")
 `batch_crop_flip` draws once for a whole batch and pads with the mean colour, which is what the CReFF family of codes
 does."""
 
+_AT_ONCE = 2**18
+"""Numbers of a few batches that are made together: they stay in the cache until they are used."""
+
 
 class Images:
     """Images by number, and how to make batches of them on one device.
@@ -84,6 +87,17 @@ class Images:
         """Tell which images will be asked for soon, in this order; those in memory are there already."""
         if self.streamed is not None:
             self.streamed.prefetch(self._rows(index))
+
+    def batches_at_once(self, size: int) -> int:
+        """Say how many batches are made together, of which a step then takes its own, with the bits of one by itself.
+
+        One, where images are read from a file, where a draw is a whole batch's, and where a batch would not begin where
+        vectors of a processor do, on which a product's bits may depend.
+        """
+        pixels = size * math.prod(self.shape)
+        if self.streamed is not None or self.augment.startswith("batch") or pixels % 16:
+            return 1
+        return max(1, _AT_ONCE // max(pixels, 1))
 
     def plain(self, index: Tensor) -> Tensor:
         """Give images without augmentation: (B, channels, height, width) float32, or (B, channels, ...)."""

@@ -221,13 +221,17 @@ class LocalData:
     def _epochs(
         self, epochs: Iterable[int], salt: str, weights: Tensor | None, views: int, size: int
     ) -> Iterator[Batch]:
-        mask = self.mask
+        mask, several = self.mask, self.images.batches_at_once(size) if views == 1 else 1
         for epoch in epochs:
             order = self._order(keys.fold(self.key, f"{_word(weights)} {salt} {epoch}"), weights)
             key = keys.fold(self.key, f"augment {salt} {epoch}")
+            ready: Iterator[Batch] = iter(())
             for start in self.meter.along(len(order), size, views):
-                part = slice(start, start + size)
-                yield self._batch(order[part], mask[part], key, start, weights is not None, views)
+                if start % (several * size) == 0:
+                    part = slice(start, start + several * size)
+                    made = self._batch(order[part], mask[part], key, start, weights is not None, views)
+                    ready = made.parts(size) if several > 1 else iter((made,))
+                yield next(ready)
 
     def _stream(self, steps: int, salt: str, weights: Tensor | None, views: int, size: int) -> Iterator[Batch]:
         """Do the same for a padded client, of which nobody knows here when an epoch ends: each batch asks anew."""
