@@ -545,6 +545,19 @@ def test_uploads_are_averaged_by_size_or_by_class() -> None:
     assert by_class["weight"].tolist() == [2.5, 25.0]  # nobody: the plain mean
 
 
+@pytest.mark.parametrize("shape", [(10,), (10, 3), (10, 4, 3), (10, 0), (0, 3)])
+def test_rows_are_averaged_some_at_a_time_to_the_same_bits(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = torch.Generator().manual_seed(3)
+    leaves, weights = torch.randn(7, *shape, generator=draw), torch.rand(7, shape[0], generator=draw) + 0.1
+    shares = (weights.double() / weights.double().sum(0)).reshape(7, shape[0], *[1] * (len(shape) - 1))
+    monkeypatch.setattr("bench.data.uploads._ENTRIES", 24)  # not all rows, and not the same number each time
+    uploads = Uploads([{"g": leaf} for leaf in leaves], torch.ones(7))
+    expected = (leaves.double() * shares).sum(0).float()
+    assert torch.equal(uploads.mean("g", weights), expected)
+
+
 # Keys -------------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from bench import tree
 from bench.tree import Tree
 
+_ENTRIES = 2**17  # of a leaf that is weighted by class, held in float64 at once
+
 
 class Uploads:
     """What the clients of a cohort sent, as far as it arrived, in the order of their ids.
@@ -69,7 +71,7 @@ class Uploads:
             weights = tree.in_float64(weights)
             if weights.ndim > 1:
                 w = weights.reshape(weights.shape + (1,) * (leaves[0].ndim + 1 - weights.ndim))
-                return (tree.in_float64(torch.stack(leaves)) * w).sum(0).to(leaves[0])
+                return _summed(w.expand(-1, *leaves[0].shape), leaves)
             result = torch.zeros_like(tree.in_float64(leaves[0]))
             for leaf, weight in zip(leaves, weights.tolist(), strict=True):
                 result.add_(leaf.to(result.device), alpha=weight)  # one after the other: K models are never held twice
@@ -81,3 +83,11 @@ class Uploads:
         if isinstance(sent[0], Tensor):
             return combine(weights, *sent)
         return tree.map(lambda *leaves: combine(weights, *leaves), *sent)
+
+
+def _summed(weights: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+    """Add up K leaves (n, ...) by their weights, (K, n, ...): some rows at a time, so that they stay in a cache."""
+    rows = max(1, _ENTRIES * len(leaves[0]) // max(leaves[0].numel(), 1))
+    parts = zip(weights.split(rows, 1), *(leaf.split(rows) for leaf in leaves), strict=True)
+    sums = [(tree.in_float64(torch.stack(part)) * shares).sum(0) for shares, *part in parts]
+    return torch.cat(sums).to(leaves[0])
