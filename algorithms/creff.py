@@ -32,6 +32,7 @@ class CReFF(Algorithm):
 
     family: ClassVar[str] = "fedlt"
     tier: ClassVar[str] = "L"
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"body"})
 
     features_per_class: Count = 100
@@ -95,18 +96,31 @@ class CReFF(Algorithm):
         return {"body": shared["body"], "head": shared["retrained"]}
 
     def _match(self, task: Task, server: Tree, target: dict[str, Tensor], present: Tensor) -> Tensor:
-        """Descend the mismatch of gradients; classes that nobody holds keep their features."""
-        head = server["retrained"]
-        features: Tensor = server["features"].clone().requires_grad_()
-        one_hot = torch.eye(task.num_classes, device=features.device)[:, None]
+        """Descend the mismatch of gradients; classes that nobody holds keep their features.
+
+        A step adds rows of features, targets and head. Where these are few, each class is computed in the
+        coordinates of what they span: the same descent, of shorter vectors.
+        """
+        features: Tensor = server["features"]
+        head, classes = server["retrained"], task.num_classes
+        rows = torch.cat([features, target["weight"], head["weight"].expand_as(target["weight"])], 1)
+        basis = None
+        if 2 * rows.shape[1] <= rows.shape[2]:
+            basis, triangle = torch.linalg.qr(rows.mT)
+            rows = triangle.mT
+        start, wanted, weight = (part.contiguous() for part in rows.split([features.shape[1], classes, classes], 1))
+        one_hot = torch.eye(classes, device=features.device)[:, None]
+        x = start.clone()
         for _ in range(self.match_steps):
-            residual = (F.linear(features, head["weight"], head["bias"]).softmax(2) - one_hot) / features.shape[1]
-            weight = torch.einsum("cmk,cmd->ckd", residual, features)
-            apart = mismatch(weight, target["weight"]).sum(1) + mismatch(residual.sum(1), target["bias"])
-            (slope,) = torch.autograd.grad((apart * present).sum(), features)
-            with torch.no_grad():
-                features -= self.match_lr * slope
-        return features.detach()
+            share = (x @ weight.mT + head["bias"]).softmax(2)
+            residual = (share - one_hot) / x.shape[1]
+            by_weight = mismatch_slope(residual.mT @ x, wanted)
+            by_bias = mismatch_slope(residual.sum(1), target["bias"])
+            by_share = (x @ by_weight.mT + by_bias[:, None]) / x.shape[1]
+            by_logit = share * (by_share - (share * by_share).sum(2, keepdim=True))
+            x.baddbmm_(residual, by_weight, alpha=-self.match_lr).baddbmm_(by_logit, weight, alpha=-self.match_lr)
+        moved = x - start if basis is None else (x - start) @ basis.mT
+        return torch.where(present[:, None, None], features + moved, features)
 
     def _retrain(self, task: Task, features: Tensor) -> Tree:
         """Train a fresh head by softmax regression; its gradient in closed form, for it takes thousands of
@@ -117,15 +131,21 @@ class CReFF(Algorithm):
         x = features.flatten(0, 1)
         one_hot = torch.eye(task.num_classes, device=x.device).repeat_interleave(features.shape[1], 0)
         x, weights = F.pad(x, (0, 1), value=1.0), torch.cat([head["weight"], head["bias"][:, None]], 1)
+        shuffled, labels = torch.empty_like(x), torch.empty_like(one_hot)  # memory that is new each time is slow
         for epoch in range(self.head_epochs):
             order = keys.permutation(keys.fold(key, epoch), len(x))
-            for batch, y in zip(x[order].split(32), one_hot[order].split(32), strict=True):
+            torch.index_select(x, 0, order, out=shuffled)
+            torch.index_select(one_hot, 0, order, out=labels)
+            for batch, y in zip(shuffled.split(32), labels.split(32), strict=True):
                 residual = torch.softmax(batch @ weights.T, 1).sub_(y)
                 weights.addmm_(residual.T, batch, alpha=-self.head_lr / len(batch))
         return {"weight": weights[:, :-1].clone(), "bias": weights[:, -1].clone()}
 
 
-def mismatch(a: Tensor, b: Tensor) -> Tensor:
-    """Give 1 - cosine over the last axis; 1e-6 keeps zero rows finite."""
-    cosine: Tensor = (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1) + 1e-6)
-    return 1.0 - cosine
+def mismatch_slope(a: Tensor, b: Tensor) -> Tensor:
+    """Give the gradient, by `a`, of 1 - cosine over the last axis; 1e-6 keeps zero rows finite."""
+    length, other = a.norm(dim=-1, keepdim=True), b.norm(dim=-1, keepdim=True)
+    product = length * other + 1e-6
+    cosine = (a * b).sum(-1, keepdim=True) / product
+    along: Tensor = a * (cosine * other / (product * length.clamp(min=1e-30)))
+    return along.addcmul_(b, 1 / product, value=-1)

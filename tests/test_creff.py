@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from tests.by_hand import data_of, mean_by_size, trained
 SETTING = replace(toy.SETTING, participation=0.5, rounds=3, momentum=0.9, weight_decay=1e-2)
 CHEAP: dict[str, Any] = {"features_per_class": 10, "match_steps": 5, "head_epochs": 3}
 CLASSES = range(6)
+creff_module: Any = importlib.import_module("bench.algorithms.creff")
 
 
 def run_of(engine: str = "serial", setting: Any = SETTING, **fields: Any) -> Run:
@@ -123,6 +126,63 @@ def test_the_gradient_of_features_is_that_of_their_mean_loss() -> None:
     wanted = matched(server["features"], server["retrained"], targets, 5)
     moved = float((wanted - server["features"]).abs().max())
     assert float((mine - wanted).abs().max()) < 1e-2 * moved
+
+
+def problem(d: int, absent: int = 4) -> tuple[Any, Tree, dict[str, Tensor], Tensor]:
+    """Six classes of ten features in float64: a task, a server, targets of which one has rows of zeros, and who is
+    there."""
+    draw = torch.Generator().manual_seed(d)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    server = {"features": normal(6, 10, d), "retrained": {"weight": normal(6, d) / d**0.5, "bias": normal(6)}}
+    target = {"weight": normal(6, 6, d), "bias": normal(6, 6)}
+    target["weight"][2, 1:] = 0.0
+    return SimpleNamespace(num_classes=6), server, target, torch.arange(6) != absent
+
+
+@pytest.mark.parametrize("d", [3, 30, 44, 200])  # features, targets and head are 22 rows
+def test_features_descend_as_by_automatic_differentiation_however_long_they_are(d: int) -> None:
+    task, server, target, present = problem(d)
+    creff: Any = ALGORITHMS["creff"](match_steps=20)
+    targets: dict[int, tuple[Tensor, ...]] = {
+        c: (target["weight"][c], target["bias"][c]) for c in CLASSES if present[c]
+    }
+    found, wanted = (
+        creff._match(task, server, target, present),
+        matched(server["features"], server["retrained"], targets, 20),
+    )
+    assert float((wanted - server["features"]).abs().max()) > 1e-2
+    assert torch.allclose(found, wanted, rtol=0.0, atol=1e-10)
+    assert torch.equal(found[4], server["features"][4])
+
+
+def test_short_vectors_stand_for_long_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+    slope = creff_module.mismatch_slope
+
+    def noted(a: Tensor, b: Tensor) -> Tensor:
+        lengths.append(a.shape[-1])
+        given: Tensor = slope(a, b)
+        return given
+
+    monkeypatch.setattr(creff_module, "mismatch_slope", noted)
+    creff: Any = ALGORITHMS["creff"](match_steps=1)
+    for d in (43, 44, 200):
+        creff._match(*problem(d))
+    assert lengths[::2] == [43, 22, 22]
+
+
+@pytest.mark.parametrize("which", ["a", "b", "neither"])
+def test_the_slope_of_the_mismatch_is_that_of_automatic_differentiation(which: str) -> None:
+    a, b = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    if which != "neither":
+        (a if which == "a" else b)[1:3] = 0.0
+    a.requires_grad_()
+    apart = 1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-6)
+    (wanted,) = torch.autograd.grad(apart.sum(), a)
+    assert torch.allclose(creff_module.mismatch_slope(a.detach(), b), wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_each_round_trains_a_head_of_its_own_start() -> None:

@@ -331,10 +331,12 @@ def test_creffs_averaged_model_is_fedavgs_to_the_bit() -> None:
     assert creff.outcome().metrics["generic:averaged"] == fedavg.outcome().metrics["generic"]
 
 
-def test_creffs_mismatch_has_its_golden_values(creff_module: Any) -> None:
+def test_creffs_slope_of_the_mismatch_has_its_golden_values(creff_module: Any) -> None:
+    """From (1, 0) towards (1, 1) straight up, by 1 / sqrt(2), however long that is; at its end nowhere."""
     a, b = torch.eye(2), torch.tensor([[1.0, 1.0], [0.0, 2.0]])
-    assert creff_module.mismatch(a, b).sum().item() == pytest.approx(0.292894, abs=1e-5)
-    assert creff_module.mismatch(a, 7 * b).sum().item() == pytest.approx(0.292894, abs=1e-5)
+    expected = torch.tensor([[0.0, -0.707107], [0.0, 0.0]])
+    assert torch.allclose(creff_module.mismatch_slope(a, b), expected, atol=2e-6)
+    assert torch.allclose(creff_module.mismatch_slope(a, 7 * b), expected, atol=2e-6)
 
 
 def test_creffs_class_gradient_is_autograds() -> None:
@@ -357,9 +359,7 @@ def test_creffs_class_gradient_is_autograds() -> None:
             assert not upload["gradient"]["weight"][c].any()
 
 
-def test_creff_leaves_the_features_of_absent_classes_and_lowers_the_mismatch_of_the_others(
-    creff_module: Any,
-) -> None:
+def test_creff_leaves_the_features_of_absent_classes_and_lowers_the_mismatch_of_the_others() -> None:
     run = toy_run(make("creff", features_per_class=10, match_steps=50, head_epochs=1))
     before = run.progress.server
     upload, _ = upload_once(run)
@@ -372,7 +372,8 @@ def test_creff_leaves_the_features_of_absent_classes_and_lowers_the_mismatch_of_
         head = before["retrained"]
         residual = F.linear(features, head["weight"], head["bias"]).softmax(2) - torch.eye(6)[:, None]
         weight = torch.einsum("cmk,cmd->ckd", residual, features)
-        return float(creff_module.mismatch(weight, upload["gradient"]["weight"]).sum(1)[present].sum())
+        alike = F.cosine_similarity(weight, upload["gradient"]["weight"], dim=2)
+        return float((1 - alike)[present].sum())
 
     assert apart(after["features"]) < 0.8 * apart(before["features"])
 
