@@ -31,6 +31,8 @@ from torch import Tensor
 from bench import Algorithm, Batch, LocalData, Task, Tree, keys, register, tree
 from bench.ranges import Positive, Steps
 
+_PAIRS = 2**23  # of class vectors that are compared at once: 64 MB
+
 
 @register("fedloge")
 @dataclass(frozen=True, kw_only=True)
@@ -197,22 +199,41 @@ def _sparse_etf(seed: int, classes: int, d: int, sparsity: float, norm: float, s
 
 
 def _spread(v: Tensor, mask: Tensor, norm: float, steps: int) -> Tensor:
-    """Minimise sum_c (|v_c| - norm)^2 - mean_c angle(v_c, its nearest) by Adam; the gradient is in closed
-    form.
+    """Minimise sum_c (|v_c| - norm)^2 - mean_c angle(v_c, its nearest) by Adam; the gradient is in closed form, and
+    arrays are reused: of thousands of classes they are a gigabyte.
     """
-    first, second, classes = torch.zeros_like(v), torch.zeros_like(v), len(v)
-    diagonal = torch.arange(classes, device=v.device)
+    classes = len(v)
+    v, first, second, u, gradient, work = v.clone(), *(torch.zeros_like(v) for _ in range(5))
     for step in range(1, steps + 1):
         length = v.norm(dim=1, keepdim=True)
-        u = v / length
-        cosine = u @ u.T
-        cosine[diagonal, diagonal] = -2.0
-        nearest, j = cosine.max(1)
+        torch.div(v, length, out=u)
+        nearest, j = _nearest(u)
         g = torch.where(nearest.abs() < 1 - 1e-5, 1 / (classes * (1 - nearest.square()).clamp(min=1e-12).sqrt()), 0.0)
-        pull = (g[:, None] * u[j]).index_add_(0, j, g[:, None] * u)
-        gradient = (pull - (pull * u).sum(1, keepdim=True) * u) / length + 2 * (length - norm) * u
-        gradient *= mask  # zeros stay zeros
+        pull = torch.index_select(u, 0, j, out=gradient).mul_(g[:, None])
+        pull.index_add_(0, j, torch.mul(u, g[:, None], out=work))
+        along = torch.mul(pull, u, out=work).sum(1, keepdim=True)
+        pull.sub_(torch.mul(u, along, out=work)).div_(length)
+        gradient.add_(torch.mul(u, 2 * (length - norm), out=work)).mul_(mask)  # zeros stay zeros
         first.lerp_(gradient, 0.1)
         second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-        v = v - 1e-4 * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+        root = torch.div(second, 1 - 0.999**step, out=work).sqrt_().add_(1e-8)
+        v.sub_(torch.div(first, 1 - 0.9**step, out=gradient).mul_(1e-4).div_(root))
     return v
+
+
+def _nearest(u: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the largest cosine of each row, of norm 1, with another, and with which: (C,) float64 and int64.
+
+    Rows are compared some at a time with those that follow: of thousands each pair is multiplied once, and no matrix of
+    all pairs is held. That is still C² d operations a step, the limit of what is computed here.
+    """
+    rows = max(256, _PAIRS // len(u))
+    block = u[:rows] @ u.T
+    cosine, j = block.fill_diagonal_(-2.0).max(1)
+    if rows >= len(u):
+        return cosine, j
+    before, which = block[:, rows:].max(0)
+    del block
+    after, other = _nearest(u[rows:])
+    j = torch.cat([j, torch.where(before >= after, which, other + rows)])
+    return torch.cat([cosine, torch.maximum(before, after)]), j

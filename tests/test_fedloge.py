@@ -4,6 +4,7 @@ sent once.
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from tests.by_hand import data_of, mean_by_size
 SETTING = replace(toy.SETTING, participation=0.5, rounds=3, momentum=0.9, weight_decay=1e-2)
 FAST: dict[str, Any] = {"etf_steps": 100}
 ENGINES = pytest.mark.parametrize("engine", ["serial", "stacked"])
+module: Any = importlib.import_module("bench.algorithms.fedloge")
 RULES = ("P0", "P1", "P2")
 
 
@@ -142,3 +144,41 @@ def test_a_frame_is_sent_to_a_client_once(participation: float) -> None:
 def test_a_client_held_out_gets_a_model_that_knows_its_classes(engine: str) -> None:
     setting = replace(toy.SETTING, rounds=8, unseen=1, eval_every=8)
     assert (toy.finish(run_of(engine, setting)).outcome().metrics["unseen"] or 0.0) > 0.8
+
+
+def spread(v: Tensor, mask: Tensor, norm: float, steps: int) -> Tensor:
+    """Equation 4 by torch's own gradients and Adam, over the entries that survive."""
+    moving = torch.nn.Parameter(v.clone())
+    optimiser = torch.optim.Adam([moving], lr=1e-4)
+    for _ in range(steps):
+        w = moving * mask
+        unit = F.normalize(w, dim=1)
+        cosine = (unit @ unit.T).masked_fill(torch.eye(len(v), dtype=torch.bool), -2.0)
+        angles = cosine.amax(1).arccos()
+        loss = (w.norm(dim=1) - norm).square().sum() - angles.mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return moving.detach()
+
+
+@pytest.mark.parametrize(("classes", "d"), [(7, 40), (30, 9)])
+def test_a_frame_is_spread_as_by_torchs_adam(classes: int, d: int) -> None:
+    draw = torch.Generator().manual_seed(classes)
+    mask = (torch.rand(classes, d, generator=draw) > 0.4).double()
+    v = F.normalize(torch.randn(classes, d, generator=draw, dtype=torch.float64), dim=1) * mask
+    before = v.clone()
+    found, wanted = module._spread(v, mask, 0.8, 60), spread(v, mask, 0.8, 60)
+    assert float((wanted - v).abs().max()) > 3e-3
+    assert torch.allclose(found, wanted, rtol=0.0, atol=1e-9)
+    assert torch.equal(v, before) and bool((found[mask == 0] == 0).all())
+
+
+@pytest.mark.parametrize("classes", [2, 255, 256, 257, 600])
+def test_nearest_vectors_are_found_block_by_block(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PAIRS", 1)  # 256 rows at a time
+    u = F.normalize(torch.randn(classes, 5, generator=torch.Generator().manual_seed(4), dtype=torch.float64), dim=1)
+    cosine, j = module._nearest(u)
+    others = (u @ u.T).masked_fill(torch.eye(classes, dtype=torch.bool), -2.0)
+    assert torch.allclose(cosine, others.amax(1), rtol=0.0, atol=1e-12)
+    assert torch.equal(j, others.argmax(1))
