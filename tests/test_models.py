@@ -17,6 +17,7 @@ from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 import torch
+import torch.nn.functional as F
 from click.testing import CliRunner, Result
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -745,3 +746,21 @@ def test_heads_are_compared_on_features_through_the_command_line(tmp_path: Path)
     document = json.loads(done.stdout)
     assert len(document["runs"]) == 3
     assert all(found["metrics"]["generic"] > 0.4 for found in document["runs"])
+
+
+def test_pooling_before_relu_gives_the_values_and_gradients_of_pooling_after_it() -> None:
+    """Where four values are alike or none is above zero, too."""
+    draw = torch.Generator().manual_seed(5)
+
+    def whole(*shape: int) -> Tensor:
+        return torch.randint(-1, 2, shape, generator=draw).float().requires_grad_()
+
+    x, layer = whole(6, 2, 8, 8), {"weight": whole(3, 2, 3, 3), "bias": whole(3)}
+    block = models.build("small_cnn", 10, (2, 8, 8), "group").blocks[0]
+    mine = block.run({"conv1": layer}, x)
+    plain = F.max_pool2d(F.conv2d(x, layer["weight"], layer["bias"], padding=1).relu(), 2)
+    assert torch.equal(mine, plain) and bool((mine == 0).any())
+    towards = torch.randn(mine.shape, generator=draw)
+    leaves = [x, *layer.values()]
+    slopes = [torch.autograd.grad((value * towards).sum(), leaves) for value in (mine, plain)]
+    assert all(torch.equal(one, other) for one, other in zip(*slopes, strict=True))
