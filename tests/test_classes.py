@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from bench.results import classes, records
 from bench.results.record import Lacking, Record
 from bench.sweep import execution
 from bench.sweep.config import Sweep, parse_algorithms, parse_datasets
+from bench.training import evaluation
 from bench.training.evaluation import _sparse, right
 from bench.training.rounds import Run
 from tests.test_command import Bench
@@ -140,10 +142,63 @@ def test_stacked_clients_and_portions_of_images_give_the_same(monkeypatch: pytes
     assert tallies("serial") == serial
 
 
+@pytest.mark.parametrize("engine", ["serial", "stacked"])
+@pytest.mark.parametrize("name", ["fedavg", "fedper", "fedloge(etf_steps=10)"])
+def test_heads_on_one_body_are_compared_together_and_give_what_each_gives_alone(
+    name: str, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (algorithm,) = parse_algorithms(name)
+
+    def tallies() -> list[tuple[str, list[list[int]]]]:
+        run = toy.run(algorithm, engine=engine, setting=replace(toy.SETTING, unseen=2))
+        run.step()
+        run.evaluate(run.task_at(1), 2, True)
+        return [(tally.model, tally.rows.tolist()) for tally in run.progress.predictions]
+
+    together = tallies()
+    sizes: list[int] = []
+    compare = evaluation._compare
+
+    def noted(here: Any, scores: Any, *rest: Any) -> Any:
+        sizes.append(len(scores))
+        return compare(here, scores, *rest)
+
+    monkeypatch.setattr(evaluation, "_compare", noted)
+    assert tallies() == together and {6, 2} <= set(sizes)
+    sizes.clear()
+    monkeypatch.setattr(evaluation, "_SCORES", 1)
+    assert tallies() == together and set(sizes) == {1}
+    monkeypatch.setattr(evaluation, "_memory", lambda model: (id(model),))  # each body is another
+    assert tallies() == together
+
+
+def test_portions_are_as_large_as_they_may_be() -> None:
+    def of(*sizes: int) -> list[list[int]]:
+        return list(evaluation._portions_of(list(range(10, 10 + len(sizes))), sizes, 5))
+
+    assert of() == [] and of(9) == [[10]] and of(0, 0) == [[10, 11]]
+    assert of(2, 3, 1, 9, 9, 0, 5) == [[10, 11], [12], [13], [14], [15, 16]]
+
+
+def test_models_without_images_or_answers_keep_their_place() -> None:
+    y = torch.tensor([3, 0, 3, 2])
+    found = _sparse(y, torch.tensor([1, 0, 1, 3]), torch.tensor([1, 1, 4, 1]), 5, [0, 3, 0, 1, 0])
+    assert [each.tolist() for each in found] == [
+        [[], [], []],
+        [[0, 3], [0, 1], [1, 5]],
+        [[], [], []],
+        [[2], [3], [1]],
+        [[], [], []],
+    ]
+    correct, total = right(found, 5)
+    assert correct.tolist() == [[0] * 5, [1, 0, 0, 0, 0], [0] * 5, [0] * 5, [0] * 5]
+    assert total.tolist() == [[0] * 5, [1, 0, 0, 5, 0], [0] * 5, [0, 0, 1, 0, 0], [0] * 5]
+
+
 def test_many_classes_take_no_room() -> None:
     generator = torch.Generator().manual_seed(0)
     y, guess = torch.randint(8142, (2, 20_000), generator=generator)
-    answers = _sparse(y, guess, torch.ones_like(y), 8142)
+    (answers,) = _sparse(y, guess, torch.ones_like(y), 8142, [20_000])
     assert answers.shape[1] <= 20_000 and answers[2].sum() == 20_000
     correct, total = right([answers, answers[:, :0]], 8142)
     assert torch.equal(total[0], torch.bincount(y, minlength=8142)) and not total[1].any()

@@ -370,3 +370,12 @@ def test_images_of_splits_give_their_labels() -> None:
     splits = toy.Toy().load()
     assert isinstance(splits, Splits)
     assert torch.equal(splits.labels.train, splits.train_y) and splits.labels.test_users is None
+
+
+def test_the_classes_of_some_clients_are_counted_together() -> None:
+    population = stepped("fedavg").population
+    population.index[2] = population.index[2][:0]
+    for clients in ([0, 1, 2, 3], [5, 2], [2]):
+        each = torch.stack([population.class_counts(client) for client in clients])
+        assert torch.equal(population.class_counts_of(clients), each)
+    assert not population.class_counts_of([2]).any()

@@ -10,6 +10,7 @@ that several models need a portion of the test images at a time.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -40,6 +41,7 @@ Work = Callable[[str, Verb, Task, Tree, Sequence[Visit]], list[Any]]
 
 _SLICE = 128  # test images a pass: activations stay small
 _CLIENTS, _MODEL_BYTES = 128, 2**29  # clients whose models are held at once: so many, or so much
+_SCORES = 2**22  # of some clients that are compared at once: 16 MB, or those of one client
 
 
 @dataclass
@@ -126,7 +128,8 @@ class Evaluator:
             for place, (_, private) in zip(new, arrived, strict=True):
                 visits[place] = replace(visits[place], private=private)
         named: dict[str, list[Tree]] = {}
-        for k, extra in enumerate([] if unseen else ask(algorithm.personal_variants, visits)):
+        asked = not unseen and not is_usual(algorithm.personal_variants, Client.personal_variants)
+        for k, extra in enumerate(ask(algorithm.personal_variants, visits) if asked else []):
             for name, model in extra.items():
                 named.setdefault(f"personal:{name}", [None] * len(visits))[k] = model  # type: ignore[list-item]
         models = ask(algorithm.personal_model, visits, count)
@@ -203,7 +206,7 @@ class Evaluator:
         count: Work | None = None,
     ) -> list[Any]:
         """Ask clients something; where an algorithm says nothing of its own that is not worth sending round."""
-        usual = any(is_usual(verb, default) for default in (Client.personal_model, Client.personal_variants))
+        usual = is_usual(verb, Client.personal_model)
         name = getattr(verb, "__name__", "newcomer")
         verb = self.wrap(verb if labelled else partial(_without_labels, verb))
         if count is not None and not usual:
@@ -214,43 +217,44 @@ class Evaluator:
         self, task: Task, models: list[Tree], shared: Tree, clients: Sequence[int], predictor: str
     ) -> tuple[list[Tensor], list[Tensor]]:
         population = self.here.population
+        rows, absent = [population.tests[client] for client in clients], population.class_counts_of(clients) == 0
         bodies = [_memory(model) for model in models]
-        common = _memory(shared)
+        times, common = Counter(bodies), _memory(shared)
+        kept: list[int] = []
+        apart: list[int] = []
+        for k, body in enumerate(bodies):
+            often = body == common or times[body] > 1 or body in self._features
+            (kept if often and not _predicts(self.here, predictor) else apart).append(k)
         found: dict[int, _Found] = {}
-        apart = []
-        items: list[_Item] = []
-        for k, client in enumerate(clients):
-            rows, absent = population.tests[client], population.class_counts(client) == 0
-            often = bodies[k] == common or bodies.count(bodies[k]) > 1 or bodies[k] in self._features
-            if often and not _predicts(self.here, predictor):
-                scores = _logits(self.here, models[k], self._features_of(models[k])[rows])
-                found[k] = _compare(self.here, scores, rows, absent)
-            else:
-                apart.append(k)
-                items.append((models[k], rows, absent))
-        sizes = [len(rows) for _, rows, _ in items]
+        for some in _portions_of(kept, [self.here.task.num_classes * len(rows[k]) for k in kept], _SCORES):
+            given = [self._features_of(bodies[k], models[k]["body"]) for k in some]
+            with _inference(self.here):
+                scores = [
+                    self.here.task.model.logits(models[k]["head"], features[rows[k]]).float()
+                    for k, features in zip(some, given, strict=True)
+                ]
+            found |= zip(some, _compare(self.here, scores, [rows[k] for k in some], absent[some]), strict=True)
+        items: list[_Item] = [(models[k], rows[k], absent[k]) for k in apart]
         work = partial(_try, task.round, task.lr, predictor)
-        for k, answer in zip(apart, self.crew.map(work, {}, items, sizes), strict=True):
-            found[k] = answer
+        answers = self.crew.map(work, {}, items, [len(rows[k]) for k in apart])
+        found |= zip(apart, answers, strict=True)
         return [found[k][0] for k in range(len(clients))], [found[k][1] for k in range(len(clients))]
 
     def _test_on_all(self, task: Task, model: Tree, predictor: str) -> Tensor:
         """Test one model on all test images: (3, n) as in `Answers`."""
         everything = torch.arange(len(self.here.population.test), device=self.here.population.device)
         if not _predicts(self.here, predictor):
-            scores = _logits(self.here, model, self._features_of(model))
-            return _compare(self.here, scores, everything, None)[0]
+            scores = _logits(self.here, model, self._features_of(_memory(model), model["body"]))
+            return _compare(self.here, [scores], [everything])[0][0]
         items: list[_Item] = [({}, rows, None) for rows in self._portions(everything)]
         work = partial(_try, task.round, task.lr, predictor)
         found = self.crew.map(work, model, items, [len(rows) for _, rows, _ in items])
         classes, predicted, images = torch.cat([plain for plain, _ in found], 1)
-        return _sparse(classes, predicted, images, self.here.task.num_classes)
+        return _sparse(classes, predicted, images, self.here.task.num_classes, [len(images)])[0]
 
-    def _features_of(self, model: Tree) -> Tensor:
-        """Give the features of all test images, (M, d), computed once for a body."""
-        memory = _memory(model)
+    def _features_of(self, memory: tuple[int, ...], body: Tree) -> Tensor:
+        """Give the features of all test images, (M, d), computed once for a body, which is told by its memory."""
         if memory not in self._features:
-            body: Tree = model["body"]
             everything = torch.arange(len(self.here.population.test), device=self.here.population.device)
             portions = self._portions(everything)
             parts = self.crew.map(_embed, body, portions, [len(rows) for rows in portions])
@@ -308,12 +312,13 @@ def _try(round: int, lr: float, predictor: str, here: Surroundings, shared: Tree
     own, rows, absent = item
     model = own or shared
     if not _predicts(here, predictor):
-        return _compare(here, _logits(here, model, _embed(here, model["body"], rows)), rows, absent)
+        scores = _logits(here, model, _embed(here, model["body"], rows))
+        return _compare(here, [scores], [rows], None if absent is None else absent[None])[0]
     task, test = here.task.at(round, lr), here.population.test
     predict = method_of(here.algorithm, predictor)
     with _inference(here):
         scores = torch.cat([predict(task, model, test.plain(part)) for part in rows.split(_SLICE)]).float()
-    return _compare(here, scores, rows, absent)
+    return _compare(here, [scores], [rows], None if absent is None else absent[None])[0]
 
 
 def _embed(here: Surroundings, body: Tree, rows: Tensor) -> Tensor:
@@ -336,30 +341,73 @@ def _inference(here: Surroundings) -> Iterator[None]:
         yield
 
 
-def _compare(here: Surroundings, scores: Tensor, rows: Tensor, absent: Tensor | None) -> _Found:
-    y = here.population.test.y[rows]
+def _portions_of(items: list[int], sizes: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Part items, in their order, into portions of one, or of a size together that is no more than `most`."""
+    portion: list[int] = []
+    size = 0
+    for item, own in zip(items, sizes, strict=True):
+        if portion and size + own > most:
+            yield portion
+            portion, size = [], 0
+        portion.append(item)
+        size += own
+    if portion:
+        yield portion
 
-    def taken_for(scores: Tensor) -> Tensor:
-        return _sparse(y, scores.argmax(1), torch.ones_like(y), here.task.num_classes)
 
-    plain = taken_for(scores)
-    return plain, plain if absent is None else taken_for(scores.masked_fill(absent, -torch.inf))
+def _compare(
+    here: Surroundings, scores: Sequence[Tensor], rows: Sequence[Tensor], absent: Tensor | None = None
+) -> list[_Found]:
+    """Count what some models took their images for.
+
+    Args:
+        here: The run's.
+        scores: (n, C) of each model.
+        rows: (n,) of each, its test images.
+        absent: (K, C), which classes each lacks; None: not asked.
+    """
+    everything, sizes = torch.cat(list(scores)), [len(own) for own in rows]
+    y = here.population.test.y[torch.cat(list(rows))]
+
+    def taken_for(scores: Tensor) -> list[Tensor]:
+        return _sparse(y, scores.argmax(1), torch.ones_like(y), here.task.num_classes, sizes)
+
+    plain = taken_for(everything)
+    if absent is None:
+        return list(zip(plain, plain, strict=True))
+    lacking = absent.repeat_interleave(torch.tensor(sizes, device=absent.device), 0)
+    return list(zip(plain, taken_for(everything.masked_fill(lacking, -torch.inf)), strict=True))
 
 
-def _sparse(classes: Tensor, predicted: Tensor, images: Tensor, num_classes: int) -> Tensor:
-    """Add up images by class and predicted class, (n,) each: as in `Answers`, in host memory."""
-    pairs, which = torch.unique(classes * num_classes + predicted, return_inverse=True)
-    sums = torch.zeros_like(pairs).index_add_(0, which, images)
-    return torch.stack([pairs // num_classes, pairs % num_classes, sums]).cpu()
+def _sparse(classes: Tensor, predicted: Tensor, images: Tensor, num_classes: int, sizes: Sequence[int]) -> list[Tensor]:
+    """Add up images by model, class and predicted class: of each model as in `Answers`, in host memory.
+
+    Args:
+        classes: (n,) int64.
+        predicted: (n,) int64.
+        images: (n,) int64, how many they are.
+        num_classes: C.
+        sizes: How many of the n are of each model, one after the other.
+    """
+    model = torch.arange(len(sizes), device=classes.device).repeat_interleave(
+        torch.tensor(sizes, device=classes.device), output_size=len(classes)
+    )
+    triples, which = torch.unique((model * num_classes + classes) * num_classes + predicted, return_inverse=True)
+    sums = torch.zeros_like(triples).index_add_(0, which, images)
+    pairs = triples % num_classes**2
+    lengths = torch.bincount(triples // num_classes**2, minlength=len(sizes)).tolist()
+    return list(torch.stack([pairs // num_classes, pairs % num_classes, sums]).cpu().split(lengths, 1))
 
 
 def right(answers: Sequence[Tensor], num_classes: int) -> tuple[Tensor, Tensor]:
     """Count right answers and test images of each client and class: (K, C) int64 each, of K entries of `Answers`."""
-    correct, total = torch.zeros(2, len(answers), num_classes, dtype=torch.int64)
-    for k, (classes, predicted, images) in enumerate(answers):
-        total[k].index_add_(0, classes, images)
-        correct[k].index_add_(0, classes, images * (classes == predicted))
-    return correct, total
+    correct, total = torch.zeros(2, len(answers) * num_classes, dtype=torch.int64)
+    classes, predicted, images = torch.cat(list(answers), 1)
+    sizes = torch.tensor([told.shape[1] for told in answers])
+    place = torch.arange(len(answers)).repeat_interleave(sizes) * num_classes + classes
+    total.index_add_(0, place, images)
+    correct.index_add_(0, place, images * (classes == predicted))
+    return correct.reshape(-1, num_classes), total.reshape(-1, num_classes)
 
 
 def _memory(model: Tree) -> tuple[int, ...]:

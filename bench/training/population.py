@@ -145,6 +145,14 @@ class Population:
             self._counts[client] = torch.bincount(self.images.y[self.index[client]], minlength=self.num_classes)
         return self._counts[client]
 
+    def class_counts_of(self, clients: Sequence[int]) -> Tensor:
+        """Count the training images of each class of some clients: (K, C) int64."""
+        sizes = torch.tensor([len(self.index[client]) for client in clients], device=self.device)
+        first = torch.arange(len(clients), device=self.device).repeat_interleave(sizes) * self.num_classes
+        y = self.images.y[torch.cat([self.index[client] for client in clients])]
+        counts = torch.bincount(first + y, minlength=len(clients) * self.num_classes)
+        return counts.reshape(len(clients), self.num_classes)
+
     def visit(self, client: int, round: int, private: Tree, sent: Tree | None = None) -> Visit:
         """Make what a client brings to a verb in a round."""
         if self._keys[0] != round:  # those of a round are drawn together
