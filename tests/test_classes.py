@@ -172,6 +172,28 @@ def test_heads_on_one_body_are_compared_together_and_give_what_each_gives_alone(
     assert tallies() == together
 
 
+@pytest.mark.parametrize(("model", "passes"), [("linear", 1), ("mlp", 2)])
+def test_only_features_of_a_body_without_weights_are_kept_for_the_next_evaluation(
+    model: str, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    embed = evaluation._embed
+
+    def noted(here: Any, body: Any, rows: Any) -> Any:
+        asked.append(len(rows))
+        return embed(here, body, rows)
+
+    monkeypatch.setattr(evaluation, "_embed", noted)
+    run = toy.run(ALGORITHMS["fedavg"](), setting=replace(toy.SETTING, model=model, eval_every=10))
+    for round in range(2):
+        run.step()
+        kept = run.evaluate(run.task_at(round), round + 1, False)
+    assert sum(asked) == passes * len(run.population.test)
+    assert list(run.evaluator._features) == ([()] if model == "linear" else [])
+    run.evaluator._features.clear()
+    assert run.evaluate(run.task_at(1), 2, False) == kept
+
+
 def test_portions_are_as_large_as_they_may_be() -> None:
     def of(*sizes: int) -> list[list[int]]:
         return list(evaluation._portions_of(list(range(10, 10 + len(sizes))), sizes, 5))

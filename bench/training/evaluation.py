@@ -58,7 +58,7 @@ class Evaluator:
     """Who writes what is tested to files; None: nobody."""
     _features: dict[tuple[int, ...], tuple[Tree, Tensor]] = field(default_factory=dict)
     """By the memory of a body: the body, so that its memory is no other's meanwhile, and its features of all test
-    images; emptied after each evaluation."""
+    images; `forget` empties it after each evaluation."""
 
     def generic(self, task: Task, server: Tree) -> Answers:
         """Test the one model of all clients, and its variants, on the whole official test set."""
@@ -170,8 +170,8 @@ class Evaluator:
         return answers
 
     def forget(self) -> None:
-        """Drop the features kept for this evaluation."""
-        self._features.clear()
+        """Drop the features kept for this evaluation; those of a body without weights, which cannot move, stay."""
+        self._features = {memory: kept for memory, kept in self._features.items() if not memory}
 
     def adapt(
         self, adaptation: tuple[Adaptation, ...], task: Task, visits: list[Visit], models: list[Tree]
