@@ -12,7 +12,6 @@ crew of several processes (`bench.training.crew`) shares such groups out whole: 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -22,12 +21,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.flop_counter import FlopCounterMode
 
 from bench import keys, tree
 from bench.data import Images, LocalData, Meter
 from bench.models import Model
 from bench.task import Task
+from bench.training.operations import Operations
 from bench.training.replay import Recordings
 from bench.training.visit import Verb, Visit
 from bench.tree import Tree
@@ -53,16 +52,6 @@ class CannotStack(ValueError):
     """A verb does something that cannot be mapped over stacked clients; the message says what to do."""
 
 
-def _counter() -> FlopCounterMode:
-    """Make torch's counter, which passes over products that are added in place."""
-
-    def product(_: torch.Size, a: torch.Size, b: torch.Size, **rest: object) -> int:
-        return 2 * math.prod(a) * b[-1]
-
-    in_place = {torch.ops.aten.addmm_: product, torch.ops.aten.baddbmm_: product}
-    return FlopCounterMode(display=False, custom_mapping=in_place)
-
-
 class Probe:
     """Counts the floating-point operations of one client's verb, the one with most examples."""
 
@@ -70,13 +59,13 @@ class Probe:
     samples: float = 0.0
 
     def __init__(self) -> None:
-        self.counter = _counter()
+        self.counter = Operations()
 
 
 def counted(work: Callable[[], Tree]) -> tuple[Tree, float]:
     """Do some work and count its floating-point operations: products of matrices and convolutions."""
-    with _counter() as counter:
-        return work(), float(counter.get_total_flops())
+    with Operations() as done:
+        return work(), float(done.total)
 
 
 @dataclass(frozen=True)
@@ -121,7 +110,7 @@ class Engine:
             largest = max(range(len(visits)), key=lambda k: len(visits[k].index))
             with probe.counter:  # padding is no work of the method: one client's own is counted
                 ((result, samples),) = serial.work(verb, task, shared, images, [visits[largest]])
-            probe.flops, probe.samples = float(probe.counter.get_total_flops()), samples
+            probe.flops, probe.samples = float(probe.counter.total), samples
             if self is serial:
                 done[largest], rest = (result, samples), [group for group in groups if group != [largest]]
         parts = [[visits[k] for k in group] for group in rest]

@@ -10,11 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
-from torch.utils.flop_counter import FlopCounterMode
-
 from bench import keys, models, tree
 from bench.algorithm import Algorithm
 from bench.contract import toy
+from bench.training.operations import Operations
 from bench.validation.expected import drawn
 from bench.validation.rebuilding import Asked
 
@@ -123,6 +122,6 @@ def _forward(model: str, num_classes: int, shape: tuple[int, ...], norm: str) ->
 
     network = models.build(model, num_classes, shape, norm)
     params = network.init(keys.key(0, "meta"))
-    with FlopCounterMode(display=False) as counter:
+    with Operations() as done:
         network.logits(params["head"], network.features(params["body"], torch.zeros(1, *shape, device="meta")))
-    return _Forward(int(counter.get_total_flops()), tree.nbytes(params))
+    return _Forward(done.total, tree.nbytes(params))
