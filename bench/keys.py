@@ -7,6 +7,9 @@ the key alone. The same key gives the same bits on a CPU or a GPU, for one clien
 Source: the mixing function is that of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom
 number generators", OOPSLA), evaluated at a counter as in Salmon et al. 2011 ("Parallel random numbers: as
 easy as 1, 2, 3", SC).
+
+Of a key on torch's device "meta" only shapes are wanted. Weights are drawn with such keys in every process, and
+whatever torch computes there has it load its compiler, for more than a second: so nothing is computed.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ def _mix(x: Tensor) -> Tensor:
 
 def key(seed: int, device: torch.device | str = "cpu") -> Tensor:
     """Make the () int64 key of a seed."""
-    return _mix(torch.tensor(_signed(seed * 0x9E3779B97F4A7C15 + 1), dtype=torch.int64, device=device))
+    return torch.tensor(_mix_host(seed * 0x9E3779B97F4A7C15 + 1), dtype=torch.int64, device=device)
 
 
 def _mix_host(x: int) -> int:
@@ -63,6 +66,9 @@ def fold(key: Tensor, *data: int | str | Tensor) -> Tensor:
         key: () int64, or (...) for many keys at once.
         data: Integers, names, or int64 tensors that broadcast with `key`.
     """
+    if key.is_meta:
+        spread: Tensor = torch.broadcast_tensors(key, *(each for each in data if isinstance(each, Tensor)))[0]
+        return spread
     for datum in data:
         if isinstance(datum, str):
             datum = _datum(datum)
@@ -97,6 +103,8 @@ def uniform_rows(keys: Tensor, n: int) -> Tensor:
 
     A row depends on its key alone: take `batch.keys`, and noise is the same however many stand in a batch.
     """
+    if keys.is_meta:
+        return keys.new_empty((*keys.shape, n), dtype=torch.float32)
     return _shift(bits(keys, n), 40).to(torch.float32) * 2.0**-24  # 24 bits: exact in float32
 
 
@@ -109,6 +117,8 @@ def normal_rows(keys: Tensor, n: int) -> Tensor:
     """Draw `n` numbers for each of many keys, as `normal` does for one: (B,) int64 to (B, n) float32; see
     `uniform_rows`.
     """
+    if keys.is_meta:
+        return keys.new_empty((*keys.shape, n), dtype=torch.float32)
     draws = (tree.in_float64(_shift(bits(keys, 2 * n), 11)) + 0.5) * 2.0**-53
     radius = torch.sqrt(-2.0 * torch.log(draws[..., :n]))
     return (radius * torch.cos(2.0 * math.pi * draws[..., n:])).to(keys.device, torch.float32)

@@ -27,7 +27,16 @@ def one_hot(y: Tensor, num_classes: int) -> Tensor:
 
 def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
     """Mean cross-entropy of (B, C) logits with the batch's labels, computed in float32: (). It is 0 without labels."""
-    return mean(F.cross_entropy(logits.float(), batch.y, reduction="none", ignore_index=-1), batch)
+    return mean(_cross_entropies(logits.float(), batch.y), batch)
+
+
+def _cross_entropies(logits: Tensor, y: Tensor) -> Tensor:
+    """Give the cross-entropy of each example: (B,)."""
+    if not torch._C._functorch.is_functorch_wrapped_tensor(logits):
+        return F.cross_entropy(logits, y, reduction="none", ignore_index=-1)
+    # For stacked clients torch puts its own together from more operations, in Python, and loads sympy to check sizes.
+    found = torch.log_softmax(logits, 1).gather(1, y.clamp(min=0)[:, None])[:, 0]
+    return torch.where(y < 0, 0.0, -found)
 
 
 def balanced_softmax(logits: Tensor, batch: Batch, class_counts: Tensor) -> Tensor:

@@ -156,14 +156,14 @@ def norm(layer: Tree, x: Tensor) -> Tensor:
 def linear(key: Tensor, outputs: int, inputs: int) -> Tree:
     """Draw a linear layer, uniform in ±1/sqrt(inputs): torch's default."""
     bound = 1.0 / math.sqrt(inputs)
-    draw = keys.uniform(key, outputs * inputs + outputs) * (2 * bound) - bound
+    draw = keys.uniform(key, outputs * inputs + outputs).mul_(2 * bound).sub_(bound)  # in place: meta, see `keys`
     return {"weight": draw[: outputs * inputs].reshape(outputs, inputs), "bias": draw[outputs * inputs :]}
 
 
 def convolution(key: Tensor, outputs: int, inputs: int, size: int, bias: bool = False, groups: int = 1) -> Tree:
     """Draw a convolution, He normal over the fan-out within its group of channels; a bias starts at zero."""
     std = math.sqrt(2.0 / (outputs // groups * size * size))
-    layer: Tree = {"weight": keys.normal(key, outputs, inputs // groups, size, size) * std}
+    layer: Tree = {"weight": keys.normal(key, outputs, inputs // groups, size, size).mul_(std)}
     if bias:
         layer["bias"] = torch.zeros(outputs, device=key.device)
     return layer

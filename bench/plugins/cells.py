@@ -15,11 +15,10 @@ import pickle
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
-from importlib.metadata import entry_points
 from types import CodeType, FunctionType
 from typing import Any
 
-from bench.plugins.registry import REGISTRIES, BadPlugin, register
+from bench.plugins.registry import REGISTRIES, BadPlugin, installed, register
 
 Sent = list[tuple[str, type]]
 """Names and classes, for another process."""
@@ -70,12 +69,12 @@ def unpacked(content: bytes) -> Any:
 
 def _loose() -> Sent:
     """List the plug-ins that are in no file of their own: neither built in, nor installed, nor of `--plugin`."""
-    installed = {entry.module for registry in REGISTRIES for entry in entry_points(group=f"bench.{registry.kind}")}
+    modules = {entry.module for registry in REGISTRIES for entry in installed(registry.kind)}
     return [
         (name, plugin)
         for registry in REGISTRIES
         for name, plugin in registry.entered().items()
-        if not plugin.__module__.startswith(("bench.", "bench_plugin_")) and plugin.__module__ not in installed
+        if not plugin.__module__.startswith(("bench.", "bench_plugin_")) and plugin.__module__ not in modules
     ]
 
 

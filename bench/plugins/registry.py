@@ -12,9 +12,11 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, fields
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -127,7 +129,27 @@ class Registry(Mapping[str, type[P]], Generic[P]):
         }
 
     def _entry_points(self) -> dict[str, EntryPoint]:
-        return {entry.name: entry for entry in entry_points(group=f"bench.{self.kind}")}
+        return {entry.name: entry for entry in installed(self.kind)}
+
+
+def installed(kind: str) -> Iterable[EntryPoint]:
+    """List the plug-ins that installed packages have, of one kind."""
+    places = tuple((place, _changed(place)) for place in sys.path)
+    return [entry for entry in _all_installed(places) if entry.group == f"bench.{kind}"]
+
+
+@lru_cache(maxsize=1)
+def _all_installed(places: tuple[tuple[str, int], ...]) -> list[EntryPoint]:
+    """Read what all packages have, which takes a while: once, and again if one has been installed meanwhile."""
+    found = entry_points()
+    return [entry for group in found.groups if group.startswith("bench.") for entry in found.select(group=group)]
+
+
+def _changed(place: str) -> int:
+    try:
+        return os.stat(place).st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _file(plugin: type) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench.dataset import DataDamaged, Dataset
 from bench.files.photographs import Photographs
 from bench.files.prepared import find
 from bench.plugins.registry import label
-from bench.preparing.preparation import Progress, prepare
+
+if TYPE_CHECKING:
+    from bench.preparing.preparation import Progress
 
 MOST = 10_000
 """Photographs that are prepared without being asked for: a minute or two on one core."""
@@ -35,6 +38,8 @@ def prepare_few(datasets: Iterable[Dataset], root: Path, progress: Progress) -> 
         if number > MOST or _is_prepared(dataset, root, listing.digest()):
             continue
         progress.say(f"{label(dataset)}: {number:,} photographs are few, and are prepared now; that is done once")
+        from bench.preparing.preparation import prepare
+
         done = prepare(dataset, root, None, progress)
         if done.store is None:
             raise DataDamaged(done.complaint(label(dataset)))
