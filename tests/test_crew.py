@@ -14,7 +14,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -580,6 +581,28 @@ def test_a_crew_of_one_needs_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # Room
+
+
+@pytest.mark.parametrize(("in_task", "cores", "asked"), [(False, 2, 2), (True, 3, None), (True, 2, None)])
+def test_a_ray_of_our_own_is_for_the_others_and_one_that_is_there_has_room_for_all(
+    in_task: bool, cores: int, asked: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[int] = []
+
+    @contextmanager
+    def opened(cpus: int, **how: int) -> Iterator[Session]:
+        begun.append(cpus)
+        yield Session(ray)
+
+    ray: Any = StandIn()
+    ray.cluster_resources = lambda: {"CPU": float(cores)}
+    ray.is_initialized = lambda: in_task
+    monkeypatch.setattr(actors, "import_ray", lambda: ray)
+    monkeypatch.setattr(actors, "session", opened)
+    expected = nullcontext() if cores >= (asked or 3) else pytest.raises(BadConfig, match="the cluster has 2 cores")
+    with expected, actors.hire(3, "cpu", [], partial(toys, "fedavg", "serial", SETTING)) as crew:
+        assert crew.size == 3 and len(ray.actors) == 2
+    assert begun == [2]
 
 
 @pytest.mark.parametrize(

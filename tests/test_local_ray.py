@@ -54,6 +54,15 @@ def test_the_folder_and_the_token_are_private_and_gone_in_the_end(here: Path, mo
     assert list(here.glob("bench-ray-*")) == []
 
 
+def test_watchers_are_left_out_of_ray_only_as_long_as_it_is_ours(here: Path) -> None:
+    from ray._private.node import Node
+
+    before = [vars(Node)[name] for name in local_ray._WATCHERS]
+    with local_ray.home():
+        assert all(vars(Node)[name] not in before for name in local_ray._WATCHERS)
+    assert [vars(Node)[name] for name in local_ray._WATCHERS] == before
+
+
 def test_where_names_of_sockets_would_be_too_long_the_folder_is_elsewhere(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,7 +123,7 @@ def test_a_raylet_that_is_killed_is_started_again_in_private_and_no_run_fails(he
     (home,) = here.glob("bench-ray-*")
     assert home.stat().st_mode & 0o777 == 0o700
     family = of_ray(process.pid)
-    assert {"raylet", "gcs_server", "DashboardAgent", "RuntimeEnvAgent", "worker"} <= family.keys()
+    assert family.keys() == {"raylet", "gcs_server", "DashboardAgent", "RuntimeEnvAgent", "worker"}, "nobody looks on"
     listening = [
         connection.laddr.ip.removeprefix("::ffff:")
         for pids in family.values()

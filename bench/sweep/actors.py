@@ -70,9 +70,10 @@ def hire(size: int, device: str, plugins: Sequence[Path], make: Make) -> Iterato
         return
     need_ray(f"--workers-per-run {size}", "leave it out")
     in_task = import_ray().is_initialized()
-    with session(size, shared_bytes=MODELS_BYTES) as here:
+    # A Ray of our own is for the others alone: it starts a process for each of its cores, wanted or not.
+    with session(size - 1, shared_bytes=MODELS_BYTES) as here:
         available = int(here.ray.cluster_resources().get("CPU", 0.0))
-        if available < size:
+        if in_task and available < size:
             raise BadConfig(f"--workers-per-run {size}: the cluster has {available} cores; use at most as many")
         crew = OnActors(here, size, device, in_task=in_task)
         try:

@@ -27,6 +27,8 @@ PREFIX = "bench-ray-"
 _LONGEST = 20
 """Bytes that the path of all folders may have: below it stand 85 of ours and Ray's, and a socket's may have 107."""
 _OWN = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+_WATCHERS = ("start_monitor", "start_log_monitor", "start_api_server")
+"""What Ray starts for clusters that grow, for what workers print, which nobody reads here, and for a dashboard."""
 _HEART = ("raylet", "gcs_server")
 """Without these of its processes Ray is dead. The raylet dies of the death of either of its agents."""
 _SECONDS = 3.0
@@ -130,7 +132,7 @@ def _environment(ours: dict[str, str]) -> Iterator[None]:
     before = {name: os.environ.pop(name) for name in _OWN if name in os.environ}
     os.environ.update(ours)
     try:
-        with _loopback():
+        with _loopback(), _unwatched():
             _read_again()
             yield
     finally:
@@ -151,6 +153,21 @@ def _loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def _unwatched() -> Iterator[None]:
+    """Have Ray start no process that only watches it: each takes as long as a worker, and for one of them Ray waits."""
+    from ray._private.node import Node
+
+    before = {name: vars(Node)[name] for name in _WATCHERS if name in vars(Node)}
+    for name in before:
+        setattr(Node, name, lambda node, **how: None)
+    try:
+        yield
+    finally:
+        for name, start in before.items():
+            setattr(Node, name, start)
 
 
 def _read_again() -> None:
