@@ -535,6 +535,36 @@ def test_data_that_an_actor_does_not_find_are_an_error_before_the_first_round() 
         toy_run("fedavg", crew=crew)
 
 
+def test_on_one_machine_nobody_waits_for_actors_that_still_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, there = left(toy_run("ditto")), OnActors._is_there
+    ray = StandIn()
+    alive: Any = SimpleNamespace(is_alive=lambda patience: True)
+    crew = OnActors(Session(ray, alive), 3, "cpu")
+    crew.brief(partial(toys, "ditto", "serial", SETTING))
+    rounds: list[int] = []
+
+    def loading(crew: OnActors, worker: actors._Handle, wait: bool = False) -> bool:
+        assert not wait
+        return bool(rounds) and there(crew, worker)
+
+    monkeypatch.setattr(OnActors, "_is_there", loading)
+    run = toy_run("ditto", crew=crew)
+    run.step()
+    assert ray.handed_out == 0 and all(worker.loading is not None for worker in crew.workers)
+    rounds.append(run.progress.round)
+    assert left(run)[:4] == expected[:4] and ray.handed_out > 0
+
+
+def test_data_that_an_actor_on_this_machine_does_not_find_are_an_error_all_the_same() -> None:
+    alive: Any = SimpleNamespace(is_alive=lambda patience: True)
+    for make, error in ((_missing, DataMissing), (_others, BadConfig)):
+        crew = OnActors(Session(StandIn(), alive), 2, "cpu")
+        crew.brief(make)
+        run = toy_run("fedavg", crew=crew)
+        with pytest.raises(error):
+            toy.finish(run)
+
+
 def _others() -> Surroundings:
     return replace(toys("fedavg", "serial", SETTING), fingerprint="another")
 

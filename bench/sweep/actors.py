@@ -116,7 +116,8 @@ class OnActors:
             self._brief(worker)
 
     def join(self, here: Surroundings) -> None:
-        """Take in this process; returns when the actors have loaded the data.
+        """Take in this process, which begins while actors on this machine still load what it has loaded; returns when
+        those of a cluster have: their data may be others, and that shows before the first round.
 
         Raises:
             WorkersDied: They were killed, again and again.
@@ -124,7 +125,7 @@ class OnActors:
         """
         self.here = here
         self.shared.clear()
-        for worker in self.workers:
+        for worker in self.workers if self.cluster.home is None else ():
             while not self._is_there(worker, wait=True):
                 pass
 
@@ -193,7 +194,7 @@ class OnActors:
         worker.loading = worker.actor.ready.remote()
 
     def _is_there(self, worker: _Handle, wait: bool = False) -> bool:
-        """Tell whether an actor has loaded its data: one that takes the place of another need not be waited for."""
+        """Tell whether an actor has loaded its data: the others need not wait for it."""
         if worker.loading is None:
             return True
         done = self._finished([worker.loading], wait)

@@ -47,7 +47,7 @@ class Crew(Protocol):
         """How many there are, the run's own among them."""
 
     def join(self, here: Surroundings) -> None:
-        """Take in the run's own process; returns when the others are ready too."""
+        """Take in the run's own process; whoever is not ready yet takes part later."""
 
     def map(
         self,
