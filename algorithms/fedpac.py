@@ -86,7 +86,7 @@ class FedPAC(Algorithm):
 
     def aggregate(self, task: Task, server: Tree, uploads: Uploads) -> Tree:
         """Average bodies, and prototypes by class counts; combine the heads anew for each client."""
-        counts, full = uploads.tensor("counts"), uploads.sizes > 0
+        counts, full = uploads.tensor("counts"), torch.nonzero(uploads.sizes)[:, 0]
         known, prototypes = counts.sum(0)[:, None] > 0, uploads.mean("prototypes", counts)
         heads = tree.pick(uploads["head"], full)
         if self.combine:

@@ -22,7 +22,7 @@ import torch
 from annotated_types import Interval
 from torch import Tensor
 
-from bench import Algorithm, LocalData, Task, Tree, register
+from bench import Algorithm, LocalData, Task, Tree, register, tree
 from bench.ranges import Count, Positive, Share
 
 SHARES = (0.5, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8, 0.1, 0.9, 0.0, 1.0)
@@ -62,8 +62,8 @@ class KNNPer(Algorithm):
         model = {"body": shared["body"], "head": shared["head"]}
         whole = {**model, **self._memory(task, model, data)}
         if self.share is not None:
-            return {**whole, "share": task.key.new_tensor(self.share, dtype=torch.float32)}
-        shares = task.key.new_tensor(SHARES, dtype=torch.float32)
+            return {**whole, "share": task.key.new_full((), self.share, dtype=torch.float32)}
+        shares = tree.bring(torch.tensor(SHARES), task.key.device)
         rest, aside = data.part(self.aside, "share of neighbours")
         trial, right = {**model, **self._memory(task, model, rest)}, torch.zeros_like(shares)
         for batch in aside.plain_batches():

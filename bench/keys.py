@@ -79,8 +79,8 @@ def fold(key: Tensor, *data: int | str | Tensor) -> Tensor:
 
 def fold_each(key: Tensor, names: Sequence[str]) -> Tensor:
     """Derive a key for each name, that of `fold(key, name)`: (n,) int64."""
-    data = torch.tensor([_datum(name) for name in names], dtype=torch.int64, device=key.device)
-    return fold(key, data)
+    data = torch.tensor([_datum(name) for name in names], dtype=torch.int64)
+    return fold(key, tree.bring(data, key.device))
 
 
 def _datum(name: str) -> int:

@@ -199,6 +199,13 @@ def to(a: Tree, device: torch.device | str) -> Tree:
     return map(lambda leaf: leaf.to(device), a)
 
 
+def bring(x: Tensor, device: torch.device | str) -> Tensor:
+    """Bring a tensor from the host to a device. On CUDA nobody waits, for it is read by the time this returns; on
+    Apple's it would not be.
+    """
+    return x.to(device, non_blocking=torch.device(device).type != "mps")
+
+
 def nbytes(a: Tree) -> int:
     """Count the bytes of all leaves."""
     return sum(leaf.numel() * leaf.element_size() for leaf in flatten(a).values())
@@ -249,9 +256,10 @@ def same_memory(a: Tree, b: Tree) -> bool:
     )
 
 
-def is_finite(a: Tree) -> bool:
-    """Tell whether no floating-point leaf holds an infinity or NaN."""
-    return all(bool(leaf.isfinite().all()) for leaf in flatten(a).values() if leaf.is_floating_point())
+def is_finite(*trees: Tree) -> bool:
+    """Tell whether no floating-point leaf of trees on one device holds an infinity or NaN; it is asked once for all."""
+    leaves = [leaf for each in trees for leaf in flatten(each).values() if leaf.is_floating_point()]
+    return not leaves or bool(torch.stack([leaf.isfinite().all() for leaf in leaves]).all())
 
 
 def digest(trees: Iterable[Tree]) -> str:

@@ -220,7 +220,7 @@ def test_models_without_images_or_answers_keep_their_place() -> None:
 def test_many_classes_take_no_room() -> None:
     generator = torch.Generator().manual_seed(0)
     y, guess = torch.randint(8142, (2, 20_000), generator=generator)
-    (answers,) = _sparse(y, guess, torch.ones_like(y), 8142, [20_000])
+    (answers,) = _sparse(torch.stack([y, guess]), [20_000], 8142)
     assert answers.shape[1] <= 20_000 and answers[2].sum() == 20_000
     correct, total = right([answers, answers[:, :0]], 8142)
     assert torch.equal(total[0], torch.bincount(y, minlength=8142)) and not total[1].any()

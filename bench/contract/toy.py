@@ -127,10 +127,11 @@ def run(
     sizes: tuple[int, ...] = SIZES,
     precision: str = "fp32",
     dataset: Toy = Toy(),
+    device: str = "cpu",
 ) -> Run:
     """Set up a run of the toy problem without taking a step."""
     job = _job(algorithm, engine, seed, setting, replace(dataset, garbage=garbage), sizes)
-    return Run(replace(job, precision=precision), checkpoint)
+    return Run(replace(job, precision=precision, device=device), checkpoint)
 
 
 def task(algorithm: Algorithm) -> Task:

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from bench import keys
+from bench import keys, tree
 from bench.dataset import Streamed
 
 AUGMENTATIONS = ("none", "crop", "crop_flip", "batch_crop_flip")
@@ -139,7 +139,7 @@ class Images:
     def _read(self, index: Tensor) -> Tensor:
         """Read (B, channels, height, width) from the file."""
         assert self.streamed is not None
-        return self.streamed[self._rows(index)].to(self.device).reshape(len(index), *self.box)
+        return tree.bring(self.streamed[self._rows(index)], self.device).reshape(len(index), *self.box)
 
     def _padded(self, x: Tensor) -> Tensor:
         """Give images channels last, with a border: (B, height + 2 pad, width + 2 pad, channels)."""

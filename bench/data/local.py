@@ -197,8 +197,8 @@ class LocalData:
         order = order[torch.argsort(group[order], stable=True)]
         rank = torch.arange(length, device=device) - (counts.cumsum(0) - counts)[group[order]]
         aside = torch.zeros_like(real).scatter(0, order, rank < taken[group[order]])
-        most = min(length, int(length * share) + 1)  # more never go aside
-        rest = self._where(real & ~aside, (counts - taken)[1:-1], length)
+        most = min(length, int(length * share) + 1) if self.padded else int(aside.sum())  # more never go aside
+        rest = self._where(real & ~aside, (counts - taken)[1:-1], length if self.padded else length - most)
         return rest, replace(self._where(aside, taken[1:-1], most), key=keys.fold(self.key, "aside", purpose))
 
     def unlabelled(self) -> LocalData:
@@ -270,10 +270,9 @@ class LocalData:
         return Batch(torch.cat(seen), y, weight, example, key, first, views)
 
     def _where(self, chosen: Tensor, class_counts: Tensor, length: int) -> LocalData:
-        """Give some examples, (L,) bool, as data of their own: cut to `length` where it is padded."""
-        n = chosen.sum()
-        order = torch.argsort(~chosen, stable=True)[: length if self.padded else int(n)]
-        part = replace(self, index=self.index[order], n=n, class_counts=class_counts, meter=Meter())
+        """Give some examples, (L,) bool, as data of their own: `length` of them, which are all and maybe padding."""
+        order = torch.argsort(~chosen, stable=True)[:length]
+        part = replace(self, index=self.index[order], n=chosen.sum(), class_counts=class_counts, meter=Meter())
         self.meter.parts.append(part)
         return part
 

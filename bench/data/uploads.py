@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,32 +55,34 @@ class Uploads:
                 are zero the plain mean is taken.
         """
 
-        def shares(weights: Tensor) -> Tensor:
-            weights = tree.in_float64(weights)
-            total = weights.sum(0, keepdim=True)
-            return torch.where(total > 0, weights / total.clamp(min=1e-300), torch.ones_like(weights) / len(weights))
-
-        weights = self.weights if weights is None else weights
-        return self._combine(key, tree.map(shares, weights) if isinstance(weights, dict) else shares(weights))
+        if weights is None:
+            return self._combine(key, self._usual)
+        return self._combine(key, tree.map(_shares, weights) if isinstance(weights, dict) else _shares(weights))
 
     def sum(self, key: str | None = None, weights: Tensor | Tree | None = None) -> Any:
         """Add up over the clients, like `mean` but with the weights as they are; by default 1 each."""
-        return self._combine(key, torch.ones_like(self.sizes) if weights is None else weights)
+        return self._combine(key, [1.0] * len(self) if weights is None else weights)
 
-    def _combine(self, key: str | None, weights: Tensor | Tree) -> Any:
-        def combine(weights: Tensor, *leaves: Tensor) -> Tensor:
-            weights = tree.in_float64(weights)
-            if weights.ndim > 1:
+    @cached_property
+    def _usual(self) -> list[float]:
+        """Shares of the setting, (K,), which the device is asked for once."""
+        return _told(_shares(self.weights))
+
+    def _combine(self, key: str | None, weights: Tensor | Tree | list[float]) -> Any:
+        def combine(weights: Tensor | list[float], *leaves: Tensor) -> Tensor:
+            if isinstance(weights, Tensor) and weights.ndim > 1:
+                weights = tree.in_float64(weights)
                 w = weights.reshape(weights.shape + (1,) * (leaves[0].ndim + 1 - weights.ndim))
                 return _summed(w.expand(-1, *leaves[0].shape), leaves)
             result = torch.zeros_like(tree.in_float64(leaves[0]))
-            for leaf, weight in zip(leaves, weights.tolist(), strict=True):
+            for leaf, weight in zip(leaves, _told(weights), strict=True):
                 result.add_(leaf.to(result.device), alpha=weight)  # one after the other: K models are never held twice
             return result.to(leaves[0])
 
         sent = self.trees if key is None else [upload[key] for upload in self.trees]
         if isinstance(weights, dict):
             return tree.map(combine, weights, *sent)
+        weights = _told(weights) if isinstance(weights, list) or weights.ndim == 1 else weights
         if isinstance(sent[0], Tensor):
             return combine(weights, *sent)
         return tree.map(lambda *leaves: combine(weights, *leaves), *sent)
@@ -91,3 +94,16 @@ def _summed(weights: Tensor, leaves: Sequence[Tensor]) -> Tensor:
     parts = zip(weights.split(rows, 1), *(leaf.split(rows) for leaf in leaves), strict=True)
     sums = [(tree.in_float64(torch.stack(part)) * shares).sum(0) for shares, *part in parts]
     return torch.cat(sums).to(leaves[0])
+
+
+def _shares(weights: Tensor) -> Tensor:
+    """Have weights, (K, ...), add up to one: float64; those that are all zero are all equal."""
+    weights = tree.in_float64(weights)
+    total = weights.sum(0, keepdim=True)
+    return torch.where(total > 0, weights / total.clamp(min=1e-300), torch.ones_like(weights) / len(weights))
+
+
+def _told(weights: Tensor | list[float]) -> list[float]:
+    """Give (K,) weights as the host's numbers; a device is waited for."""
+    told: list[float] = weights if isinstance(weights, list) else tree.in_float64(weights).tolist()
+    return told

@@ -324,7 +324,7 @@ def _seconds_of_evaluation(going: rounds.Run) -> float:
 def _states_to_come(going: rounds.Run, device: str) -> float:
     """Count the bytes that clients which took no part yet will keep in this process."""
     each = tree.nbytes(going.store.initial)
-    if device != "cpu" or each * going.population.size > IN_MEMORY_BYTES:  # in host memory, or in a file
+    if each * going.population.size > IN_MEMORY_BYTES:  # in a file
         return 0.0
     return float(each * (going.population.training - len(going.store.clients())))
 

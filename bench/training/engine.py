@@ -137,7 +137,7 @@ def _one_by_one(
 ) -> list[tuple[Any, float]]:
     answers = []
     for visit in visits:
-        n = torch.tensor(len(visit.index), device=visit.index.device)
+        n = torch.full((), len(visit.index), device=visit.index.device)
         data = LocalData(
             images, visit.index, n, visit.key, visit.class_counts, task.batch_size, Meter(), visit.client_key
         )
@@ -194,7 +194,7 @@ def _run_group(verb: Verb, task: Task, shared: Tree, images: Images, group: Sequ
         "sent": tree.stack([visit.sent for visit in group]),
         "private": tree.stack([visit.private for visit in group]),
         "index": index,
-        "n": torch.tensor([len(each) for each in rows], device=index.device),
+        "n": tree.bring(torch.tensor([len(each) for each in rows]), index.device),
         "key": torch.stack([visit.key for visit in group]),
         "client_key": torch.stack([visit.client_key for visit in group]),
         "counts": torch.stack([visit.class_counts for visit in group]),

@@ -217,7 +217,8 @@ class Evaluator:
         self, task: Task, models: list[Tree], shared: Tree, clients: Sequence[int], predictor: str
     ) -> tuple[list[Tensor], list[Tensor]]:
         population = self.here.population
-        rows, absent = [population.tests[client] for client in clients], population.class_counts_of(clients) == 0
+        rows = [population.tests[client] for client in clients]
+        absent = torch.stack([population.class_counts(client) for client in clients]) == 0
         bodies = [_memory(model) for model in models]
         times, common = Counter(bodies), _memory(shared)
         kept: list[int] = []
@@ -225,7 +226,7 @@ class Evaluator:
         for k, body in enumerate(bodies):
             often = body == common or times[body] > 1 or body in self._features
             (kept if often and not _predicts(self.here, predictor) else apart).append(k)
-        found: dict[int, _Found] = {}
+        found: dict[int, Tensor] = {}
         for some in _portions_of(kept, [self.here.task.num_classes * len(rows[k]) for k in kept], _SCORES):
             given = [self._features_of(bodies[k], models[k]["body"]) for k in some]
             with _inference(self.here):
@@ -238,19 +239,21 @@ class Evaluator:
         work = partial(_try, task.round, task.lr, predictor)
         answers = self.crew.map(work, {}, items, [len(rows[k]) for k in apart])
         found |= zip(apart, answers, strict=True)
-        return [found[k][0] for k in range(len(clients))], [found[k][1] for k in range(len(clients))]
+        told, classes = torch.cat([found[k] for k in range(len(clients))], 1).cpu(), self.here.task.num_classes
+        sizes = [len(own) for own in rows]  # once for all clients
+        return _sparse(told[[0, 1]], sizes, classes), _sparse(told[[0, 2]], sizes, classes)
 
     def _test_on_all(self, task: Task, model: Tree, predictor: str) -> Tensor:
         """Test one model on all test images: (3, n) as in `Answers`."""
         everything = torch.arange(len(self.here.population.test), device=self.here.population.device)
         if not _predicts(self.here, predictor):
             scores = _logits(self.here, model, self._features_of(_memory(model), model["body"]))
-            return _compare(self.here, [scores], [everything])[0][0]
-        items: list[_Item] = [({}, rows, None) for rows in self._portions(everything)]
-        work = partial(_try, task.round, task.lr, predictor)
-        found = self.crew.map(work, model, items, [len(rows) for _, rows, _ in items])
-        classes, predicted, images = torch.cat([plain for plain, _ in found], 1)
-        return _sparse(classes, predicted, images, self.here.task.num_classes, [len(images)])[0]
+            found = _compare(self.here, [scores], [everything])
+        else:
+            items: list[_Item] = [({}, rows, None) for rows in self._portions(everything)]
+            work = partial(_try, task.round, task.lr, predictor)
+            found = self.crew.map(work, model, items, [len(rows) for _, rows, _ in items])
+        return _sparse(torch.cat(found, 1)[:2].cpu(), [len(everything)], self.here.task.num_classes)[0]
 
     def _features_of(self, memory: tuple[int, ...], body: Tree) -> Tensor:
         """Give the features of all test images, (M, d), computed once for a body, which is told by its memory."""
@@ -269,8 +272,6 @@ class Evaluator:
 
 _Item = tuple[Tree, Tensor, Tensor | None]
 """A model of its own (empty: the shared one), (n,) test images, and (C,) which classes are absent (None: not asked)."""
-_Found = tuple[Tensor, Tensor]
-"""What images were taken for, and what they were taken for among the classes that are not absent: (3, n) int64 each."""
 
 
 def _arrive(
@@ -307,7 +308,7 @@ def _predicts(here: Surroundings, predictor: str) -> bool:
     return not is_usual(method_of(here.algorithm, predictor), Client.predict)
 
 
-def _try(round: int, lr: float, predictor: str, here: Surroundings, shared: Tree, item: _Item) -> _Found:
+def _try(round: int, lr: float, predictor: str, here: Surroundings, shared: Tree, item: _Item) -> Tensor:
     """Test a model, the item's or else the shared one, on some test images."""
     own, rows, absent = item
     model = own or shared
@@ -357,46 +358,40 @@ def _portions_of(items: list[int], sizes: Sequence[int], most: int) -> Iterator[
 
 def _compare(
     here: Surroundings, scores: Sequence[Tensor], rows: Sequence[Tensor], absent: Tensor | None = None
-) -> list[_Found]:
-    """Count what some models took their images for.
+) -> list[Tensor]:
+    """Say what some models took their images for, on the device, so that nobody waits for it yet.
 
     Args:
         here: The run's.
         scores: (n, C) of each model.
         rows: (n,) of each, its test images.
         absent: (K, C), which classes each lacks; None: not asked.
+
+    Returns:
+        (3, n) int64 of each: an image's class, what it was taken for, and for what among the classes that are there.
     """
     everything, sizes = torch.cat(list(scores)), [len(own) for own in rows]
-    y = here.population.test.y[torch.cat(list(rows))]
-
-    def taken_for(scores: Tensor) -> list[Tensor]:
-        return _sparse(y, scores.argmax(1), torch.ones_like(y), here.task.num_classes, sizes)
-
-    plain = taken_for(everything)
-    if absent is None:
-        return list(zip(plain, plain, strict=True))
-    lacking = absent.repeat_interleave(torch.tensor(sizes, device=absent.device), 0)
-    return list(zip(plain, taken_for(everything.masked_fill(lacking, -torch.inf)), strict=True))
+    plain = masked = everything.argmax(1)
+    if absent is not None:
+        times = tree.bring(torch.tensor(sizes), absent.device)
+        lacking = absent.repeat_interleave(times, 0, output_size=len(everything))
+        masked = everything.masked_fill(lacking, -torch.inf).argmax(1)
+    return list(torch.stack([here.population.test.y[torch.cat(list(rows))], plain, masked]).split(sizes, 1))
 
 
-def _sparse(classes: Tensor, predicted: Tensor, images: Tensor, num_classes: int, sizes: Sequence[int]) -> list[Tensor]:
-    """Add up images by model, class and predicted class: of each model as in `Answers`, in host memory.
+def _sparse(taken: Tensor, sizes: Sequence[int], num_classes: int) -> list[Tensor]:
+    """Add up images by model, class and predicted class: of each model as in `Answers`.
 
     Args:
-        classes: (n,) int64.
-        predicted: (n,) int64.
-        images: (n,) int64, how many they are.
-        num_classes: C.
+        taken: (2, n) int64, class and predicted class, on the host.
         sizes: How many of the n are of each model, one after the other.
+        num_classes: C.
     """
-    model = torch.arange(len(sizes), device=classes.device).repeat_interleave(
-        torch.tensor(sizes, device=classes.device), output_size=len(classes)
-    )
-    triples, which = torch.unique((model * num_classes + classes) * num_classes + predicted, return_inverse=True)
-    sums = torch.zeros_like(triples).index_add_(0, which, images)
+    model = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    triples, images = torch.unique((model * num_classes + taken[0]) * num_classes + taken[1], return_counts=True)
     pairs = triples % num_classes**2
     lengths = torch.bincount(triples // num_classes**2, minlength=len(sizes)).tolist()
-    return list(torch.stack([pairs // num_classes, pairs % num_classes, sums]).cpu().split(lengths, 1))
+    return list(torch.stack([pairs // num_classes, pairs % num_classes, images]).split(lengths, 1))
 
 
 def right(answers: Sequence[Tensor], num_classes: int) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,9 @@ from bench.splits.split import Split
 from bench.training.visit import Visit
 from bench.tree import Tree
 
+_KEPT = 2**22
+"""Most class counts, of all clients together, that are kept: 32 MB."""
+
 
 def draw_cohort(setting: Setting, clients: int, key: Tensor, round: int) -> tuple[int, ...]:
     """Draw the training clients of a round, ascending: uniformly without replacement, or each by itself.
@@ -90,8 +93,8 @@ class Population:
         y, look = splits.train_y[used].to(device), (dataset.mean, dataset.std)
         self.images = Images(splits.train_x, y, *look, setting.augment, dataset.scale, rows)
         self.test = Images(splits.test_x, splits.test_y.to(device), *look, "none", dataset.scale)
-        self.index = [place[rows].to(device) for rows in split.clients]
-        self.tests = [rows.to(device) for rows in split.tests]
+        self.index = [tree.bring(place[rows], device) for rows in split.clients]
+        self.tests = [tree.bring(rows, device) for rows in split.tests]
         self._counts: dict[int, Tensor] = {}
         self._client_keys = keys.fold(self.key.to(device), "client", torch.arange(self.size, device=device))
 
@@ -136,28 +139,28 @@ class Population:
             rounds: That are completed.
         """
         images = {k: len(self.tests[k]) for k in clients}
-        classes = {k: int((self.class_counts(k) > 0).sum()) for k in clients}
+        held = [(self.class_counts(k) > 0).sum() for k in clients]
+        classes = dict(zip(clients, torch.stack(held).tolist() if held else [], strict=True))
         return rests_on(images, classes, self.drawn_by(rounds))
 
     def class_counts(self, client: int) -> Tensor:
         """Count a client's training images of each class: (C,) int64."""
-        if client not in self._counts:
-            self._counts[client] = torch.bincount(self.images.y[self.index[client]], minlength=self.num_classes)
-        return self._counts[client]
+        if client in self._counts:
+            return self._counts[client]
+        counts = self._counted(self.images.y[self.index[client]])
+        if self.size * self.num_classes <= _KEPT:
+            self._counts[client] = counts
+        return counts
 
-    def class_counts_of(self, clients: Sequence[int]) -> Tensor:
-        """Count the training images of each class of some clients: (K, C) int64."""
-        sizes = torch.tensor([len(self.index[client]) for client in clients], device=self.device)
-        first = torch.arange(len(clients), device=self.device).repeat_interleave(sizes) * self.num_classes
-        y = self.images.y[torch.cat([self.index[client] for client in clients])]
-        counts = torch.bincount(first + y, minlength=len(clients) * self.num_classes)
-        return counts.reshape(len(clients), self.num_classes)
+    def _counted(self, y: Tensor) -> Tensor:
+        """Count labels, (n,), without asking for the largest one: (C,) int64."""
+        return y.new_zeros(self.num_classes).scatter_add_(0, y, torch.ones_like(y))
 
     def visit(self, client: int, round: int, private: Tree, sent: Tree | None = None) -> Visit:
         """Make what a client brings to a verb in a round."""
         if self._keys[0] != round:  # those of a round are drawn together
             clients = torch.arange(self.size, device=self.device)
-            self._keys = round, keys.fold(self.key.to(self.device), f"round {round}", clients)
+            self._keys = round, keys.fold(tree.bring(self.key, self.device), f"round {round}", clients)
         key, client_key = self._keys[1][client], self._client_keys[client]
         return Visit(private, self.index[client], key, client_key, self.class_counts(client), sent or {})
 
@@ -170,22 +173,22 @@ class Population:
         union = torch.cat(self.index[: self.training])
         sizes = [sum(len(self.index[k]) for k in self.cohort(r)) for r in range(round + 1)]
         start, stop = sum(sizes[:-1]), sum(sizes)
-        counts = torch.bincount(self.images.y[union], minlength=self.num_classes)
+        counts = self._counted(self.images.y[union])
         if stop - start == len(union):  # all take part: one client that holds everything, to the bit
             return replace(self.visit(0, round, private), index=union, class_counts=counts)
         passes = range(start // len(union), -(-stop // len(union)))
         stream = torch.cat(
-            [union[keys.permutation(keys.fold(self.key, "pooled", p), len(union)).to(self.device)] for p in passes]
+            [union[keys.permutation(keys.fold(tree.bring(self.key, self.device), "pooled", p), len(union))] for p in passes]
         )
         offset = start - passes.start * len(union)
         index = stream[offset : offset + stop - start]
-        key = keys.fold(self.key, "pooled round", round).to(self.device)
+        key = keys.fold(tree.bring(self.key, self.device), "pooled round", round)
         return Visit(private, index, key, self._client_keys[0], counts)
 
     def sizes(self, clients: Iterable[int]) -> Tensor:
         """Give the training examples of clients: (K,) float64; -1 stands for the union of all."""
         counts = [len(self.index[k]) if k >= 0 else sum(map(len, self.index[: self.training])) for k in clients]
-        return torch.tensor(counts, dtype=tree.counting(self.device), device=self.device)
+        return tree.bring(torch.tensor(counts, dtype=tree.counting(self.device)), self.device)
 
 
 def at_the_server(

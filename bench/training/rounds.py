@@ -285,21 +285,19 @@ class Run:
         wrapped = with_own_statistics(verb) if self.own_statistics else verb
         results = self.work("train", exchange.client, wrapped, task, shared, visits)
         arrived, uploads = [], []
-        finite = True
         for k, (upload, private) in zip(clients, results, strict=True):
-            finite = finite and tree.is_finite(private)
             store[k] = private  # a client cannot know whether what it sent arrives
             if pooled or population.arrives(k, task.round):
                 arrived.append(k)
                 uploads.append(upload)
         self._spend("bytes_up", sum(algorithm.payload_bytes(task, upload) for upload in uploads))
         if uploads:
-            ids = torch.tensor(arrived, device=population.device)
+            ids = tree.bring(torch.tensor(arrived), population.device)
             sizes = population.sizes(arrived)
             alike = (sizes > 0).to(sizes.dtype) if self.setting.client_weights == "uniform" else None
             taken = Uploads(uploads, sizes, ids, alike)
             self.progress.server = self._serve(exchange, knowing, server, taken)
-        return finite
+        return tree.is_finite(*(private for _, private in results))
 
     def work(self, purpose: str, name: str, verb: Verb, task: Task, shared: Tree, visits: Sequence[Visit]) -> list[Any]:
         """Run a verb for every visit, and count its samples and operations: those of its first time, a sample.
@@ -374,7 +372,7 @@ class Run:
             visits = [population.visit(k, then, store[k], own) for k, own in zip(clients, sent, strict=True)]
             self._spend("bytes_down", self._bytes_down(task, shared, clients, sent))
             results = self.work("adaptation", "local_update", verb, task, shared, visits)
-            self._require_finite(all(tree.is_finite(private) for _, private in results), "in the final visit")
+            self._require_finite(tree.is_finite(*(private for _, private in results)), "in the final visit")
             for k, (_, private) in zip(clients, results, strict=True):
                 store[k] = private
 

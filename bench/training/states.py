@@ -1,4 +1,4 @@
-"""What clients keep between rounds: in memory while that is little, in a file when clients are many.
+"""What clients keep between rounds: on the run's device while that is little, in a file when clients are many.
 
 A personal head of 1,203 classes and 2,048 features is 10 MB; ten thousand of them are more than memory holds, and a run
 touches a cohort at a time.
@@ -24,7 +24,7 @@ from bench.training.checkpoint import is_like
 from bench.tree import Tree
 
 IN_MEMORY_BYTES = 2**28
-"""States of all clients together that are kept in memory; more go to a file."""
+"""States of all clients together that are kept in memory, on a GPU in its own; more go to a file."""
 
 
 class StatesUnwritable(OSError):
@@ -39,7 +39,7 @@ class StatesDamaged(StatesUnwritable):
 
 
 class Store(ABC):
-    """Private states by client, in host memory or a file, made when a client first takes part.
+    """Private states by client, in memory or a file, made when a client first takes part.
 
     Args:
         initial: The state of a client that never took part; shared by all of them.
@@ -47,7 +47,7 @@ class Store(ABC):
     """
 
     def __init__(self, initial: Tree, device: str) -> None:
-        self.initial, self.device = tree.to(initial, "cpu"), device
+        self.initial, self.device = initial, device
 
     @abstractmethod
     def __getitem__(self, client: int) -> Tree:
@@ -97,14 +97,14 @@ def store(initial: Tree, clients: int, device: str, file: Path | None) -> Store:
 
 
 class InMemory(Store):
-    """States as a dictionary."""
+    """States as a dictionary, on the device: nothing is copied from round to round."""
 
     def __init__(self, initial: Tree, device: str) -> None:
         super().__init__(initial, device)
         self.states: dict[int, Tree] = {}
 
     def __getitem__(self, client: int) -> Tree:
-        return tree.to(self.states.get(client, self.initial), self.device)
+        return self.states.get(client, self.initial)
 
     def __setitem__(self, client: int, state: Tree) -> None:
         self.states[client] = tree.map(_keep, state)
@@ -131,7 +131,7 @@ class InMemory(Store):
         states = snapshot["states"]
         if not all(type(client) is int and is_like(state, self.initial) for client, state in states.items()):
             return False
-        self.states = {client: tree.to(state, "cpu") for client, state in states.items()}
+        self.states = {client: tree.to(state, self.device) for client, state in states.items()}
         return True
 
 
@@ -168,7 +168,7 @@ class InFile(Store):
     """
 
     def __init__(self, initial: Tree, device: str, file: Path | None) -> None:
-        super().__init__(initial, device)
+        super().__init__(tree.to(initial, "cpu"), device)
         self.leaves: list[_Leaf] = []
         self.row = 0
         for path, leaf in tree.flatten(self.initial).items():
@@ -279,10 +279,10 @@ def _open(file: Path | None) -> int:
 
 
 def _keep(leaf: Tensor) -> Tensor:
-    """Bring a leaf to host memory of its own; a slice of a stack would keep the whole stack alive."""
+    """Give a leaf in memory of its own; a slice of a stack would keep the whole stack alive."""
     leaf = leaf.detach()
     alone = leaf.untyped_storage().nbytes() == leaf.numel() * leaf.element_size()
-    return leaf.to("cpu", copy=not alone)
+    return leaf if alone else leaf.clone()
 
 
 def _unwritable(file: Path | None, error: OSError) -> StatesUnwritable:
