@@ -12,7 +12,6 @@ What is beyond that is in `INSIDE` and `BESIDE`, with the reason.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,10 +19,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from bench import Algorithm, Batch, LocalData, Task, Tree, Uploads, keys, losses, tree
+from bench import Algorithm, Batch, LocalData, Task, Tree, Uploads, losses, tree
 from bench.contract import toy
 from bench.optim import Sgd
 from bench.plugins.registry import ALGORITHMS
@@ -37,6 +35,7 @@ from tests import virtual
 
 SIZES = (20, 9, 0, 26, 3, 17, 1, 12)
 SETTING = replace(toy.SETTING, rounds=2, epochs=1, eval_every=2, unseen=1, weight_decay=1e-3, clip=5.0)
+COHORT = SETTING.cohort_size(len(SIZES))
 SHORTER = {
     "creff": "creff(match_steps=2, head_epochs=1)",
     "fedic": "fedic(steps=2)",
@@ -55,12 +54,12 @@ INSIDE = {
 }
 """Once in a client's work: which operation, and why."""
 BESIDE = {
-    "fedpac": (4, "the server's least squares are scipy's, on the host; who has examples decides shapes"),
-    "fedproto": (1 + len(SIZES), "what is sent is only what is known: each payload is asked for its size"),
-    WITH_PARTS[0]: (3, "whose uploads are decoded, and the weights of the rule in the mean's place"),
+    "fedpac": (4, "who has examples decides shapes; least squares are scipy's, which has two tensors and gives one"),
+    "fedproto": (1 + COHORT, "only what is known is sent: each payload, down and up, is asked how much that is"),
+    WITH_PARTS[0]: (2, "whose uploads are decoded, and what they weigh in the rule"),
     WITH_PARTS[1]: (1, "whose uploads they are"),
 }
-"""In a round at most, of all clients together: how often, and why."""
+"""In a round, of all clients together: how often, and why."""
 
 
 @dataclass
@@ -70,9 +69,12 @@ class Watched:
     inside: list[virtual.Wait] = field(default_factory=list)
     """Waits between its begin and its end."""
     verbs: int = 0
-    """How often something was asked of a client, or a group of them."""
+    """How often a client, or a group of stacked ones, was at work."""
     groups: int = 0
     """Of stacked clients."""
+
+    def forget(self) -> None:
+        self.inside, self.verbs, self.groups = [], 0, 0
 
 
 @pytest.fixture
@@ -88,7 +90,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
             seen.inside += found
             return result
 
-        if here.engine.name == "stacked" and visits:
+        if here.engine.name == "stacked":
             seen.groups += len(here.engine.groups(shared, visits))
         return visit_all(here, crew, within, task, shared, visits, *probe)
 
@@ -108,47 +110,348 @@ def parsed(name: str) -> Algorithm:
     return algorithm
 
 
-def require_few(name: str, found: list[virtual.Wait], watched: Watched, most: int) -> None:
+def begun(algorithm: Algorithm, engine: str = "serial", device: str = "cpu", **more: Any) -> Run:
+    return toy.run(algorithm, engine, device=device, **{"setting": SETTING, "sizes": SIZES, **more})
+
+
+def most_in_a_round(run: Run, name: str = "") -> int:
+    """Count how often the host may wait in the next round, groups of stacked clients apart."""
+    trips = run.algorithm.exchanges(run.task_at(run.progress.round))
+    return ROUND + TRIP * len(trips) + BESIDE.get(name, (0, ""))[0]
+
+
+def require_few(found: list[virtual.Wait], watched: Watched, most: int, name: str = "") -> None:
     """Require that nothing waits inside a client's work, and little outside."""
     operation, _ = INSIDE.get(name, ("", ""))
-    assert not [str(wait) for wait in watched.inside if wait.operation != operation]
+    assert [str(wait) for wait in watched.inside if wait.operation != operation] == []
     assert len(watched.inside) <= watched.verbs
-    beside = [str(wait) for wait in found if wait not in watched.inside]
+    inside = set(map(id, watched.inside))
+    beside = [str(wait) for wait in found if id(wait) not in inside]
     assert len(beside) <= most + watched.groups, "\n".join(beside)
+
+
+# All algorithms -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 @pytest.mark.parametrize("name", [*ALGORITHMS, *WITH_PARTS])
-def test_an_algorithm_runs_there(name: str, engine: str, watched: Watched, device: str, tmp_path: Path) -> None:
-    algorithm = parsed(name)
+def test_an_algorithm_trains_stops_goes_on_and_is_tested_there(
+    name: str, engine: str, watched: Watched, device: str, tmp_path: Path
+) -> None:
+    algorithm, file = parsed(name), tmp_path / "checkpoint.pt"
+    expected = toy.finish(begun(algorithm, engine)).outcome()
 
-    def begun(device: str, file: Path | None) -> Run:
-        return toy.run(algorithm, engine, setting=SETTING, sizes=SIZES, device=device, checkpoint=file)
-
-    expected = toy.finish(begun("cpu", None)).outcome()
-    first = begun(device, tmp_path / "checkpoint.pt")
-    watched.__init__()
+    first = begun(algorithm, engine, device, checkpoint=file)
+    most = most_in_a_round(first, name)
+    watched.forget()
     with virtual.waits() as found:
         first.step()
-    trips = len(first.algorithm.exchanges(first.task_at(0)))
-    require_few(name, found, watched, ROUND + TRIP * trips + BESIDE.get(name, (0, ""))[0])
+    require_few(found, watched, most, name)
     first._save(True)
 
-    second = begun(device, tmp_path / "checkpoint.pt")
+    second = begun(algorithm, engine, device, checkpoint=file)
     assert second.resumed and all(map(virtual.there, tree.flatten(toy.states(second)).values()))
-    second.setting = second.setting
     evaluate = second.evaluate
-    watched.__init__()
 
-    def tested(*given: Any) -> Any:
-        watched.__init__()
+    def tested(task: Task, completed: int, last: bool) -> dict[str, float | None]:
+        watched.forget()
         with virtual.waits() as found:
-            measured = evaluate(*given)
+            measured = evaluate(task, completed, last)
         kinds = {tally.model.removesuffix(".masked") for tally in second.progress.counts}
-        require_few(name, found, watched, len(kinds))
+        require_few(found, watched, len(kinds), name)
         return measured
 
-    second.evaluate = tested
+    second.evaluate = tested  # type: ignore[method-assign]
     second.step()
     there = second.outcome()
     assert (there.digest, there.metrics) == (expected.digest, expected.metrics)
+
+
+# The rest of the path -----------------------------------------------------------------------------
+
+PATHS: dict[str, dict[str, Any]] = {
+    "half precision": {"precision": "bf16"},
+    "convolutions": {"model": "resnet8", "norm": "batch", "augment": "crop_flip"},
+    "own statistics": {"model": "resnet8", "norm": "batch", "statistics": "personal", "augment": "batch_crop_flip"},
+    "a last visit": {"final_visit": True, "client_weights": "uniform", "lost": 0.3},
+}
+
+
+@pytest.mark.parametrize("engine", ["serial", "stacked"])
+@pytest.mark.parametrize("path", PATHS)
+def test_what_a_setting_asks_for_is_done_there(path: str, engine: str, watched: Watched, device: str) -> None:
+    fields = dict(PATHS[path])
+    more = {"precision": fields.pop("precision", "fp32"), "setting": replace(SETTING, eval_every=1, **fields)}
+    if "model" in fields:
+        more |= {"dataset": toy.Toy(enlarged=2, test=24), "sizes": (9, 3, 0, 5, 0, 0, 0, 2)}
+        more["setting"] = replace(more["setting"], rounds=1)
+    expected = toy.finish(begun(parsed("fedper"), engine, **more)).outcome()
+    found = toy.finish(begun(parsed("fedper"), engine, device, **more)).outcome()
+    assert (found.digest, found.metrics) == (expected.digest, expected.metrics)
+    assert watched.verbs and not watched.inside
+
+
+def test_states_in_a_file_and_kept_models_come_from_there(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(states, "IN_MEMORY_BYTES", 0)
+    outcomes = []
+    for where in ("cpu", device):
+        run = begun(parsed("fedper"), device=where, checkpoint=tmp_path / where / "checkpoint.pt")
+        run.models = tmp_path / where / "models"
+        run.step()
+        run._save(True)
+        again = begun(parsed("fedper"), device=where, checkpoint=tmp_path / where / "checkpoint.pt")
+        again.models = run.models
+        outcomes.append(toy.finish(again).outcome())
+    assert outcomes[0].digest == outcomes[1].digest
+    assert outcomes[0].models == outcomes[1].models != {}
+
+
+@dataclass(frozen=True)
+class InAFile:
+    """Images that are read when they are asked for, with the rows on the host."""
+
+    x: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.x.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.x.dtype
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        assert not virtual.there(rows)
+        return self.x[rows]
+
+    def prefetch(self, rows: Tensor) -> None:
+        assert not virtual.there(rows)
+
+
+@pytest.mark.parametrize("engine", ["serial", "stacked"])
+def test_images_in_a_file_are_waited_for_once_a_batch_at_most(engine: str, watched: Watched, device: str) -> None:
+    """The device draws which they are, and the host reads them: for stacked clients all at once, before they begin."""
+    job = begun(parsed("fedavg"), engine, setting=replace(SETTING, rounds=3, eval_every=3)).job
+    assert isinstance(job.splits.train_x, Tensor)
+    streamed = replace(job, splits=replace(job.splits, train_x=InAFile(job.splits.train_x)))
+    expected = toy.finish(Run(job)).outcome().digest
+    run = Run(replace(streamed, device=device))
+    run.step()  # one client's operations are counted in the first round, and that client is not stacked
+    watched.forget()
+    run.step()
+    batches = sum(-(-SIZES[k] // SETTING.batch_size) for k in run.population.cohort(1))
+    assert len(watched.inside) == (batches if engine == "serial" else 0)
+    assert {wait.operation for wait in watched.inside} <= {"copy_"}
+    assert toy.finish(run).outcome().digest == expected
+
+
+# Planted faults: in a plug-in ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sound(Algorithm):
+    """FedAvg, whose logits something is done to."""
+
+    def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
+        def loss(params: Tree, batch: Batch) -> Tensor:
+            return losses.cross_entropy(self.changed(task.logits(params, batch.x), data, batch), batch)
+
+        return task.sgd(loss, shared, data.batches(task.epochs)), private
+
+    def changed(self, logits: Tensor, data: LocalData, batch: Batch) -> Tensor:
+        return logits
+
+
+class HostTensor(Sound):
+    def changed(self, logits: Tensor, data: LocalData, batch: Batch) -> Tensor:
+        return logits + torch.linspace(0, 1, logits.shape[1])
+
+
+class HostTarget(Sound):
+    def changed(self, logits: Tensor, data: LocalData, batch: Batch) -> Tensor:
+        return logits - logits @ torch.eye(logits.shape[1])
+
+
+class HostMask(Sound):
+    def changed(self, logits: Tensor, data: LocalData, batch: Batch) -> Tensor:
+        return torch.where(torch.arange(logits.shape[1]) < 5, logits, -1e4)
+
+
+class HostMaskAsIndex(Sound):
+    stackable = False
+
+    def changed(self, logits: Tensor, data: LocalData, batch: Batch) -> Tensor:
+        return logits[torch.ones(len(logits), dtype=torch.bool)]
+
+
+class MaskAsIndex(Sound):
+    stackable = False
+
+    def changed(self, logits: Tensor, data: LocalData, batch: Batch) -> Tensor:
+        return logits[batch.weight > 0]
+
+
+class Item(Sound):
+    stackable = False
+
+    def changed(self, logits: Tensor, data: LocalData, batch: Batch) -> Tensor:
+        return logits / max(logits.detach().abs().max().item(), 1.0)
+
+
+class Branch(Sound):
+    stackable = False
+
+    def changed(self, logits: Tensor, data: LocalData, batch: Batch) -> Tensor:
+        return logits if (batch.weight > 0).any() else 0 * logits
+
+
+class MadeOnHost(Sound):
+    def changed(self, logits: Tensor, data: LocalData, batch: Batch) -> Tensor:
+        return logits + torch.tensor([0.1] * logits.shape[1], device=logits.device)
+
+
+class NumberOnHost(Sound):
+    """No fault: CUDA takes a number from the host into an elementwise operation, and nobody waits."""
+
+    def changed(self, logits: Tensor, data: LocalData, batch: Batch) -> Tensor:
+        return logits * torch.tensor(2.0)
+
+
+REFUSED = (HostTensor, HostTarget, HostMask)
+WAITED_FOR = {
+    HostMaskAsIndex: "index",
+    MaskAsIndex: "index",
+    Item: "_local_scalar_dense",
+    Branch: "_local_scalar_dense",
+}
+
+
+@pytest.mark.parametrize("engine", ["serial", "stacked"])
+@pytest.mark.parametrize("plugin", REFUSED)
+def test_a_host_tensor_in_a_local_update_is_refused(plugin: type[Sound], engine: str, device: str) -> None:
+    told = r"^tests/test_virtual.py:\d+: \w+ is given a tensor of \(6.*\) on the host beside one on the device; make it"
+    with pytest.raises(virtual.Mixed, match=told):
+        begun(plugin(), engine, device).step()
+
+
+@pytest.mark.parametrize("plugin", [*WAITED_FOR, MadeOnHost])
+def test_a_wait_in_a_local_update_is_told(plugin: type[Sound], watched: Watched, device: str) -> None:
+    run = begun(plugin(), device=device)
+    with virtual.waits() as found:
+        run.step()
+    forward = [wait for wait in watched.inside if wait.operation != "_index_put_impl_"]  # backward of an index
+    assert {wait.operation for wait in forward} == {WAITED_FOR.get(plugin, "copy_")}
+    assert all(wait.where.startswith("tests/test_virtual.py:") for wait in forward)
+    with pytest.raises(AssertionError, match=r"tests/test_virtual\.py:"):
+        require_few(found, watched, most_in_a_round(run))
+
+
+@pytest.mark.parametrize("engine", ["serial", "stacked"])
+@pytest.mark.parametrize("plugin", [Sound, NumberOnHost])
+def test_what_is_sound_is_not_told(plugin: type[Sound], engine: str, watched: Watched, device: str) -> None:
+    run = begun(plugin(), engine, device)
+    with virtual.waits() as found:
+        run.step()
+    require_few(found, watched, most_in_a_round(run))
+
+
+# Planted faults: in the core ----------------------------------------------------------------------
+
+
+def keys_on_the_host(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Population, "visit", _then(Population.visit, lambda visit: replace(visit, key=visit.key.cpu())))
+
+
+def examples_on_the_host(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Population, "visit", _then(Population.visit, lambda visit: replace(visit, index=visit.index.cpu())))
+
+
+def mask_on_the_host(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(LocalData, "mask", property(lambda data: (torch.arange(len(data.index)) < data.n).float()))
+
+
+def momentum_on_the_host(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Sgd, "start", lambda self, params: tree.map(lambda leaf: torch.zeros(leaf.shape), params))
+
+
+def states_on_the_host(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(states, "_keep", lambda leaf: leaf.detach().cpu())
+
+
+def resumed_on_the_host(patch: pytest.MonkeyPatch) -> None:
+    load = checkpoint.load
+    patch.setattr(checkpoint, "load", lambda file, device: load(file, "cpu"))
+
+
+def copied_while_the_host_waits(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tree, "bring", lambda x, device: x.to(device))
+
+
+def counted_by_the_largest(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Population, "_counted", lambda self, y: torch.bincount(y, minlength=self.num_classes))
+
+
+def weighed_leaf_by_leaf(patch: pytest.MonkeyPatch) -> None:
+    usual = Uploads._combine
+
+    def combine(self: Uploads, key: str | None, weights: Any) -> Any:
+        sent = self.trees if key is None else [upload[key] for upload in self.trees]
+        leaves = [tree.flatten(each) for each in sent]
+        combined = {path: [leaf[path] for leaf in leaves] for path in leaves[0]}
+        there = torch.tensor(weights, dtype=torch.float64).to(self.sizes.device, non_blocking=True)
+        one_by_one = (Uploads([{"": leaf} for leaf in each], self.sizes) for each in combined.values())
+        return tree.unflatten(dict(zip(combined, (usual(each, "", there) for each in one_by_one), strict=True)))
+
+    patch.setattr(Uploads, "_combine", combine)
+
+
+def looked_at_leaf_by_leaf(patch: pytest.MonkeyPatch) -> None:
+    def is_finite(*trees: Tree) -> bool:
+        return all(bool(leaf.isfinite().all()) for each in trees for leaf in tree.flatten(each).values())
+
+    patch.setattr(tree, "is_finite", is_finite)
+
+
+def _then(method: Callable[..., Any], change: Callable[[Any], Any]) -> Callable[..., Any]:
+    return lambda *given: change(method(*given))
+
+
+def stop_and_go_on(engine: str, device: str, file: Path, watched: Watched) -> None:
+    """Require of two rounds, with a checkpoint between them, that nothing is mixed and few things are waited for."""
+    for resumed in (False, True):
+        run = begun(parsed("fedper"), engine, device, checkpoint=file, setting=replace(SETTING, rounds=3, eval_every=3))
+        assert run.resumed is resumed
+        most = most_in_a_round(run)
+        watched.forget()
+        with virtual.waits() as found:
+            run.step()
+        require_few(found, watched, most)
+        run._save(True)
+
+
+FAULTS: tuple[Callable[[pytest.MonkeyPatch], None], ...] = (
+    keys_on_the_host, examples_on_the_host, mask_on_the_host, momentum_on_the_host, states_on_the_host,
+    resumed_on_the_host, copied_while_the_host_waits, counted_by_the_largest, weighed_leaf_by_leaf,
+    looked_at_leaf_by_leaf,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", ["serial", "stacked"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_the_core_is_found(
+    fault: Callable[[pytest.MonkeyPatch], None],
+    engine: str,
+    watched: Watched,
+    device: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stop_and_go_on(engine, device, tmp_path / "sound.pt", watched)
+    fault(monkeypatch)
+    with pytest.raises((virtual.Mixed, AssertionError)):
+        stop_and_go_on(engine, device, tmp_path / "faulty.pt", watched)

@@ -1,10 +1,10 @@
-"""A GPU that is not there: tensors on the device `virtual` are computed on the CPU, to its bits, and what CUDA would refuse,
-or would make the host wait for, is told.
+"""A GPU that is not there: tensors on the device `virtual` are computed on the CPU, to its bits, and what CUDA would
+refuse, or would make the host wait for, is told.
 
 It is a device of torch like any other, behind the dispatch key that torch keeps for devices of others: autograd, vmap,
-autocast and `torch.load` treat it as they treat CUDA, and nothing of the suite is replaced. Its memory is the host's, of
-which torch is told by DLPack that it lies elsewhere. A kernel is the CPU's, called on the same memory under its other
-name, after two questions.
+autocast and `torch.load` treat it as they treat CUDA, and nothing of the suite is replaced. Its memory is the host's,
+of which torch is told by DLPack that it lies elsewhere. A kernel is the CPU's, called on the same memory under its
+other name, after two questions.
 
 Are all tensors there? On CUDA a tensor on the host has no business beside one on the device, unless it is a number, ()
 in shape, in an elementwise operation, or an index. All else raises `Mixed`.
@@ -63,6 +63,10 @@ _SHAPES = ("as_strided", "view", "_reshape_alias", "unfold", "view_as_real", "vi
 _WHOLE = ("aten::copy_", "aten::convolution", "aten::convolution_backward")
 """What torch would take apart in another way than for the CPU."""
 
+_PRODUCTS = ("linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "conv2d")
+"""What autocast computes in lower precision, here as on CUDA; that it computes some others in float32 is left out."""
+
+_AUTOCAST = torch._C._dispatch_key_parse("AutocastPrivateUse1")
 _ON_HOST, _ELSEWHERE = 1, 12  # types of devices, as DLPack counts them
 _pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _pointer.restype, _pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
@@ -203,8 +207,8 @@ class _Kernel:
             if x.device.type != NAME:
                 if x.dim() > axes:
                     raise Mixed(
-                        f"{_line()}: {self.name} is given a tensor of {tuple(x.shape)} on the host beside one on the device; "
-                        "make it where the others are, by device= or new_zeros and its like"
+                        f"{_line()}: {self.name} is given a tensor of {tuple(x.shape)} on the host beside one on the "
+                        "device; make it where the others are, by device= or new_zeros and its like"
                     )
                 return x
             # Memory of others cannot grow, as the place of a result has to.
@@ -245,6 +249,18 @@ def _copy(operation: Any) -> Callable[..., Tensor]:
     return copy
 
 
+def _halved(operation: Any) -> Callable[..., Any]:
+    """Do under autocast what it does to products: they are of its type."""
+
+    def halved(*given: Any, **named: Any) -> Any:
+        kind = torch.get_autocast_dtype(NAME)
+        floats = [x.to(kind) if isinstance(x, Tensor) and x.dtype == torch.float32 else x for x in given]
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_AUTOCAST)):
+            return operation(*floats, **named)
+
+    return halved
+
+
 class _Module(backend_registration._DummyBackendModule):
     """What torch asks of `torch.virtual`."""
 
@@ -259,7 +275,7 @@ def _install() -> None:
     """Make the device known to torch, once in a process and for good."""
     if _installed:
         return
-    backend_registration._setup_privateuseone_for_python_backend(NAME, _Module())  # type: ignore[no-untyped-call]
+    backend_registration._setup_privateuseone_for_python_backend(NAME, _Module())
     library = torch.library.Library("aten", "IMPL")
     _installed.append(library)
     kinds: dict[str, Callable[[Any], Callable[..., Any]]] = {"empty": _empty, "empty_strided": _empty, "copy_": _copy}
@@ -270,6 +286,11 @@ def _install() -> None:
             packet, _, overload = called.partition(".")
             operation = getattr(getattr(torch.ops.aten, packet), overload or "default")
             library.impl(called, kinds.get(packet, _Kernel)(operation), "PrivateUse1")
+    others = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
+    others.fallback(torch.library.fallthrough_kernel)
+    _installed.append(others)
+    for called in _PRODUCTS:
+        library.impl(called, _halved(getattr(torch.ops.aten, called)), "AutocastPrivateUse1")
     torch.serialization.register_package(0, lambda storage: None, _restored)
 
 

@@ -274,7 +274,7 @@ class _Combined(Uploads):
         known = tuple(weights.tolist())
         if models[0] and known not in self.known:
             start = _there(models[0], self.shared)
-            shares = weights / weights.sum() if weights.sum() > 0 else torch.full_like(weights, 1 / len(weights))
+            shares = weights / weights.sum() if any(known) else torch.full_like(weights, 1 / len(weights))
             update = self.rule.combine(self.task, [tree.sub(model, start) for model in models], shares)
             self.known[known] = tree.add(start, update)
         combined = self.known.get(known, {})

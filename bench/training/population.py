@@ -177,12 +177,11 @@ class Population:
         if stop - start == len(union):  # all take part: one client that holds everything, to the bit
             return replace(self.visit(0, round, private), index=union, class_counts=counts)
         passes = range(start // len(union), -(-stop // len(union)))
-        stream = torch.cat(
-            [union[keys.permutation(keys.fold(tree.bring(self.key, self.device), "pooled", p), len(union))] for p in passes]
-        )
+        here = tree.bring(self.key, self.device)
+        stream = torch.cat([union[keys.permutation(keys.fold(here, "pooled", p), len(union))] for p in passes])
         offset = start - passes.start * len(union)
         index = stream[offset : offset + stop - start]
-        key = keys.fold(tree.bring(self.key, self.device), "pooled round", round)
+        key = keys.fold(here, "pooled round", round)
         return Visit(private, index, key, self._client_keys[0], counts)
 
     def sizes(self, clients: Iterable[int]) -> Tensor:
