@@ -130,6 +130,125 @@ def require_few(found: list[virtual.Wait], watched: Watched, most: int, name: st
     assert len(beside) <= most + watched.groups, "\n".join(beside)
 
 
+# The device ---------------------------------------------------------------------------------------
+
+DONE: dict[str, tuple[Callable[[Tensor, Tensor], object], int]] = {
+    "a number": (lambda x, y: x.sum().item(), 1),
+    "a branch": (lambda x, y: bool((x > 1).any()), 1),
+    "a length": (lambda x, y: y.new_zeros(int(y.sum())), 1),
+    "a list": (lambda x, y: x.tolist(), 1),
+    "a copy": (lambda x, y: x.cpu(), 1),
+    "a copy back": (lambda x, y: torch.ones(3).to(x.device), 1),
+    "a copy back that is not waited for": (lambda x, y: torch.ones(3).to(x.device, non_blocking=True), 0),
+    "a list that goes there": (lambda x, y: torch.tensor([1, 2], device=x.device), 1),
+    "a list beside": (lambda x, y: x.new_tensor([1, 2]), 1),
+    "a number that fills": (lambda x, y: torch.full((), 3, device=x.device), 0),
+    "another type": (lambda x, y: x.to(torch.float64), 0),
+    "places": (lambda x, y: torch.nonzero(y), 1),
+    "a mask": (lambda x, y: x[x > 1], 1),
+    "a mask to write a number by": (lambda x, y: x.clone().__setitem__(x > 1, 0.0), 0),
+    "a mask to write a tensor by": (lambda x, y: x.clone().__setitem__(x > 2, x[:1, 0]), 1),
+    "a mask of the host": (lambda x, y: x[torch.tensor([True, False])], 1),
+    "a mask to select by": (lambda x, y: x.masked_select(x > 1), 1),
+    "an index": (lambda x, y: x[:, y], 0),
+    "an index of the host": (lambda x, y: x[:, torch.tensor([0, 1])], 1),
+    "an index to write a number at": (lambda x, y: x.clone().__setitem__((y[:2], y[:2]), 1.0), 1),
+    "an index to write tensors at": (lambda x, y: x.index_put((y[:1],), x[:1]), 0),
+    "a slice": (lambda x, y: x[0, 1:], 0),
+    "different ones": (lambda x, y: y.unique(), 1),
+    "counts": (lambda x, y: torch.bincount(y), 1),
+    "counts by scattering": (lambda x, y: y.new_zeros(3).scatter_add_(0, y, torch.ones_like(y)), 0),
+    "repetition": (lambda x, y: y.repeat_interleave(y), 1),
+    "repetition to a known size": (lambda x, y: y.repeat_interleave(y, output_size=3), 0),
+    "equality": (lambda x, y: torch.equal(x, x), 1),
+    "finiteness": (lambda x, y: x.isfinite().all(), 0),
+    "a choice": (lambda x, y: torch.where(x > 1, x, 2.0), 0),
+    "a choice of the host's number": (lambda x, y: torch.where(x > 1, x, torch.tensor(2.0)), 1),
+    "the host's number": (lambda x, y: torch.tensor(2.0) * x + 1, 0),
+    "a filled mask": (lambda x, y: x.masked_fill(x > 1, 0.0), 0),
+    "a mask filled with a tensor": (lambda x, y: x.masked_fill(x > 1, x.sum()), 1),
+    "a power": (lambda x, y: x ** x.sum(), 0),
+    "one-hot rows": (lambda x, y: torch.nn.functional.one_hot(y, 3), 0),
+    "one-hot rows of unknown length": (lambda x, y: torch.nn.functional.one_hot(y), 1),
+    "an order": (lambda x, y: (x.argsort(stable=True), x.topk(1), x.cumsum(0), y.max(0)), 0),
+    "eigenvectors": (lambda x, y: torch.linalg.eigh(x @ x.T), 1),
+    "an orthogonal basis": (lambda x, y: torch.linalg.qr(x), 0),
+    "a gradient": (lambda x, y: torch.func.grad(lambda w: torch.nn.functional.linear(w, x).relu().sum())(x), 0),
+    "clipping": (lambda x, y: torch._foreach_mul_([x.clone()], (1 / x.norm()).clamp(max=1.0)), 0),
+}
+
+
+@pytest.mark.parametrize("work", DONE)
+def test_the_device_waits_as_cuda_does_and_gives_what_the_cpu_gives(work: str, device: str) -> None:
+    x, y = torch.tensor([[0.5, 2.0, 1.5], [1.0, 3.0, -1.0]]), torch.tensor([0, 1, 2])
+    do, times = DONE[work]
+    theirs = x.to(device), y.to(device)
+    with virtual.waits() as found:
+        done = do(*theirs)
+    assert len(found) == times, "\n".join(map(str, found))
+    assert all(wait.where.startswith("tests/test_virtual.py:") for wait in found)
+    expected = do(x, y)
+    for one, other in zip(tensors(done), tensors(expected), strict=True):
+        assert torch.equal(one.cpu(), other)
+
+
+def tensors(x: object) -> list[Tensor]:
+    return [x] if isinstance(x, Tensor) else [t for each in x for t in tensors(each)] if isinstance(x, tuple) else []
+
+
+class Backwards(torch.autograd.Function):
+    """The identity, whose gradient is made on the host."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        return slope * torch.ones(3)
+
+
+REFUSED: dict[str, Callable[[Tensor], object]] = {
+    "a sum": lambda x: x + torch.ones(3),
+    "the other way": lambda x: torch.ones(3) + x[0, 0],
+    "a sum in its place": lambda x: torch.ones(()).add_(x[0, 0]),
+    "a comparison": lambda x: torch.arange(3) < x.sum(),
+    "a choice": lambda x: torch.where(torch.ones(3, dtype=torch.bool), x, 0.0),
+    "a product": lambda x: x @ torch.ones(3, 3),
+    "a layer": lambda x: torch.nn.functional.linear(x, torch.ones(2, 3)),
+    "a stack of numbers": lambda x: torch.stack([x[0, 0], torch.tensor(1.0)]),
+    "rows": lambda x: x.index_select(0, torch.tensor([0])),
+    "gathering": lambda x: x.gather(1, torch.tensor([[0], [1]])),
+    "a search": lambda x: torch.searchsorted(x[0], torch.tensor([1.0])),
+    "several at once": lambda x: torch._foreach_add([x], [torch.ones(2, 3)]),
+    "stacked": lambda x: torch.vmap(lambda row: row * torch.ones(3))(x),
+    "backward": lambda x: torch.autograd.grad(Backwards.apply(w := x.clone().requires_grad_()).sum(), w),
+}
+
+
+@pytest.mark.parametrize("work", REFUSED)
+def test_the_device_refuses_what_cuda_refuses(work: str, device: str) -> None:
+    with pytest.raises(
+        virtual.Mixed, match=r"^tests/test_virtual.py:\d+: \w+ is given a tensor of .* on the host beside"
+    ):
+        REFUSED[work](torch.ones(2, 3).to(device))
+
+
+def test_a_copy_to_the_host_is_refused_that_is_read_before_it_is_there(device: str) -> None:
+    with pytest.raises(NotImplementedError):
+        torch.ones(2).to(device).to("cpu", non_blocking=True)
+
+
+def test_the_device_is_no_memory_of_the_host(device: str) -> None:
+    x = torch.ones(2).to(device)
+    with pytest.raises(TypeError, match="copy the tensor to host memory first"):
+        x.numpy()
+    assert x.device == torch.device(device, 0) and not torch.cuda.is_initialized()
+    view = x[1:]
+    view.add_(1)
+    assert x.tolist() == [1.0, 2.0] and view.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+
+
 # All algorithms -----------------------------------------------------------------------------------
 
 
@@ -171,7 +290,7 @@ def test_an_algorithm_trains_stops_goes_on_and_is_tested_there(
 
 PATHS: dict[str, dict[str, Any]] = {
     "half precision": {"precision": "bf16"},
-    "convolutions": {"model": "resnet8", "norm": "batch", "augment": "crop_flip"},
+    "convolutions": {"model": "lenet5", "augment": "crop_flip"},
     "own statistics": {"model": "resnet8", "norm": "batch", "statistics": "personal", "augment": "batch_crop_flip"},
     "a last visit": {"final_visit": True, "client_weights": "uniform", "lost": 0.3},
 }
@@ -183,7 +302,7 @@ def test_what_a_setting_asks_for_is_done_there(path: str, engine: str, watched: 
     fields = dict(PATHS[path])
     more = {"precision": fields.pop("precision", "fp32"), "setting": replace(SETTING, eval_every=1, **fields)}
     if "model" in fields:
-        more |= {"dataset": toy.Toy(enlarged=2, test=24), "sizes": (9, 3, 0, 5, 0, 0, 0, 2)}
+        more |= {"dataset": toy.Toy(enlarged=2, test=12), "sizes": (7, 3, 0, 5, 0, 0, 0, 2)}
         more["setting"] = replace(more["setting"], rounds=1)
     expected = toy.finish(begun(parsed("fedper"), engine, **more)).outcome()
     found = toy.finish(begun(parsed("fedper"), engine, device, **more)).outcome()
@@ -322,7 +441,7 @@ class NumberOnHost(Sound):
         return logits * torch.tensor(2.0)
 
 
-REFUSED = (HostTensor, HostTarget, HostMask)
+MIXED = (HostTensor, HostTarget, HostMask)
 WAITED_FOR = {
     HostMaskAsIndex: "index",
     MaskAsIndex: "index",
@@ -332,7 +451,7 @@ WAITED_FOR = {
 
 
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
-@pytest.mark.parametrize("plugin", REFUSED)
+@pytest.mark.parametrize("plugin", MIXED)
 def test_a_host_tensor_in_a_local_update_is_refused(plugin: type[Sound], engine: str, device: str) -> None:
     told = r"^tests/test_virtual.py:\d+: \w+ is given a tensor of \(6.*\) on the host beside one on the device; make it"
     with pytest.raises(virtual.Mixed, match=told):
