@@ -6,12 +6,15 @@ No client's work may wait for the device, nor may a round but for what the host 
     TRIP        whether the clients' are, and what the uploads weigh: of each exchange
     a group     how many samples were processed: of each group of stacked clients
     a model     what it took the test images for: of each kind of model, in an evaluation
+    a tensor    of states that are saved, or whose digest is taken
+    SETUP       what a run begins with goes there: a few times, however many clients there are
 
 What is beyond that is in `INSIDE` and `BESIDE`, with the reason.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,9 +24,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import Algorithm, Batch, LocalData, Task, Tree, Uploads, losses, tree
+from bench import Algorithm, Batch, LocalData, Task, Tree, Uploads, evaluating, keys, losses, tree
 from bench.contract import toy
-from bench.optim import Sgd
+from bench.optim import Adam, Sgd
 from bench.plugins.registry import ALGORITHMS
 from bench.protocol.spelling import parse_algorithms
 from bench.training import checkpoint, evaluation, rounds, states
@@ -47,7 +50,7 @@ WITH_PARTS = (
     "fedrep(head_epochs=1)+balanced_softmax(prior='estimated')+tau_norm",
 )
 
-ROUND, TRIP = 1, 2
+SETUP, ROUND, TRIP = 19, 1, 2
 INSIDE = {
     "balancefl": ("_linalg_eigh", "the root of a covariance is made of its eigenvectors, and they may not be found"),
     "knnper": ("_local_scalar_dense", "how many examples lie aside decides shapes, where clients are not padded"),
@@ -260,17 +263,25 @@ def test_an_algorithm_trains_stops_goes_on_and_is_tested_there(
     algorithm, file = parsed(name), tmp_path / "checkpoint.pt"
     expected = toy.finish(begun(algorithm, engine)).outcome()
 
-    first = begun(algorithm, engine, device, checkpoint=file)
+    with virtual.waits() as setup:
+        first = begun(algorithm, engine, device, checkpoint=file)
+    first.saved = math.inf  # not by itself, as it would be where rounds are slow
+    assert len(setup) <= SETUP, "\n".join(map(str, setup))
     most = most_in_a_round(first, name)
     watched.forget()
     with virtual.waits() as found:
         first.step()
     require_few(found, watched, most, name)
-    first._save(True)
+    tensors = len(tree.flatten(toy.states(first)))
+    with virtual.waits() as saved:
+        first._save(True)
+    assert len(saved) <= tensors
 
-    second = begun(algorithm, engine, device, checkpoint=file)
+    with virtual.waits() as loaded:
+        second = begun(algorithm, engine, device, checkpoint=file)
     assert second.resumed and all(map(virtual.there, tree.flatten(toy.states(second)).values()))
-    evaluate = second.evaluate
+    assert len(loaded) <= len(setup) + tensors
+    second.saved, evaluate = math.inf, second.evaluate
 
     def tested(task: Task, completed: int, last: bool) -> dict[str, float | None]:
         watched.forget()
@@ -282,7 +293,10 @@ def test_an_algorithm_trains_stops_goes_on_and_is_tested_there(
 
     second.evaluate = tested  # type: ignore[method-assign]
     second.step()
-    there = second.outcome()
+    tensors = len(tree.flatten(toy.states(second)))
+    with virtual.waits() as summed:
+        there = second.outcome()
+    assert len(summed) <= tensors + 1  # how many classes clients have
     assert (there.digest, there.metrics) == (expected.digest, expected.metrics)
 
 
@@ -434,6 +448,33 @@ class MadeOnHost(Sound):
         return logits + torch.tensor([0.1] * logits.shape[1], device=logits.device)
 
 
+class Offered(Sound):
+    """No fault: what `Task`, `LocalData`, `keys` and `tree` offer a local update waits for nothing."""
+
+    def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
+        means = data.class_means(lambda x: task.model.features(shared["body"], x))
+        weights = (1 / data.class_counts.clamp(min=1))[data.y]
+
+        def loss(params: Tree, batch: Batch) -> Tensor:
+            z = task.model.features(params["body"], batch.x)
+            noise = keys.normal_rows(batch.keys, z.shape[1]) * means.std()
+            with evaluating():
+                apart = (z - means[batch.y] + noise).square().mean(1)
+            logits = task.model.logits(params["head"], z) + losses.one_hot(batch.y, task.num_classes)
+            return losses.balanced_softmax(logits, batch, data.class_counts) + losses.mean(apart, batch)
+
+        model = task.sgd(loss, shared, data.batches(steps=3, weights=weights, views=2))
+        model, momentum = task.resume_sgd(loss, model, data.batches(1, "again"), None)
+        model, _ = task.resume_sgd(loss, model, data.batches(steps=2), momentum)
+        model, _ = task.train(
+            Adam(1e-3), loss, model, data.batches(steps=2), edit=lambda g, w, batch: tree.scale(g, 0.5)
+        )
+        for batch in data.batches(steps=1, batch_size=4):
+            _, gradient, model = task.gradient(loss, model, batch)
+            model, _ = task.step(task.optimiser(), model, gradient, None, batch)
+        return tree.where(data.steps(1) > 0, model, shared), private
+
+
 class NumberOnHost(Sound):
     """No fault: CUDA takes a number from the host into an elementwise operation, and nobody waits."""
 
@@ -471,7 +512,7 @@ def test_a_wait_in_a_local_update_is_told(plugin: type[Sound], watched: Watched,
 
 
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
-@pytest.mark.parametrize("plugin", [Sound, NumberOnHost])
+@pytest.mark.parametrize("plugin", [Sound, Offered, NumberOnHost])
 def test_what_is_sound_is_not_told(plugin: type[Sound], engine: str, watched: Watched, device: str) -> None:
     run = begun(plugin(), engine, device)
     with virtual.waits() as found:
@@ -545,6 +586,7 @@ def stop_and_go_on(engine: str, device: str, file: Path, watched: Watched) -> No
     for resumed in (False, True):
         run = begun(parsed("fedper"), engine, device, checkpoint=file, setting=replace(SETTING, rounds=3, eval_every=3))
         assert run.resumed is resumed
+        run.saved = math.inf
         most = most_in_a_round(run)
         watched.forget()
         with virtual.waits() as found:

@@ -56,8 +56,11 @@ WAITS = {
 """Operations after which the host always waits, and why; those after which it sometimes does are in `_why`."""
 
 _INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put")
-_TAKES_NUMBERS = (*_INDEXED, "where", "masked_fill", "masked_fill_", "index_fill", "index_fill_", "fill", "fill_")
-"""Operations that are not elementwise to torch, and take numbers from the host."""
+_TAKES_NUMBERS = (
+    *_INDEXED, "where", "masked_fill", "masked_fill_", "index_fill", "index_fill_", "fill", "fill_", "floor_divide",
+    "floor_divide_", "rsub", "eq_", "ne_", "lt_", "le_", "gt_", "ge_", "copysign_",
+)  # fmt: skip
+"""Operations that take numbers from the host, and that torch does not call elementwise."""
 _SHAPES = ("as_strided", "view", "_reshape_alias", "unfold", "view_as_real", "view_as_complex", "set_", "is_set_to")
 """Operations that touch no memory: the CPU's do for any device, and what they give lies in the same storage."""
 _WHOLE = ("aten::copy_", "aten::convolution", "aten::convolution_backward")

@@ -292,7 +292,7 @@ def probe(run: Run) -> Forecast:
         seconds += _timed(going.step)
     peak = memory.peak_memory(run.device)
     if peak is not None:
-        peak += _states_to_come(going, run.device)
+        peak += _states_to_come(going)
     return Forecast(seconds=before + seconds / run.workers, peak_bytes=peak, how="probed")
 
 
@@ -321,7 +321,7 @@ def _seconds_of_evaluation(going: rounds.Run) -> float:
     return min(times)
 
 
-def _states_to_come(going: rounds.Run, device: str) -> float:
+def _states_to_come(going: rounds.Run) -> float:
     """Count the bytes that clients which took no part yet will keep in this process."""
     each = tree.nbytes(going.store.initial)
     if each * going.population.size > IN_MEMORY_BYTES:  # in a file

@@ -168,7 +168,7 @@ class InFile(Store):
     """
 
     def __init__(self, initial: Tree, device: str, file: Path | None) -> None:
-        super().__init__(tree.to(initial, "cpu"), device)
+        super().__init__(initial, device)
         self.leaves: list[_Leaf] = []
         self.row = 0
         for path, leaf in tree.flatten(self.initial).items():
@@ -191,7 +191,7 @@ class InFile(Store):
     def __getitem__(self, client: int) -> Tree:
         slot = self.slots.get(client)
         if slot is None:
-            return tree.to(self.initial, self.device)
+            return self.initial
         try:
             row = bytearray(os.pread(self.file, self.row, slot * self.row))
         except OSError as error:
