@@ -203,8 +203,8 @@ def test_portions_are_as_large_as_they_may_be() -> None:
 
 
 def test_models_without_images_or_answers_keep_their_place() -> None:
-    y = torch.tensor([3, 0, 3, 2])
-    found = _sparse(y, torch.tensor([1, 0, 1, 3]), torch.tensor([1, 1, 4, 1]), 5, [0, 3, 0, 1, 0])
+    taken = torch.tensor([[3, 0, 3, 3, 3, 3, 2], [1, 0, 1, 1, 1, 1, 3]])
+    found = _sparse(taken, [0, 6, 0, 1, 0], 5)
     assert [each.tolist() for each in found] == [
         [[], [], []],
         [[0, 3], [0, 1], [1, 5]],

@@ -372,10 +372,11 @@ def test_images_of_splits_give_their_labels() -> None:
     assert torch.equal(splits.labels.train, splits.train_y) and splits.labels.test_users is None
 
 
-def test_the_classes_of_some_clients_are_counted_together() -> None:
+def test_class_counts_are_kept_where_they_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     population = stepped("fedavg").population
-    population.index[2] = population.index[2][:0]
-    for clients in ([0, 1, 2, 3], [5, 2], [2]):
-        each = torch.stack([population.class_counts(client) for client in clients])
-        assert torch.equal(population.class_counts_of(clients), each)
-    assert not population.class_counts_of([2]).any()
+    counts = [population.class_counts(client) for client in range(8)]
+    assert all(population.class_counts(client) is counts[client] for client in range(8))
+    assert [each.sum() for each in counts] == list(toy.SIZES)
+    monkeypatch.setattr("bench.training.population._KEPT", 8 * 6 - 1)
+    population._counts.clear()
+    assert population.class_counts(1).equal(counts[1]) and not population._counts

@@ -239,8 +239,8 @@ class Evaluator:
         work = partial(_try, task.round, task.lr, predictor)
         answers = self.crew.map(work, {}, items, [len(rows[k]) for k in apart])
         found |= zip(apart, answers, strict=True)
-        told, classes = torch.cat([found[k] for k in range(len(clients))], 1).cpu(), self.here.task.num_classes  # asked once
-        sizes = [len(own) for own in rows]
+        told = torch.cat([found[k] for k in range(len(clients))], 1).cpu()  # the device is asked once for all
+        sizes, classes = [len(own) for own in rows], self.here.task.num_classes
         return _sparse(told[[0, 1]], sizes, classes), _sparse(told[[0, 2]], sizes, classes)
 
     def _test_on_all(self, task: Task, model: Tree, predictor: str) -> Tensor:

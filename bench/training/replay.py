@@ -194,6 +194,11 @@ class _Writer(TorchDispatchMode):
         self.steps.append((func, *operands, self._new(_several(result))))
         return result
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Have torch leave its compiler where it is."""
+        return False
+
     def _new(self, tensors: list[Tensor]) -> list[_Place]:
         places = [_Place(self._count + k) for k in range(len(tensors))]
         self._count += len(tensors)
