@@ -25,7 +25,7 @@ SMALLEST = {name: max(MODELS[name].smallest, 4) for name in MODELS}
 HIDDEN, THREE, FOUR = "hidden", "stem stage1 stage2 stage3", "stem stage1 stage2 stage3 stage4"
 SEVEN = f"{FOUR} stage5 stage6 stage7 last"
 BLOCKS = {
-    **{"linear": "flat", "frozen": "flat", "mlp": HIDDEN},
+    **{"linear": "flat", "frozen": "flat", "mlp": HIDDEN, "adapter": HIDDEN},
     **{"small_cnn": f"conv1 conv2 {HIDDEN}", "fedavg_cnn": f"conv1 conv2 {HIDDEN}"},
     **{"lenet5": "conv1 conv2 hidden1 hidden2", "mobilenet_v2": SEVEN},
     **{"resnet8": THREE, "resnet20": THREE, "resnet32": THREE, "resnet56": THREE},

@@ -223,7 +223,7 @@ def test_examples_of_no_shape_or_type_are_refused(x: Any, test_x: Any, said: str
 @pytest.mark.parametrize("model", list(models.MODELS))
 @pytest.mark.parametrize("shape", [(5,), (3, 8), (2, 3, 4, 5)])
 def test_models_take_any_shape_or_say_that_they_need_images(model: str, shape: tuple[int, ...]) -> None:
-    if model in ("linear", "mlp", "frozen"):
+    if model in ("linear", "mlp", "frozen", "adapter"):
         built = models.build(model, 4, shape)
         params = built.init(keys.key(0))
         assert built.logits(params["head"], built.features(params["body"], torch.zeros(2, *shape))).shape == (2, 4)

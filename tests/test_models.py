@@ -67,6 +67,7 @@ def fingerprint(model: models.Model) -> str:
         ("lenet5", "group", "4aa01abb2463f07a"),
         ("resnet20", "batch", "f31f045417494051"),
         ("mobilenet_v2", "group", "37c0e30e4d5bf681"),
+        ("adapter", "group", "c5f7349203b12fcb"),
     ],
 )
 def test_initial_weights_are_those_of_the_stored_results(name: str, norm: str, expected: str) -> None:
@@ -114,6 +115,7 @@ def size(name: str, classes: int, shape: tuple[int, int, int], norm: str = "batc
         ("resnet20", 10, (3, 32, 32), 269_722 + 16 * 32 + 32 * 64 + 2 * (32 + 64)),  # shortcuts of 1×1 convolutions
         ("mobilenet_v2", 1000, (3, 224, 224), 3_504_872),
         ("mobilenet_v2", 10, (3, 32, 32), 2_236_682),
+        ("adapter", 100, (1280, 1, 1), 1280 * 256 + 256 + 256 * 100 + 100),
     ],
 )
 def test_networks_have_the_published_sizes(

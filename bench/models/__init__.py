@@ -4,7 +4,7 @@
 tells norm layers from the others: `tree.split(params, is_norm)`. Keys of a body, block by block:
 
     linear, frozen          none: one block, `flat`, without weights
-    mlp                     hidden
+    mlp, adapter            hidden
     small_cnn, fedavg_cnn   conv1, conv2, hidden
     lenet5                  conv1, conv2, hidden1, hidden2
     resnet...               stem; stage1_1, stage1_2, ... (block `stage1`); stage2_1, ... (`stage2`); ...
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from bench.models.layers import is_norm as is_norm
 from bench.models.mobilenets import MobileNetV2
-from bench.models.networks import MLP, FedAvgCNN, Frozen, LeNet5, Linear, SmallCNN
+from bench.models.networks import MLP, Adapter, FedAvgCNN, Frozen, LeNet5, Linear, SmallCNN
 from bench.models.networks import Block as Block
 from bench.models.networks import Model as Model
 from bench.models.networks import Network as Network
@@ -61,6 +61,7 @@ BUILT_IN: dict[str, type[Network]] = {
     "resnet50": ResNet50,
     "mobilenet_v2": MobileNetV2,
     "frozen": Frozen,
+    "adapter": Adapter,
 }
 for _name, _network in BUILT_IN.items():
     MODELS.add(_name, _network)

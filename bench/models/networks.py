@@ -199,20 +199,30 @@ class MLP(Network):
     """One hidden layer of 64 ReLU units; d = 64."""
 
     any_shape: ClassVar[bool] = True
+    width: ClassVar[int] = 64
 
     @property
     def feature_size(self) -> int:
         """d."""
-        return 64
+        return self.width
 
     def init_body(self, key: Tensor) -> Tree:
         """Draw the hidden layer."""
-        return {"hidden": linear(key, 64, math.prod(self.shape))}
+        return {"hidden": linear(key, self.width, math.prod(self.shape))}
 
     @property
     def blocks(self) -> tuple[Block, ...]:
         """One."""
         return (_dense("hidden"),)
+
+
+class Adapter(MLP):
+    """One hidden layer of 256 ReLU units, on features made beforehand (`bench data embed`); d = 256.
+
+    Of 1,280 features and 100 classes 353,636 parameters.
+    """
+
+    width: ClassVar[int] = 256
 
 
 class SmallCNN(Network):
