@@ -20,9 +20,9 @@ FLOORS = {
     # from files to labels; what a comparison holds equal; from labels to clients
     2: "files protocol splits",
     # one run
-    3: "training contract speed",
+    3: "training contract",
     # many runs, and what they leave
-    4: "results sweep preparing tuning validation tracking",
+    4: "results sweep preparing tuning validation tracking speed",
     # what people type and see
     5: "site face command",
 }

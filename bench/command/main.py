@@ -36,7 +36,7 @@ _VERBS = {
     "validate": ("bench.command.publish", "Check whether published results hold together."),
     "submit": ("bench.command.publish", "Pack finished runs for a pull request."),
     "check": ("bench.command.plugin", "Check that an algorithm, a part or a dataset keeps the contract."),
-    "speed": ("bench.command.plugin", "Measure images/s of federated training against the bare loop."),
+    "speed": ("bench.command.speed", "Measure how fast training is, beside the bare loop and beside others."),
     "new": ("bench.command.plugin", "Write an algorithm, a part or a dataset to start from."),
 }
 """Verb to the module that has the command of that name, and what it does, for `bench --help`."""

@@ -1,4 +1,4 @@
-"""`bench new`, `bench check` and `bench speed`: for who writes a plug-in, or the engine."""
+"""`bench new` and `bench check`: for who writes a plug-in."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from bench.command.typed import Choice, Place
-from bench.face.asked import DEFAULT_DATASET, DEFAULT_SETTING
 from bench.text import plain
 
 if TYPE_CHECKING:
@@ -98,62 +97,3 @@ def _say_unseen(findings: Sequence[Finding]) -> None:
         if times > 1:
             more = f"{times - 1} more promise{'s' * (times > 2)}"
             click.echo(plain(f"✗ {more} could not be looked at, for the same error: {error}"))
-
-
-@click.command("speed")
-@click.option(
-    "--scale", "at_scale", is_flag=True, help="Measure many clients and many images instead: minutes, 2.5 GB."
-)
-@click.option("--model", help="Measure both engines for this network instead; see 'bench list models'.")
-@click.option("--dataset", default=DEFAULT_DATASET, show_default=True, help="Whose shape and classes --model is for.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="For --model; the default setting's by default.")
-@click.option("--plugin", type=_FILE, help="File that the network or dataset is defined in.")
-@click.option("--json", "as_json", is_flag=True, help="Print the measurement as JSON.")
-def speed_command(
-    at_scale: bool, model: str | None, dataset: str, batch_size: int | None, plugin: Path | None, as_json: bool
-) -> None:
-    """Measure images/s of federated training and of the bare training loop, interleaved in one run.
-
-    With --model: of clients stacked, and one by one, and which of them --engine auto takes.
-
-    With --scale: the memory that ten thousand clients take, and a store of 200,000 generated images, and how fast
-    training from it is against the same images in memory.
-    """
-    from bench.speed import scale, throughput
-
-    if model is not None:
-        if at_scale:
-            raise click.UsageError("--scale and --model exclude each other; leave one out")
-        measured: Any = _both_engines(model, dataset, batch_size, plugin)
-    else:
-        measured = scale.measure() if at_scale else throughput.measure()
-    click.echo(json.dumps(measured, indent=2) if as_json else _lines(measured))
-
-
-def _both_engines(model: str, dataset: str, batch_size: int | None, plugin: Path | None) -> Any:
-    from bench.plugins.registry import load_plugin
-    from bench.protocol.settings import named
-    from bench.protocol.spelling import parse_dataset
-    from bench.speed import throughput
-
-    if plugin is not None:
-        load_plugin(plugin)
-    images = parse_dataset(dataset)
-    return throughput.engines(images, model, batch_size or named(DEFAULT_SETTING, images).batch_size)
-
-
-def _lines(measured: Any, indent: str = "") -> str:
-    """Write nested mappings as indented lines."""
-    lines = []
-    for key, value in measured.items():
-        if isinstance(value, dict):
-            lines += [f"{indent}{key}", _lines(value, indent + "  ")]
-        else:
-            lines.append(f"{indent}{key:<{34 - len(indent)}} {_number(value)}")
-    return "\n".join(lines)
-
-
-def _number(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-    return str(value)

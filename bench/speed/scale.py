@@ -22,43 +22,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.algorithm import Algorithm
-from bench.data import LocalData
 from bench.dataset import Dataset, Labels, Splits
 from bench.files import prepared, unfinished
 from bench.protocol.settings import Setting
+from bench.speed.federation import Heads
 from bench.splits.split import Split, make_split
-from bench.task import Task
 from bench.training.job import Job
 from bench.training.memory import peak_memory
 from bench.training.rounds import Run
-from bench.tree import Tree
 
 CLIENTS, IMAGES_EACH, CLASSES = 10_000, 5, 100
 STORED, SIDE, CLASSES_STORED = 200_000, 64, 100
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Heads(Algorithm):
-    """A shared body and a personal head, trained together: what many clients keep."""
-
-    def init_client(self, task: Task) -> Tree:
-        """Start from the common head."""
-        return {"head": task.init()["head"]}
-
-    def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
-        """Train both; send the body."""
-        model = {"body": shared["body"], "head": private["head"]}
-        model = task.sgd(task.loss, model, data.batches(task.epochs))
-        return {"body": model["body"]}, {"head": model["head"]}
-
-    def global_model(self, task: Task, server: Tree) -> None:
-        """Nothing."""
-        return
-
-    def personal_model(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> Tree:
-        """Join the body and the client's head."""
-        return {"body": shared["body"], "head": private["head"]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +97,7 @@ def many_clients(folder: Path) -> dict[str, float]:
     splits = dataset.load(folder)
     split = make_split(splits.labels, CLASSES, setting, 0)
     dealt = time.perf_counter()
-    run = Run(Job(_Heads(), dataset, splits, split, setting, 0, "serial"), folder / "checkpoint.pt")
+    run = Run(Job(Heads(generic=False), dataset, splits, split, setting, 0, "serial"), folder / "checkpoint.pt")
     measured: dict[str, float | None] | None = None
     while run.progress.round < setting.rounds:
         measured = run.step()
@@ -158,7 +132,7 @@ def _stored_run(splits: Splits) -> Run:
         name="scale", model="small_cnn", clients=400, participation=8 / 400, rounds=100_000, epochs=1, batch_size=32,
         lr=0.01, augment="crop_flip",
     )  # fmt: skip
-    return Run(Job(_Heads(), _Generated(side=SIDE), splits, split, setting, 0, "serial"))
+    return Run(Job(Heads(generic=False), _Generated(side=SIDE), splits, split, setting, 0, "serial"))
 
 
 def from_store(folder: Path) -> dict[str, float]:

@@ -189,6 +189,7 @@ VERBS = (
     ("data", "stats", "features(path='notes.txt')"),
     ("speed", "--model", "nothing"),
     ("speed", "--batch-size", "0"),
+    ("speed", "--workload", "nothing"),
     ("tune", "--trials", "0"),
     ("tune", "--validation", "2"),
     ("tune", "--fields", "nothing", "--trials", "1"),
