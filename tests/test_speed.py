@@ -24,7 +24,7 @@ from bench.plugins.registry import DATASETS
 from bench.speed import commands, engines, growth, measure, sides
 from bench.speed.federation import job
 from bench.speed.module import Module
-from bench.speed.peers import driver, work
+from bench.speed.peers import driver, loop, work
 from bench.speed.turns import Ratio, Side, SideFailed, Taken, Turn, described, take_turns
 from bench.speed.workloads import WORKLOADS, Workload, draw
 from bench.splits.split import make_split
@@ -176,6 +176,20 @@ def test_a_module_scores_as_its_network_and_moves_its_statistics_as_torch() -> N
     assert torch.equal(params["body"]["stem"]["norm"]["stats"]["mean"], torch.zeros(64))
 
 
+def test_the_bare_loop_sees_each_example_once_an_epoch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    class Counted(Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(len(x))
+            return super().forward(x)
+
+    monkeypatch.setattr(sides, "Module", Counted)
+    workload = replace(WORKLOADS["tiny"], clients=6, cohort=2)
+    turn = sides.bare("bare", job(workload, tmp_path), "fp32", 1).take()
+    assert sum(seen) == turn.images and max(seen) == workload.batch
+
+
 # Peers ------------------------------------------------------------------------------------------------------
 
 
@@ -190,6 +204,40 @@ def test_the_plain_loop_does_the_same_work(tmp_path: Path) -> None:
         run.step()
     measured = run.evaluate(run.task_at(4), 5, False)["generic"]
     assert measured is not None and abs(accuracies["it"] - measured) < driver.TOLERANCE and measured > 0.7
+
+
+def test_the_plain_loop_averages_by_sizes_what_was_sent_and_trained(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    workload = replace(WORKLOADS["tiny"], clients=6, cohort=2)
+    work.write(tmp_path, job(workload, tmp_path))
+    given, rounds, last = work.read(tmp_path), iter([True] * 4 + [False]), []
+
+    class Line:
+        def may_begin(self) -> bool:
+            return next(rounds)
+
+        def answer(self, **said: float) -> None:
+            pass
+
+    def train(self: work.Work, module: torch.nn.Module, batches: Any) -> None:
+        for leaf in module.parameters():
+            leaf.data += len(batches.dataset)
+
+    def accuracy(self: work.Work, module: torch.nn.Module) -> float:
+        last.append(module)
+        return 0.0
+
+    monkeypatch.setattr(loop, "Line", Line)
+    monkeypatch.setattr(work.Work, "train", train)
+    monkeypatch.setattr(work.Work, "accuracy", accuracy)
+    loop.main(tmp_path, 1)
+    moved = 0.0
+    for r in range(4):
+        sizes = [len(given.clients[k]) for k in given.cohort(r)]
+        moved += sum(n * n for n in sizes) / sum(sizes)
+    for old, new in zip(given.module.parameters(), last[0].parameters(), strict=True):
+        torch.testing.assert_close(new, old + moved)
 
 
 def someone(folder: Path, *lines: str) -> str:

@@ -53,10 +53,9 @@ def main(folder: Path, threads: int) -> None:
             leaf.zero_()
         for number in cohort:
             share = clients[number].size / total
-            for leaf, own in zip(
-                averaged.state_dict().values(), clients[number].model.state_dict().values(), strict=True
-            ):
-                leaf += own * share
+            trained = clients[number].model.state_dict()
+            for key, leaf in averaged.state_dict().items():
+                leaf += trained[key] * share
         model = averaged
         round += 1
         line.answer(images=work.images(cohort))
