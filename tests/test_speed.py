@@ -332,6 +332,7 @@ def test_a_peer_that_is_missing_is_a_dash_and_how_to_install_it(quick: Callable[
     assert next(line for line in lines if line.startswith("Flower ")).split() == ["Flower", "–", "–", "–"]
     assert 'Flower is not installed: pip install "flwr[simulation]"' in lines
     assert any("whole run, plain loop is not comparable" in line for line in lines)
+    assert ", plain loop 1, 1 turns" in lines[0]
 
 
 def test_without_peers_nobody_looks_for_them(quick: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,7 +152,8 @@ def _tables(measured: Mapping[str, Any], asked: Asked) -> str:
 
     machine, versions, threads = measured["machine"], measured["versions"], measured["threads"]
     cores = f"{plain(machine['cpu'])}, {threads} of {machine['cores']} cores"
-    pieces = [f"{cores}, torch {versions['torch']}, {measured['repeats']} turns"]
+    others = [f"{name} {version}" for name, version in (measured["peers"] or {}).items() if version is not None]
+    pieces = [", ".join([cores, f"torch {versions['torch']}", *others, f"{measured['repeats']} turns"])]
     for name, found in measured["workloads"].items():
         sides, notes = [], []
         for side, told in found["sides"].items():

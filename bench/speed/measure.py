@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from bench.models import build
 from bench.protocol import provenance
 from bench.speed import commands, sides
 from bench.speed.federation import elsewhere, job
@@ -131,7 +132,9 @@ def _whole(what: str) -> str:
 
 
 def _auto(workload: Workload, folder: Path) -> str:
-    return choose("auto", Run(job(workload, folder)).task.model, "cpu")
+    """Name the engine that `--engine auto` takes."""
+    dataset = workload.dataset(folder)
+    return choose("auto", build(workload.model, dataset.num_classes, dataset.image_shape, workload.norm), "cpu")
 
 
 def _of_training(workload: Workload, folder: Path, asked: Asked, peers: Sequence[str]) -> dict[str, Any]:

@@ -73,20 +73,15 @@ class Workload:
         """Give the training examples of each class."""
         return class_sizes("exponential", self.largest, self.imbalance, self.classes)
 
-    def fields(self, rounds: int, eval_every: int | None = None) -> dict[str, object]:
-        """Give the fields in which the protocol differs from `quick`, as `bench run --set` takes them.
-
-        Args:
-            rounds: Of communication.
-            eval_every: Rounds between evaluations; None: only the last is evaluated.
-        """
+    def fields(self, rounds: int) -> dict[str, object]:
+        """Give the fields in which the protocol differs from `quick`; only the last of the rounds is evaluated."""
         tail = {"imbalance": 1.0} if self.shape is None else {}
         dealt = {"alpha": 0.5} if self.partition == "dirichlet" else {}
         return {
             "model": self.model, "norm": self.norm, "clients": self.clients,
             "participation": self.cohort / self.clients, "epochs": self.epochs, "batch_size": self.batch, "lr": 0.05,
             "momentum": 0.5, "augment": "none", "partition": self.partition, "rounds": rounds,
-            "eval_every": rounds if eval_every is None else eval_every, **tail, **dealt,
+            "eval_every": rounds, **tail, **dealt,
         }  # fmt: skip
 
     def setting(self, dataset: Dataset, rounds: int = ENDLESS) -> Setting:
