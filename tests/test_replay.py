@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -248,6 +250,18 @@ def played_by(mine: replay._Recording | None) -> bool:
     return mine is not None and mine.play is not None
 
 
+def test_what_was_written_down_goes_with_its_run() -> None:
+    kept: Any = torch.jit._state._python_cu  # for as long as the process lasts
+    before = len(kept.get_functions())
+    run = toy.finish(toy.run(toy.Host(), "stacked", setting=EVERYBODY))
+    assert played(run) and len(engine._RECORDINGS) == 1
+    plays = [weakref.ref(each.play) for each in recordings(run) if each.play is not None]
+    del run
+    gc.collect()
+    assert not engine._RECORDINGS and plays and not any(play() for play in plays)
+    assert len(kept.get_functions()) == before
+
+
 def unable(*_: Any, **__: Any) -> Callable[..., Any]:
     """As an interpreter that does not know an operation."""
     raise RuntimeError("unknown operation")
@@ -262,7 +276,7 @@ def wrong(*_: Any, **__: Any) -> Callable[..., Any]:
 def test_what_the_interpreter_does_otherwise_or_not_at_all_is_done_as_ever(
     interpreter: Callable[..., Any], task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.jit, "trace", interpreter)
+    monkeypatch.setattr(torch._C, "_create_function_from_graph", interpreter)
     found = list(do(lambda _, x: {"a": 2 * x["a"]}, task, *[{"a": torch.ones(2)}] * 3))
     assert [float(result["a"][0]) for result, _ in found] == [2.0] * 3
     assert found[1][1].refused and not found[-1][1].tried

@@ -30,8 +30,9 @@ Play = Callable[..., Sequence[Tensor]]
 
 WORTH = 20
 """Groups that save what writing down costs: it is done where more of the same shapes are to be expected."""
-_KINDS, _OPERATIONS = 256, 200_000
-"""Most that a run remembers, of kinds of work and of operations: where each round is of another kind, nothing is won.
+_KINDS, _OPERATIONS = 256, 25_000
+"""Most that a run remembers, of kinds of work and of operations, which take 4 KB each: where each round is of another
+kind, nothing is won.
 """
 
 
@@ -105,7 +106,7 @@ class _Recording:
         try:
             self.play, self.constants = writer.compiled(leaves, answer), writer.constants
             played = self._played(leaves)
-        except RuntimeError:  # of torch's interpreter, to which some operation may be unknown
+        except (RuntimeError, AttributeError):  # of torch's interpreter, to which some operation may be unknown
             self._refuse()
             return
         if not _same(played, answer):
@@ -227,7 +228,12 @@ class _Writer(TorchDispatchMode):
 
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # shapes become constants, which is meant
-            play: Play = torch.jit.trace(interpreted, (*leaves, *self.constants), check_trace=False)
+            # `torch.jit.trace` would enter it in a list that lasts as long as the process.
+            graph, _ = torch._C._create_graph_by_tracing(
+                interpreted, (*leaves, *self.constants), lambda tensor: "", strict=True, force_outplace=False
+            )
+        torch._C._jit_pass_constant_pooling(graph)  # type: ignore[attr-defined]
+        play: Play = torch._C._create_function_from_graph("play", graph)
         return play
 
 
