@@ -218,7 +218,7 @@ class Evaluator:
     ) -> tuple[list[Tensor], list[Tensor]]:
         population = self.here.population
         rows = [population.tests[client] for client in clients]
-        absent = torch.stack([population.class_counts(client) for client in clients]) == 0
+        absent = [population.class_counts(client) == 0 for client in clients]
         bodies = [_memory(model) for model in models]
         times, common = Counter(bodies), _memory(shared)
         kept: list[int] = []
@@ -234,7 +234,8 @@ class Evaluator:
                     self.here.task.model.logits(models[k]["head"], features[rows[k]]).float()
                     for k, features in zip(some, given, strict=True)
                 ]
-            found |= zip(some, _compare(self.here, scores, [rows[k] for k in some], absent[some]), strict=True)
+            lacking = torch.stack([absent[k] for k in some])
+            found |= zip(some, _compare(self.here, scores, [rows[k] for k in some], lacking), strict=True)
         items: list[_Item] = [(models[k], rows[k], absent[k]) for k in apart]
         work = partial(_try, task.round, task.lr, predictor)
         answers = self.crew.map(work, {}, items, [len(rows[k]) for k in apart])
