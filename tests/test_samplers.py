@@ -84,6 +84,21 @@ def test_batches_that_are_made_together_are_those_made_one_by_one(
         assert [int(each.first) for each in batches] == [int(each.first) for each in found[0]]
 
 
+@pytest.mark.parametrize("padding", [0, PADDING])
+def test_a_stacked_client_has_each_batch_in_one_piece(padding: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    plain = Images.augmented
+
+    def noted(self: Images, index: Tensor, key: Tensor, example: Tensor) -> Tensor:
+        made.append(len(index))
+        return plain(self, index, key, example)
+
+    monkeypatch.setattr(Images, "augmented", noted)
+    batches = list(client(12, padding).batches(1))
+    assert made == ([len(batch.y) for batch in batches] if padding else [12])
+    assert all(batch.x.permute(0, 2, 3, 1).is_contiguous() for batch in batches)
+
+
 def test_only_so_many_are_made_together_as_stay_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     images = client(13).images
     monkeypatch.setattr("bench.data.images._AT_ONCE", 72 * 4 * 5 + 1)

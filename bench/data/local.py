@@ -221,7 +221,8 @@ class LocalData:
     def _epochs(
         self, epochs: Iterable[int], salt: str, weights: Tensor | None, views: int, size: int
     ) -> Iterator[Batch]:
-        mask, several = self.mask, self.images.batches_at_once(size) if views == 1 else 1
+        # Of stacked clients a batch would lie in pieces, of which products have other bits.
+        mask, several = self.mask, 1 if self.padded or views > 1 else self.images.batches_at_once(size)
         for epoch in epochs:
             order = self._order(keys.fold(self.key, f"{_word(weights)} {salt} {epoch}"), weights)
             key = keys.fold(self.key, f"augment {salt} {epoch}")
