@@ -33,6 +33,7 @@ EVERYBODY = replace(toy.SETTING, participation=1.0, rounds=5, epochs=1, eval_eve
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Write down whatever comes a second time."""
     monkeypatch.setattr(replay, "WORTH", 0)
+    monkeypatch.setattr(replay, "TIMES", 1)
     monkeypatch.setattr(engine, "_RECORDINGS", type(engine._RECORDINGS)())
 
 
@@ -234,9 +235,12 @@ def test_nothing_is_written_down_that_cannot_be_named_or_would_not_pay(
         return next(iter(known._known.values()), None)
 
     assert after(3, lambda: None) is None
-    monkeypatch.setattr(replay, "WORTH", 95)
+    monkeypatch.setattr(replay, "WORTH", 96)
     assert played_by(after(3)) and not played_by(after(1))
-    monkeypatch.setattr(replay, "WORTH", 105)
+    monkeypatch.setattr(replay, "TIMES", 3)
+    assert played_by(after(4)) and not played_by(after(3))
+    monkeypatch.setattr(replay, "TIMES", 1)
+    monkeypatch.setattr(replay, "WORTH", 99)
     assert not played_by(after(3))
     monkeypatch.setattr(replay, "WORTH", 0)
     monkeypatch.setattr(replay, "_OPERATIONS", 0)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from bench.task import Task
@@ -28,8 +28,10 @@ Work = Callable[[Task, Any], Any]
 Play = Callable[..., Sequence[Tensor]]
 """Tensors, one by one, to those that are made of them."""
 
-WORTH = 20
+WORTH = 15
 """Groups that save what writing down costs: it is done where more of the same shapes are to be expected."""
+TIMES = 3
+"""That the same shapes must have come again before anything is expected of them."""
 _KINDS, _OPERATIONS = 256, 25_000
 """Most that a run remembers, of kinds of work and of operations, which take 4 KB each: where each round is of another
 kind, nothing is won.
@@ -86,7 +88,8 @@ class _Recording:
 
     def pays(self, task: Task) -> bool:
         """Tell whether enough uses are to come, if they come as often as so far."""
-        return self.uses > 1 and self.uses * (task.rounds - task.round) > WORTH * (task.round - self.since + 1)
+        again, rounds = self.uses - 1, task.round - self.since
+        return again >= TIMES and again * (task.rounds - task.round) > WORTH * max(rounds, 1)
 
     def record(self, work: Work, task: Task, leaves: list[Tensor], structure: TreeSpec) -> Any:
         """Do the work once more, and write it down unless that cannot be."""
@@ -190,7 +193,7 @@ class _Writer(TorchDispatchMode):
         self.unfit = self.unfit or _depends_on_values(func, args)
         if self.unfit:
             return func(*args, **kwargs)
-        operands = tree_map_only(Tensor, self._place, (args, kwargs))
+        operands = _with(Tensor, self._place, (args, kwargs))
         result = func(*args, **kwargs)
         self.steps.append((func, *operands, self._new(_several(result))))
         return result
@@ -222,7 +225,7 @@ class _Writer(TorchDispatchMode):
         def interpreted(*tensors: Tensor) -> tuple[Tensor, ...]:
             known = dict(zip(begins, tensors, strict=True))
             for func, args, kwargs, places in self.steps:
-                args, kwargs = tree_map_only(_Place, known.__getitem__, (args, kwargs))
+                args, kwargs = _with(_Place, known.__getitem__, (args, kwargs))
                 known.update(zip(places, _several(func(*args, **kwargs)), strict=True))
             return tuple(known[place] for place in ends)
 
@@ -245,6 +248,17 @@ def _depends_on_values(func: Any, args: Any) -> bool:
     if func is torch.ops.aten.index.Tensor:  # is said to, and does only where it is given a mask
         return any(each is not None and each.dtype in (torch.bool, torch.uint8) for each in args[1])
     return not _VARYING.isdisjoint(func.tags)
+
+
+def _with(kind: type, function: Callable[[Any], Any], given: Any) -> Any:
+    """Put what a function gives in the place of everything of a kind, in lists, tuples and dictionaries."""
+    if isinstance(given, kind):
+        return function(given)
+    if isinstance(given, list | tuple):
+        return type(given)([_with(kind, function, each) for each in given])
+    if isinstance(given, dict):
+        return {name: _with(kind, function, each) for name, each in given.items()}
+    return given
 
 
 def _several(result: Any) -> list[Tensor]:
