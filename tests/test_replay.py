@@ -167,6 +167,7 @@ def test_operations_in_place_and_of_several_results(task: Task) -> None:
         made = x["a"].clone()
         left, right = made.split(3)
         left.add_(1).mul_(right)
+        torch.add(left, right, out=right)
         values, places = torch.sort(x["a"], descending=True)
         return {
             "made": made,
