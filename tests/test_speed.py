@@ -130,7 +130,7 @@ def test_sides_take_turns_and_the_first_does_not_count() -> None:
     taken = take_turns([recorded("a", calls, 9, 1, 2), recorded("b", calls, 9, 2, 8)], 2)
     assert calls == ["a", "b"] * 3
     assert [turn.seconds for turn in taken.turns["b"]] == [2, 8]
-    assert take_turns([recorded("a", [], 9, 1)], 2, warm=False).turns["a"][0].seconds == 9
+    assert take_turns([recorded("a", [], 9, 1)], 2, warm=0).turns["a"][0].seconds == 9
 
 
 def test_ratios_are_medians_of_the_ratios_of_a_turn() -> None:

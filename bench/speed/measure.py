@@ -158,7 +158,7 @@ def _of_training(workload: Workload, folder: Path, asked: Asked, peers: Sequence
             ratios += [Ratio(f"{engine} {precision}", first) for engine in workload.engines[1:]]
         for peer in peers:
             taking.append(stack.enter_context(driver.at_work(peer, folder, asked.workers, asked.python)))
-        return described(take_turns(taking, asked.repeats), ratios)
+        return described(take_turns(taking, asked.repeats, workload.warm), ratios)
 
 
 @contextmanager
@@ -175,7 +175,7 @@ def _of_starts(workload: Workload, folder: Path, asked: Asked) -> dict[str, Any]
     taking = [commands.first_round("first round", workload, folder, 1)]
     if asked.workers > 1:
         taking.append(commands.first_round(f"first round, {asked.workers} workers", workload, folder, asked.workers))
-    return described(take_turns(taking, asked.starts, warm=False), [])
+    return described(take_turns(taking, asked.starts, warm=0), [])
 
 
 def _of_whole_runs(
@@ -190,7 +190,7 @@ def _of_whole_runs(
     for peer in peers:
         name = _whole(peer)
         taking.append(driver.whole_run(name, peer, folder, asked.workers, workload.rounds, asked.python, accuracy))
-    return described(take_turns(taking, asked.starts, warm=False), ratios)
+    return described(take_turns(taking, asked.starts, warm=0), ratios)
 
 
 def _of_heads(workload: Workload, folder: Path, asked: Asked) -> dict[str, Any]:
@@ -211,4 +211,4 @@ def _of_sweep(workload: Workload, folder: Path, asked: Asked, peers: Sequence[st
         peer = f"two plain loops, {_RUNS // 2} runs each"
         taking.append(driver.side_by_side(peer, "plain loop", folder, workload.rounds, _RUNS // 2, asked.python))
         ratios.append(Ratio(both, peer, "time"))
-    return described(take_turns(taking, asked.starts, warm=False), ratios)
+    return described(take_turns(taking, asked.starts, warm=0), ratios)

@@ -63,13 +63,13 @@ class Taken:
     """Why a side has no turns."""
 
 
-def take_turns(sides: Sequence[Side], repeats: int, warm: bool = True) -> Taken:
+def take_turns(sides: Sequence[Side], repeats: int, warm: int = 1) -> Taken:
     """Let sides take turns: A B C A B C and so on.
 
     Args:
         sides: In the order of a turn; one that fails once is left out.
         repeats: Turns of each that count.
-        warm: Whether each has one turn before, which does not count.
+        warm: Turns of each before, which do not count.
     """
     turns: dict[str, list[Turn]] = {side.name: [] for side in sides}
     failed: dict[str, str] = {}

@@ -56,6 +56,8 @@ class Workload:
     batch: int
     rounds: int
     """Of a whole run, after which accuracies are compared."""
+    warm: int = 1
+    """Rounds before those that are timed: where clients are stacked, their shapes must have come a few times."""
     partition: str = "dirichlet"
 
     def dataset(self, folder: Path) -> Dataset:
@@ -125,7 +127,7 @@ _CNN = (3, 32, 32)
 WORKLOADS: Mapping[str, Workload] = {
     "tiny": Workload(
         what="digits, MLP, 100 clients, 10 a round, 2 epochs, batch 10", model="mlp", shape=None, clients=100,
-        cohort=10, epochs=2, batch=10, rounds=200, engines=("serial", "stacked"),
+        cohort=10, epochs=2, batch=10, rounds=200, warm=100, engines=("serial", "stacked"),
     ),
     "small": Workload(
         what="Fashion-MNIST's shape, small CNN, 20 clients, 8 a round, batch 32", model="small_cnn", shape=(1, 28, 28),
