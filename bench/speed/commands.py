@@ -45,7 +45,8 @@ def first_round(name: str, workload: Workload, folder: Path, workers: int) -> Si
 def whole_run(
     name: str, workload: Workload, folder: Path, precision: str, workers: int, accuracies: dict[str, float]
 ) -> Side:
-    """Do a run with one command, from start to end, with its last evaluation.
+    """Do a run with one command, from start to end, with its last evaluation: of the one model of all, as of others,
+    and of a single client's. Whoever tests every client's model after local training trains them all once more for it.
 
     Args:
         name: Of the side.
@@ -59,7 +60,7 @@ def whole_run(
     def take() -> Turn:
         with tempfile.TemporaryDirectory(dir=folder) as out:
             command = _command(workload, folder, Path(out), workload.rounds, workers)
-            seconds = _done([*command, "--precision", precision])
+            seconds = _done([*command, "--precision", precision, "--eval-clients", "1"])
             (file,) = Path(out).glob("*/run.json")
             document: dict[str, Any] = json.loads(file.read_bytes())
         accuracies[name] = document["metrics"]["generic"]
