@@ -20,7 +20,7 @@ from bench.results.record import Lacking, Record
 from bench.sweep import execution
 from bench.sweep.config import Sweep, parse_algorithms, parse_datasets
 from bench.training import evaluation
-from bench.training.evaluation import _sparse, right
+from bench.training.counting import right, sparse
 from bench.training.rounds import Run
 from tests.test_command import Bench
 from tests.test_command import bench as bench
@@ -204,7 +204,7 @@ def test_portions_are_as_large_as_they_may_be() -> None:
 
 def test_models_without_images_or_answers_keep_their_place() -> None:
     taken = torch.tensor([[3, 0, 3, 3, 3, 3, 2], [1, 0, 1, 1, 1, 1, 3]])
-    found = _sparse(taken, [0, 6, 0, 1, 0], 5)
+    found = sparse(taken, [0, 6, 0, 1, 0], 5)
     assert [each.tolist() for each in found] == [
         [[], [], []],
         [[0, 3], [0, 1], [1, 5]],
@@ -220,7 +220,7 @@ def test_models_without_images_or_answers_keep_their_place() -> None:
 def test_many_classes_take_no_room() -> None:
     generator = torch.Generator().manual_seed(0)
     y, guess = torch.randint(8142, (2, 20_000), generator=generator)
-    (answers,) = _sparse(torch.stack([y, guess]), [20_000], 8142)
+    (answers,) = sparse(torch.stack([y, guess]), [20_000], 8142)
     assert answers.shape[1] <= 20_000 and answers[2].sum() == 20_000
     correct, total = right([answers, answers[:, :0]], 8142)
     assert torch.equal(total[0], torch.bincount(y, minlength=8142)) and not total[1].any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import Batch, keys, losses
+from bench import Batch, collector, keys, losses
 from bench.plugins import registry
 from bench.plugins.registry import DATASETS
 from bench.training import compiler
@@ -173,3 +174,15 @@ def test_packages_are_asked_for_plugins_once_and_again_when_one_is_installed(
     (folder / "entry_points.txt").write_text("[bench.algorithms]\nlate = late:Late\n[other]\nelse = late:Late\n")
     assert list(registry.ALGORITHMS) == sorted([*before, "late"]) and len(asked) == 2
     assert "else" not in [*registry.ALGORITHMS, *registry.DATASETS]
+
+
+@pytest.mark.parametrize("was_on", [True, False])
+def test_the_collector_rests_and_is_as_before_afterwards_though_something_fails(was_on: bool) -> None:
+    (gc.enable if was_on else gc.disable)()
+    try:
+        with pytest.raises(ZeroDivisionError), collector.paused():
+            assert not gc.isenabled()
+            raise ZeroDivisionError
+        assert gc.isenabled() == was_on
+    finally:
+        gc.enable()

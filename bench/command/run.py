@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from bench import collector
 from bench.command.options import Options, run_options
 from bench.command.plan import describe, print_plan
 from bench.command.table import print_boards
@@ -40,7 +38,7 @@ def run_command(**values: Any) -> None:
 
 
 def _run(options: Options) -> int:
-    with _loading():
+    with collector.paused():  # while modules are loaded a seventh of the time would be its
         from bench.face import asked
         from bench.face.sweeping import Stopped, perform
 
@@ -56,18 +54,6 @@ def _run(options: Options) -> int:
     else:
         _print(swept, options)
     return 1 if swept.failed else 0
-
-
-@contextmanager
-def _loading() -> Iterator[None]:
-    """Look for no garbage while modules are loaded: a seventh of the time would be for that."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _print(swept: Swept, options: Options) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from bench import keys
@@ -18,35 +16,9 @@ from bench.training.job import Job
 from bench.training.rounds import Run
 
 
-@dataclass(frozen=True)
-class _Noise(Dataset):
-    """Random images of any shape."""
-
-    shape: tuple[int, ...]
-    num_classes: int = 10
-
-    @property
-    def image_shape(self) -> tuple[int, ...]:
-        """As asked for."""
-        return self.shape
-
-    @property
-    def mean(self) -> tuple[float, ...]:
-        """Half way."""
-        return (0.5,) * self.shape[0]
-
-    std = mean
-
-    def load(self, root: object = None) -> Splits:
-        """Not used."""
-        raise NotImplementedError
-
-
-def _federated(
-    model: str, shape: tuple[int, ...], clients: int, examples: int, batch: int, engine: str, classes: int
-) -> Run:
+def _federated(dataset: Dataset, model: str, clients: int, examples: int, batch: int, engine: str) -> Run:
     """Set up a run over random images, each client with as many, that is not tested."""
-    n = clients * examples
+    n, shape, classes = clients * examples, dataset.image_shape, dataset.num_classes
     key = keys.key(7)
     x = keys.integers(key, 256, n, *shape).to(torch.uint8)
     y = keys.integers(keys.fold(key, "y"), classes, n)
@@ -64,7 +36,7 @@ def _federated(
         momentum=0.5,
         eval_every=100_000,
     )
-    return Run(Job(Average(), _Noise(shape, classes), Splits(x, y, x[:1], y[:1]), split, setting, 0, engine))
+    return Run(Job(Average(), dataset, Splits(x, y, x[:1], y[:1]), split, setting, 0, engine))
 
 
 def compare(dataset: Dataset, model: str, batch: int, repeats: int = 7) -> dict[str, dict[str, float | str]]:
@@ -86,7 +58,7 @@ def compare(dataset: Dataset, model: str, batch: int, repeats: int = 7) -> dict[
     torch.set_num_threads(1)
     try:
         shape, classes = dataset.image_shape, dataset.num_classes
-        stacked, serial = (_federated(model, shape, 16, 64, batch, each, classes) for each in ("stacked", "serial"))
+        stacked, serial = (_federated(dataset, model, 16, 64, batch, each) for each in ("stacked", "serial"))
         sides = [federated("stacked", stacked), federated("serial", serial)]
         found = described(take_turns(sides, repeats), [Ratio("stacked", "serial")])
         (ratio,) = found["ratios"]

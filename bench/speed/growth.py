@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.protocol import provenance
 from bench.speed import sides
 from bench.speed.federation import job
 from bench.speed.turns import Side, Turn, spread, take_turns
@@ -63,9 +62,7 @@ def measure(repeats: int = 5, axes: Mapping[str, Mapping[int, Workload]] = AXES)
     finally:
         torch.set_num_threads(threads)
     return {
-        "machine": provenance.hardware("cpu"),
-        "versions": provenance.versions(),
-        "commit": provenance.commit(),
+        **sides.here(),
         "repeats": repeats,
         "axes": found,
     }

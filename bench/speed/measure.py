@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from bench.models import build
-from bench.protocol import provenance
 from bench.speed import commands, sides
 from bench.speed.federation import elsewhere, job
 from bench.speed.peers import driver, work
@@ -77,9 +76,7 @@ def measure(names: Sequence[str], asked: Asked, say: Callable[[str], None] = lam
     finally:
         torch.set_num_threads(threads)
     return {
-        "machine": provenance.hardware("cpu"),
-        "versions": provenance.versions(),
-        "commit": provenance.commit(),
+        **sides.here(),
         "threads": asked.workers,
         "repeats": asked.repeats,
         "peers": there,
@@ -120,7 +117,7 @@ def of_workload(workload: Workload, folder: Path, asked: Asked, there: dict[str,
         peer = ratio["to"].removeprefix(_WHOLE)
         if peer in peers:
             its = accuracy.get(_whole(peer))
-            ratio["comparable"] = None not in (own, its) and abs(own - its) <= driver.TOLERANCE  # type: ignore[operator]
+            ratio["comparable"] = own is not None and its is not None and abs(own - its) <= driver.TOLERANCE
     return {"what": workload.what, "auto": _auto(workload, folder), **together, "accuracy": accuracy}
 
 

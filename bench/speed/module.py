@@ -31,8 +31,9 @@ class Module(torch.nn.Module):
                 self.register_buffer(name, own)
                 leaves[path] = own
             else:
-                leaves[path] = torch.nn.Parameter(own)
-                self.register_parameter(name, leaves[path])  # type: ignore[arg-type]
+                parameter = torch.nn.Parameter(own)
+                self.register_parameter(name, parameter)
+                leaves[path] = parameter
         self.params = tree.unflatten(leaves)
         self.statistics = tree.split(self.params, tree.is_statistic)[0]
 

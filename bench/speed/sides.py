@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from bench import keys, tree
+from bench.protocol import provenance
 from bench.speed.federation import Heads, job
 from bench.speed.module import Module
 from bench.speed.turns import Side, Turn
@@ -114,3 +115,12 @@ def heads(workload: Workload, folder: Path) -> list[Side]:
 def _images(run: Run, cohort: tuple[int, ...]) -> float:
     """Count the examples that a cohort trains on in a round, in all epochs."""
     return float(run.population.sizes(cohort).sum()) * run.setting.epochs
+
+
+def here() -> dict[str, object]:
+    """Say where and with what is measured, in JSON's types."""
+    return {
+        "machine": provenance.hardware("cpu"),
+        "versions": provenance.versions(),
+        "commit": provenance.commit(),
+    }

@@ -26,15 +26,12 @@ from bench.data import LocalData
 from bench.protocol.settings import BEYOND_TRAINING
 from bench.task import Task
 from bench.training import adaptation as tuning
+from bench.training.counting import Answers, sparse
 from bench.training.crew import Crew, Surroundings, visit_all
 from bench.training.keeping import Keeper
 from bench.training.states import Store
 from bench.training.visit import Verb, Visit
 from bench.tree import Tree
-
-Answers = dict[str, list[Tensor]]
-"""Model name to what it took the test images of each client for, of all of them for a generic model: (3, n) int64 with
-class, predicted class and number of images, ascending; what never happened is not there."""
 
 Work = Callable[[str, Verb, Task, Tree, Sequence[Visit]], list[Any]]
 """Runs a verb for every visit, and counts it: (name, verb, task, shared, visits) -> one result a visit."""
@@ -242,7 +239,7 @@ class Evaluator:
         found |= zip(apart, answers, strict=True)
         told = torch.cat([found[k] for k in range(len(clients))], 1).cpu()  # the device is asked once for all
         sizes, classes = [len(own) for own in rows], self.here.task.num_classes
-        return _sparse(told[[0, 1]], sizes, classes), _sparse(told[[0, 2]], sizes, classes)
+        return sparse(told[[0, 1]], sizes, classes), sparse(told[[0, 2]], sizes, classes)
 
     def _test_on_all(self, task: Task, model: Tree, predictor: str) -> Tensor:
         """Test one model on all test images: (3, n) as in `Answers`."""
@@ -254,7 +251,7 @@ class Evaluator:
             items: list[_Item] = [({}, rows, None) for rows in self._portions(everything)]
             work = partial(_try, task.round, task.lr, predictor)
             found = self.crew.map(work, model, items, [len(rows) for _, rows, _ in items])
-        return _sparse(torch.cat(found, 1)[:2].cpu(), [len(everything)], self.here.task.num_classes)[0]
+        return sparse(torch.cat(found, 1)[:2].cpu(), [len(everything)], self.here.task.num_classes)[0]
 
     def _features_of(self, memory: tuple[int, ...], body: Tree) -> Tensor:
         """Give the features of all test images, (M, d), computed once for a body, which is told by its memory."""
@@ -378,32 +375,6 @@ def _compare(
         lacking = absent.repeat_interleave(times, 0, output_size=len(everything))
         masked = everything.masked_fill(lacking, -torch.inf).argmax(1)
     return list(torch.stack([here.population.test.y[torch.cat(list(rows))], plain, masked]).split(sizes, 1))
-
-
-def _sparse(taken: Tensor, sizes: Sequence[int], num_classes: int) -> list[Tensor]:
-    """Add up images by model, class and predicted class: of each model as in `Answers`.
-
-    Args:
-        taken: (2, n) int64, class and predicted class, on the host.
-        sizes: How many of the n are of each model, one after the other.
-        num_classes: C.
-    """
-    model = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    triples, images = torch.unique((model * num_classes + taken[0]) * num_classes + taken[1], return_counts=True)
-    pairs = triples % num_classes**2
-    lengths = torch.bincount(triples // num_classes**2, minlength=len(sizes)).tolist()
-    return list(torch.stack([pairs // num_classes, pairs % num_classes, images]).split(lengths, 1))
-
-
-def right(answers: Sequence[Tensor], num_classes: int) -> tuple[Tensor, Tensor]:
-    """Count right answers and test images of each client and class: (K, C) int64 each, of K entries of `Answers`."""
-    correct, total = torch.zeros(2, len(answers) * num_classes, dtype=torch.int64)
-    classes, predicted, images = torch.cat(list(answers), 1)
-    sizes = torch.tensor([told.shape[1] for told in answers])
-    place = torch.arange(len(answers)).repeat_interleave(sizes) * num_classes + classes
-    total.index_add_(0, place, images)
-    correct.index_add_(0, place, images * (classes == predicted))
-    return correct.reshape(-1, num_classes), total.reshape(-1, num_classes)
 
 
 def _memory(model: Tree) -> tuple[int, ...]:

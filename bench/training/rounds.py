@@ -24,8 +24,9 @@ from bench.task import Task
 from bench.training import checkpoint as checkpoints
 from bench.training import engine as engines
 from bench.training import metrics
+from bench.training.counting import Answers, right
 from bench.training.crew import Alone, Crew, visit_all
-from bench.training.evaluation import Answers, Evaluator, right
+from bench.training.evaluation import Evaluator
 from bench.training.job import Job, surroundings
 from bench.training.keeping import Keeper, holds
 from bench.training.memory import peak_memory, reset_peak_memory

@@ -41,7 +41,7 @@ class _Network(Module):
         return {}
 
 
-class _Turns(TrainingProcessCallback):  # type: ignore[misc]
+class _Turns(TrainingProcessCallback):  # type: ignore[misc]  # pfl need not be installed
     """Tells of each round, and waits until the next may begin."""
 
     def __init__(self, work: Work, line: Line) -> None:

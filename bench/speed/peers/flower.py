@@ -23,7 +23,7 @@ def _client(folder: Path) -> Any:
     """Make the app of the clients."""
     app = ClientApp()
 
-    @app.train()  # type: ignore[untyped-decorator]
+    @app.train()  # type: ignore[untyped-decorator]  # Flower need not be installed
     def train(message: Message, context: Context) -> Message:
         torch.set_num_threads(1)
         work = read(folder)
@@ -46,7 +46,7 @@ def _server(work: Work, line: Line) -> Any:
     app = ServerApp()
     size, everyone = len(work.cohort(0)), len(work.clients)
 
-    @app.main()  # type: ignore[untyped-decorator]
+    @app.main()  # type: ignore[untyped-decorator]  # likewise
     def main(grid: Grid, context: Context) -> None:
         strategy = FedAvg(
             fraction_train=size / everyone, min_train_nodes=size, min_available_nodes=everyone, fraction_evaluate=0.0
