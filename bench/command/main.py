@@ -6,6 +6,7 @@ missing or damaged, 130 interrupted.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import re
@@ -82,8 +83,11 @@ class LazyVerbs(Verbs):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run a verb and exit; errors that are the user's are one line on standard error."""
         make_safe()
-        with terminable():
-            self._run(*args, **kwargs)
+        try:
+            with terminable():
+                self._run(*args, **kwargs)
+        finally:
+            gc.freeze()  # all of it goes with the process, which need not first look for what goes together
 
     def _run(self, *args: Any, **kwargs: Any) -> None:
         try:
