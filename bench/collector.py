@@ -17,3 +17,11 @@ def paused() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
+
+
+@contextmanager
+def settling() -> Iterator[None]:
+    """Make what lasts as long as the process, such as modules, of which the collector need never know."""
+    with paused():
+        yield
+        gc.freeze()

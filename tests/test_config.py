@@ -289,26 +289,32 @@ def test_a_model_too_large_for_the_images_is_refused() -> None:
 
 def test_the_engine_is_resolved_and_recorded() -> None:
     assert one().engine == "stacked"
-    assert one(overrides={"model": "small_cnn"}).engine == "serial"  # by its convolutions: it has 13,706 weights
+    small = {"model": "small_cnn", "batch_size": 32}
+    assert one(overrides=small).engine == "stacked"
+    assert one(overrides=small | {"model": "resnet8"}).engine == "serial"
     assert one(engine="serial").engine == "serial"
 
 
 @pytest.mark.parametrize(
-    ("model", "classes", "shape", "engine"),
+    ("model", "classes", "shape", "batch", "engine"),
     [
-        ("mlp", 10, (1, 28, 28), "stacked"),  # 50,890 weights
-        ("mlp", 10, (3, 32, 32), "serial"),  # 197,322
-        ("frozen", 10, (1280, 1, 1), "stacked"),
-        ("frozen", 100, (1280, 1, 1), "serial"),
-        ("frozen", 16, (4095, 1, 1), "stacked"),  # 65,536, the most
-        ("frozen", 16, (4096, 1, 1), "serial"),
-        ("lenet5", 10, (1, 28, 28), "serial"),
+        ("mlp", 10, (1, 28, 28), 10, "stacked"),  # 50,890 weights
+        ("mlp", 10, (3, 32, 32), 31, "serial"),  # 197,322
+        ("mlp", 10, (3, 32, 32), 32, "stacked"),
+        ("frozen", 10, (1280, 1, 1), 10, "stacked"),
+        ("frozen", 32, (4095, 1, 1), 10, "stacked"),  # 131,072, the most
+        ("frozen", 32, (4096, 1, 1), 10, "serial"),
+        ("frozen", 64, (4095, 1, 1), 32, "stacked"),  # 262,144
+        ("frozen", 64, (4096, 1, 1), 32, "serial"),
+        ("small_cnn", 10, (1, 8, 8), 10, "stacked"),  # 13,706
+        ("small_cnn", 10, (1, 12, 12), 64, "serial"),  # 23,946
+        ("lenet5", 10, (1, 28, 28), 10, "serial"),
     ],
 )
-def test_auto_stacks_dense_networks_of_few_weights(
-    model: str, classes: int, shape: tuple[int, int, int], engine: str
+def test_auto_stacks_networks_of_few_weights(
+    model: str, classes: int, shape: tuple[int, int, int], batch: int, engine: str
 ) -> None:
-    assert engines.choose("auto", build(model, classes, shape), "cpu") == engine
+    assert engines.choose("auto", build(model, classes, shape), batch, "cpu") == engine
 
 
 def test_assignments_are_literals_or_text() -> None:

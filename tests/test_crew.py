@@ -26,7 +26,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import Algorithm, LocalData, Task, Tree, tree
+from bench import Algorithm, LocalData, Task, Tree, keys, tree
 from bench.contract import toy
 from bench.dataset import DataMissing
 from bench.plugins.registry import ALGORITHMS
@@ -40,6 +40,7 @@ from bench.training.crew import Surroundings
 from bench.training.job import Job, surroundings
 from bench.training.parcel import Parcel, addresses, pack, unpack
 from bench.training.rounds import Run
+from bench.training.visit import Visit
 from tests.processes import digests, finish, start, wait
 
 ROOT = Path(__file__).parents[1]
@@ -222,6 +223,26 @@ def test_statistics_of_norm_layers_stay_where_they_belong(name: str, statistics:
     setting = replace(SETTING, model="resnet8", norm="batch", statistics=statistics, rounds=2)
     crew, _ = hired(partial(toys, name, "serial", setting), 2)
     assert left(toy_run(name, setting=setting, crew=crew)) == left(toy_run(name, setting=setting))
+
+
+@pytest.mark.parametrize(
+    ("weights", "private", "device", "widths"),
+    [
+        (100, 0, "cpu", [128, 128, 44]),
+        (50_000, 0, "cpu", [41] * 7 + [13]),  # 8 MiB of them
+        (25_000, 25_000, "cpu", [41] * 7 + [13]),
+        (3_000_000, 0, "cpu", [1] * 300),
+        (50_000, 0, "meta", [128, 128, 44]),
+        (1_000_000, 0, "meta", [67] * 4 + [32]),  # a quarter of a gibibyte
+    ],
+)
+def test_a_stack_stays_in_the_cache_or_takes_a_bounded_memory(
+    weights: int, private: int, device: str, widths: list[int]
+) -> None:
+    key = keys.key(0)
+    visit = Visit({"w": torch.empty(private)}, torch.arange(3, device=device), key, key, key)
+    groups = engine.stacked.groups({"w": torch.empty(weights)}, [visit] * 300)
+    assert [len(group) for group in groups] == widths
 
 
 def test_many_orders_of_who_does_what_give_one_digest() -> None:
@@ -743,7 +764,19 @@ class Slow(Algorithm):
             time.sleep(0.5 if len(list(folder.iterdir())) < int(os.environ["PIDS"]) else 0.01)
         return task.sgd(task.loss, shared, data.batches(task.epochs)), private
 '''
-QUIET = ("--plugin", "slow.py", "--json", "--tracking-uri", "off", "--model", "small_cnn", "--clients", "8")
+QUIET = (
+    "--plugin",
+    "slow.py",
+    "--json",
+    "--tracking-uri",
+    "off",
+    "--model",
+    "small_cnn",
+    "--engine",
+    "serial",
+    "--clients",
+    "8",
+)
 
 
 def begin(*words: object, cwd: Path, **environment: str) -> subprocess.Popen[str]:

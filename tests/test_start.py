@@ -33,7 +33,7 @@ loaded, searched = [], []
 def look(event, words):
     if event == "open" and str(words[0]).endswith("progress.jsonl") and not loaded:
         loaded.extend(sys.modules)
-        assert gc.isenabled()
+        assert gc.isenabled() and gc.get_freeze_count()
 
 def search(phase, about):
     if "torch" in sys.modules and not hasattr(sys.modules.get("bench.face.sweeping"), "perform"):

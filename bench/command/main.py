@@ -6,7 +6,6 @@ missing or damaged, 130 interrupted.
 
 from __future__ import annotations
 
-import gc
 import importlib
 import os
 import re
@@ -83,11 +82,8 @@ class LazyVerbs(Verbs):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run a verb and exit; errors that are the user's are one line on standard error."""
         make_safe()
-        try:
-            with terminable():
-                self._run(*args, **kwargs)
-        finally:
-            gc.freeze()  # all of it goes with the process, which need not first look for what goes together
+        with terminable():
+            self._run(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> None:
         try:

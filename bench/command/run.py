@@ -38,7 +38,7 @@ def run_command(**values: Any) -> None:
 
 
 def _run(options: Options) -> int:
-    with collector.paused():  # while modules are loaded a seventh of the time would be its
+    with collector.settling():  # a seventh of the time of loading modules would be its, and half a second of the end
         from bench.face import asked
         from bench.face.sweeping import Stopped, perform
 

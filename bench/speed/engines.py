@@ -15,6 +15,9 @@ from bench.training.engine import choose
 from bench.training.job import Job
 from bench.training.rounds import Run
 
+_WARM = 6
+"""Rounds of each engine before those that are timed: what is stacked is written down in one of them."""
+
 
 def _federated(dataset: Dataset, model: str, clients: int, examples: int, batch: int, engine: str) -> Run:
     """Set up a run over random images, each client with as many, that is not tested."""
@@ -60,7 +63,7 @@ def compare(dataset: Dataset, model: str, batch: int, repeats: int = 7) -> dict[
         shape, classes = dataset.image_shape, dataset.num_classes
         stacked, serial = (_federated(dataset, model, 16, 64, batch, each) for each in ("stacked", "serial"))
         sides = [federated("stacked", stacked), federated("serial", serial)]
-        found = described(take_turns(sides, repeats), [Ratio("stacked", "serial")])
+        found = described(take_turns(sides, repeats, warm=_WARM), [Ratio("stacked", "serial")])
         (ratio,) = found["ratios"]
         compared = {
             "images_per_second": found["sides"]["stacked"]["median"],
@@ -71,6 +74,6 @@ def compare(dataset: Dataset, model: str, batch: int, repeats: int = 7) -> dict[
             "pairs": float(repeats),
         }
         of = f"stacked {model}, {'×'.join(map(str, shape))}, {classes} classes, batch {batch}, against serial"
-        return {of: {**compared, "auto is": choose("auto", serial.task.model, "cpu")}}
+        return {of: {**compared, "auto is": choose("auto", serial.task.model, batch, "cpu")}}
     finally:
         torch.set_num_threads(threads)

@@ -131,7 +131,8 @@ def _whole(what: str) -> str:
 def _auto(workload: Workload, folder: Path) -> str:
     """Name the engine that `--engine auto` takes."""
     dataset = workload.dataset(folder)
-    return choose("auto", build(workload.model, dataset.num_classes, dataset.image_shape, workload.norm), "cpu")
+    model = build(workload.model, dataset.num_classes, dataset.image_shape, workload.norm)
+    return choose("auto", model, workload.batch, "cpu")
 
 
 def _of_training(workload: Workload, folder: Path, asked: Asked, peers: Sequence[str]) -> dict[str, Any]:

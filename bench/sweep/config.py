@@ -302,7 +302,7 @@ class Sweep:
             setting=_for_server(algorithm, setting),
             rounds=None if rounds == setting.rounds else rounds,
             seed=seed,
-            engine=engines.choose(self.engine, model, self.device),
+            engine=engines.choose(self.engine, model, setting.batch_size, self.device),
             precision=self.precision,
             device=self.device,
             weights=self.weights,

@@ -40,8 +40,8 @@ TOLERANCE = 2e-4
 (float32).
 """
 
-STACKED_WEIGHTS = 2**16
-"""Up to so many weights of a client, "auto" stacks clients: see `choose`."""
+STACKED_WEIGHTS, STACKED_CONVOLUTIONS = 2**17, 2**14
+"""Up to so many weights of a client, "auto" stacks clients; and where some are those of convolutions: see `choose`."""
 
 Share = Callable[[list[list[Visit]]], list[list[tuple[Any, float]]]]
 """Does groups of visits wherever it likes: for each group what `Engine.work` gives."""
@@ -180,11 +180,14 @@ def _rows(stack: Any, count: int) -> list[Any]:
 
 
 def _width(shared: Tree, visits: Sequence[Visit]) -> int:
-    """Choose how many clients are stacked: a quarter of a gibibyte of state, at most 128."""
+    """Choose how many clients are stacked, at most 128: so many whose state stays in a CPU's cache, or takes a quarter
+    of a gibibyte elsewhere.
+    """
     size = tree.nbytes(shared) + max(
         (tree.nbytes(visit.private) + tree.nbytes(visit.sent) for visit in visits), default=0
     )
-    return max(1, min(128, 2**28 // max(size, 1)))
+    most = 2**23 if visits and visits[0].index.device.type == "cpu" else 2**28
+    return max(1, min(128, most // max(size, 1)))
 
 
 def _run_group(verb: Verb, task: Task, shared: Tree, images: Images, group: Sequence[Visit]) -> tuple[Any, list[float]]:
@@ -235,23 +238,26 @@ def _run_group(verb: Verb, task: Task, shared: Tree, images: Images, group: Sequ
     return (stack[0] if stack else None), samples.tolist()
 
 
-def choose(engine: str, model: Model, device: str) -> str:
-    """Resolve "auto": stacked for models without convolutions of at most `STACKED_WEIGHTS` weights, serial otherwise.
+def choose(engine: str, model: Model, batch_size: int, device: str) -> str:
+    """Resolve "auto": stacked for models of at most `STACKED_WEIGHTS` weights, of twice as many from 32 images a batch,
+    of `STACKED_CONVOLUTIONS` if there are convolutions; else serial.
 
     The engine is part of a run's identity, so this is a rule, and no timing at the time of the run. The rule follows
     measurements such as those of `bench speed --model`, on one core of a CPU: how many times as fast as serial is
-    stacked, by weights of a client, images of a batch, and clients stacked at once.
+    stacked, when its work has been written down, by weights of a client, images of a batch, and clients of a cohort.
 
-                    weights    batch 8-16    batch 32-64
-        dense         4,810     2.0-11          3.2         8-128 clients
-                     12,810     1.3-2.7      1.6-3.1        8-128
-                     33,482       1.8           2.5            16
-                     50,890     1.4-2.0         1.9         8-128
-                     82,634     0.8-1.4         1.5         8-128
-                    128,100     0.4-0.6      0.6-1.6        8-128
-                    197,322     0.5-1.0         1.3         8-128
-                  1,281,000       0.2           0.4          8-32
-        convolutions 62,006 and more         0.5-0.6          4-8
+                    weights    batch 10     batch 32-64
+        dense         4,810         4.5             6.3     8-32 clients
+                     50,890     1.6-1.7         2.3-2.4     8-128
+                     85,386         1.3             1.8     8-32
+                    130,506         1.1         1.3-1.4     8-128
+                    197,322     0.8-0.9         1.1-1.3     8-128
+                    307,300         0.5             1.0        16
+                    353,636           –             0.4         8
+        convolutions 13,706         2.3             1.8     16-64, 8×8 pixels
+                     23,946         1.6             1.0        16, 12×12
+                     44,426     1.1-1.2             0.8     16-64, 28×28
+                    105,866         0.6             0.5        16, 28×28
 
     A step costs its calls, which a stack shares, and reading and writing weights, gradients and momentum several times,
     which in a stack do not stay in the cache; and `vmap` turns convolutions into grouped ones. On a GPU the same rule
@@ -260,7 +266,8 @@ def choose(engine: str, model: Model, device: str) -> str:
     if engine != "auto":
         return engine
     convolutions, weights = _made_of(model)
-    return "serial" if convolutions or weights > STACKED_WEIGHTS else "stacked"
+    most = STACKED_CONVOLUTIONS if convolutions else STACKED_WEIGHTS * (2 if batch_size >= 32 else 1)
+    return "stacked" if weights <= most else "serial"
 
 
 @lru_cache(maxsize=64)

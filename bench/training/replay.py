@@ -262,7 +262,9 @@ def _with(kind: type, function: Callable[[Any], Any], given: Any) -> Any:
 
 
 def _several(result: Any) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else list(result or ())
+    """Give the tensors that an operation made; it says None of a gradient that nobody wants."""
+    made = (result,) if isinstance(result, Tensor) else result or ()
+    return [each for each in made if each is not None]
 
 
 def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
