@@ -19,6 +19,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -190,9 +191,18 @@ def _width(shared: Tree, visits: Sequence[Visit]) -> int:
     return max(1, min(128, most // max(size, 1)))
 
 
+def _padded(rows: Sequence[Tensor], batch_size: int) -> Tensor:
+    """Pad rows to a common length: (clients, L) int64. From a batch on it is one of whole batches, so that cohorts have
+    few shapes, and what is done with one is soon written down.
+    """
+    longest = max(map(len, rows))
+    length = -(-longest // batch_size) * batch_size if longest > batch_size else longest
+    return F.pad(pad_sequence(list(rows), batch_first=True), (0, length - longest))
+
+
 def _run_group(verb: Verb, task: Task, shared: Tree, images: Images, group: Sequence[Visit]) -> tuple[Any, list[float]]:
     rows = [visit.index for visit in group]
-    images, index = images.gather(pad_sequence(rows, batch_first=True))
+    images, index = images.gather(_padded(rows, task.batch_size))
     clients: Tree = {
         "sent": tree.stack([visit.sent for visit in group]),
         "private": tree.stack([visit.private for visit in group]),
