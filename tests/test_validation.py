@@ -1001,6 +1001,25 @@ def test_studies_may_lie_beside_the_runs(out: Path) -> None:
     assert complaints(out) == ""
 
 
+def test_measurements_of_speed_may_lie_beside_the_runs(out: Path) -> None:
+    (out / "speed").mkdir()
+    for name, content in (("README.md", b"# Fast"), ("cnn.json", b"{}"), ("growth.png", b"\x89PNG...")):
+        (out / "speed" / name).write_bytes(content)
+    assert complaints(out) == ""
+
+
+@tampering("speed/growth.png: does not belong into speed, as it is neither a text")
+def a_program_for_a_picture(out: Path) -> None:
+    (out / "speed").mkdir()
+    (out / "speed" / "growth.png").write_bytes(b"\x7fELF")
+
+
+@tampering("speed/cnn.json: does not belong into speed, as it cannot be read")
+def a_measurement_that_is_none(out: Path) -> None:
+    (out / "speed").mkdir()
+    (out / "speed" / "cnn.json").write_text("{" * 5000)
+
+
 @tampering("better: does not belong into a folder of published results")
 def something_else_beside_the_runs(out: Path) -> None:
     (out / "better").mkdir()

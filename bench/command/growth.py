@@ -53,6 +53,7 @@ def write(folder: Path, document: Mapping[str, Any]) -> None:
         OSError: It cannot be written.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / TABLE).write_text(markdown(document), encoding="utf-8")
@@ -65,6 +66,7 @@ def write(folder: Path, document: Mapping[str, Any]) -> None:
             label = f"{quantity}, exponent {found[quantity]['exponent']:.2f}"
             panel.plot(found["values"], medians, marker="o", color=_COLOURS[quantity], label=label)
         panel.set(xscale="log", yscale="log", xlabel=axis)
+        panel.xaxis.set_minor_formatter(NullFormatter())  # between powers of ten labels would lie on each other
         panel.legend(frameon=False, fontsize="small")
     panels[0].set_ylabel("seconds")
     figure.savefig(folder / PICTURE, dpi=150)

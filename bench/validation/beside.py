@@ -18,6 +18,7 @@ TABLE, PROSE = "README.md", "NOTES.md"
 _TEXTS = (TABLE, PROSE, standing.FILE, ".gitignore")
 """Not .gitattributes: it can hide what a pull request changes."""
 _ID = re.compile("[0-9a-f]{12}")
+_PICTURE = b"\x89PNG"
 _HOME = "a folder of published results, which holds packs and folders of runs"
 
 
@@ -27,6 +28,7 @@ def strange(out: Path) -> Iterator[Problem]:
         presets.FOLDER: lambda folder: _files(folder, _preset, "presets"),
         "tuning": _studies,
         "studies": lambda folder: _files(folder, _report, "studies"),
+        "speed": lambda folder: _files(folder, _measurement, "speed"),
         packed.PLUGINS: _plugins,
     }
     own = (*packed.FILES, packed.PLUGINS) if packed.is_pack(out) else ()
@@ -87,6 +89,21 @@ def _report(path: Path) -> str | None:
     if path.suffix not in (".md", ".py"):
         return "is neither a text (.md) nor what wrote it (.py)"
     return next((what for _, what in _text(path)), None)
+
+
+def _measurement(path: Path) -> str | None:
+    """Look at what `bench speed` printed or wrote, and what is said of it."""
+    try:
+        content = reading.contents(path, reading.TEXT, links=False)
+        if path.suffix == ".md":
+            content.decode()
+        elif path.suffix == ".json":
+            json.loads(content)
+        elif path.suffix != ".png" or not content.startswith(_PICTURE):
+            return "is neither a text (.md) nor a document (.json) nor a picture (.png)"
+    except (OSError, ValueError, RecursionError) as error:
+        return f"cannot be read: {reading.why(error)}"
+    return None
 
 
 def _studies(folder: Path) -> Iterator[tuple[Path, str]]:
