@@ -75,6 +75,11 @@ FIELDS: dict[str, dict[str, str]] = {
         "absent": "'out' or a number above 0 and up to 1,000,000",
     },
     "focal": {"gamma": FROM_0, "detach": FLAG},
+    "posthoc_logit_adjustment": {
+        "prior": "'local', 'global', 'estimated' or 'uniform'",
+        "absent": "'out' or a number above 0 and up to 1,000,000",
+        "tau": FROM_0,
+    },
     "tau_norm": {"tau": SHARE},
     "topk": {"share": SOME},
     "trimmed_mean": {"share": "a number from 0 to below 0.5"},
