@@ -10,6 +10,8 @@ from bench import tree
 from bench.data import Batch
 from bench.tree import Tree
 
+_SHORT = 1e-6  # features of no direction: divided by less, their gradient would be no sensible number
+
 
 def mean(values: Tensor, batch: Batch) -> Tensor:
     """Average (B, ...) over the real examples: (...); 0 for a batch of padding only."""
@@ -23,6 +25,34 @@ def one_hot(y: Tensor, num_classes: int) -> Tensor:
     Unlike torch's own it looks at no value, so that it may stand in a loss of stacked clients.
     """
     return (y[:, None] == torch.arange(num_classes, device=y.device)).to(torch.float32)
+
+
+def cosines(features: Tensor | None) -> Tensor:
+    """Give the cosine similarity of each two examples: (B, B) float32, under autocast too; 0 with features of zeros.
+
+    Args:
+        features: (B, d), as a loss part is given them.
+
+    Raises:
+        ValueError: There are none.
+    """
+    if features is None:
+        raise ValueError("features = None: this loss is one of features, and the method has none; take one of logits")
+    with torch.autocast(features.device.type, enabled=False):
+        length = features.float().norm(dim=1, keepdim=True)
+        unit = torch.where(length > _SHORT, features.float() / length.clamp(min=_SHORT), 0.0)
+        return unit @ unit.T
+
+
+def pairs(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Tell which examples have one label, each with itself too, and which have different ones: two of (B, B) float32.
+
+    Neither is true of padding, and of examples without a label.
+    """
+    real = batch.weight * (batch.y >= 0)
+    both = real[:, None] * real
+    alike = both * (batch.y[:, None] == batch.y)
+    return alike, both - alike
 
 
 def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:

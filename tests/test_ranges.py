@@ -74,7 +74,12 @@ FIELDS: dict[str, dict[str, str]] = {
         "prior": "'local', 'global', 'estimated' or 'uniform'",
         "absent": "'out' or a number above 0 and up to 1,000,000",
     },
+    "facility_location": {"weight": FROM_0},
     "focal": {"gamma": FROM_0, "detach": FLAG},
+    "graph_cut": {"weight": FROM_0, "form": "'information' or 'correlation'", "diversity": FROM_0},
+    "log_determinant": {
+        "weight": FROM_0, "form": "'information' or 'correlation'", "ridge": "a number from 0.5 to 1,000,000",
+    },
     "posthoc_logit_adjustment": {
         "prior": "'local', 'global', 'estimated' or 'uniform'",
         "absent": "'out' or a number above 0 and up to 1,000,000",

@@ -1,0 +1,43 @@
+"""Facility location of SCoRe: an example is driven from the nearest example of each other class of the batch.
+
+Majee, Kothawade, Killamsetty, Iyer. SCoRe: Submodular Combinatorial Representation Learning. ICML 2024.
+https://arxiv.org/abs/2310.00165 (facility location; its total information and total correlation differ by a constant)
+
+Kind           loss
+Learns         nothing beyond updates
+Departs        a term beside cross-entropy (paper: alone, and the head afterwards), of the features that the head reads
+               (paper: of a projection) and of one view (paper: two); by the paper's formula (code: a logarithm of sums
+               over all columns, not 0 for a batch of one class, and no division by a class's size)
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bench import Batch, Loss, Task, losses, register
+from bench.ranges import Strength
+
+
+@register("facility_location")
+@dataclass(frozen=True, kw_only=True)
+class FacilityLocation(Loss):
+    """Sum over classes A of 1/|A| sum over examples i outside A of the largest cosine of i with an example of A."""
+
+    neutral: ClassVar[Mapping[str, object]] = {"weight": 0.0}
+    space: ClassVar[Mapping[str, tuple[float, float] | list[object]] | None] = {"weight": (0.05, 2.0)}
+
+    weight: Strength = 0.5
+    """Of the term beside cross-entropy (paper: it stands alone)."""
+
+    def loss(self, task: Task, logits: Tensor, features: Tensor | None, batch: Batch, counts: Tensor) -> Tensor:
+        """Add the term; it is 0 where the batch has one class."""
+        similar = losses.cosines(features)
+        member = losses.one_hot(batch.y, task.num_classes) * batch.weight[:, None]
+        size = member.sum(0)
+        nearest = torch.where(member.T > 0, similar[:, None], -2.0).amax(2)  # (B, C), below any cosine if absent
+        outside = member.sum(1, keepdim=True) - member
+        term = (outside * torch.where(size > 0, nearest, 0.0) / size.clamp(min=1.0)).sum()
+        return losses.cross_entropy(logits, batch) + self.weight * term

@@ -1,0 +1,51 @@
+"""Graph cut of SCoRe: an example is driven from all examples of other classes, and drawn to those of its own.
+
+Majee, Kothawade, Killamsetty, Iyer. SCoRe: Submodular Combinatorial Representation Learning. ICML 2024.
+https://arxiv.org/abs/2310.00165 (graph cut)
+
+Kind           loss
+Learns         nothing beyond updates
+Departs        a term beside cross-entropy (paper: alone, and the head afterwards), of the features that the head reads
+               (paper: of a projection) and of one view (paper: two); by the paper's formulas (code: information is the
+               logarithm of a ratio, and no number where a sum of cosines is negative; correlation divides by the other
+               examples of a class, of which there may be none)
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from bench import Batch, Loss, Task, losses, register
+from bench.ranges import Strength
+
+
+@register("graph_cut")
+@dataclass(frozen=True, kw_only=True)
+class GraphCut(Loss):
+    """Sum over classes A of 1/|A| times, for information, cosines from A outwards less diversity · those within A, of
+    each example with itself too; for correlation, diversity · cosines from A outwards.
+    """
+
+    neutral: ClassVar[Mapping[str, object]] = {"weight": 0.0}
+    space: ClassVar[Mapping[str, tuple[float, float] | list[object]] | None] = {
+        "weight": (0.05, 2.0),
+        "form": ["information", "correlation"],
+    }
+
+    weight: Strength = 0.5
+    """Of the term beside cross-entropy (paper: it stands alone)."""
+    form: Literal["information", "correlation"] = "correlation"
+    """Total information, of each class, or total correlation, of the classes less that of the whole batch."""
+    diversity: Strength = 1.0
+    """The function's lambda (paper: 1)."""
+
+    def loss(self, task: Task, logits: Tensor, features: Tensor | None, batch: Batch, counts: Tensor) -> Tensor:
+        """Add the term."""
+        similar, (alike, unlike) = losses.cosines(features), losses.pairs(batch)
+        size = alike.sum(1).clamp(min=1.0)
+        across, within = (similar * unlike).sum(1), (similar * alike).sum(1)
+        inward = across - self.diversity * within
+        term = ((inward if self.form == "information" else self.diversity * across) / size).sum()
+        return losses.cross_entropy(logits, batch) + self.weight * term
