@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -80,14 +82,34 @@ def balanced_softmax(logits: Tensor, batch: Batch, class_counts: Tensor) -> Tens
 
     Source: Ren et al. 2020, https://arxiv.org/abs/2007.10740, eq. 4.
     """
+    return cross_entropy(shifted(logits, class_counts.clamp(min=1e-12).log(), class_counts > 0), batch)
+
+
+def shifted(logits: Tensor, shift: Tensor, present: Tensor) -> Tensor:
+    """Add (C,) shifts to (B, C) logits, in float32; a class that is not `present`, (C,) bool, leaves the softmax."""
     # A finite floor instead of log 0 = -inf keeps padded batches and their gradients finite; exp(-1e4) is
     # exactly 0.
-    shift = torch.where(
-        class_counts > 0,
-        class_counts.clamp(min=1e-12).log(),
-        torch.full_like(class_counts, -1e4, dtype=torch.float32),
-    )
-    return cross_entropy(logits.float() + shift, batch)
+    return logits.float() + torch.where(present, shift, -1e4)
+
+
+def class_weights(class_counts: Tensor, beta: float) -> Tensor:
+    """Weigh each class by one over its effective number of examples, (1 - beta^n) / (1 - beta).
+
+    Args:
+        class_counts: (C,) float32 ≥ 0.
+        beta: 0, where all weights are 1, to below 1, near which they are inverse frequencies.
+
+    Returns:
+        (C,) float32 with a mean of one over the classes that there are; 0 for the others.
+
+    Source: Cui et al. 2019, https://arxiv.org/abs/1901.05555.
+    """
+    present = class_counts > 0
+    rate = math.log(beta) if beta else -math.inf
+    # Not 1 - beta^n itself, of which no digit is right where beta is near 1.
+    number = -(rate * class_counts.clamp(min=1e-12)).expm1()
+    weight = torch.where(present, 1 / number, 0.0)
+    return weight * present.sum() / weight.sum().clamp(min=1e-12)
 
 
 def proximal(params: Tree, anchor: Tree) -> Tensor:

@@ -29,7 +29,11 @@ from bench.ranges import Epochs, Positive, Ranged, Share, checked, shown, words
 FROM_0, ABOVE_0 = "a number from 0 to 1,000,000", "a number above 0 and up to 1,000,000"
 EPOCHS, STEPS, COUNT = (f"a whole number from {span}" for span in ("0 to 1,000", "0 to 100,000", "1 to 10,000"))
 SHARE, SOME, NOT_ALL = "a number from 0 to 1", "a number above 0 and up to 1", "a number from 0 to below 1"
-FLAG = "True or False"
+FLAG, TO_100 = "True or False", "a number from 0 to 100"
+PRIOR = {
+    "prior": "'local', 'global', 'estimated' or 'uniform'",
+    "absent": f"'out' or {ABOVE_0}",
+}
 
 FIELDS: dict[str, dict[str, str]] = {
     "balancefl": {
@@ -70,21 +74,21 @@ FIELDS: dict[str, dict[str, str]] = {
         "server_lr": FROM_0, "server_momentum": NOT_ALL, "server_decay": FROM_0,
     },
     "scaffold": {"server_lr": FROM_0},
-    "balanced_softmax": {
-        "prior": "'local', 'global', 'estimated' or 'uniform'",
-        "absent": "'out' or a number above 0 and up to 1,000,000",
-    },
+    "balanced_softmax": PRIOR,
+    "calibrated": {**PRIOR, "tau": TO_100, "denominator": "'all' or 'others'"},
+    "class_balanced": {**PRIOR, "beta": NOT_ALL},
     "facility_location": {"weight": FROM_0},
     "focal": {"gamma": FROM_0, "detach": FLAG},
     "graph_cut": {"weight": FROM_0, "form": "'information' or 'correlation'", "diversity": FROM_0},
+    "label_smoothing": {"smoothing": SHARE},
+    "lade": {**PRIOR, "strength": FROM_0, "penalty": FROM_0},
+    "ldam": {**PRIOR, "margin": FROM_0, "scale": ABOVE_0, "defer": SHARE, "beta": NOT_ALL},
     "log_determinant": {
         "weight": FROM_0, "form": "'information' or 'correlation'", "ridge": "a number from 0.5 to 1,000,000",
     },
-    "posthoc_logit_adjustment": {
-        "prior": "'local', 'global', 'estimated' or 'uniform'",
-        "absent": "'out' or a number above 0 and up to 1,000,000",
-        "tau": FROM_0,
-    },
+    "logit_adjustment": {**PRIOR, "tau": TO_100},
+    "posthoc_logit_adjustment": {**PRIOR, "tau": FROM_0},
+    "restricted_softmax": {"alpha": f"'out' or {SHARE}", "graded": FLAG},
     "tau_norm": {"tau": SHARE},
     "topk": {"share": SOME},
     "trimmed_mean": {"share": "a number from 0 to below 0.5"},
