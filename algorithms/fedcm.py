@@ -30,7 +30,7 @@ from bench.ranges import SomeShare, Strength
 class FedCM(Algorithm):
     """The momentum is a linear term of the loss: its gradient is (1 - alpha) · momentum."""
 
-    family: ClassVar[str] = "fedlt"
+    family: ClassVar[str] = "generic"
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]]] = {"alpha": [0.05, 0.1, 0.3, 0.5, 1.0]}
 
     alpha: SomeShare = 0.1
