@@ -201,6 +201,28 @@ class LocalData:
         rest = self._where(real & ~aside, (counts - taken)[1:-1], length if self.padded else length - most)
         return rest, replace(self._where(aside, taken[1:-1], most), key=keys.fold(self.key, "aside", purpose))
 
+    def of_each_class(self, count: int, salt: str = "") -> LocalData:
+        """Draw some examples of each class that has so many, and none of the others; in each round anew.
+
+        Args:
+            count: How many of each, ≥ 1.
+            salt: Names another draw.
+
+        Returns:
+            At most C · count examples, in the stored order; what is not there is padding, also of a single client.
+        """
+        length, classes = len(self.index), len(self.class_counts)
+        real = torch.arange(length, device=self.index.device) < self.n
+        group = torch.where(real & (self.y >= 0), self.y, classes)  # the last: without a label, or padding
+        counts = torch.cat([self.class_counts, self.class_counts.new_zeros(1)])
+        order = keys.permutation(keys.fold(self.key, "of each class", salt), length, self.n)
+        order = order[torch.argsort(group[order], stable=True)]
+        group = group[order]
+        rank = torch.arange(length, device=order.device) - (counts.cumsum(0) - counts)[group]
+        chosen = torch.zeros_like(real).scatter(0, order, (rank < count) & (counts[group] >= count))
+        drawn = torch.where(self.class_counts >= count, count, 0)
+        return self._where(chosen, drawn, min(length, classes * count))
+
     def unlabelled(self) -> LocalData:
         """Give the same examples without labels: y is -1, and class counts are 0."""
         return replace(self, labelled=False, class_counts=torch.zeros_like(self.class_counts))
