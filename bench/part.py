@@ -95,6 +95,8 @@ class Aggregation(Part):
     """Takes the place of the mean of body and head, whichever weights a method asks for."""
 
     kind: ClassVar[str] = "aggregation"
+    noisy: ClassVar[bool] = False
+    """True: noise hides a client, who then may send nothing but one update a round."""
 
     @abstractmethod
     def combine(self, task: Task, updates: Sequence[Tree], weights: Tensor) -> Tree:

@@ -194,6 +194,12 @@ def dot(a: Tree, b: Tree) -> Tensor:
     return torch.stack([(left[path] * right[path]).sum() for path in left] or [torch.zeros(())]).sum()
 
 
+def norm(a: Tree) -> Tensor:
+    """Give the () Euclidean norm over all leaves, in float64."""
+    total: Tensor = torch.stack([in_float64(leaf).norm() for leaf in flatten(a).values()]).norm()
+    return total
+
+
 def to(a: Tree, device: torch.device | str) -> Tree:
     """Move every leaf to a device."""
     return map(lambda leaf: leaf.to(device), a)

@@ -216,9 +216,12 @@ def rule_combines(part: type[Part]) -> None:
     weights = torch.arange(1, 8).double() / 28
     before = tree.clone({f"{k}": each for k, each in enumerate(updates)})
     forward, backward = rule.combine(task, updates, weights), rule.combine(task, updates[::-1], weights.flip(0))
-    for what, found, wanted in (
+    same = [
         ("seven equal updates", rule.combine(task, [updates[0]] * 7, weights), updates[0]),
         ("a single update", rule.combine(task, updates[:1], weights[:1] / weights[0]), updates[0]),
+    ]
+    for what, found, wanted in (
+        *([] if rule.noisy else same),
         ("updates in another order", backward, forward),
         ("updates, afterwards,", {f"{k}": each for k, each in enumerate(updates)}, before),
     ):

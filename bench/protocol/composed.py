@@ -119,13 +119,27 @@ class Composed(Algorithm):
             for client, (upload, sent) in zip(uploads.clients.tolist(), opened, strict=True)
         ]
         for part in self.parts:
-            received = _Combined(received, part, task, shared) if isinstance(part, Aggregation) else received
+            if isinstance(part, Aggregation):
+                if part.noisy:
+                    self._require_nothing_else(task, shared, received.trees[0])
+                received = _Combined(received, part, task, shared)
         following = self.method.server_verb(verb)(task, own, received)
         if isinstance(received, _Combined) and not received.known and len(self.exchanges(task)) == 1:
             raise BadConfig(f"{self}: nothing is combined, as no mean of a body or head that was sent is asked for")
         if self._estimates:
             kept = {"counts": torch.stack([kept["counts"], *(sent["counts"] for _, sent in opened)]).sum(0)}
         return _join(following, kept)
+
+    def _require_nothing_else(self, task: Task, shared: Tree, upload: Tree) -> None:
+        """Refuse a method whose clients send what noise does not hide."""
+        hidden, frozen = _moves(shared), task.frozen_statistics
+        besides = [
+            path for path in tree.flatten(upload) if not hidden(path) and not (frozen and tree.is_statistic(path))
+        ]
+        besides += ["class counts"] * self._estimates + ["a second update"] * (len(self.exchanges(task)) > 1)
+        if besides:
+            hides = "noise hides one update of body and head a round"
+            raise BadConfig(f"{self}: {hides}, and {besides[0]} would be sent in the clear; take a method without it")
 
     def _decode(self, task: Task, shared: Tree, upload: Tree, update: Tree) -> Tree:
         """Put into an upload what its channels carried."""
