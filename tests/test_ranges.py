@@ -40,6 +40,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "balanced": FLAG, "noise": FROM_0, "inherit": FROM_0, "temperature": ABOVE_0, "smooth": FROM_0,
         "missing": "'client' or 'batch'",
     },
+    "climb": {"dual_lr": FROM_0, "tolerance": FROM_0, "block": COUNT, "largest": ABOVE_0},
     "creff": {
         "features_per_class": COUNT, "match_steps": STEPS, "match_lr": FROM_0, "head_epochs": EPOCHS, "head_lr": FROM_0,
     },
@@ -49,11 +50,22 @@ FIELDS: dict[str, dict[str, str]] = {
     "fedavg_prior": {"against": "'global' or 'uniform'"},
     "fedavgm": {"server_momentum": NOT_ALL},
     "fedbabu": {"finetune_epochs": EPOCHS, "finetune_rate": ABOVE_0},
+    "fedcm": {"alpha": SOME, "server_lr": FROM_0},
+    "fedcrac": {
+        "margin": FROM_0, "scale": ABOVE_0, "steps": STEPS, "features_per_class": COUNT, "distil": SHARE,
+        "temperature": ABOVE_0, "start": "'averaged' or 'previous'",
+    },
     "feddbe": {"pull": FROM_0, "feature_momentum": SOME, "personal_bias": FLAG},
+    "fedgrab": {
+        "proportional": FROM_0, "integral": FROM_0, "differential": FROM_0, "slope": ABOVE_0, "limit": ABOVE_0,
+        "rest": SHARE,
+    },
     "fedic": {
         "steps": STEPS, "batch_size": COUNT, "lr": ABOVE_0, "weight_decay": FROM_0, "distil": SHARE,
         "temperature": ABOVE_0,
     },
+    "fedir": {"virtual_size": f"{COUNT}, or None"},
+    "fedlf": {"floor": SOME, "centre": FROM_0, "decorrelate": FROM_0, "margin": FROM_0},
     "fedloge": {
         "sparsity": NOT_ALL, "etf_norm": ABOVE_0, "etf_steps": STEPS, "etf_bias": "'zero' or 'frozen_random'",
         "faithful": FLAG, "scale": ABOVE_0, "generic_bias": "'keep', 'drop' or 'scale'",
@@ -64,6 +76,7 @@ FIELDS: dict[str, dict[str, str]] = {
     "fedprox": {"mu": FROM_0},
     "fedrep": {"head_epochs": EPOCHS, "body_epochs": f"{EPOCHS}, or None"},
     "fedsam": {"rho": FROM_0, "eta": f"{FROM_0}, or None"},
+    "fedvls": {"distil": FROM_0, "suppress": FROM_0},
     "knnper": {
         "neighbours": COUNT, "scale": ABOVE_0, "share": f"{SHARE}, or None", "aside": "a number above 0 and below 1",
     },
@@ -73,11 +86,10 @@ FIELDS: dict[str, dict[str, str]] = {
         "embedding_size": f"{COUNT}, or None", "hidden_size": COUNT, "hidden_layers": "a whole number from 1 to 100",
         "server_lr": FROM_0, "server_momentum": NOT_ALL, "server_decay": FROM_0,
     },
+    "ratio_loss": {"beta": FROM_0, "rivals": SHARE},
+    "redgrape": {"balance": FROM_0, "per_class": COUNT, "attract": FLAG},
     "scaffold": {"server_lr": FROM_0},
-    "balanced_softmax": {
-        "prior": "'local', 'global', 'estimated' or 'uniform'",
-        "absent": "'out' or a number above 0 and up to 1,000,000",
-    },
+    "balanced_softmax": PRIOR,
     "calibrated": {**PRIOR, "tau": TO_100, "denominator": "'all' or 'others'"},
     "class_balanced": {**PRIOR, "beta": NOT_ALL},
     "dp": {"clip": ABOVE_0, "noise": FROM_0},
