@@ -236,7 +236,9 @@ def test_the_value_of_lade_is_that_of_its_bound() -> None:
 # Classes that are not there ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["logit_adjustment", "calibrated", "restricted_softmax(alpha='out')", "lade"])
+@pytest.mark.parametrize(
+    "text", ["logit_adjustment", "calibrated", "calibrated(tau=0.01)", "restricted_softmax(alpha='out')", "lade"]
+)
 def test_a_class_that_is_out_is_neither_seen_nor_moved(text: str) -> None:
     other = Z.copy()
     other[:, 2] = 7.0

@@ -24,7 +24,7 @@ from bench.training.rounds import Run
 from bench.tree import Tree
 
 STACKABLE = [name for name in ALGORITHMS if ALGORITHMS[name]().stackable]
-WITH_PARTS = ["fedavg+focal(gamma=1)", "fedrep+topk"]
+WITH_PARTS = ["fedavg+focal(gamma=1)", "fedrep+topk", "fedavg+logit_adjustment", "fedavg+calibrated", "fedavg+lade"]
 EVERYBODY = replace(toy.SETTING, participation=1.0, rounds=5, epochs=1, eval_every=5)
 """The same groups of clients in every round."""
 

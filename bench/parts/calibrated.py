@@ -30,14 +30,15 @@ class Calibrated(UsesPrior, Loss):
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]] | None] = {"tau": (0.1, 10.0)}
 
     tau: Annotated[float, Interval(ge=0, le=100)] = 1.0
-    """How large margins are (paper: chosen by dataset)."""
+    """How large margins are; from 0.5 to 1 is common."""
     denominator: Literal["all", "others"] = "all"
     """Which classes the label is compared with."""
 
     def loss(self, task: Task, logits: Tensor, features: Tensor | None, batch: Batch, counts: Tensor) -> Tensor:
         """Take off the margins."""
         margin = self.tau * counts.clamp(min=1e-12) ** -0.25
-        z = losses.shifted(logits, -margin, (counts > 0) | (self.tau == 0))
+        present = counts > 0 if self.tau else counts >= 0  # without margins none is infinite
+        z = losses.shifted(logits, -margin, present)
         if self.denominator == "all":
             return losses.cross_entropy(z, batch)
         label = losses.one_hot(batch.y, task.num_classes)  # which must lie below even classes that are out

@@ -33,4 +33,5 @@ class LogitAdjustment(UsesPrior, Loss):
     def loss(self, task: Task, logits: Tensor, features: Tensor | None, batch: Batch, counts: Tensor) -> Tensor:
         """Shift by the frequencies of the chosen prior."""
         shift = self.tau * counts.clamp(min=1e-12).log()
-        return losses.cross_entropy(losses.shifted(logits, shift, (counts > 0) | (self.tau == 0)), batch)
+        present = counts > 0 if self.tau else counts >= 0  # 0 log 0 is 0
+        return losses.cross_entropy(losses.shifted(logits, shift, present), batch)
