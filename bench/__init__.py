@@ -66,7 +66,7 @@ _HOMES = {
 }
 
 
-_TOOLS = ("keys", "losses", "models", "optim", "tree")
+_TOOLS = ("bits", "keys", "losses", "models", "optim", "tree")
 """Modules of functions, `bench.tree` for one, that are there without an import of their own."""
 
 __all__ = [*_HOMES]

@@ -107,6 +107,7 @@ FIELDS: dict[str, dict[str, str]] = {
     "logit_adjustment": {**PRIOR, "tau": TO_100},
     "norm_bound": {"bound": f"{ABOVE_0}, or None"},
     "posthoc_logit_adjustment": {**PRIOR, "tau": FROM_0},
+    "qsgd": {"levels": "a whole number from 1 to 32,767"},
     "restricted_softmax": {"alpha": f"'out' or {SHARE}", "graded": FLAG},
     "tau_norm": {"tau": SHARE},
     "topk": {"share": SOME},

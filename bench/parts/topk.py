@@ -40,7 +40,7 @@ class TopK(Channel):
 
     def send(self, task: Task, update: Tree, kept: Tree, key: Tensor) -> tuple[Tree, Tree]:
         """Send the largest entries of update and remainder, of equals those that come first."""
-        due = tree.add(update, kept)
+        due = tree.map(torch.add, update, kept)
         sent = tree.map(self._largest, due)
         return sent, tree.sub(due, self.receive(task, sent, due))
 
