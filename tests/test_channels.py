@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ def channel(name: str, **fields: Any) -> Channel:
     return part
 
 
+@cache
 def a_task() -> Task:
     return toy.task(toy.Host())
 
@@ -135,14 +137,14 @@ def padded(*values: float) -> np.ndarray[Any, Any]:
 
 def test_levels_of_the_card() -> None:
     part, seen = channel("qsgd", levels=4), []
-    for k in range(4000):
+    for k in range(2000):
         sent, arrived = carried(part, padded(3, -4, 0), keys.fold(keys.key(0), k))
         assert float(sent["norm"]) == 5.0 and not arrived[2:].any()
         seen.append(arrived[:2])
     found = np.array(seen)
     assert {*found[:, 0]} == {2.5, 3.75} and {*found[:, 1]} == {-3.75, -5.0}  # levels 2 and 3, 3 and 4 of 4
     assert found.mean(0) == pytest.approx([3, -4], abs=0.05)
-    assert found.var(0).sum() == pytest.approx(0.625, rel=0.05)
+    assert found.var(0).sum() == pytest.approx(0.625, rel=0.07)
 
 
 @pytest.mark.parametrize("levels", [1, 7, 127])

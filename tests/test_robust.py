@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ def made(text: str) -> Algorithm:
     return algorithm
 
 
+@cache
 def a_task() -> Task:
     return toy.task(toy.Host())
 
