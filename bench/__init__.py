@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from bench.part import Aggregation as Aggregation
     from bench.part import Channel as Channel
     from bench.part import Correction as Correction
+    from bench.part import LearnedCorrection as LearnedCorrection
     from bench.part import Loss as Loss
     from bench.part import UsesPrior as UsesPrior
     from bench.plugins.registry import register as register
@@ -58,6 +59,7 @@ _HOMES = {
     "Aggregation": "part",
     "Channel": "part",
     "Correction": "part",
+    "LearnedCorrection": "part",
     "Loss": "part",
     "UsesPrior": "part",
     "register": "plugins.registry",

@@ -8,7 +8,7 @@ cohort, one by one or stacked.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -35,6 +35,9 @@ class Exchange:
     cohort: str | None = None
     """Method that chooses who takes part instead: (task, server, drawn) -> client ids, of which () means no trip;
     `drawn` are those of the round's cohort, ascending."""
+    aside: bool = False
+    """Whether parts ask it of clients besides (`bench.protocol.composed`): these are sent nothing else, and keep
+    nothing of it. No method has such."""
 
 
 @dataclass(frozen=True)
@@ -304,11 +307,22 @@ class Algorithm(Client, Server, Ranged):
         found: Callable[[Task, Tree, Uploads], Tree] = getattr(self, name)
         return found
 
+    def sends(self, exchange: Exchange, task: Task, server: Tree, clients: Sequence[int]) -> tuple[Tree, list[Tree]]:
+        """Give what an exchange sends: to all alike, and to each client besides."""
+        return self.broadcast(task, server), [self.send(task, server, client) for client in clients]
+
     @property
     def corrects(self) -> frozenset[str]:
         """Keys of a trained model that parts read before they change it for the test; empty: nobody does."""
         return frozenset()
 
+    @property
+    def learns(self) -> bool:
+        """Whether a part learns before it corrects: models are then corrected after the last round only."""
+        return False
+
     def corrected(self, task: Task, shared: Tree, model: Tree, data: LocalData | None) -> Tree | None:
-        """Give the keys of a trained model that parts change, at a client or (`data` None) the server."""
+        """Give the keys of a trained model that parts change: at a client, or (`data` None) at the server, whose state
+        is `shared` there; None where there is nothing to correct, or not yet.
+        """
         return None

@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from bench.data import Batch
+from bench.data import Batch, LocalData, Uploads
 from bench.ranges import Positive, Ranged
 from bench.task import Task
 from bench.tree import Tree
@@ -89,6 +89,37 @@ class Correction(Part):
             model: What `reads` names, of the generic or a client's own model.
             counts: (C,) float32, class counts of the client; None at the server where only clients know them.
         """
+
+
+class LearnedCorrection(Correction):
+    """Learns from examples, without moving the body, and then gives another head; it acts after the last round only.
+
+    A client's own model is corrected by what its own examples teach. For the generic one there is an *epilogue*: after
+    the exchanges of the last round all training clients are sent it, send what their examples teach, and keep nothing.
+    The server pools that, and keeps the head that `correct` makes of it.
+    """
+
+    reads: ClassVar[frozenset[str]] = frozenset({"body", "head"})
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """A body, which stands still."""
+        return frozenset({"body"})
+
+    @abstractmethod
+    def learn(self, task: Task, model: Tree, data: LocalData) -> Tree:
+        """Compute at a client what `correct` is given as `model["learnt"]`, in shapes that depend on shapes only.
+
+        Args:
+            task: Of the last round.
+            model: What `reads` names, of the generic or the client's own model.
+            data: Its training examples, with labels. Where there are none, whatever is given counts for nothing.
+        """
+
+    def pool(self, task: Task, uploads: Uploads) -> Tree:
+        """Make one of what all clients learnt, in the same form; by default the mean by the setting's weights."""
+        mean: Tree = uploads.mean()
+        return mean
 
 
 class Aggregation(Part):

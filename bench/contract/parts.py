@@ -17,8 +17,9 @@ from bench import keys, tree
 from bench.contract import checks, extremes, toy
 from bench.contract.promises import Finding, findings, require
 from bench.data import Batch
-from bench.part import Aggregation, Channel, Correction, Loss, Part, UsesPrior
+from bench.part import Aggregation, Channel, Correction, LearnedCorrection, Loss, Part, UsesPrior
 from bench.plugins.registry import PARTS
+from bench.protocol import composed
 from bench.protocol.composed import Composed
 from bench.protocol.composition import compose, is_neutral
 from bench.training import engine as engines
@@ -75,13 +76,20 @@ def changes_what_it_says(part: type[Part]) -> None:
         plain, mine = (_run(algorithm) for algorithm in (host, hosted(part(), host)()))
         apart = plain.outcome().digest != mine.outcome().digest
         if issubclass(part, Correction):
-            require(not apart, "a correction changes what is trained")
+            moved = tree.largest_difference(_trained(plain), _trained(mine))
+            require(moved == 0, "a correction changes what is trained")
             apart = any(
                 tree.largest_difference(was, {**was, **now}) > 0
                 for was, now in zip(*_corrected(mine, "serial"), strict=True)
             )
         different.append(apart or plain.progress.cost["bytes_up"] != mine.progress.cost["bytes_up"])
     require(any(different), "nothing differs from the method without it")
+
+
+def _trained(run: Run) -> Tree:
+    """Give all states of a run but what its corrections have learnt."""
+    states = toy.states(run)
+    return {**states, "server": {key: value for key, value in states["server"].items() if key != composed.PARTS}}
 
 
 def neutral_is_off(part: type[Part]) -> None:
@@ -191,6 +199,31 @@ def correction_keeps_shapes(part: type[Part]) -> None:
         require(apart <= engines.TOLERANCE, f"corrected models of the two engines differ by {apart:.1e}")
 
 
+def epilogue_stands_aside(part: type[Part]) -> None:
+    """A correction that learns asks each training client once, when all rounds are over, and clients keep nothing
+    of it. Before it no generic model is corrected, after it its head alone.
+    """
+    if not issubclass(part, LearnedCorrection):
+        return
+    run = toy.run(hosted(part())(), setting=replace(toy.SETTING, rounds=2))
+    algorithm, population = run.algorithm, run.population
+    for round in range(2):
+        task, server = run.task_at(round), run.progress.server
+        model = algorithm.global_model(task, server)
+        assert model is not None
+        changed = algorithm.corrected(task, server, model, None)
+        require(changed is None, f"the generic model is corrected after {round} of 2 rounds")
+        asked = [exchange for exchange in algorithm.exchanges(task) if exchange.aside]
+        require(len(asked) == round, f"in round {round + 1} of 2 there are {len(asked)} epilogues")
+        run.step()
+    model = algorithm.global_model(task, run.progress.server) or {}
+    changed = algorithm.corrected(task, run.progress.server, model, None)
+    found = ", ".join(sorted(changed or {})) or "nothing"
+    require(found == "head", f"{found} of the generic model is corrected, and the head should be")
+    drawn = sorted({k for round in range(2) for k in population.cohort(round)})
+    require(run.store.clients() == drawn, "clients that no cohort drew keep something of the epilogue")
+
+
 def _corrected(run: Run, engine: str) -> tuple[list[Tree], list[Tree]]:
     """Give what is read of the trained model of the server and of each client, and what becomes of it."""
     task, server = run.task_at(0), run.progress.server
@@ -199,7 +232,7 @@ def _corrected(run: Run, engine: str) -> tuple[list[Tree], list[Tree]]:
     before = tree.clone(model)
     visits = [replace(run.population.visit(k, 0, {}), private=model) for k in range(run.population.size)]
     changed, _ = engines.BY_NAME[engine](run.algorithm.corrected, task, shared, run.population.images, visits)
-    changed = [run.algorithm.corrected(task, shared, model, None), *changed]
+    changed = [run.algorithm.corrected(task, server, model, None), *changed]
     require(tree.largest_difference(before, model) == 0, "a model is changed in place")
     return [model] * len(changed), [each or {} for each in changed]
 
@@ -279,6 +312,7 @@ PROMISES: Mapping[str, Callable[[type[Part]], None]] = {
     "a loss is a mean over real examples, in float32": loss_is_a_mean,
     "a loss is finite": loss_is_finite,
     "a correction keeps shapes": correction_keeps_shapes,
+    "what a correction learns stands aside": epilogue_stands_aside,
     "a rule gives what is agreed": rule_combines,
     "a channel carries": channel_carries,
     "inputs are left alone": carried(checks.inputs_are_left_alone),

@@ -173,10 +173,10 @@ def states(run: Run) -> Tree:
     return {"server": run.progress.server, **{f"client {k}": run.store[k] for k in run.store.clients()}}
 
 
-def received(run: Run, client: int, round: int = 0) -> Tree:
-    """Give all that a client is sent in a round."""
-    task, server = run.task_at(round), run.progress.server
-    return {**run.algorithm.broadcast(task, server), **run.algorithm.send(task, server, client)}
+def received(run: Run, client: int, round: int = 0, exchange: Exchange = Exchange()) -> Tree:  # noqa: B008 - a value
+    """Give all that a client is sent in an exchange of a round."""
+    shared, (own,) = run.algorithm.sends(exchange, run.task_at(round), run.progress.server, (client,))
+    return {**shared, **own}
 
 
 def trips(run: Run) -> Iterator[tuple[Task, Exchange]]:
@@ -202,7 +202,7 @@ def upload_once(
         visit = population.pooled_visit(task.round, run.store[-1])
     else:
         visit = population.visit(client, task.round, run.store[client])
-    verb, shared = run.algorithm.client_verb(exchange.client), received(run, client, task.round)
+    verb, shared = run.algorithm.client_verb(exchange.client), received(run, client, task.round, exchange)
     results, _ = engines.serial(verb, task, shared, population.images, [visit])
     upload, private = results[0]
     return upload, private

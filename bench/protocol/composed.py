@@ -3,12 +3,15 @@
 What parts keep and send lies under the key `parts` of the server's state, of the broadcast, of uploads and of private
 states; the method never sees it. A client's verb is: the loss bound to this client's counts, the method's verb, the
 channels in order. A server's verb is: the channels in reverse, `Uploads` whose mean is the rule, the method's verb.
+
+A correction that learns has an exchange of its own after those of the last round, which neither method nor channel nor
+rule sees. All that goes up and down in it is below `parts`; what comes of it the server keeps in `parts/learnt`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,13 +22,15 @@ from torch import Tensor
 from bench import keys, tree
 from bench.algorithm import MODEL, Algorithm, Exchange, Stages
 from bench.data import LocalData, Uploads
-from bench.part import Aggregation, Channel, Correction, Loss, Part, UsesPrior
+from bench.part import Aggregation, Channel, Correction, LearnedCorrection, Loss, Part, UsesPrior
 from bench.protocol.settings import BadConfig
 from bench.task import Task
 from bench.tree import Tree
 
 PARTS = "parts"
 """Key of what belongs to parts."""
+_EPILOGUE = "epilogue of part "
+"""Begins the name of the exchange of a correction that learns; its place among the parts follows."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -76,19 +81,45 @@ class Composed(Algorithm):
     def _estimates(self) -> bool:
         return any(isinstance(part, UsesPrior) and part.prior == "estimated" for part in self.parts)
 
+    @property
+    def _learned(self) -> dict[int, LearnedCorrection]:
+        return {place: part for place, part in enumerate(self.parts) if isinstance(part, LearnedCorrection)}
+
     def init_server(self, task: Task) -> Tree:
-        """Add the sum of the class counts that clients sent, where a part asks for it."""
-        counts = {"counts": torch.zeros(task.num_classes, device=task.key.device)}
-        return _join(self.method.init_server(task), counts if self._estimates else {})
+        """Add the sum of the class counts that clients sent, where a part asks for it, and room for what is learnt."""
+        kept: Tree = {"counts": torch.zeros(task.num_classes, device=task.key.device)} if self._estimates else {}
+        if self._learned:
+            nothing = {"head": tree.zeros_like(task.init()["head"]), "times": torch.zeros((), device=task.key.device)}
+            kept["learnt"] = {f"{place}": nothing for place in self._learned}
+        return _join(self.method.init_server(task), kept)
 
     def exchanges(self, task: Task) -> tuple[Exchange, ...]:
-        """List the method's."""
-        return self.method.exchanges(task)
+        """List the method's, and in the last round an epilogue for each correction that learns."""
+        own = self.method.exchanges(task)
+        if task.round + 1 < task.rounds:
+            return own
+        names = [f"{_EPILOGUE}{place}" for place in self._learned]
+        return own + tuple(Exchange(client=name, server=name, everyone=True, aside=True) for name in names)
 
     def broadcast(self, task: Task, server: Tree) -> Tree:
         """Send what the method sends, and the sum of class counts."""
         own, kept = _part(server)
-        return _join(self.method.broadcast(task, own), kept)
+        return _join(self.method.broadcast(task, own), {key: kept[key] for key in kept if key == "counts"})
+
+    def sends(self, exchange: Exchange, task: Task, server: Tree, clients: Sequence[int]) -> tuple[Tree, list[Tree]]:
+        """Send the generic model in an epilogue, and else what the method sends."""
+        if not exchange.aside:
+            return super().sends(exchange, task, server, clients)
+        return _join({}, self._generic(_place(exchange.client), task, server)), [{} for _ in clients]
+
+    def _generic(self, place: int, task: Task, server: Tree) -> Tree:
+        """Give the generic model as those corrections leave it that come before a place; empty where there is none."""
+        own, kept = _part(server)
+        model = self.method.global_model(task, own)
+        if model is None:
+            return {}
+        model = {**model, **self._through(task, kept, model, None, place)}
+        return {key: model[key] for key in sorted(self._learned[place].reads)}
 
     def send(self, task: Task, server: Tree, client: int | None) -> Tree:
         """Send what the method sends."""
@@ -97,7 +128,7 @@ class Composed(Algorithm):
     def payload_bytes(self, task: Task, payload: Tree) -> int:
         """Count the method's part as it says, that of parts by its tensors."""
         own, sent = _part(payload)
-        return self.method.payload_bytes(task, own) + tree.nbytes(sent)
+        return (self.method.payload_bytes(task, own) if own else 0) + tree.nbytes(sent)
 
     def aggregate(self, task: Task, server: Tree, uploads: Uploads) -> Tree:
         """Do what an exchange that names `aggregate` does."""
@@ -105,7 +136,20 @@ class Composed(Algorithm):
 
     def server_verb(self, name: str) -> Callable[[Task, Tree, Uploads], Tree]:
         """Put decoding and the rule before the method's verb."""
-        return partial(self._take, name)
+        return partial(self._keep if name.startswith(_EPILOGUE) else self._take, name)
+
+    def _keep(self, name: str, task: Task, server: Tree, uploads: Uploads) -> Tree:
+        """Have what clients learnt correct the generic model."""
+        (own, kept), place = _part(server), _place(name)
+        model, part = self._generic(place, task, server), self._learned[place]
+        if not model:
+            return server
+        received = copy.copy(uploads)
+        received.trees = [_part(upload)[1] for upload in uploads.trees]
+        counts = part.counts(task, None, kept.get("counts"))
+        changed = part.correct(task, {**model, "learnt": part.pool(task, received)}, counts) or model
+        learnt = {"head": changed["head"], "times": kept["learnt"][f"{place}"]["times"] + 1}
+        return _join(own, {**kept, "learnt": {**kept["learnt"], f"{place}": learnt}})
 
     def _take(self, verb: str, task: Task, server: Tree, uploads: Uploads) -> Tree:
         own, kept = _part(server)
@@ -124,10 +168,10 @@ class Composed(Algorithm):
                     self._require_nothing_else(task, shared, received.trees[0])
                 received = _Combined(received, part, task, shared)
         following = self.method.server_verb(verb)(task, own, received)
-        if isinstance(received, _Combined) and not received.known and len(self.exchanges(task)) == 1:
+        if isinstance(received, _Combined) and not received.known and len(self.method.exchanges(task)) == 1:
             raise BadConfig(f"{self}: nothing is combined, as no mean of a body or head that was sent is asked for")
         if self._estimates:
-            kept = {"counts": torch.stack([kept["counts"], *(sent["counts"] for _, sent in opened)]).sum(0)}
+            kept = {**kept, "counts": torch.stack([kept["counts"], *(sent["counts"] for _, sent in opened)]).sum(0)}
         return _join(following, kept)
 
     def _require_nothing_else(self, task: Task, shared: Tree, upload: Tree) -> None:
@@ -179,7 +223,7 @@ class Composed(Algorithm):
 
     def client_verb(self, name: str) -> Callable[[Task, Tree, Tree, LocalData], Any]:
         """Put the loss before the method's verb, and the channels after it."""
-        return partial(_do, name, self)
+        return partial(_learn if name.startswith(_EPILOGUE) else _do, name, self)
 
     def _bind(self, task: Task, given: Tree, data: LocalData) -> Task:
         """Have `task.criterion` give the loss part, with this client's counts."""
@@ -194,7 +238,7 @@ class Composed(Algorithm):
         """Send an update through the channels: the upload without it, what travels, and what is kept."""
         update, _ = tree.split(upload, _moves(shared))
         if not update:
-            if len(self.exchanges(task)) == 1:
+            if len(self.method.exchanges(task)) == 1:
                 raise BadConfig(f"{self}: nothing is carried, as no body or head comes back that was sent")
             return upload, {}, kept
         # Of what travels otherwise the upload still says that it is there, in no byte.
@@ -243,16 +287,43 @@ class Composed(Algorithm):
         """What corrections read."""
         return frozenset[str]().union(*(part.reads for part in self.parts if isinstance(part, Correction)))
 
+    @property
+    def learns(self) -> bool:
+        """Whether a correction does."""
+        return bool(self._learned)
+
     def corrected(self, task: Task, shared: Tree, model: Tree, data: LocalData | None) -> Tree | None:
         """Let corrections change a trained model, one after the other."""
-        own, estimated = None if data is None else data.class_counts.float(), _part(shared)[1].get("counts")
+        kept = _part(shared)[1]
+        if data is None and not all(float(each["times"]) for each in kept.get("learnt", {}).values()):
+            return None
+        return self._through(task, kept, model, data, len(self.parts)) or None
+
+    def _through(self, task: Task, kept: Tree, model: Tree, data: LocalData | None, end: int) -> Tree:
+        """Give what those corrections change of a model that come before a place among the parts."""
         changed: Tree = {}
-        for part in self.parts:
+        for place, part in enumerate(self.parts[:end]):
             if isinstance(part, Correction):
                 if missing := part.reads - model.keys():
                     raise BadConfig(f"{self}: the correction reads {', '.join(sorted(missing))}, which the model lacks")
-                changed |= part.correct(task, {**model, **changed}, part.counts(task, own, estimated)) or {}
-        return changed or None
+                seen = {key: {**model, **changed}[key] for key in sorted(part.reads)}
+                changed |= self._by(place, part, task, kept, seen, data) or {}
+        return changed
+
+    def _by(
+        self, place: int, part: Correction, task: Task, kept: Tree, model: Tree, data: LocalData | None
+    ) -> Tree | None:
+        """Give what one correction changes."""
+        counts = part.counts(task, None if data is None else data.class_counts.float(), kept.get("counts"))
+        if not isinstance(part, LearnedCorrection):
+            return part.correct(task, model, counts)
+        if data is None:
+            learnt = kept["learnt"][f"{place}"]
+            return {"head": tree.where(learnt["times"] > 0, learnt["head"], model["head"])}
+        if not data.labelled:
+            return None
+        changed = part.correct(task, {**model, "learnt": part.learn(task, model, data)}, counts) or {}
+        return tree.where(data.n > 0, changed, {key: model[key] for key in changed})
 
 
 def _do(verb: str, composed: Composed, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
@@ -266,6 +337,18 @@ def _do(verb: str, composed: Composed, task: Task, shared: Tree, private: Tree, 
         upload, update, kept = composed._encode(task, shared, upload, kept, key)
         sent |= update
     return _join(upload, sent), _join(private, kept)
+
+
+def _learn(
+    name: str, composed: Composed, task: Task, shared: Tree, private: Tree, data: LocalData
+) -> tuple[Tree, Tree]:
+    """Do the client's work of an epilogue; there is none where there is no generic model."""
+    model = _part(shared)[1]
+    return _join({}, composed._learned[_place(name)].learn(task, model, data) if model else {}), private
+
+
+def _place(name: str) -> int:
+    return int(name.removeprefix(_EPILOGUE))
 
 
 class _Combined(Uploads):

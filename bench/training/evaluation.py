@@ -38,6 +38,7 @@ Work = Callable[[str, Verb, Task, Tree, Sequence[Visit]], list[Any]]
 
 _SLICE = 128  # test images a pass: activations stay small
 _CLIENTS, _MODEL_BYTES = 128, 2**29  # clients whose models are held at once: so many, or so much
+_UNCORRECTED = "uncorrected"  # a model as it was trained
 _SCORES = 2**22  # of some clients that are compared at once: 16 MB, or those of one client
 
 
@@ -63,8 +64,10 @@ class Evaluator:
         models = {"generic": algorithm.global_model(task, server)}
         models |= {f"generic:{name}": m for name, m in algorithm.global_variants(task, server).items()}
         if algorithm.corrects and (trained := models["generic"]) is not None:
-            changed = algorithm.corrected(task, algorithm.broadcast(task, server), trained, None)
+            changed = algorithm.corrected(task, server, trained, None)
             models |= {name: each for name, (each,) in _beside("generic", [trained], [changed]).items()}
+            if changed is None and algorithm.learns:
+                models[f"generic:{_UNCORRECTED}"] = models.pop("generic")
         answers: Answers = {}
         for name, model in models.items():
             if model is not None:
@@ -82,8 +85,8 @@ class Evaluator:
             store: Private states; clients that have none start as newcomers do.
             clients: Which, ascending; beyond `population.training` they are held out of training and counted as
                 `unseen`.
-            final: Adaptation is costly, so adapted models, and those right after local training, are tested after the
-                last round only.
+            final: Adaptation is costly, so adapted models, corrected ones where that is learnt, and those right after
+                local training, are tested after the last round only.
         """
         shared = self.here.algorithm.broadcast(task, server)
         first = clients[0] if clients[0] < self.here.population.training else None
@@ -144,6 +147,8 @@ class Evaluator:
             adapted = self.adapt(adaptation, task, visits, models)
             named |= {f"{headline}:{budget}": tuned for budget, tuned in adapted.items()}
             *_, models = adapted.values()
+        if algorithm.learns and not final:
+            return {**named, f"{headline}:{_UNCORRECTED}": models}
         named[headline] = models
         if algorithm.corrects:
             named |= _beside(headline, models, self._corrected(labelled, task, shared, visits, models))
@@ -186,11 +191,15 @@ class Evaluator:
     def _corrected(
         self, labelled: bool, task: Task, shared: Tree, visits: list[Visit], models: list[Tree]
     ) -> list[Any]:
-        """Ask clients what their parts change of trained models; a body that nobody reads is not sent round."""
+        """Ask clients what their parts change of trained models; a body that nobody reads is not sent round. What they
+        learn for it is work.
+        """
         algorithm = self.here.algorithm
         read = [{key: model[key] for key in sorted(algorithm.corrects) if key in model} for model in models]
         asked = [replace(visit, private=mine) for visit, mine in zip(visits, read, strict=True)]
         verb: Verb = algorithm.corrected if labelled else partial(_without_labels, algorithm.corrected)
+        if algorithm.learns:
+            return self.work("corrected", verb, task, shared, asked)
         return visit_all(self.here, self.crew, verb, task, shared, asked)[0]
 
     def _ask(
@@ -293,7 +302,7 @@ def _beside(name: str, trained: list[Tree], changed: Sequence[Tree | None]) -> d
     if changed[0] is None:
         return {}
     corrected = [{**model, **(change or {})} for model, change in zip(trained, changed, strict=True)]
-    return {name: corrected, f"{name}:uncorrected": trained}
+    return {name: corrected, f"{name}:{_UNCORRECTED}": trained}
 
 
 def _predictor(here: Surroundings, model: str) -> str:

@@ -275,11 +275,10 @@ class Run:
         pooled = "pooled" in algorithm.needs
         clients = (-1,) if pooled else self.cohort(task, exchange)
         knowing = replace(task, cohort=clients)  # only the server knows who takes part
-        shared = algorithm.broadcast(knowing, server)
+        shared, sent = algorithm.sends(exchange, knowing, server, () if pooled else clients)
         if pooled:
             visits = [population.pooled_visit(task.round, store[-1])]
         else:
-            sent = [algorithm.send(knowing, server, k) for k in clients]
             visits = [population.visit(k, task.round, store[k], own) for k, own in zip(clients, sent, strict=True)]
             self._spend("bytes_down", self._bytes_down(task, shared, clients, sent))
         verb: Verb = algorithm.client_verb(exchange.client)
@@ -287,7 +286,8 @@ class Run:
         results = self.work("train", exchange.client, wrapped, task, shared, visits)
         arrived, uploads = [], []
         for k, (upload, private) in zip(clients, results, strict=True):
-            store[k] = private  # a client cannot know whether what it sent arrives
+            if not exchange.aside:
+                store[k] = private  # a client cannot know whether what it sent arrives
             if pooled or population.arrives(k, task.round):
                 arrived.append(k)
                 uploads.append(upload)

@@ -183,7 +183,11 @@ def _tested_models(algorithm: Algorithm, setting: Setting) -> tuple[frozenset[st
     names, sizes = [], (4, 4, 4)  # of clients: an epoch, of which there may be very many, is a step
     for last in (False, True):
         run = toy.run(algorithm, setting=replace(setting, clients=len(sizes)), sizes=sizes)
-        run.evaluate(run.task_at(setting.rounds - 1 if last else 0), 1, last)
+        task = run.task_at(setting.rounds - 1 if last else 0)
+        for exchange in algorithm.exchanges(task):
+            if exchange.aside and last:  # without what it learns a model is not corrected
+                run.exchange(task, exchange)
+        run.evaluate(task, 1, last)
         names.append(frozenset(tally.model for tally in run.progress.counts))
     return names[0], names[1]
 
@@ -221,11 +225,12 @@ def sent(asked: Asked, clients: int) -> Sent | None:
         return None
     own_statistics = setting.norm == "batch" and setting.statistics == "personal"
     down, known, everyone = 0, np.zeros(clients, dtype=bool), np.arange(setting.training_clients(clients))
-    final = [replace(shapes.trips[-1], everyone=True)] if setting.final_visit and not pooled else []
+    visit = [trip for trip in shapes.trips if not trip.aside][-1:] if setting.final_visit and not pooled else []
+    final = [replace(trip, everyone=True) for trip in visit]
     for trip in (*shapes.trips, *final):
         cohort = everyone if trip.everyone else _cohort(setting, clients, asked.record.seed, trip.round)
         down += len(cohort) * trip.changing + int((~known[cohort]).sum()) * trip.constant
-        known[cohort] = True
+        known[cohort] |= not trip.aside
     chosen = any(trip.chosen for trip in shapes.trips)
     kept = shapes.private * (1 if pooled else int(known.sum()))
     return Sent(
@@ -241,6 +246,8 @@ class _Trip:
 
     round: int
     everyone: bool
+    aside: bool
+    """Whether clients keep nothing of it."""
     chosen: bool
     """Whether the algorithm chooses the clients."""
     changing: int
@@ -288,9 +295,11 @@ def _count(
     for round in range(setting.rounds):
         now = task.at(round, setting.lr)
         for exchange in algorithm.exchanges(now):
-            shared = algorithm.broadcast(now, server)
+            shared, (own,) = algorithm.sends(exchange, now, server, (0,))
             constant = tree.nbytes({key: part for key, part in shared.items() if key in algorithm.constant})
-            changing = tree.nbytes(shared) - constant + tree.nbytes(algorithm.send(now, server, 0))
-            trips.append(_Trip(round, exchange.everyone, exchange.cohort is not None, changing, constant))
+            changing = tree.nbytes(shared) - constant + tree.nbytes(own)
+            trips.append(
+                _Trip(round, exchange.everyone, exchange.aside, exchange.cohort is not None, changing, constant)
+            )
     packed = type(algorithm).payload_bytes is not Algorithm.payload_bytes
     return _Shapes(tuple(trips), tree.nbytes(private), packed)
