@@ -354,3 +354,9 @@ def test_the_norm_of_a_tree_is_that_of_all_its_numbers() -> None:
     leaves: Tree = {"a": torch.tensor([[3e25, 0.0]]), "b": {"c": torch.tensor(4e25)}}
     found: Tensor = tree.norm(leaves)
     assert found.dtype == torch.float64 and float(found) == pytest.approx(5e25)
+
+
+@pytest.mark.parametrize("call", ["fedavg+dp+crt", "fedavg+ccvr+dp"])
+def test_what_a_correction_learns_is_not_hidden(call: str) -> None:
+    with pytest.raises(BadConfig, match=r"would have clients send more in the clear; leave one out$"):
+        parse_algorithms(call)

@@ -180,7 +180,7 @@ class Composed(Algorithm):
         besides = [
             path for path in tree.flatten(upload) if not hidden(path) and not (frozen and tree.is_statistic(path))
         ]
-        besides += ["class counts"] * self._estimates + ["a second update"] * (len(self.exchanges(task)) > 1)
+        besides += ["class counts"] * self._estimates + ["a second update"] * (len(self.method.exchanges(task)) > 1)
         if besides:
             hides = "noise hides one update of body and head a round"
             raise BadConfig(f"{self}: {hides}, and {besides[0]} would be sent in the clear; take a method without it")

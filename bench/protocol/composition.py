@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from bench.algorithm import Algorithm, is_usual
-from bench.part import Aggregation, Channel, Correction, Loss, Part
+from bench.part import Aggregation, Channel, Correction, LearnedCorrection, Loss, Part
 from bench.plugins.registry import label, name
 from bench.protocol.composed import Composed
 from bench.protocol.settings import BadConfig
@@ -40,6 +40,9 @@ def compose(method: Algorithm, parts: Iterable[Part]) -> Algorithm:
         if one.kind == other.kind and one.kind in ("loss", "aggregation"):
             both = f"{name(one)} and {name(other)} are both of the kind {one.kind}"
             raise BadConfig(f"{label(method)}+{label(one)}+{label(other)}: {both}, of which one is allowed")
+        if isinstance(one, Aggregation) and one.noisy and isinstance(other, LearnedCorrection):
+            hides = f"noise hides one update a round, and {name(other)} would have clients send more in the clear"
+            raise BadConfig(f"{label(method)}+{label(one)}+{label(other)}: {hides}; leave one out")
     return Composed(method, ordered) if ordered else method
 
 
