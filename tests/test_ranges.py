@@ -77,6 +77,11 @@ FIELDS: dict[str, dict[str, str]] = {
     "fedrep": {"head_epochs": EPOCHS, "body_epochs": f"{EPOCHS}, or None"},
     "fedsam": {"rho": FROM_0, "eta": f"{FROM_0}, or None"},
     "fedvls": {"distil": FROM_0, "suppress": FROM_0},
+    "fedyoyo": {
+        "distil": FROM_0, "temperature": ABOVE_0, "warmup": COUNT, "tau": FROM_0, "own": SHARE,
+        "mixing": "'once' or 'drift'",
+    },
+    "gbme": {"experts": "1 or 3", "prior": "'estimated' or 'uniform'", "together": SHARE, "own": SHARE},
     "knnper": {
         "neighbours": COUNT, "scale": ABOVE_0, "share": f"{SHARE}, or None", "aside": "a number above 0 and below 1",
     },
@@ -88,6 +93,10 @@ FIELDS: dict[str, dict[str, str]] = {
     },
     "ratio_loss": {"beta": FROM_0, "rivals": SHARE},
     "redgrape": {"balance": FROM_0, "per_class": COUNT, "attract": FLAG},
+    "rucr": {
+        "unify": FROM_0, "temperature": ABOVE_0, "last_rounds": STEPS, "mixtures": COUNT, "head_epochs": EPOCHS,
+        "head_lr": FROM_0,
+    },
     "scaffold": {"server_lr": FROM_0},
     "balanced_softmax": PRIOR,
     "calibrated": {**PRIOR, "tau": TO_100, "denominator": "'all' or 'others'"},
@@ -96,6 +105,7 @@ FIELDS: dict[str, dict[str, str]] = {
     "crt": {"epochs": EPOCHS},
     "dp": {"clip": ABOVE_0, "noise": FROM_0},
     "facility_location": {"weight": FROM_0},
+    "fednpc": {"steps": STEPS, "samples": COUNT, "lr": FROM_0},
     "focal": {"gamma": FROM_0, "detach": FLAG},
     "geometric_median": {"steps": "a whole number from 0 to 100,000", "smoothing": ABOVE_0},
     "graph_cut": {"weight": FROM_0, "form": "'information' or 'correlation'", "diversity": FROM_0},
