@@ -144,6 +144,9 @@ def test_each_expert_has_clients_of_its_own_kind() -> None:
             assert len(set(chosen)) == 4 and len(set(chosen) & thirds[e]) >= 3
             seen.append(tuple(chosen))
     assert len(set(seen)) > 20
+    half: Any = ALGORITHMS["gbme"](own=0.5)
+    inside = [len(set(half.choose1(replace(run.task, round=r), server, (0, 1))) & thirds[1]) for r in range(40)]
+    assert set(inside) == {1, 2}  # one of two is its own, and the other of all
     short = run.algorithm.choose0(run.task, server, tuple(range(8)))  # type: ignore[attr-defined]
     assert len(set(short)) == 8 and thirds[0] <= set(short)
 
