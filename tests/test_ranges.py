@@ -64,6 +64,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "steps": STEPS, "batch_size": COUNT, "lr": ABOVE_0, "weight_decay": FROM_0, "distil": SHARE,
         "temperature": ABOVE_0,
     },
+    "fediic": {"within": FROM_0, "between": FROM_0, "difficult": FROM_0, "projection": COUNT, "spread_steps": STEPS},
     "fedir": {"virtual_size": f"{COUNT}, or None"},
     "fedlf": {"floor": SOME, "centre": FROM_0, "decorrelate": FROM_0, "margin": FROM_0},
     "fedloge": {
