@@ -179,6 +179,16 @@ def test_levels_end_at_the_norm(values: Any) -> None:
             assert arrived == pytest.approx(values)
 
 
+def test_rounding_makes_no_level_above_the_last_and_nothing_is_level_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keys, "uniform", lambda key, *shape: torch.zeros(shape))  # the least remainder is rounded up
+    value = torch.tensor(0.6404226422309875)
+    assert float(127 * value / value) > 127
+    _, arrived = carried(channel("qsgd"), padded(float(value)))
+    assert float(np.float32(arrived[0])) == float(value)
+    sent, _ = carried(channel("qsgd"), padded())
+    assert sent["levels"].tolist() == [127] * 300
+
+
 @pytest.mark.parametrize(
     ("levels", "width"), [(1, 2), (3, 3), (4, 4), (7, 4), (8, 5), (127, 8), (128, 9), (32_767, 16)]
 )
