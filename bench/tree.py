@@ -200,6 +200,12 @@ def norm(a: Tree) -> Tensor:
     return total
 
 
+def shortened(a: Tree, longest: float) -> Tree:
+    """Scale a tree down to a norm of `longest`; one that is no longer stays as it is."""
+    factor = (longest / norm(a)).clamp(max=1.0)
+    return map(lambda leaf: leaf * factor.to(leaf), a)
+
+
 def to(a: Tree, device: torch.device | str) -> Tree:
     """Move every leaf to a device."""
     return map(lambda leaf: leaf.to(device), a)

@@ -24,7 +24,8 @@ from bench.training.rounds import Run
 from bench.tree import Tree
 
 STACKABLE = [name for name in ALGORITHMS if ALGORITHMS[name]().stackable]
-WITH_PARTS = ["fedavg+focal(gamma=1)", "fedrep+topk", "fedavg+logit_adjustment", "fedavg+calibrated", "fedavg+lade"]
+WITH_LOSSES = ["fedavg+focal(gamma=1)", "fedavg+logit_adjustment", "fedavg+calibrated", "fedavg+lade"]
+WITH_PARTS = [*WITH_LOSSES, "fedrep+topk", "fedrep+sign", "fedavg+qsgd"]
 EVERYBODY = replace(toy.SETTING, participation=1.0, rounds=5, epochs=1, eval_every=5)
 """The same groups of clients in every round."""
 

@@ -21,6 +21,7 @@ from bench.protocol.settings import BadConfig
 from bench.protocol.spelling import parse_algorithms
 from bench.training import engine as engines
 from bench.training import rounds
+from tests import virtual
 
 POINTS = [(0.0, 0.0), (0.1, 0.0), (0.0, 0.1), (0.1, 0.1), (5.0, 5.0), (0.05, 0.05), (0.02, 0.0)]
 """The fifth is the attacker's."""
@@ -355,6 +356,20 @@ def test_statistics_of_batches_are_not_hidden_and_those_that_stay_need_not_be() 
         toy.run(made("fedavg+dp"), setting=setting).step()
     for statistics in ("frozen", "personal"):
         toy.run(made("fedavg+dp"), setting=replace(setting, statistics=statistics)).step()
+
+
+@pytest.mark.parametrize("text", ["krum", "sign+norm_bound", "topk+qsgd+geometric_median", "median", "dp"])
+def test_a_gpu_gives_the_same_numbers(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that refuses what CUDA refuses, and where there is no float64, as on Apple's."""
+    algorithm, setting = made(f"fedavg+{text}"), replace(toy.SETTING, rounds=2)
+    expected = toy.finish(toy.run(algorithm, "stacked", setting=setting)).outcome()
+    with virtual.device() as device:
+        assert (
+            toy.finish(toy.run(algorithm, "stacked", setting=setting, device=device)).outcome().digest
+            == expected.digest
+        )
+    monkeypatch.setattr(tree, "WITHOUT_FLOAT64", frozenset({"cpu"}))
+    assert toy.finish(toy.run(algorithm, "stacked", setting=setting)).outcome().digest == expected.digest
 
 
 def test_the_norm_of_a_tree_is_that_of_all_its_numbers() -> None:

@@ -37,7 +37,7 @@ class DP(Aggregation):
 
     def combine(self, task: Task, updates: Sequence[Tree], weights: Tensor) -> Tree:
         """Shorten, average without weights, and add noise."""
-        short = [tree.scale(update, (self.clip / tree.norm(update)).clamp(max=1.0)) for update in updates]
+        short = [tree.shortened(update, self.clip) for update in updates]
         mean: Tree = Uploads(short, torch.ones_like(weights)).mean()
         key, deviation = task.server_key("dp"), self.noise * self.clip / len(updates)
         return tree.map_paths(

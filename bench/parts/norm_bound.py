@@ -33,6 +33,6 @@ class NormBound(Aggregation):
     def combine(self, task: Task, updates: Sequence[Tree], weights: Tensor) -> Tree:
         """Shorten and average."""
         if self.bound is not None:
-            updates = [tree.scale(update, (self.bound / tree.norm(update)).clamp(max=1.0)) for update in updates]
+            updates = [tree.shortened(update, self.bound) for update in updates]
         mean: Tree = Uploads(updates, weights).mean()
         return mean
