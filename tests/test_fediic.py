@@ -80,7 +80,7 @@ def pair_by_pair(v: Tensor, y: list[int], share: Any) -> Tensor:
 
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 def test_a_round_is_the_papers(engine: str) -> None:
-    run = run_of(f"fediic(within=0.7, between=0.4, difficult=0.5, {CHEAP})", engine)
+    run = run_of(f"fediic(within=0.7, between=0.4, difficult=0.5, {CHEAP})", engine, replace(SETTING, augment="crop"))
     run.step()
     before, cohort = run.progress.server, run.population.cohort(1)
     found = [losses_of(run, before, k, 1) for k in cohort]
@@ -149,9 +149,10 @@ def test_a_class_that_is_hard_is_expected_less_and_so_taught_more() -> None:
 
 
 def test_padding_contrasts_with_nothing() -> None:
+    """And of a rare class the temperature is 0.07."""
     draw = torch.Generator().manual_seed(0)
     v, y = F.normalize(torch.randn(8, 5, generator=draw), dim=1), torch.tensor([0, 1, 1, 3, 0, 1, 1, 3])
-    share = torch.tensor([0.2, 0.5, 0.0, 0.3, 0.0, 0.0])
+    share = torch.tensor([0.2, 0.001, 0.0, 0.3, 0.0, 0.0])
     weight = torch.tensor([1.0, 1, 1, 0, 1, 1, 1, 0])
     found = fediic.contrast(v, Batch(torch.zeros(8, 1), y, weight, views=2), share)
     real = weight > 0
