@@ -5,7 +5,7 @@ Rectification. IEEE TIFS 2024. https://github.com/liuyuxia211/RUCR
 
 Server keeps   body, head, rectified, means, share, directions
 Client keeps   nothing
-Down           body, head, means, share, directions
+Down           body, head, rectified, means, share, directions
 Up             body, head, rectified, means, counts
 Departs        class means are measured in evaluation mode (reference: training mode); mixtures are drawn with
                replacement (reference: without, so that a client with fewer examples fails), and none of a class that
@@ -55,10 +55,6 @@ class RUCR(Algorithm):
         """Let the cohort measure its classes, in the last rounds all clients, and then train."""
         everyone = (Exchange("measure", "direct", everyone=True),) if self._late(task) else ()
         return (Exchange("measure", "unite"), *everyone, Exchange())
-
-    def broadcast(self, task: Task, server: Tree) -> Tree:
-        """Send what is known of classes; the rectified head is only tested."""
-        return {key: server[key] for key in ("body", "head", "means", "share", "directions")}
 
     def measure(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
         """Send each class's mean feature under the received model, and how many examples it has."""
@@ -115,3 +111,7 @@ class RUCR(Algorithm):
     def global_model(self, task: Task, server: Tree) -> Tree | None:
         """Give the model, in the last rounds under the rectified head."""
         return {"body": server["body"], "head": server["rectified" if self._late(task) else "head"]}
+
+    def personal_model(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> Tree | None:
+        """Give the generic model."""
+        return self.global_model(task, shared)

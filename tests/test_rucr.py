@@ -188,7 +188,9 @@ def test_the_rectified_head_is_tested() -> None:
     assert model is not None
     assert largest_difference(model["head"], run.progress.server["rectified"]) == 0.0
     assert largest_difference(model["body"], run.progress.server["body"]) == 0.0
-    assert "rectified" not in run.algorithm.broadcast(run.task_at(2), run.progress.server)
+    shared = run.algorithm.broadcast(run.task_at(2), run.progress.server)
+    mine = run.algorithm.personal_model(run.task_at(2), shared, {}, data_of(run, 0))
+    assert mine is not None and largest_difference(mine, model) == 0.0
 
 
 def test_bytes_are_two_trips_with_means_and_counts() -> None:
@@ -197,7 +199,7 @@ def test_bytes_are_two_trips_with_means_and_counts() -> None:
     last = run_of("rucr", setting=replace(SETTING, rounds=1), **{**CHEAP, "last_rounds": 1})
     c, d, model, n = 6, 64, tree.nbytes(model_of(run)), len(run.population.cohort(0))
     statistics, head = 4 * (c * d + c), 4 * (c * d + c)
-    down = model + 4 * (2 * c * d + c)
+    down = model + head + 4 * (2 * c * d + c)
     for each in (run, last):
         toy.finish(each)
     assert run.progress.cost["bytes_down"] == 2 * n * down
