@@ -156,7 +156,14 @@ class Both(Operations):
             self.seen.append((self.total, self.theirs.get_total_flops()))
 
 
-SHORT = {"creff": {"match_steps": 2, "head_epochs": 1}, "fedic": {"steps": 2}, "fedloge": {"etf_steps": 10}}
+SHORT = {
+    "creff": {"match_steps": 2, "head_epochs": 1},
+    "fedcrac": {"steps": 2},
+    "fedic": {"steps": 2},
+    "fediic": {"spread_steps": 2},
+    "fedloge": {"etf_steps": 10},
+    "rucr": {"head_epochs": 1},
+}
 """Fields of methods whose servers take long."""
 
 

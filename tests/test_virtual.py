@@ -41,9 +41,12 @@ SETTING = replace(toy.SETTING, rounds=2, epochs=1, eval_every=2, unseen=1, weigh
 COHORT = SETTING.cohort_size(len(SIZES))
 SHORTER = {
     "creff": "creff(match_steps=2, head_epochs=1)",
+    "fedcrac": "fedcrac(steps=2)",
     "fedic": "fedic(steps=2)",
+    "fediic": "fediic(spread_steps=2)",
     "fedloge": "fedloge(etf_steps=2)",
     "fedrep": "fedrep(head_epochs=1)",
+    "rucr": "rucr(head_epochs=1)",
 }
 WITH_PARTS = (
     "fedavg+focal+topk+trimmed_mean",

@@ -18,6 +18,9 @@ CHEAP: dict[str, dict[str, Any]] = {
     "creff": {"features_per_class": 10, "match_steps": 2, "head_epochs": 1},
     "fedloge": {"etf_steps": 10},
     "fedic": {"steps": 2},
+    "fediic": {"spread_steps": 2},
+    "fedcrac": {"steps": 2},
+    "rucr": {"head_epochs": 1},
 }
 FEDERATED = [name for name in sorted(ALGORITHMS) if "pooled" not in ALGORITHMS[name]().needs]
 NO_MEAN_OF_BODIES = {
