@@ -36,6 +36,7 @@ class RatioLoss(Algorithm):
     tier: ClassVar[str] = "A"
     needs: ClassVar[frozenset[str]] = frozenset({"auxiliary", "body"})
     own_loss: ClassVar[bool] = True
+    refuses: ClassVar[Mapping[str, str]] = {"loss": "in place of its own there would be nothing left of it but FedAvg"}
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]]] = {"beta": (0.01, 1.0)}
 
     beta: Strength = 0.1

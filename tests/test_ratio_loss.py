@@ -16,7 +16,7 @@ from torch import Tensor
 from bench import Algorithm, LocalData, Tree, Uploads, tree
 from bench.contract import toy
 from bench.plugins.registry import ALGORITHMS
-from bench.protocol.settings import Setting
+from bench.protocol.settings import BadConfig, Setting
 from bench.protocol.spelling import parse_algorithms
 from bench.training.rounds import Run
 from bench.tree import largest_difference
@@ -190,9 +190,10 @@ def test_a_class_that_weighs_more_is_learnt_better() -> None:
     assert lost == sorted(lost, reverse=True) and lost[2] < 0.8 * lost[0]
 
 
-def test_a_loss_part_takes_the_place_of_the_weighted_one() -> None:
-    runs = run_of("ratio_loss+cross_entropy"), run_of("fedavg")
-    assert largest_difference(*(model(toy.finish(run)) for run in runs)) == 0.0
+def test_a_loss_in_its_place_is_refused_for_it_would_be_fedavgs() -> None:
+    with pytest.raises(BadConfig, match="nothing left of it but FedAvg"):
+        parse_algorithms("ratio_loss+focal")
+    assert parse_algorithms("ratio_loss+topk+tau_norm")
 
 
 def test_probes_are_counted_and_weights_are_sent() -> None:
