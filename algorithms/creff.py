@@ -12,6 +12,7 @@ Departs        a class's gradient is that of all the client's images of it, with
                the clock)
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,6 +35,10 @@ class CReFF(Algorithm):
     tier: ClassVar[str] = "L"
     version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"body"})
+    controls: ClassVar[Mapping[str, str]] = {
+        "creff(match_steps=0)": "whether matching matters: a head re-trained on features that stay noise",
+        "fedavg+crt": "what a head gains that is re-trained where the images are",
+    }
 
     features_per_class: Count = 100
     """Federated features of each class (paper: m = 100)."""

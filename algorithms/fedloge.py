@@ -14,8 +14,8 @@ Departs        the ETF is optimised at norm 0.8 and scaled exactly to `etf_norm`
                realigned head comes from the reference code (paper: 1); the personal model is scored by the paper's
                rule, P0 (released code: P1, with the personal head added; its README: P2, with the shared one): all
                three are reported in every evaluation, as is the sum without realignment that the authors' logs
-               show; many, medium and few are cut by training counts (reference: by the clients' test counts, rounded
-               down)
+               show; without the auxiliary head, which is no variant of theirs, the frame stands in its place; many,
+               medium and few are cut by training counts (reference: by the clients' test counts, rounded down)
 """
 
 from collections.abc import Mapping
@@ -49,6 +49,15 @@ class FedLoGe(Algorithm):
         "etf_norm": (0.01, 1.0),
         "scale": (0.17, 17.0),
     }
+    controls: ClassVar[Mapping[str, str]] = {
+        "fedloge(frame='random')": "whether angles matter: any sparse fixed head, with as many zeros and the same norm",
+        "fedloge(sparsity=0)": "whether the zeros matter: a dense ETF of the same norm",
+        "fedloge(realign=False)": "whether realignment matters: both heads as they were trained, personal ones added",
+        "fedloge(auxiliary=False)": "whether a shared head matters: the frame in its place",
+        "fedavg+tau_norm": "whether rows of one norm are all there is to it: FedAvg's head, normalised",
+        "fedavg+class_mask": "what it gives any model to leave out the classes that a client has not",
+    }
+    later: ClassVar[Mapping[str, object]] = {"frame": "sse_c", "realign": True, "auxiliary": True}
 
     sparsity: Annotated[float, Interval(ge=0, lt=1)] = 0.6
     """Share of the ETF's entries set to zero (paper: beta)."""
@@ -70,21 +79,25 @@ class FedLoGe(Algorithm):
     shared head (README).
     """
 
+    frame: Literal["sse_c", "random"] = "sse_c"
+    """What teaches the body: the sparse ETF (paper), or vectors of normal draws and the same zeros and norm."""
+    realign: bool = True
+    """Whether heads are realigned for the test (paper); without, the personal one is the sum of both."""
+    auxiliary: bool = True
+    """Whether there is a shared head (paper); without, the ETF stands in its place."""
+
     def init_server(self, task: Task) -> Tree:
         """Build the ETF, once; it never changes."""
         model, key = task.init(), task.server_key("etf")
-        weight = sparse_etf(
-            key,
-            task.num_classes,
-            task.model.feature_size,
-            self.sparsity,
-            self.etf_norm,
-            self.etf_steps,
-            self.faithful,
-        )
+        shape = task.num_classes, task.model.feature_size
+        if self.frame == "random":
+            weight = random_frame(key, *shape, self.sparsity, self.etf_norm)
+        else:
+            weight = sparse_etf(key, *shape, self.sparsity, self.etf_norm, self.etf_steps, self.faithful)
         bias = torch.zeros(task.num_classes, device=weight.device)
         if self.etf_bias == "frozen_random":
             bias = (2 * keys.uniform(keys.fold(key, "bias"), task.num_classes) - 1) / task.model.feature_size**0.5
+        model = model if self.auxiliary else {"body": model["body"]}
         return {**model, "etf": {"weight": weight, "bias": bias}}
 
     def init_client(self, task: Task) -> Tree:
@@ -98,19 +111,22 @@ class FedLoGe(Algorithm):
         def loss(w: dict[str, Tree], batch: Batch) -> Tensor:
             z = task.model.features(w["body"], batch.x)
             still = z.detach()
-            return (
-                task.criterion(logits(etf, z), z, batch)  # teaches the body
-                + task.criterion(logits(w["generic"], still), still, batch)
-                + task.criterion(logits(w["personal"], still), still, batch)
-            )
+            taught = task.criterion(logits(etf, z), z, batch)  # teaches the body
+            for head in heads:
+                taught = taught + task.criterion(logits(w[head], still), still, batch)
+            return taught
 
-        w = {"body": shared["body"], "generic": shared["head"], "personal": private["head"]}
-        w = task.sgd(loss, w, data.batches(task.epochs), clip_apart=("generic", "personal"))
-        return {"body": w["body"], "head": w["generic"]}, {"head": w["personal"]}
+        heads = ("generic", "personal") if self.auxiliary else ("personal",)
+        w = {"body": shared["body"], "generic": self._shared(shared), "personal": private["head"]}
+        w = task.sgd(loss, {key: w[key] for key in ("body", *heads)}, data.batches(task.epochs), clip_apart=heads)
+        upload = {"body": w["body"], "head": w["generic"]} if self.auxiliary else {"body": w["body"]}
+        return upload, {"head": w["personal"]}
 
     def global_model(self, task: Task, server: Tree) -> Tree | None:
         """Realign the shared head: rows of equal norm (eq. 6)."""
-        head = server["head"]
+        head = self._shared(server)
+        if not self.realign:
+            return {"body": server["body"], "head": head}
         norm = head["weight"].norm(dim=1).clamp(min=1e-12)
         bias = {"keep": head["bias"], "drop": 0 * head["bias"], "scale": head["bias"] * self.scale / norm}
         realigned: Tree = {
@@ -121,22 +137,27 @@ class FedLoGe(Algorithm):
 
     def global_variants(self, task: Task, server: Tree) -> dict[str, Tree]:
         """Give the two other generic heads: the shared one as trained, and the ETF."""
-        return {
-            "auxiliary": {"body": server["body"], "head": server["head"]},
-            "etf": {"body": server["body"], "head": server["etf"]},
-        }
+        heads = {"auxiliary": server["head"], "etf": server["etf"]} if self.auxiliary else {"etf": server["etf"]}
+        return {name: {"body": server["body"], "head": head} for name, head in heads.items()}
 
     def personal_model(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> Tree | None:
         """Realign the shared head by the norms of the client's own rows (eq. 7)."""
-        return {"body": shared["body"], "head": self._realigned(shared["head"], private["head"])[self.personal_rule]}
+        ours, mine = self._shared(shared), private["head"]
+        head = self._realigned(ours, mine)[self.personal_rule] if self.realign else tree.add(ours, mine)
+        return {"body": shared["body"], "head": head}
 
     def personal_variants(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> dict[str, Tree]:
         """Give the models of all three rules, and the sum of both heads without realignment: what the authors' logs
         measure in each round.
         """
-        ours, mine = shared["head"], private["head"]
+        ours, mine = self._shared(shared), private["head"]
         heads = {**self._realigned(ours, mine), "unrealigned": tree.add(ours, mine)}
         return {name: {"body": shared["body"], "head": head} for name, head in heads.items()}
+
+    def _shared(self, state: Tree) -> Tree:
+        """Give the head that all share: the auxiliary one, or the ETF in its place."""
+        head: Tree = state["head"] if self.auxiliary else state["etf"]
+        return head
 
     def _realigned(self, ours: Tree, mine: Tree) -> dict[str, Tree]:
         """Give the personal head of each rule; P2 has its own bias in the realigned head's place."""
@@ -179,6 +200,20 @@ def sparse_etf(
     return _sparse_etf(int(key), classes, d, sparsity, norm, steps, faithful).to(key.device)
 
 
+def random_frame(key: Tensor, classes: int, d: int, sparsity: float, norm: float) -> Tensor:
+    """Draw vectors of normal entries, with the zeros and the norm that `sparse_etf` has: (C, d) float32."""
+    here = torch.tensor(int(key))
+    draws = keys.normal(keys.fold(here, "random"), classes, d) * _mask(here, classes, d, sparsity)
+    return (norm * F.normalize(draws, dim=1)).float().to(key.device)
+
+
+def _mask(key: Tensor, classes: int, d: int, sparsity: float) -> Tensor:
+    """Choose the entries that are not zero: (C, d) float64."""
+    mask = torch.ones(classes * d, dtype=torch.float64)
+    mask[keys.permutation(keys.fold(key, "zeros"), classes * d)[: int(sparsity * d * classes)]] = 0.0
+    return mask.reshape(classes, d)
+
+
 @lru_cache(maxsize=16)  # a pure function of seconds, the same for all runs of a seed
 def _sparse_etf(seed: int, classes: int, d: int, sparsity: float, norm: float, steps: int, faithful: bool) -> Tensor:
     key = torch.tensor(seed)
@@ -191,9 +226,7 @@ def _sparse_etf(seed: int, classes: int, d: int, sparsity: float, norm: float, s
         start = F.normalize(draw.T - 0.5, dim=1)
     if sparsity == 0:
         return (norm * F.normalize(start, dim=1)).float()
-    mask = torch.ones(classes * d, dtype=torch.float64)
-    mask[keys.permutation(keys.fold(key, "zeros"), classes * d)[: int(sparsity * d * classes)]] = 0.0
-    mask = mask.reshape(classes, d)
+    mask = _mask(key, classes, d, sparsity)
     vectors = _spread(start * mask, mask, norm if faithful else 0.8, steps)
     return (vectors if faithful else norm * F.normalize(vectors, dim=1)).float()
 

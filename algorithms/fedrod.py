@@ -10,6 +10,7 @@ Up             body, head
 Departs        the personal head starts at zero: a client that never took part predicts as the generic model
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,6 +29,10 @@ class FedRoD(Algorithm):
     version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"body"})
     own_loss: ClassVar[bool] = True
+    controls: ClassVar[Mapping[str, str]] = {
+        "fedrod+cross_entropy": "whether the balanced loss matters: the same two heads by plain cross-entropy",
+        "fedavg+balanced_softmax": "what the balanced loss does without a personal head",
+    }
 
     def init_client(self, task: Task) -> Tree:
         """Start with a personal head of zero."""

@@ -277,6 +277,12 @@ class Algorithm(Client, Server, Ranged):
     """Fields whose default is not the paper's value, with that value: the preset `paper`."""
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]] | None] = None
     """What `bench tune` chooses among, by field: (lowest, highest) or a list of values; None: around the defaults."""
+    controls: ClassVar[Mapping[str, str]] = {}
+    """Rows that it must be compared with before it is believed, as on the command line, and what each answers:
+    {"mine(pull=0)": "whether the pull does anything"}."""
+    later: ClassVar[Mapping[str, object]] = {}
+    """Fields that came when results were stored already, with their defaults, which are what runs did before. With
+    these values they are left out of a run's identity and call, so that a run of then and the same of now are one."""
     predictors: ClassVar[Mapping[str, str]] = {}
     """Variants, global or personal, that are scored in another way than by `predict`: name of the variant to name of a
     method with its arguments and result."""

@@ -39,6 +39,8 @@ class Part(Ranged, ABC):
     """As an algorithm's."""
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]] | None] = None
     """As an algorithm's."""
+    later: ClassVar[Mapping[str, object]] = {}
+    """As an algorithm's."""
 
     @property
     def tier(self) -> str:

@@ -6,15 +6,15 @@ Names and first lines are read from source text, so that listing imports no plug
 from __future__ import annotations
 
 import ast
-import importlib
 import inspect
 import textwrap
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.face.asked import DEFAULT_SETTING
+from bench.plugins import declared as declarations
+from bench.plugins.declared import declared, source
 from bench.plugins.names import meant, near
 from bench.plugins.registry import ALGORITHMS, DATASETS, MODELS, PARTS, Registry, UnknownPlugin
 from bench.ranges import hints, words
@@ -82,7 +82,9 @@ def describe(kind: str, name: str, dataset: str) -> dict[str, Any]:
     name = meant(name, summaries(kind)) or name
     if kind in ("algorithms", "parts"):
         described = _describe_plugin(kind, name, PLUGINS[kind][name], _FACTS[kind])
-        return described if kind == "parts" else {**described, **_adaptation(ALGORITHMS[name]())}
+        if kind == "parts":
+            return described
+        return {**described, **_adaptation(ALGORITHMS[name]()), "controls": declarations.controls(name)}
     if kind == "datasets":
         facts = ("num_classes", "image_shape", "size", "licence", "citation", "source", "revision")
         described = _describe_plugin(kind, name, DATASETS[name], facts)
@@ -196,15 +198,8 @@ def _field_docstrings(plugin: type) -> dict[str, str]:
 
 def _module_docstring(kind: str, name: str) -> str:
     """Read the docstring of a built-in plug-in's file; an entry point's is not known unless imported."""
-    source = _source(kind, name)
-    return _ELSEWHERE if source is None else ast.get_docstring(ast.parse(source)) or ""
-
-
-def _source(kind: str, name: str) -> str | None:
-    """Read a built-in plug-in's file."""
-    package = importlib.import_module(f"bench.{kind}")
-    files = (Path(folder) / f"{name}.py" for folder in package.__path__)
-    return next((file.read_text(encoding="utf-8") for file in files if file.is_file()), None)
+    text = source(kind, name)
+    return _ELSEWHERE if text is None else ast.get_docstring(ast.parse(text)) or ""
 
 
 _ELSEWHERE = "from another distribution"
@@ -212,15 +207,13 @@ _ELSEWHERE = "from another distribution"
 
 def family(name: str) -> str | None:
     """Give the set that an algorithm says it belongs to; of another distribution's, only if it is imported already."""
-    if name in ALGORITHMS.entered():
-        told: str | None = ALGORITHMS[name].family
-        return told
-    module = ast.parse(_source("algorithms", name) or "")
-    for statement in (each for node in module.body if isinstance(node, ast.ClassDef) for each in node.body):
-        match statement:
-            case ast.AnnAssign(target=ast.Name(id="family"), value=ast.Constant(value=str(found))):
-                return found
-    return None
+    told: str | None = declared(ALGORITHMS, name, "family")
+    return told
+
+
+def controls() -> dict[str, dict[str, str]]:
+    """Give the rows that methods say they must be compared with: by method, what each row answers."""
+    return {name: told for name in ALGORITHMS if (told := declarations.controls(name))}
 
 
 def _members(called: str) -> list[str]:

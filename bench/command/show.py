@@ -16,20 +16,26 @@ from bench.face.asked import DEFAULT_DATASET
 
 _WIDTH = 120  # of the documentation beside it
 _KINDS = ("algorithms", "sets", "parts", "datasets", "models", "settings", "partitions")
+_CONTROLS = "controls"
 
 
 @click.command("list")
-@click.argument("kind", type=Choice(_KINDS), required=False)
+@click.argument("kind", type=Choice((*_KINDS, _CONTROLS)), required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print the names as JSON.")
 def list_command(kind: str | None, as_json: bool) -> None:
-    """List what there is to choose from; of every kind, if none is given.
+    """List what there is to choose from; of every kind, if none is given. Controls are the rows that a method says it
+    must be compared with, and what each answers.
 
     \b
     bench list algorithms
     bench list datasets --json
+    bench list controls
     """
     from bench.command import catalogue
 
+    if kind == _CONTROLS:
+        _list_controls(catalogue.controls(), as_json)
+        return
     listed = {each: catalogue.summaries(each) for each in ((kind,) if kind else catalogue.KINDS)}
     if as_json:
         names = {each: list(summaries) for each, summaries in listed.items()}
@@ -41,6 +47,17 @@ def list_command(kind: str | None, as_json: bool) -> None:
         for name, summary in summaries.items():
             kept = f"{catalogue.family(name) or '–':10}  " if each == "algorithms" else ""
             click.echo(text.plain(f"  {name:{width}}  {kept}{summary}"))
+
+
+def _list_controls(known: Mapping[str, Mapping[str, str]], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(known))
+        return
+    for method, told in known.items():
+        click.echo(f"{method}:")
+        width = max(map(len, told))
+        for row, answer in told.items():
+            click.echo(text.plain(f"  {row:{width}}  {answer}"))
 
 
 @click.command("show")
@@ -78,7 +95,7 @@ def show_command(name: str, plugin: Path | None, kind: str | None, dataset: str,
 
 def _prose(described: Mapping[str, Any]) -> str:
     """Write a description for a person."""
-    known = ("name", "kind", "documentation", "fields", "setting", "pieces")
+    known = ("name", "kind", "documentation", "fields", "setting", "pieces", "controls")
     lines = [f"{described['name']} ({described['kind'].removesuffix('s')})", "", described["documentation"]]
     if described.get("fields"):
         lines += ["", "Fields"]
@@ -86,6 +103,8 @@ def _prose(described: Mapping[str, Any]) -> str:
         lines.append(f"  {name} = {field.get('value', field.get('default'))!r}  ({field['takes']})")
         if field["doc"]:
             lines.append(textwrap.fill(field["doc"], _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    if described.get("controls"):
+        lines += ["", "Controls", *(f"  {row}  ({answer})" for row, answer in described["controls"].items())]
     if described.get("setting"):
         values = ", ".join(f"{key} {_value(value)}" for key, value in described["setting"].items() if key != "name")
         title = f"Setting {described['setting']['name']}, the default (others: bench list settings)"

@@ -29,6 +29,7 @@ from bench.dataset import Dataset
 from bench.plugins.registry import ALGORITHMS
 from bench.protocol.composition import refusal
 from bench.protocol.sets import FAMILIES
+from bench.protocol.spelling import parse_algorithms
 from bench.splits.auxiliary import NEEDS
 from bench.training import engine as engines
 from bench.training.rounds import Run
@@ -87,6 +88,21 @@ def family_is_known(plugin: type[Algorithm]) -> None:
     ours = plugin.__module__.startswith("bench.algorithms.")
     told = f"family = {plugin.family!r}: must be one of {', '.join(FAMILIES)}"
     require(plugin.family in FAMILIES or (plugin.family is None and not ours), told if ours else f"{told}, or None")
+
+
+def controls_are_rows(plugin: type[Algorithm]) -> None:
+    """What it must be compared with are rows that there can be, other ones than its own, each with what it answers."""
+    for row, answer in plugin.controls.items():
+        found = parse_algorithms(row)
+        require(len(found) == 1 and found[0] != plugin(), f"controls: {row} is not one row, and another than its own")
+        require(bool(answer.strip()), f"controls: {row} says nothing of what it answers")
+
+
+def later_fields_have_defaults(plugin: type[Any]) -> None:
+    """Fields that came later have the defaults that runs did before."""
+    values = {field.name: getattr(plugin(), field.name) for field in dataclasses.fields(plugin)}
+    wrong = [name for name, value in plugin.later.items() if name not in values or values[name] != value]
+    require(not wrong, f"later names {', '.join(wrong)}, which is no field with that default")
 
 
 def ledger(plugin: type) -> dict[str, set[str]]:
@@ -413,6 +429,8 @@ ALGORITHM_PROMISES: dict[str, Callable[[type[Algorithm]], None]] = {
     "defaults construct, frozen, repr evaluates back": defaults_construct,
     "its tier says what the server has": tier_is_told,
     "its family is a named set": family_is_known,
+    "its controls are rows": controls_are_rows,
+    "later fields have their defaults": later_fields_have_defaults,
     "the ledger is true": ledger_is_true,
     "inputs are left alone": inputs_are_left_alone,
     "states keep keys, shapes and dtypes": states_keep_shape,

@@ -306,6 +306,7 @@ PROMISES: Mapping[str, Callable[[type[Part]], None]] = {
     "the name is the file's name": name_is_file_name,
     "defaults construct, frozen, repr evaluates back": checks.defaults_construct,
     "the docstring says kind, what the server learns, departures": docstring_says_it,
+    "later fields have their defaults": checks.later_fields_have_defaults,
     "it changes what it says": changes_what_it_says,
     "off is off": neutral_is_off,
     "every prior works": every_prior_works,

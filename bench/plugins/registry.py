@@ -262,6 +262,23 @@ def _label(plugin: object, without: tuple[str, ...]) -> str:
     return _name(plugin) + (f"({', '.join(changed)})" if changed else "")
 
 
+def call(plugin: object) -> str:
+    """Write an instance with the fields that it is told by, as Python does: `FedRep(head_epochs=5, body_epochs=1)`."""
+    pieces = (f"{type(piece).__qualname__}({_arguments(told(piece))})" for piece in _pieces(plugin))
+    return " + ".join(pieces)
+
+
+def _arguments(values: Mapping[str, object]) -> str:
+    return ", ".join(f"{field}={value!r}" for field, value in values.items())
+
+
+def told(plugin: Any) -> dict[str, Any]:
+    """Give the fields that tell an instance from others: of those that came `later` what is not as it was before."""
+    later: Mapping[str, object] = getattr(plugin, "later", {})
+    values = {field.name: getattr(plugin, field.name) for field in fields(plugin)}
+    return {name: value for name, value in values.items() if name not in later or value != later[name]}
+
+
 def _default(field: Field[Any]) -> object:
     return field.default_factory() if field.default_factory is not MISSING else field.default
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from bench.results.comparison import Comparison, Part, Spread, spell_p
+from bench.results.comparison import Comparison, Control, Part, Spread, spell_p
 from bench.results.statistics import Estimate, Pair, Ranking
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ def terminal(compared: Comparison) -> Iterator[RenderableType]:
     for varying in compared.spread:
         yield Text(f"{compared.metric}: {varying.title}", style="bold")
         yield _spread(varying)
+    if compared.controls:
+        yield Text("Controls: what each row is there to tell of its method", style="bold")
+        yield _controls(compared.controls)
     yield from map(Text, compared.left_out)
     yield Text(_LEGEND, style="dim")
 
@@ -96,6 +99,18 @@ def _spread(varying: Spread) -> Table:
         table.add_column(heading, justify="right")
     for label, initialisation, partition in varying.rows:
         table.add_row(Text(label), f"{100 * initialisation:.2f}", f"{100 * partition:.2f}")
+    return table
+
+
+def _controls(controls: Sequence[Control]) -> Table:
+    from rich.text import Text
+
+    table = _table()
+    for heading in ("method", "control", "asks"):
+        table.add_column(heading, overflow="fold")
+    for each in controls:
+        row = f"{each.control} (no results)" if each.label is None else each.label
+        table.add_row(Text(each.method), Text(row), Text(each.answers), style="dim" if each.label is None else "")
     return table
 
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from statistics import variance
 from typing import Any
 
+from bench.plugins import declared
 from bench.protocol.identity import canonical
-from bench.results.entrants import entrants
+from bench.protocol.refusal import BadConfig
+from bench.results.entrants import entrants, pieces
 from bench.results.layout import NOT_INDEPENDENT, resolution, title
 from bench.results.leaderboard import Leaderboard, measured
 from bench.results.standing import RANKED
@@ -54,6 +57,20 @@ class Spread:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Control:
+    """A row that a method says it must be compared with."""
+
+    method: str
+    """Label of the method's row."""
+    control: str
+    """As the method names it."""
+    answers: str
+    """Which question it answers."""
+    label: str | None
+    """Of the control's row; None: there are no results of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """Algorithms compared by one metric."""
 
@@ -66,6 +83,8 @@ class Comparison:
     """Over datasets; None with fewer than two, or two algorithms common to them."""
     spread: tuple[Spread, ...]
     """Where the partition was drawn anew for the same seeds: what varies with which."""
+    controls: tuple[Control, ...]
+    """Of the methods among those compared, whether they are compared here or not."""
     left_out: tuple[str, ...]
     """Sentences: what was not compared, and why."""
 
@@ -95,6 +114,7 @@ def compare(boards: Sequence[Leaderboard], metric: str, labels: Sequence[str] | 
         parts=tuple(parts),
         overall=overall,
         spread=spread(tables),
+        controls=tuple(controls(boards, known)),
         left_out=tuple(left_out),
     )
 
@@ -161,6 +181,30 @@ def document(comparison: Comparison) -> dict[str, Any]:
     ]
     overall = found.pop() if comparison.overall else None
     return {"format": 1, "level": LEVEL, **asdict(comparison), "parts": found, "overall": overall}
+
+
+def controls(boards: Sequence[Leaderboard], labels: Iterable[str]) -> Iterator[Control]:
+    """Find the controls of methods that stand alone, with other fields the same in both rows.
+
+    Args:
+        boards: Leaderboards, with rows that need not be compared.
+        labels: Of the methods.
+    """
+    known: dict[str, dict[str, dict[str, object]]] = {}
+    for label, rows in entrants(boards).items():
+        with suppress(BadConfig):  # somebody else's label, which is no call
+            known[label] = pieces(rows[0].words)
+    for label in labels:
+        own = known.get(label, {})
+        method = next(iter(own), "") if len(own) == 1 else ""
+        told = {call: (pieces(call), answers) for call, answers in declared.controls(method).items()}
+        fields = own.get(method, {})
+        if any(set(wanted) == {method} and fields | wanted[method] == fields for wanted, _ in told.values()):
+            continue  # it is a control itself
+        for call, (wanted, answers) in told.items():
+            wanted = {name: own.get(name, {}) | given for name, given in wanted.items()}
+            found = next((other for other, those in known.items() if those == wanted), None)
+            yield Control(method=label, control=call, answers=answers, label=found)
 
 
 # Who is who -------------------------------------------------------------------------------------------------

@@ -114,6 +114,13 @@ def _same(one: object, other: object) -> bool:
     return one == other and isinstance(one, bool) == isinstance(other, bool)
 
 
+def pieces(words: str) -> _Pieces:
+    """Take a row's words apart: a method and its parts, each with fields that are not at their defaults. What stands in
+    brackets behind them, such as the preset, is left out.
+    """
+    return _call(words.partition(" [")[0])
+
+
 def _call(text: str) -> _Pieces:
     """Take `name(field=1)+part` apart."""
     (name, fields), *parts = map(_piece, split_at("+", text))

@@ -17,7 +17,7 @@ from bench.dataset import Dataset, Labels, Splits
 from bench.models import BUILT_IN, MODELS, build, has_body
 from bench.models.weights import digest, read
 from bench.part import Part
-from bench.plugins.registry import source_digest
+from bench.plugins.registry import source_digest, told
 from bench.protocol.identity import identify
 from bench.protocol.presets import DEFAULT, Preset
 from bench.protocol.settings import LATER, BadConfig, Setting, named
@@ -195,7 +195,7 @@ def _describe(plugin: Algorithm | Dataset | Part) -> dict[str, Any]:
     described = {
         "name": name(plugin),
         "version": plugin.revision if isinstance(plugin, Dataset) else plugin.version,
-        "fields": plugin.identity() if isinstance(plugin, Dataset) else asdict(plugin),  # type: ignore[call-overload]
+        "fields": plugin.identity() if isinstance(plugin, Dataset) else told(plugin),
     }
     digest = source_digest(type(plugin))
     return described if digest is None else {**described, "source": digest}

@@ -17,7 +17,7 @@ from bench.algorithm import Misnamed
 from bench.dataset import Dataset, Labels, Splits
 from bench.files import source
 from bench.plugins import blame
-from bench.plugins.registry import plugin_files
+from bench.plugins.registry import call, plugin_files
 from bench.protocol import provenance
 from bench.protocol.settings import BadConfig
 from bench.protocol.spelling import label, name
@@ -161,7 +161,7 @@ def document(run: Run, started: str | None) -> dict[str, Any]:
         "protocol": run.protocol,
         "identity": run.identity(),
         "algorithm": name(run.algorithm),
-        "call": repr(run.algorithm),
+        "call": call(run.algorithm),
         "label": run.label,
         "preset": run.preset,
         "tier": run.algorithm.tier,

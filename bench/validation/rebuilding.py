@@ -14,7 +14,7 @@ from typing import TypeVar
 from bench.algorithm import Algorithm
 from bench.dataset import Dataset
 from bench.models import MODELS
-from bench.plugins.registry import ALGORITHMS, DATASETS, PARTS, BadPlugin, Registry, UnknownPlugin
+from bench.plugins.registry import ALGORITHMS, DATASETS, PARTS, BadPlugin, Registry, UnknownPlugin, call
 from bench.protocol.composition import compose
 from bench.protocol.identity import canonical, identify
 from bench.protocol.settings import SETTINGS, BadConfig, Setting
@@ -270,7 +270,7 @@ def description(asked: Asked) -> dict[str, object]:
         "setting": run.fields(),
     }
     if not asked.outdated:
-        told |= {"call": repr(asked.algorithm)}
+        told |= {"call": call(asked.algorithm)}
         told |= {"label": run.label} if record.label is not None else {}
         if asked.dataset is not None:
             told["dataset"] = label(asked.dataset)
