@@ -225,6 +225,8 @@ def test_without_realignment_training_is_the_same_and_heads_are_tested_as_they_a
     found, usual = metrics(mine), metrics(plain)
     assert found["generic"] == usual["generic:auxiliary"] and found["personal"] == usual["personal:unrealigned"]
     client, server = mine.store.clients()[0], mine.progress.server
+    generic = mine.algorithm.global_model(mine.task, server)
+    assert generic is not None and tree.largest_difference(generic["head"], server["head"]) == 0.0
     sums = {key: server["head"][key] + mine.store[client]["head"][key] for key in ("weight", "bias")}
     model = mine.algorithm.personal_model(mine.task, server, mine.store[client], None)  # type: ignore[arg-type]
     assert model is not None and tree.largest_difference(model["head"], sums) == 0.0
