@@ -70,7 +70,7 @@ FIELDS: dict[str, dict[str, str]] = {
     "fedloge": {
         "sparsity": NOT_ALL, "etf_norm": ABOVE_0, "etf_steps": STEPS, "etf_bias": "'zero' or 'frozen_random'",
         "faithful": FLAG, "scale": ABOVE_0, "generic_bias": "'keep', 'drop' or 'scale'",
-        "personal_rule": "'P0', 'P1' or 'P2'",
+        "personal_rule": "'P0', 'P1' or 'P2'", "frame": "'sse_c' or 'random'", "realign": FLAG, "auxiliary": FLAG,
     },
     "fedpac": {"align": FROM_0, "head_lr": FROM_0, "combine": FLAG},
     "fedproto": {"pull": FROM_0},

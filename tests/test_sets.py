@@ -32,9 +32,10 @@ Bench = Callable[..., tuple[str, str]]
 
 README = {
     "references": "local centralised fedavg_prior",
-    "generic": "fedavg fedavgm fedprox scaffold moon fedsam",
+    "generic": "fedavg fedavgm fedprox scaffold moon fedsam fedcm",
     "pfl": "fedavg_ft ditto fedper fedrep fedbabu fedrod fedbn fedproto fedamp fedpac pfedhn feddbe knnper",
-    "fedlt": "creff fedloge balancefl fedic climb fedcm fedir fedlf fedvls fedyoyo ratio_loss",
+    "fedlt": "creff fedloge balancefl fedic climb fedcrac fedgrab fediic fedir fedlf fedvls fedyoyo gbme ratio_loss "
+    "redgrape rucr",
 }
 """As its table groups them."""
 WITH_IMAGES = ("fedic", "ratio_loss")
@@ -150,9 +151,9 @@ def test_a_set_is_its_algorithms_each_once() -> None:
     mixed = ask("fedprox(mu=0.5),set:generic,fedavg(),fedavg")
     runs = sweep("fedprox(mu=0.5),set:generic,fedavg(),fedavg").expand()
     assert [label(run.algorithm) for run in runs] == [
-        "fedprox(mu=0.5)", "fedavg", "fedavgm", "fedprox", "fedsam", "moon", "scaffold",
+        "fedprox(mu=0.5)", "fedavg", "fedavgm", "fedcm", "fedprox", "fedsam", "moon", "scaffold",
     ]  # fmt: skip
-    assert [label(each) for each in mixed.optional] == ["fedavgm", "fedprox", "fedsam", "moon", "scaffold"]
+    assert [label(each) for each in mixed.optional] == ["fedavgm", "fedcm", "fedprox", "fedsam", "moon", "scaffold"]
     assert mixed.left_out == ()
     assert unfold("set:references+focal(gamma=1)+topk")[0] == "centralised+focal(gamma=1)+topk"
     assert unfold("fedavg+topk") == ["fedavg+topk"]

@@ -30,6 +30,7 @@ from bench.optim import Adam, Sgd
 from bench.plugins.registry import ALGORITHMS
 from bench.protocol.spelling import parse_algorithms
 from bench.training import checkpoint, evaluation, rounds, states
+from bench.training import engine as engines
 from bench.training.crew import visit_all
 from bench.training.population import Population
 from bench.training.rounds import Run
@@ -103,6 +104,12 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
     for module in (rounds, evaluation):
         monkeypatch.setattr(module, "visit_all", watching)
     return seen
+
+
+@pytest.fixture(autouse=True)
+def as_wide_as_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stack as many clients on either device: how many decides on last bits."""
+    monkeypatch.setattr(engines, "_width", lambda shared, visits: 128)
 
 
 @pytest.fixture
