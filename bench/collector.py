@@ -21,7 +21,9 @@ def paused() -> Iterator[None]:
 
 @contextmanager
 def settling() -> Iterator[None]:
-    """Make what lasts as long as the process, such as modules, of which the collector need never know."""
+    """Make what lasts as long as the process, such as modules, of which the collector need never know. For a process of
+    our own: in another's, who looks for what refers to an object no longer finds it.
+    """
     with paused():
         yield
         gc.freeze()

@@ -317,9 +317,13 @@ def test_a_run_that_diverges_fails_and_the_others_go_on(bench: Bench) -> None:
 
 
 def test_list_names_what_there_is_and_imports_no_plugin(tmp_path: Path, bench: Bench) -> None:
-    names = json.loads(bench("list", "algorithms", "--json").out)
+    entries = json.loads(bench("list", "algorithms", "--json").out)
+    names = [entry["name"] for entry in entries]
     wanted = "local centralised fedavg fedavg_ft fedprox scaffold ditto fedper fedrep fedbabu fedrod creff fedloge"
     assert set(names) >= set(wanted.split())
+    (fedrep,) = (entry for entry in entries if entry["name"] == "fedrep")
+    assert fedrep.pop("summary").startswith("FedRep: one representation for all")
+    assert fedrep == {"name": "fedrep", "family": "pfl", "tier": "S", "year": 2021}
     assert "FedRep: one representation for all" in bench("list", "algorithms").out
     everything = json.loads(bench("list", "--json").out)
     assert list(everything) == ["algorithms", "sets", "parts", "datasets", "models", "settings", "partitions"]

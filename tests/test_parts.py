@@ -932,7 +932,10 @@ def test_show_prints_the_method_and_its_parts(bench: Bench) -> None:
 
 
 def test_parts_are_listed_and_shown(bench: Bench) -> None:
-    assert json.loads(bench("list", "parts", "--json").out) == sorted(PARTS)
+    entries = {entry.pop("name"): entry for entry in json.loads(bench("list", "parts", "--json").out)}
+    assert list(entries) == sorted(PARTS) and entries["ccvr"].pop("summary").startswith("CCVR: ")
+    assert entries["ccvr"] == {"kind": "correction", "tier": "L", "year": 2021}
+    assert entries["cross_entropy"]["year"] is None  # not one paper's
     assert "Kind           loss" in bench("show", "focal").out
     assert json.loads(bench("show", "tau-norm", "--json").out)["kind"] == "parts"
 

@@ -170,7 +170,7 @@ def test_an_entry_point_of_another_distribution_is_found(tmp_path: Path) -> None
         return json.loads(done.stdout)
 
     listed = answer("list", "algorithms", "--json")
-    assert isinstance(listed, list) and "third" in listed and "third" not in list(ALGORITHMS)
+    assert isinstance(listed, list) and "third" in [each["name"] for each in listed] and "third" not in list(ALGORITHMS)
     document = answer("run", "--algos", "third(extra_epochs=1)+fourth", "--model", "fifth", "--rounds", "1", *OFF)
     assert isinstance(document, dict) and len(digest(json.dumps(document))) == 64
 

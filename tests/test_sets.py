@@ -240,7 +240,7 @@ def test_run_and_tune_take_sets_and_say_what_they_leave_out(bench: Bench, capsys
 
 
 def test_list_and_show_tell_of_sets(bench: Bench) -> None:
-    assert json.loads(bench("list", "sets", "--json")[0]) == [f"set:{name}" for name in SETS]
+    assert [each["name"] for each in json.loads(bench("list", "sets", "--json")[0])] == [f"set:{name}" for name in SETS]
     listed = bench("list", "sets")[0]
     assert "set:fedlt       Long-tailed" in listed and f"{', '.join(members('fedlt'))}\n" in listed
     rows = {line.split()[0]: line.split()[1] for line in bench("list", "algorithms")[0].splitlines() if line}

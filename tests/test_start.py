@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import Batch, collector, keys, losses
+from bench.command.main import main
 from bench.plugins import registry
 from bench.plugins.registry import DATASETS
 from bench.training import compiler
@@ -43,7 +44,8 @@ sys.addaudithook(look)
 gc.callbacks.append(search)
 from bench.command.main import main
 try:
-    main(["run", "--rounds", "1", "--ray", "off", "--tracking-uri", "off", *sys.argv[1:]], prog_name="bench")
+    sys.argv[1:1] = ["run", "--rounds", "1", "--ray", "off", "--tracking-uri", "off"]
+    main(prog_name="bench")
 except SystemExit as ended:
     assert ended.code == 0
 assert not searched, "garbage is looked for while modules are loaded"
@@ -91,6 +93,16 @@ def test_a_key_without_numbers_gives_the_shapes_of_one_with_numbers() -> None:
     )
     for draw in draws:
         assert (draw(shape).shape, draw(shape).dtype) == (draw(real).shape, draw(real).dtype) and draw(shape).is_meta
+
+
+def test_in_a_process_of_others_nothing_is_kept_from_the_collector(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = gc.get_freeze_count()
+    with pytest.raises(SystemExit):
+        main(["run", "--algos", "fedavg", "--dry-run"], prog_name="bench")
+    assert gc.get_freeze_count() == before
 
 
 # torch's compiler -------------------------------------------------------------------------------------------

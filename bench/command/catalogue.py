@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import textwrap
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
@@ -45,6 +46,35 @@ def summaries(kind: str) -> dict[str, str]:
     if kind == "sets":
         return {name: f"{said} {', '.join(_members(name))}" for name, said in _builtins(kind).items()}
     return {name: _first_line(documentation) for name, documentation in _builtins(kind).items()}
+
+
+def entries(kind: str) -> list[dict[str, object]]:
+    """Give what there is of a kind, in JSON's types: "name" and "summary"; of algorithms and parts besides "family" (of
+    a part "kind"), "tier", and "year" of their paper, None where there is none.
+
+    Args:
+        kind: One of `KINDS`.
+    """
+    listed: list[dict[str, object]] = []
+    for name, summary in summaries(kind).items():
+        entry: dict[str, object] = {"name": name, "summary": summary}
+        if kind in _GROUPS:
+            plugin = PLUGINS[kind][name]()
+            entry |= {_GROUPS[kind]: getattr(plugin, _GROUPS[kind]), "tier": plugin.tier}
+            entry |= {"year": _year(inspect.getdoc(inspect.getmodule(plugin)) or "")}
+        listed.append(entry)
+    return listed
+
+
+_GROUPS = {"algorithms": "family", "parts": "kind"}
+"""What tells groups of a kind apart."""
+
+
+def _year(documentation: str) -> int | None:
+    """Find the year of the first paper that a module's docstring names in its second paragraph."""
+    _, _, rest = documentation.partition("\n\n")
+    found = re.search(r"\b(?:19|20)\d\d\b", re.sub(r"https?://\S+", "", rest.partition("\n\n")[0]))
+    return int(found[0]) if found else None
 
 
 def find(name: str) -> list[str]:

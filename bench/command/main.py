@@ -91,7 +91,8 @@ class LazyVerbs(Verbs):
         except FileNotFoundError:
             fail("the working directory is gone; change to one that is there, and type the command again", 2)
         try:
-            status = super().main(*args, **{**kwargs, "standalone_mode": False})
+            alone = not args and "args" not in kwargs  # words are the process's own, which is here for nothing else
+            status = super().main(*args, **{**kwargs, "standalone_mode": False, "obj": {"alone": alone}})
             sys.stdout.flush()
         except click.UsageError as error:
             fail(sentence(error), 2)

@@ -38,7 +38,9 @@ def run_command(**values: Any) -> None:
 
 
 def _run(options: Options) -> int:
-    with collector.settling():  # a seventh of the time of loading modules would be its, and half a second of the end
+    alone = click.get_current_context().obj["alone"]
+    # A seventh of the time of loading modules would be its, and half a second of the end.
+    with collector.settling() if alone else collector.paused():
         from bench.face import asked
         from bench.face.sweeping import Stopped, perform
 

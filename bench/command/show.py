@@ -21,7 +21,7 @@ _CONTROLS = "controls"
 
 @click.command("list")
 @click.argument("kind", type=Choice((*_KINDS, _CONTROLS)), required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print the names as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON document: names, or of one kind more.")
 def list_command(kind: str | None, as_json: bool) -> None:
     """List what there is to choose from; of every kind, if none is given. Controls are the rows that a method says it
     must be compared with, and what each answers.
@@ -36,11 +36,11 @@ def list_command(kind: str | None, as_json: bool) -> None:
     if kind == _CONTROLS:
         _list_controls(catalogue.controls(), as_json)
         return
-    listed = {each: catalogue.summaries(each) for each in ((kind,) if kind else catalogue.KINDS)}
     if as_json:
-        names = {each: list(summaries) for each, summaries in listed.items()}
-        click.echo(json.dumps(names[kind] if kind else names))
+        names = {each: list(catalogue.summaries(each)) for each in catalogue.KINDS if kind is None}
+        click.echo(json.dumps(catalogue.entries(kind) if kind else names, indent=2))
         return
+    listed = {each: catalogue.summaries(each) for each in ((kind,) if kind else catalogue.KINDS)}
     for each, summaries in listed.items():
         click.echo("" if kind else f"{each}:")
         width = max(map(len, summaries), default=0)
