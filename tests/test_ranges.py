@@ -45,6 +45,10 @@ FIELDS: dict[str, dict[str, str]] = {
         "features_per_class": COUNT, "match_steps": STEPS, "match_lr": FROM_0, "head_epochs": EPOCHS, "head_lr": FROM_0,
     },
     "ditto": {"pull": FROM_0},
+    "fedafa": {
+        "epochs": EPOCHS, "generate": SHARE, "accept": SHARE, "attack_steps": STEPS, "step_size": FROM_0,
+        "seeds": "'majority' or 'release'",
+    },
     "fedamp": {"attention": SHARE, "sigma": ABOVE_0, "pull": FROM_0},
     "fedavg_ft": {"finetune_epochs": EPOCHS, "finetune_rate": ABOVE_0},
     "fedavg_prior": {"against": "'global' or 'uniform'"},
