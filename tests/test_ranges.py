@@ -79,6 +79,7 @@ FIELDS: dict[str, dict[str, str]] = {
     "fedpac": {"align": FROM_0, "head_lr": FROM_0, "combine": FLAG},
     "fedproto": {"pull": FROM_0},
     "fedprox": {"mu": FROM_0},
+    "fedrela": {"start": SHARE, "top": SHARE},
     "fedrep": {"head_epochs": EPOCHS, "body_epochs": f"{EPOCHS}, or None"},
     "fedsam": {"rho": FROM_0, "eta": f"{FROM_0}, or None"},
     "fedvls": {"distil": FROM_0, "suppress": FROM_0},
