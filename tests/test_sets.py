@@ -34,8 +34,8 @@ README = {
     "references": "local centralised fedavg_prior",
     "generic": "fedavg fedavgm fedprox scaffold moon fedsam fedcm",
     "pfl": "fedavg_ft ditto fedper fedrep fedbabu fedrod fedbn fedproto fedamp fedpac pfedhn feddbe knnper",
-    "fedlt": "creff fedloge balancefl fedic climb fedcrac fedgrab fediic fedir fedlf fedvls fedyoyo gbme ratio_loss "
-    "redgrape rucr",
+    "fedlt": "creff fedloge balancefl fedic climb fedafa fedcrac fedgrab fediic fedir fedlf fedrela fedvls fedyoyo "
+    "gbme ratio_loss redgrape rucr",
 }
 """As its table groups them."""
 WITH_IMAGES = ("fedic", "ratio_loss")
