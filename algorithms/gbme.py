@@ -12,6 +12,7 @@ Departs        each expert has a last block and a linear head (reference: a narr
                (reference: dropped); beyond an expert's third, clients are of those not yet taken (reference: of all)
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partialmethod
 from typing import ClassVar, Literal
@@ -32,6 +33,7 @@ class GBME(Algorithm):
     tier: ClassVar[str] = "L"
     needs: ClassVar[frozenset[str]] = frozenset({"body"})
     own_loss: ClassVar[bool] = True
+    space: ClassVar[Mapping[str, tuple[float, float] | list[object]]] = {"together": (0.2, 1.0), "own": (0.4, 1.0)}
 
     experts: Literal[1, 3] = 3
     """How many (paper: 3); one alone with the uniform prior is FedAvg."""
