@@ -16,7 +16,7 @@ from torch import Tensor
 from bench import Algorithm, LocalData, Task, Tree, Uploads, tree
 from bench.command import scaffold
 from bench.command.main import main
-from bench.contract import checks, probes, toy
+from bench.contract import checks, probes, sayings, toy
 from bench.contract.promises import ContractBroken, findings
 from bench.parts.trimmed_mean import TrimmedMean
 from bench.plugins import blame
@@ -205,7 +205,7 @@ def test_stacks_means_and_sums_of_a_tensor_are_those_of_a_tree_of_one_leaf() -> 
 def test_a_tier_or_need_that_is_none_is_refused(tier: str, needs: set[str], said: str) -> None:
     kind: type[Algorithm] = dataclass(frozen=True)(type("Mine", (Tensors,), {"tier": tier, "needs": frozenset(needs)}))
     with pytest.raises(ContractBroken, match=said):
-        checks.tier_is_told(kind)
+        sayings.tier_is_told(kind)
 
 
 def test_a_rule_takes_a_head_that_is_a_bare_tensor_and_leaves_one_that_was_not_sent() -> None:

@@ -23,7 +23,8 @@ from bench.sweep.config import parse_algorithms, parse_datasets
 from bench.sweep.pool import InProcess
 from bench.training import checkpoint, rounds, states
 from bench.training.job import Job
-from bench.training.rounds import Outcome, Report, Run, train
+from bench.training.outcome import Outcome, Report
+from bench.training.rounds import Run, train
 from bench.training.states import InFile, StatesDamaged
 from tests.power import Disk, restore
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bench import Algorithm, LocalData, Task, Tree, tree
-from bench.contract import checks, datasets, toy
+from bench.contract import checks, datasets, sayings, toy
 from bench.contract.promises import ContractBroken
 from bench.plugins.registry import ALGORITHMS, DATASETS
 
@@ -148,7 +148,7 @@ def test_a_false_ledger_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         module, "__doc__", str(module.__doc__).replace("Up             body", "Up             body, head")
     )
     with pytest.raises(ContractBroken, match="the ledger says Up: body, head; found: body"):
-        checks.ledger_is_true(fedrep)
+        sayings.ledger_is_true(fedrep)
 
 
 def test_a_head_that_leaks_upward_is_caught() -> None:
@@ -161,7 +161,7 @@ def test_a_head_that_leaks_upward_is_caught() -> None:
 
     Leaky.__module__ = fedrep.__module__
     with pytest.raises(ContractBroken, match="found: body, head"):
-        checks.ledger_is_true(Leaky)
+        sayings.ledger_is_true(Leaky)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.999])

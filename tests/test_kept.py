@@ -33,6 +33,7 @@ from bench.sweep import config, driver, execution
 from bench.sweep.config import Run, parse_algorithms, parse_datasets
 from bench.sweep.pool import InProcess
 from bench.training import keeping, rounds
+from bench.training.outcome import Report
 from bench.training.rounds import train
 from bench.validation import submission
 from bench.validation.report import validate
@@ -352,8 +353,8 @@ def test_a_run_that_was_killed_keeps_the_same_models(
     assert {path.name: keeping.sha256(path) for path in models.iterdir()} == wanted
 
 
-def _killed_after(stop: int) -> Callable[[rounds.Report], None]:
-    def report(news: rounds.Report) -> None:
+def _killed_after(stop: int) -> Callable[[Report], None]:
+    def report(news: Report) -> None:
         if news.round == stop:
             raise KeyboardInterrupt
 

@@ -20,7 +20,7 @@ from bench.sweep.on_ray import OnRay
 from bench.sweep.pool import Failure
 from bench.sweep.schedule import Forecast, Schedule
 from bench.sweep.watch import append, progress_file
-from bench.training.rounds import Report
+from bench.training.outcome import Report
 
 GIB = 2.0**30
 

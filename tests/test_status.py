@@ -29,7 +29,7 @@ from bench.sweep.config import Run
 from bench.sweep.journal import Journal
 from bench.sweep.schedule import Forecast
 from bench.sweep.watch import append, progress_file
-from bench.training.rounds import Report
+from bench.training.outcome import Report
 from tests.processes import finish, start, wait
 from tests.test_forecast import OFF, SLEEPER, runs_of
 

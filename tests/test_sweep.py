@@ -24,7 +24,8 @@ from bench.sweep import config, driver, execution, pool, watch
 from bench.sweep.cluster import WorkersDied
 from bench.sweep.config import Run
 from bench.sweep.schedule import Schedule
-from bench.training.rounds import Diverged, Report
+from bench.training.outcome import Report
+from bench.training.rounds import Diverged
 from bench.training.states import StatesUnwritable
 from tests.processes import ROOT, SLOW, alive, digests, finish, start, wait
 from tests.tracked import assert_tracked

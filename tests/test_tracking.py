@@ -31,7 +31,7 @@ from bench.sweep.config import Run
 from bench.tracking import described, importing, mirror
 from bench.tracking.described import Point
 from bench.tracking.server import Server, Shown, Status
-from bench.training.rounds import Report
+from bench.training.outcome import Report
 from tests.answers import parted
 from tests.processes import SLOW, finish, start, wait
 from tests.tracked import ask, assert_tracked, free_port, kill, mlflow_server, on_server, tracked

@@ -18,7 +18,7 @@ from bench.sweep.journal import Journal
 from bench.sweep.pool import Failure, InProcess
 from bench.sweep.watch import Watcher
 from bench.tracking.mirror import _Sweep
-from bench.training.rounds import Report
+from bench.training.outcome import Report
 from tests.test_forecast import runs_of
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench import keys, tree
-from bench.contract import checks, extremes, toy
+from bench.contract import checks, extremes, sayings, toy
 from bench.contract.promises import Finding, findings, require
 from bench.data import Batch
 from bench.part import Aggregation, Channel, Correction, LearnedCorrection, Loss, Part, UsesPrior
@@ -304,9 +304,9 @@ def _run(algorithm: Any) -> Run:
 
 PROMISES: Mapping[str, Callable[[type[Part]], None]] = {
     "the name is the file's name": name_is_file_name,
-    "defaults construct, frozen, repr evaluates back": checks.defaults_construct,
+    "defaults construct, frozen, repr evaluates back": sayings.defaults_construct,
     "the docstring says kind, what the server learns, departures": docstring_says_it,
-    "later fields have their defaults": checks.later_fields_have_defaults,
+    "later fields have their defaults": sayings.later_fields_have_defaults,
     "it changes what it says": changes_what_it_says,
     "off is off": neutral_is_off,
     "every prior works": every_prior_works,

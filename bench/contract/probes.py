@@ -14,7 +14,7 @@ from bench.data import Batch
 from bench.part import Aggregation, Channel, Correction, Loss, Part
 from bench.protocol.composed import Composed
 from bench.task import Task
-from bench.training.rounds import Outcome
+from bench.training.outcome import Outcome
 from bench.tree import Tree
 
 

@@ -42,6 +42,8 @@ SETTING = Setting(
     momentum=0.5,
     imbalance=4.0,
 )
+SHORT = replace(SETTING, rounds=2)
+"""A first round and a last one."""
 
 
 @dataclass(frozen=True, kw_only=True)

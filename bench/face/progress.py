@@ -17,7 +17,7 @@ from bench.protocol.spelling import label
 from bench.protocol.words import spell_imbalance
 from bench.sweep.schedule import Forecast, Outlook, cell
 from bench.text import lines, plain
-from bench.training.rounds import Report
+from bench.training.outcome import Report
 
 if TYPE_CHECKING:
     from bench.sweep.config import Run

@@ -98,7 +98,7 @@ class Record:
     clients: int | None = None
     """All clients; None if the run failed before there was a split."""
     tested: dict[str, int | list[int] | None] = field(default_factory=dict)
-    """On what the personal metrics rest, as `bench.training.rounds.Outcome` has it. Empty if the run failed."""
+    """On what the personal metrics rest, as `bench.training.outcome.Outcome` has it. Empty if the run failed."""
     tables: dict[str, str] = field(default_factory=dict, repr=False)
     """Table to the SHA-256 of its content, as `bench.results.content` has it. Empty if the run failed, or is older."""
     files: dict[str, str] = field(default_factory=dict, repr=False)

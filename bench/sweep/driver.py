@@ -21,7 +21,7 @@ from bench.sweep.execution import document, execute, finished, forget_checkpoint
 from bench.sweep.pool import Pool
 from bench.sweep.schedule import Schedule
 from bench.sweep.watch import Watcher, progress_file
-from bench.training.rounds import Report
+from bench.training.outcome import Report
 
 Status = Literal["done", "cached", "failed", "waiting"]
 

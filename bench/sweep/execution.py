@@ -32,7 +32,8 @@ from bench.sweep.watch import append, progress_file
 from bench.training.crew import Surroundings
 from bench.training.engine import CannotStack
 from bench.training.job import Job, surroundings
-from bench.training.rounds import BadCohort, Diverged, Outcome, Report, Tally, train
+from bench.training.outcome import Outcome, Report, Tally
+from bench.training.rounds import BadCohort, Diverged, train
 from bench.training.states import StatesUnwritable
 
 

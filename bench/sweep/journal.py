@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
     from bench.sweep.config import Run
-    from bench.training.rounds import Report
+    from bench.training.outcome import Report
 
 FOLDER = "sweeps"
 _FORMAT = 1

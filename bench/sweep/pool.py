@@ -15,7 +15,7 @@ from bench.results.claims import is_claimed
 from bench.sweep.cluster import DEATHS_OF_RAY, RayDied
 from bench.sweep.schedule import Schedule
 from bench.sweep.watch import Watcher
-from bench.training.rounds import Report
+from bench.training.outcome import Report
 
 if TYPE_CHECKING:
     from bench.sweep.config import Run

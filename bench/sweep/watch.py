@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from bench.training.rounds import Report
+from bench.training.outcome import Report
 
 if TYPE_CHECKING:
     from bench.sweep.config import Run

@@ -32,7 +32,7 @@ from bench.tracking.described import (
 )
 from bench.tracking.importing import show_record
 from bench.tracking.server import Server, Shown, Status, import_command, import_mlflow, is_remote, refused, why
-from bench.training.rounds import Report
+from bench.training.outcome import Report
 
 if TYPE_CHECKING:
     from bench.results.record import Record

@@ -43,7 +43,7 @@ def draw_cohort(setting: Setting, clients: int, key: Tensor, round: int) -> tupl
 def rests_on(
     images: Mapping[int, int], classes: Mapping[int, int], drawn: Set[int]
 ) -> dict[str, int | list[int] | None]:
-    """Say on what personal metrics rest: see `bench.training.rounds.Outcome`.
+    """Say on what personal metrics rest: see `bench.training.outcome.Outcome`.
 
     Args:
         images: Test images of each client whose models are tested.
@@ -132,7 +132,7 @@ class Population:
         return clients
 
     def tested(self, clients: Sequence[int], rounds: int) -> dict[str, int | list[int] | None]:
-        """Say on what the personal metrics after some rounds rest: see `bench.training.rounds.Outcome`.
+        """Say on what the personal metrics after some rounds rest: see `bench.training.outcome.Outcome`.
 
         Args:
             clients: Whose models are tested.

@@ -7,13 +7,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bench import durable, tree
 from bench.algorithm import Exchange
@@ -30,6 +29,7 @@ from bench.training.evaluation import Evaluator
 from bench.training.job import Job, surroundings
 from bench.training.keeping import Keeper, holds
 from bench.training.memory import peak_memory, reset_peak_memory
+from bench.training.outcome import Outcome, Progress, Report, Tally
 from bench.training.states import StatesDamaged, StatesUnwritable, store
 from bench.training.statistics import with_own_statistics
 from bench.training.visit import Verb, Visit
@@ -46,8 +46,6 @@ _TALLIED = ("counts", "predictions")
 _VISITED_AT_ONCE = 128
 """Clients of a final visit whose states are in memory together."""
 
-Row = dict[str, float | int | None]
-
 
 class Diverged(ArithmeticError):
     """A model is no longer finite; the message says whose and when."""
@@ -55,72 +53,6 @@ class Diverged(ArithmeticError):
 
 class BadCohort(ValueError):
     """An algorithm chose clients that there are not; the message says which."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """News of a run after a round."""
-
-    round: int
-    """Rounds completed."""
-    rounds: int
-    seconds: float
-    """Wall time of this run so far, from before an interruption too."""
-    metrics: dict[str, float | None] | None
-    """Where this round was evaluated."""
-    anew: str | None = None
-    """Before the first round: why the run begins anew although it has a checkpoint; completes "its checkpoint ..."."""
-
-
-@dataclass(frozen=True)
-class Tally:
-    """What one model, or one kind of personal models, got right in one evaluation; a row for a client and class."""
-
-    round: int
-    """Rounds completed."""
-    model: str
-    rows: Tensor
-    """(5, n) int32: client (-1: generic), class, correct, total, and whether the client was in the cohort of any round
-    by then: 1, 0, or -1 where that is no question; no row without test images. Of predictions: client, class, predicted
-    class, number of images, and the same."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """All that a finished run leaves."""
-
-    metrics: dict[str, float | None]
-    """Last round; `@last10` the mean of the last ten evaluations; `@best` the best one, on test data, hence
-    optimistic.
-    """
-    rounds: list[Row]
-    """One row an evaluated round: "round" and the metrics."""
-    counts: list[Tally]
-    """Right answers of all evaluations."""
-    predictions: list[Tally]
-    """What images were taken for, of the last evaluation."""
-    cost: dict[str, float | None]
-    digest: str
-    """SHA-256 over the server's and all clients' final states."""
-    tested: dict[str, int | list[int] | None]
-    """On what the personal metrics rest: "clients" that have test images, "images" of the one with fewest and most,
-    clients in the "worst_decile", with "one_class" only in training, "drawn" for any cohort and "never"."""
-    models: dict[str, str]
-    """SHA-256 of each file of kept models, by name; empty if none were to be kept."""
-
-
-@dataclass
-class Progress:
-    """All that changes from round to round: what a checkpoint holds."""
-
-    round: int
-    server: Tree
-    rows: list[Row] = field(default_factory=list)
-    counts: list[Tally] = field(default_factory=list)
-    predictions: list[Tally] = field(default_factory=list)
-    cost: dict[str, float] = field(default_factory=dict)
-    models: dict[str, str] = field(default_factory=dict)
-    """As `Outcome` has them."""
 
 
 def train(

@@ -20,7 +20,8 @@ from bench.sweep.config import Run
 from bench.sweep.execution import reason_of
 from bench.sweep.matching import matched_rounds
 from bench.training.job import Job
-from bench.training.rounds import Diverged, Report
+from bench.training.outcome import Report
+from bench.training.rounds import Diverged
 from bench.training.rounds import train as train
 from bench.tuning.study import Study, Trial
 
