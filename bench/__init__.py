@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from bench.models.networks import Network as Network
     from bench.part import Aggregation as Aggregation
     from bench.part import Channel as Channel
+    from bench.part import Compression as Compression
     from bench.part import Correction as Correction
     from bench.part import LearnedCorrection as LearnedCorrection
     from bench.part import Loss as Loss
@@ -58,6 +59,7 @@ _HOMES = {
     "Network": "models.networks",
     "Aggregation": "part",
     "Channel": "part",
+    "Compression": "part",
     "Correction": "part",
     "LearnedCorrection": "part",
     "Loss": "part",

@@ -13,11 +13,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from bench import tree
 from bench.data import Batch, LocalData, Uploads
 from bench.ranges import Positive, Ranged
 from bench.task import Task
@@ -171,6 +172,54 @@ class Channel(Part):
     @abstractmethod
     def receive(self, task: Task, sent: Tree, like: Tree) -> Tree:
         """Decode what `send` gave: an update of the shapes and dtypes of `like`, whose values say nothing."""
+
+
+class Compression(Channel):
+    """A channel that encodes each tensor by itself; those below 256 entries, and whole numbers, are sent whole."""
+
+    remembers: ClassVar[bool] = False
+    """Whether a client keeps what it has not sent, and adds it to the next update: in the end everything arrives."""
+
+    @abstractmethod
+    def encode(self, path: str, entries: Tensor, key: Tensor) -> Tree:
+        """Write the entries of a tensor, (n,) floating, as tensors of shapes that depend on n only.
+
+        Args:
+            path: Of the tensor in the update; folded into `key` it makes draws that are of this tensor alone.
+            entries: In their order.
+            key: () int64, as of `send`.
+        """
+
+    @abstractmethod
+    def decode(self, sent: Tree, like: Tensor) -> Tensor:
+        """Read what `encode` gave: (n,) like some entries, whose values say nothing."""
+
+    def init(self, task: Task, update: Tree) -> Tree:
+        """Start with nothing left over."""
+        return tree.zeros_like(update) if self.remembers else {}
+
+    def send(self, task: Task, update: Tree, kept: Tree, key: Tensor) -> tuple[Tree, Tree]:
+        """Encode the update, and what was left over if that is kept."""
+        due = tree.map(torch.add, update, kept) if self.remembers else update
+
+        def written(path: str, leaf: Tensor) -> Any:
+            return self.encode(path, leaf.flatten(), key) if _is_large(leaf) else {"whole": leaf}
+
+        sent = tree.map_paths(written, due)
+        return sent, tree.sub(due, self.receive(task, sent, due)) if self.remembers else {}
+
+    def receive(self, task: Task, sent: Tree, like: Tree) -> Tree:
+        """Decode each tensor."""
+
+        def read(leaf: Tensor, sent: Tree) -> Tensor:
+            whole: Tensor | None = sent.get("whole")
+            return self.decode(sent, leaf.flatten()).reshape(leaf.shape) if whole is None else whole
+
+        return tree.map(read, like, sent)
+
+
+def _is_large(leaf: Tensor) -> bool:
+    return leaf.numel() >= 256 and leaf.is_floating_point()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,5 @@
-"""The contract: what every algorithm and dataset promises, each promise a function, for built-in and
-third-party ones alike. What datasets and parts promise, and what an algorithm says of itself, is in files beside this one.
+"""The contract: what every algorithm and dataset promises, each promise a function, for built-in and third-party ones
+alike. What datasets and parts promise, and what an algorithm says of itself, is in files beside this one.
 
 `bench check NAME` and the test suite run them on a toy problem: eight clients with 0 to 60 examples of six
 classes, a small dense model, seconds on a CPU.

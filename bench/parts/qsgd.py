@@ -12,20 +12,18 @@ Departs        of updates of many local steps (paper: of gradients); of each ten
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from annotated_types import Interval
 from torch import Tensor
 
-from bench import Channel, Task, Tree, bits, keys, register, tree
-
-_SMALL = 256
+from bench import Compression, Tree, bits, keys, register
 
 
 @register("qsgd")
 @dataclass(frozen=True, kw_only=True)
-class QSGD(Channel):
+class QSGD(Compression):
     """Nothing is kept: what arrives is the update in the mean, the less exactly the more entries a tensor has."""
 
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]] | None] = {"levels": [1, 7, 127]}
@@ -38,29 +36,17 @@ class QSGD(Channel):
     def _width(self) -> int:
         return (2 * self.levels).bit_length()
 
-    def send(self, task: Task, update: Tree, kept: Tree, key: Tensor) -> tuple[Tree, Tree]:
-        """Send the norm of each tensor, and each entry's sign and level."""
-        return tree.map_paths(lambda path, leaf: self._rounded(leaf, keys.fold(key, path)), update), {}
-
-    def receive(self, task: Task, sent: Tree, like: Tree) -> Tree:
-        """Give each entry the size of its level."""
-
-        def whole(leaf: Tensor, sent: Tree) -> Tensor:
-            if "whole" in sent:
-                values: Tensor = sent["whole"]
-            else:
-                level = bits.unpack(sent["levels"], self._width, leaf.numel()) - self.levels
-                values = sent["norm"] * level.reshape(leaf.shape) / self.levels
-            return values
-
-        return tree.map(whole, like, sent)
-
-    def _rounded(self, leaf: Tensor, key: Tensor) -> Any:
-        if leaf.numel() < _SMALL or not leaf.is_floating_point():
-            return {"whole": leaf}
-        flat = leaf.flatten()
-        norm = flat.norm()
-        exact = self.levels * flat.abs() / norm.clamp(min=1e-30)
-        up = keys.uniform(key, len(flat)) < exact - exact.floor()
-        level = (exact.floor() + up).clamp(max=self.levels) * flat.sign()
+    def encode(self, path: str, entries: Tensor, key: Tensor) -> Tree:
+        """Send the norm, and each entry's sign and level."""
+        norm = entries.norm()
+        exact = self.levels * entries.abs() / norm.clamp(min=1e-30)
+        up = keys.uniform(keys.fold(key, path), len(entries)) < exact - exact.floor()
+        level = (exact.floor() + up).clamp(max=self.levels) * entries.sign()
         return {"norm": norm, "levels": bits.pack(level.to(torch.int32) + self.levels, self._width)}
+
+    def decode(self, sent: Tree, like: Tensor) -> Tensor:
+        """Give each entry the size of its level."""
+        values: Tensor = (
+            sent["norm"] * (bits.unpack(sent["levels"], self._width, len(like)) - self.levels) / self.levels
+        )
+        return values

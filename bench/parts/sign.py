@@ -12,46 +12,26 @@ Departs        of updates of many local steps (paper: of gradients); of each ten
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from bench import Channel, Task, Tree, bits, register, tree
-
-_SMALL = 256
+from bench import Compression, Tree, bits, register
 
 
 @register("sign")
 @dataclass(frozen=True, kw_only=True)
-class Sign(Channel):
+class Sign(Compression):
     """A bit an entry, and 4 bytes a tensor. A client keeps what it has not sent, and adds it to the next update."""
 
-    def init(self, task: Task, update: Tree) -> Tree:
-        """Start with nothing left over."""
-        return tree.zeros_like(update)
+    remembers: ClassVar[bool] = True
 
-    def send(self, task: Task, update: Tree, kept: Tree, key: Tensor) -> tuple[Tree, Tree]:
-        """Send the signs of update and remainder, and their mean size."""
-        due = tree.map(torch.add, update, kept)
-        sent = tree.map(self._signs, due)
-        return sent, tree.sub(due, self.receive(task, sent, due))
+    def encode(self, path: str, entries: Tensor, key: Tensor) -> Tree:
+        """Send the signs, and the mean size."""
+        return {"size": entries.abs().mean(), "signs": bits.pack((entries >= 0).to(torch.int32), 1)}
 
-    def receive(self, task: Task, sent: Tree, like: Tree) -> Tree:
-        """Give each entry its sign, and all of a tensor one size."""
-
-        def whole(leaf: Tensor, sent: Tree) -> Tensor:
-            if "whole" in sent:
-                values: Tensor = sent["whole"]
-            else:
-                signs = 2 * bits.unpack(sent["signs"], 1, leaf.numel()) - 1
-                values = sent["size"] * signs.reshape(leaf.shape)
-            return values
-
-        return tree.map(whole, like, sent)
-
-    def _signs(self, leaf: Tensor) -> Any:
-        if leaf.numel() < _SMALL or not leaf.is_floating_point():
-            return {"whole": leaf}
-        flat = leaf.flatten()
-        return {"size": flat.abs().mean(), "signs": bits.pack((flat >= 0).to(torch.int32), 1)}
+    def decode(self, sent: Tree, like: Tensor) -> Tensor:
+        """Give each entry its sign, and all one size."""
+        values: Tensor = sent["size"] * (2 * bits.unpack(sent["signs"], 1, len(like)) - 1)
+        return values
