@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +11,35 @@ import torch.nn.functional as F
 from bench import Batch, LocalData, Tree, tree
 from bench.training.rounds import Run
 
+SHORT: dict[str, dict[str, Any]] = {
+    "creff": {"features_per_class": 10, "match_steps": 2, "head_epochs": 1},
+    "fedcrac": {"steps": 2},
+    "fedic": {"steps": 2},
+    "fediic": {"spread_steps": 2},
+    "fedloge": {"etf_steps": 10},
+    "fedrep": {"head_epochs": 1},
+    "rucr": {"head_epochs": 1},
+}
+"""Fields with which methods whose servers or heads take long take little; what is done is the same."""
+
 
 def data_of(run: Run, client: int, round: int = 0) -> LocalData:
     """What a client is handed in a round."""
     visit = run.population.visit(client, round, {})
     n = torch.tensor(len(visit.index))
     return LocalData(run.population.images, visit.index, n, visit.key, visit.class_counts, run.setting.batch_size)
+
+
+def method(run: Run) -> Any:
+    """A run's algorithm, with whatever methods its own class has besides."""
+    return run.algorithm
+
+
+def measured(run: Run, metric: str) -> float:
+    """A metric that a finished run has."""
+    found = run.outcome().metrics[metric]
+    assert found is not None
+    return found
 
 
 def trained(run: Run, start: Tree, batches: Iterable[Batch]) -> Tree:

@@ -27,6 +27,7 @@ from bench.sweep.config import Sweep
 from bench.sweep.pool import InProcess
 from bench.training.rounds import Run
 from bench.validation import rebuilding
+from tests.by_hand import data_of
 from tests.test_command import Bench
 from tests.test_command import bench as bench
 
@@ -228,7 +229,7 @@ def test_without_realignment_training_is_the_same_and_heads_are_tested_as_they_a
     generic = mine.algorithm.global_model(mine.task, server)
     assert generic is not None and tree.largest_difference(generic["head"], server["head"]) == 0.0
     sums = {key: server["head"][key] + mine.store[client]["head"][key] for key in ("weight", "bias")}
-    model = mine.algorithm.personal_model(mine.task, server, mine.store[client], None)  # type: ignore[arg-type]
+    model = mine.algorithm.personal_model(mine.task, server, mine.store[client], data_of(mine, client))
     assert model is not None and tree.largest_difference(model["head"], sums) == 0.0
 
 
@@ -246,7 +247,7 @@ def test_without_the_auxiliary_head_body_and_personal_heads_are_the_same_and_the
         assert plain.progress.cost[key] - mine.progress.cost[key] == visits * 4 * (6 * 64 + 6)
     assert metrics(mine)["generic"] == metrics(plain)["generic:etf"]
     client = mine.store.clients()[0]
-    model = mine.algorithm.personal_model(mine.task, server, mine.store[client], None)  # type: ignore[arg-type]
+    model = mine.algorithm.personal_model(mine.task, server, mine.store[client], data_of(mine, client))
     lengths = mine.store[client]["head"]["weight"].norm(dim=1, keepdim=True)
     assert model is not None and torch.equal(model["head"]["weight"], server["etf"]["weight"] * lengths)
 

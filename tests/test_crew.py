@@ -245,6 +245,17 @@ def test_a_stack_stays_in_the_cache_or_takes_a_bounded_memory(
     assert [len(group) for group in groups] == widths
 
 
+@pytest.mark.parametrize(("sizes", "length"), [([3, 7], 7), ([10, 4], 10), ([3, 11], 20), ([20, 0], 20), ([5, 21], 30)])
+def test_from_a_batch_on_a_stack_is_padded_to_whole_batches(sizes: list[int], length: int) -> None:
+    """So that few shapes come, each of which is written down by itself (test_replay)."""
+    rows = [torch.arange(1, n + 1) for n in sizes]
+    padded = engine._padded(rows, 10)
+    assert padded.shape == (len(sizes), length)
+    assert all(
+        mine[: len(own)].equal(own) and not mine[len(own) :].any() for mine, own in zip(padded, rows, strict=True)
+    )
+
+
 def test_many_orders_of_who_does_what_give_one_digest() -> None:
     expected = left(toy_run("ditto"))
     for seed in range(6):

@@ -14,6 +14,7 @@ from bench import Tree, tree
 from bench.contract import toy
 from bench.plugins.registry import ALGORITHMS
 from bench.training.rounds import Run
+from tests.by_hand import method
 
 ENGINES = ("serial", "stacked")
 SETTING = replace(toy.SETTING, rounds=3, weight_decay=1e-2, clip=1.0)
@@ -186,7 +187,7 @@ def test_clients_listen_most_to_those_that_have_their_classes() -> None:
     for k, like in ((0, 5), (1, 6), (2, 7), (5, 0), (6, 1), (7, 2)):
         assert counts[k] == counts[like]
         apart = tree.map(torch.sub, models, tree.pick(models, k))
-        weights = run.algorithm.weights(apart)  # type: ignore[attr-defined]
+        weights = method(run).weights(apart)
         others = [j for j in range(8) if j != k]
         assert max(others, key=lambda j: float(weights[j])) == like
         assert float(weights[others].sum()) < 0.5

@@ -17,6 +17,7 @@ from bench.protocol.composed import Composed
 from bench.protocol.settings import Setting
 from bench.training.rounds import Run
 from bench.tree import largest_difference
+from tests.by_hand import measured
 
 SETTING = replace(toy.SETTING, participation=1.0, rounds=3, momentum=0.0)
 DECAYED = replace(SETTING, momentum=0.5, weight_decay=1e-2, clip=1.0, lr_decay=0.5)
@@ -162,4 +163,4 @@ def test_engines_agree_under_batch_norm_and_with_decay() -> None:
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 def test_a_client_held_out_gets_a_model_that_knows_its_classes(engine: str) -> None:
     setting = replace(toy.SETTING, rounds=8, unseen=1, eval_every=8)
-    assert toy.finish(run_of("fedcm", engine, setting)).outcome().metrics["unseen"] > 0.8  # type: ignore[operator]
+    assert measured(toy.finish(run_of("fedcm", engine, setting)), "unseen") > 0.8

@@ -22,6 +22,7 @@ from bench.protocol.settings import BadConfig, Setting
 from bench.training.job import Job, surroundings
 from bench.training.rounds import Run
 from bench.tree import largest_difference
+from tests.by_hand import method
 
 SETTING = replace(toy.SETTING, participation=1.0, rounds=2)
 BATCH_NORM = replace(SETTING, model="resnet8", norm="batch", rounds=1, epochs=1)
@@ -231,7 +232,7 @@ def test_models_of_the_ensemble_are_in_evaluation_mode() -> None:
     sent = Uploads(clients, torch.tensor([20.0, 9.0]))
     found = run.algorithm.aggregate(task, server, sent)
     average = sent.mean()
-    tuned = run.algorithm._train(task, task.loss, average, "tune", 0.0)  # type: ignore[attr-defined]
+    tuned = method(run)._train(task, task.loss, average, "tune", 0.0)
     (batch,) = auxiliary(run).batches(steps=1, salt="distil", batch_size=60)
     z = torch.stack([task.model.features(client["body"], batch.x) for client in clients])
     logits = torch.stack([task.logits(client, batch.x) for client in clients])
@@ -242,7 +243,7 @@ def test_models_of_the_ensemble_are_in_evaluation_mode() -> None:
         apart = F.kl_div((said / 2).log_softmax(1), (wanted / 2).softmax(1), reduction="batchmean")
         return 0.6 * apart + 0.4 * cross_entropy(said, batch)
 
-    expected = run.algorithm._train(task, lesson, average, "distil", 0.0)  # type: ignore[attr-defined]
+    expected = method(run)._train(task, lesson, average, "distil", 0.0)
     assert largest_difference({key: found[key] for key in expected}, expected) < 1e-4
     assert largest_difference(expected, average) > 9e-4
 

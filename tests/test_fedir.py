@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import Algorithm, Batch, LocalData, Tree, Uploads, tree
+from bench import Algorithm, Batch, Tree, Uploads, tree
 from bench.contract import toy
 from bench.plugins.registry import ALGORITHMS
 from bench.protocol.settings import Setting
 from bench.protocol.spelling import parse_algorithms
 from bench.training.rounds import Run
 from bench.tree import largest_difference
+from tests.by_hand import data_of, measured
 
 SETTING = replace(toy.SETTING, participation=1.0, rounds=2, weight_decay=1e-2, clip=1.0)
 EVERY_CLASS = (120, 120, 120, 120)
@@ -43,12 +44,6 @@ def run_of(
 
 def model(run: Run) -> Tree:
     return {key: run.progress.server[key] for key in ("body", "head")}
-
-
-def data_of(run: Run, client: int) -> LocalData:
-    visit = run.population.visit(client, 0, {})
-    n = torch.tensor(len(visit.index))
-    return LocalData(run.population.images, visit.index, n, visit.key, visit.class_counts, run.setting.batch_size)
 
 
 def counted(**fields: Any) -> Run:
@@ -222,4 +217,4 @@ def test_engines_agree_under_batch_norm_and_padding_counts_for_nothing() -> None
 def test_a_client_held_out_gets_a_model_that_knows_its_classes(engine: str, virtual_size: int | None) -> None:
     setting = replace(toy.SETTING, rounds=8, unseen=1, eval_every=8)
     run = toy.finish(run_of("fedir", engine, setting, virtual_size=virtual_size))
-    assert run.outcome().metrics["unseen"] > 0.8  # type: ignore[operator]
+    assert measured(run, "unseen") > 0.8

@@ -23,6 +23,7 @@ from bench.protocol.settings import Setting
 from bench.protocol.spelling import parse_algorithms
 from bench.training.rounds import Run
 from bench.tree import largest_difference
+from tests.by_hand import data_of, measured
 
 SETTING = replace(toy.SETTING, participation=1.0, rounds=2, weight_decay=1e-2, clip=1.0)
 EVERY_CLASS = (120, 120, 120, 120)
@@ -59,12 +60,6 @@ def run_of(
 ) -> Run:  # fmt: skip
     made = ALGORITHMS[algorithm](**fields) if isinstance(algorithm, str) else algorithm
     return toy.run(made, engine, setting=replace(setting, clients=len(sizes)), sizes=sizes)
-
-
-def data_of(run: Run, client: int) -> LocalData:
-    visit = run.population.visit(client, 0, {})
-    n = torch.tensor(len(visit.index))
-    return LocalData(run.population.images, visit.index, n, visit.key, visit.class_counts, run.setting.batch_size)
 
 
 def hidden(body: Tree, x: Tensor) -> Tensor:
@@ -206,4 +201,4 @@ def test_nothing_is_sent_that_fedavg_does_not_send() -> None:
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 def test_a_client_held_out_gets_a_model_that_knows_its_classes(engine: str) -> None:
     setting = replace(toy.SETTING, rounds=8, unseen=1, eval_every=8)
-    assert toy.finish(run_of("fedlf", engine, setting)).outcome().metrics["unseen"] > 0.8  # type: ignore[operator]
+    assert measured(toy.finish(run_of("fedlf", engine, setting)), "unseen") > 0.8

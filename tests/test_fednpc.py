@@ -15,6 +15,7 @@ from bench.contract import toy
 from bench.plugins.registry import PARTS
 from bench.protocol.spelling import parse_algorithms
 from bench.tree import largest_difference
+from tests.by_hand import measured
 
 SETTING = replace(toy.SETTING, rounds=2)
 
@@ -109,5 +110,4 @@ def test_the_values_are_the_references() -> None:
 def test_a_client_held_out_gets_a_model_that_knows_its_classes(engine: str) -> None:
     setting = replace(toy.SETTING, rounds=8, unseen=1, eval_every=8)
     (method,) = parse_algorithms("fedavg+fednpc(samples=500)")
-    metrics = toy.finish(toy.run(method, engine, setting=setting)).outcome().metrics
-    assert metrics["unseen"] > 0.8  # type: ignore[operator]
+    assert measured(toy.finish(toy.run(method, engine, setting=setting)), "unseen") > 0.8

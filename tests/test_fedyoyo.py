@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import Batch, LocalData, Tree, Uploads, tree
+from bench import Batch, Tree, Uploads, tree
 from bench.contract import toy
 from bench.plugins.registry import ALGORITHMS
 from bench.protocol.settings import Setting
 from bench.training.rounds import Run
 from bench.tree import largest_difference
+from tests.by_hand import data_of, measured
 
 SETTING = replace(toy.SETTING, participation=1.0, rounds=2, weight_decay=1e-2, clip=1.0, augment="crop")
 PLAIN = replace(SETTING, augment="none")
@@ -41,12 +42,6 @@ def run_of(name: str, engine: str = "serial", setting: Setting = SETTING, **fiel
 
 def model(run: Run) -> Tree:
     return {key: run.progress.server[key] for key in ("body", "head")}
-
-
-def data_of(run: Run, client: int) -> LocalData:
-    visit = run.population.visit(client, 0, {})
-    n = torch.tensor(len(visit.index))
-    return LocalData(run.population.images, visit.index, n, visit.key, visit.class_counts, run.setting.batch_size)
 
 
 def trained(run: Run, client: int = LOPSIDED, round: int = 0) -> Tree:
@@ -247,4 +242,4 @@ def test_engines_agree_under_batch_norm_and_padding_counts_for_nothing() -> None
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 def test_a_client_held_out_gets_a_model_that_knows_its_classes(engine: str) -> None:
     setting = replace(toy.SETTING, rounds=8, unseen=1, eval_every=8)
-    assert toy.finish(run_of("fedyoyo", engine, setting)).outcome().metrics["unseen"] > 0.8  # type: ignore[operator]
+    assert measured(toy.finish(run_of("fedyoyo", engine, setting)), "unseen") > 0.8

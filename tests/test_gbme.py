@@ -15,7 +15,7 @@ from bench.contract import toy
 from bench.plugins.registry import ALGORITHMS
 from bench.training.rounds import Run
 from bench.tree import largest_difference
-from tests.by_hand import data_of, mean_by_size, trained
+from tests.by_hand import data_of, mean_by_size, measured, method, trained
 
 SETTING = replace(toy.SETTING, participation=1.0, rounds=5, momentum=0.9, weight_decay=1e-2)
 DEEP = replace(SETTING, model="small_cnn")
@@ -147,7 +147,7 @@ def test_each_expert_has_clients_of_its_own_kind() -> None:
     half: Any = ALGORITHMS["gbme"](own=0.5)
     inside = [len(set(half.choose1(replace(run.task, round=r), server, (0, 1))) & thirds[1]) for r in range(40)]
     assert set(inside) == {1, 2}  # one of two is its own, and the other of all
-    short = run.algorithm.choose0(run.task, server, tuple(range(8)))  # type: ignore[attr-defined]
+    short = method(run).choose0(run.task, server, tuple(range(8)))
     assert len(set(short)) == 8 and thirds[0] <= set(short)
 
 
@@ -181,4 +181,4 @@ def test_engines_agree_under_batch_norm() -> None:
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 def test_a_client_held_out_gets_a_model_that_knows_its_classes(engine: str) -> None:
     setting = replace(toy.SETTING, rounds=8, unseen=1, eval_every=8)
-    assert toy.finish(run_of("gbme", engine, setting)).outcome().metrics["unseen"] > 0.8  # type: ignore[operator]
+    assert measured(toy.finish(run_of("gbme", engine, setting)), "unseen") > 0.8

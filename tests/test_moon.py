@@ -16,6 +16,7 @@ from bench.losses import cross_entropy
 from bench.plugins.registry import ALGORITHMS
 from bench.training.rounds import Run
 from bench.tree import largest_difference
+from tests.by_hand import measured
 
 SETTING = replace(toy.SETTING, participation=1.0, rounds=3, weight_decay=1e-2, clip=1.0)
 BATCH_NORM = replace(SETTING, model="resnet8", norm="batch", rounds=1, epochs=1)
@@ -176,4 +177,4 @@ def test_images_without_features_leave_the_gradient_finite(engine: str) -> None:
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 def test_a_client_held_out_gets_a_model_that_knows_its_classes(engine: str) -> None:
     setting = replace(toy.SETTING, rounds=8, unseen=1, eval_every=8)
-    assert toy.finish(run_of("moon", engine, setting)).outcome().metrics["unseen"] > 0.8  # type: ignore[operator]
+    assert measured(toy.finish(run_of("moon", engine, setting)), "unseen") > 0.8

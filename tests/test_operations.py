@@ -18,6 +18,7 @@ from bench.contract import toy
 from bench.plugins.registry import ALGORITHMS
 from bench.training import engine as engines
 from bench.training.operations import Operations
+from tests.by_hand import SHORT
 
 
 def torchs() -> FlopCounterMode:
@@ -154,17 +155,6 @@ class Both(Operations):
         if not self.depth:
             self.theirs.__exit__(*how)
             self.seen.append((self.total, self.theirs.get_total_flops()))
-
-
-SHORT = {
-    "creff": {"match_steps": 2, "head_epochs": 1},
-    "fedcrac": {"steps": 2},
-    "fedic": {"steps": 2},
-    "fediic": {"spread_steps": 2},
-    "fedloge": {"etf_steps": 10},
-    "rucr": {"head_epochs": 1},
-}
-"""Fields of methods whose servers take long."""
 
 
 @pytest.mark.parametrize("name", list(ALGORITHMS))

@@ -10,11 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import LocalData, Tree, Uploads, tree
+from bench import Tree, Uploads, tree
 from bench.contract import toy
 from bench.plugins.registry import ALGORITHMS
 from bench.training.rounds import Run
 from bench.tree import largest_difference
+from tests.by_hand import data_of
 
 SETTING = replace(toy.SETTING, rounds=3, participation=0.5)
 BATCH_NORM = replace(toy.SETTING, model="resnet8", norm="batch", participation=1.0, rounds=1, epochs=1, batch_size=8)
@@ -24,12 +25,6 @@ ENGINES = pytest.mark.parametrize("engine", ["serial", "stacked"])
 
 def run_of(engine: str = "serial", setting: Any = SETTING, sizes: tuple[int, ...] = toy.SIZES, **fields: Any) -> Run:
     return toy.run(ALGORITHMS["scaffold"](**fields), engine, setting=setting, sizes=sizes)
-
-
-def data_of(run: Run, client: int, round: int) -> LocalData:
-    visit = run.population.visit(client, round, {})
-    n = torch.tensor(len(visit.index))
-    return LocalData(run.population.images, visit.index, n, visit.key, visit.class_counts, run.setting.batch_size)
 
 
 def like(model: Tree, seed: int) -> Tree:

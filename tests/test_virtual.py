@@ -36,19 +36,11 @@ from bench.training.population import Population
 from bench.training.rounds import Run
 from bench.training.visit import Visit
 from tests import virtual
+from tests.by_hand import SHORT
 
 SIZES = (20, 9, 0, 26, 3, 17, 1, 12)
 SETTING = replace(toy.SETTING, rounds=2, epochs=1, eval_every=2, unseen=1, weight_decay=1e-3, clip=5.0)
 COHORT = SETTING.cohort_size(len(SIZES))
-SHORTER = {
-    "creff": "creff(match_steps=2, head_epochs=1)",
-    "fedcrac": "fedcrac(steps=2)",
-    "fedic": "fedic(steps=2)",
-    "fediic": "fediic(spread_steps=2)",
-    "fedloge": "fedloge(etf_steps=2)",
-    "fedrep": "fedrep(head_epochs=1)",
-    "rucr": "rucr(head_epochs=1)",
-}
 WITH_PARTS = (
     "fedavg+focal+topk+trimmed_mean",
     "fedrep(head_epochs=1)+balanced_softmax(prior='estimated')+tau_norm",
@@ -119,7 +111,7 @@ def device() -> Iterator[str]:
 
 
 def parsed(name: str) -> Algorithm:
-    (algorithm,) = parse_algorithms(SHORTER.get(name, name))
+    (algorithm,) = [ALGORITHMS[name](**SHORT[name])] if name in SHORT else parse_algorithms(name)
     return algorithm
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -13,15 +12,8 @@ from bench import Algorithm, Tree, Uploads, tree
 from bench.contract import toy
 from bench.plugins.registry import ALGORITHMS
 from bench.tree import largest_difference
+from tests.by_hand import SHORT
 
-CHEAP: dict[str, dict[str, Any]] = {
-    "creff": {"features_per_class": 10, "match_steps": 2, "head_epochs": 1},
-    "fedloge": {"etf_steps": 10},
-    "fedic": {"steps": 2},
-    "fediic": {"spread_steps": 2},
-    "fedcrac": {"steps": 2},
-    "rucr": {"head_epochs": 1},
-}
 FEDERATED = [name for name in sorted(ALGORITHMS) if "pooled" not in ALGORITHMS[name]().needs]
 NO_MEAN_OF_BODIES = {
     "fedamp": "the server keeps a model for each client",
@@ -34,7 +26,7 @@ AFTER_THE_MEAN = {"fedic": "the average is trained further at the server"}
 
 
 def made(name: str) -> Algorithm:
-    algorithm: Algorithm = ALGORITHMS[name](**CHEAP.get(name, {}))
+    algorithm: Algorithm = ALGORITHMS[name](**SHORT.get(name, {}))
     return algorithm
 
 
