@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench import DataDamaged, DataMissing, Dataset, Labels, Splits, reading, register
+from bench import DataDamaged, DataMissing, Dataset, Labels, Splits, register
+from bench.system import reading
 
 CLASSES, SIDE = 62, 28
 

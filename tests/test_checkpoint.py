@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from bench import durable
 from bench.contract import toy
 from bench.face.progress import Display
 from bench.plugins.registry import ALGORITHMS
@@ -21,6 +20,7 @@ from bench.results import records
 from bench.sweep import config, driver, execution, watch
 from bench.sweep.config import parse_algorithms, parse_datasets
 from bench.sweep.pool import InProcess
+from bench.system import durable
 from bench.training import checkpoint, rounds, states
 from bench.training.job import Job
 from bench.training.outcome import Outcome, Report

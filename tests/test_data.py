@@ -23,13 +23,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bench import DataDamaged, DataMissing, Dataset, LocalData, Splits, Uploads, durable, keys, reading, tree
+from bench import DataDamaged, DataMissing, Dataset, LocalData, Splits, Uploads, keys, tree
 from bench.command.data import data_command
 from bench.data import Images
 from bench.files import data_root
 from bench.files.official import Official, agrees, read_idx, unpickle
 from bench.plugins.registry import DATASETS
 from bench.protocol.settings import SETTINGS, BadConfig
+from bench.system import durable, reading
 
 # Files ------------------------------------------------------------------------------------------------------
 

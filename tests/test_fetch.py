@@ -30,11 +30,12 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bench import DataDamaged, DataMissing, reading
+from bench import DataDamaged, DataMissing
 from bench.command.data import data_command
 from bench.files import archives, download
 from bench.files.download import Remote, fetch_all, reporting
 from bench.plugins.registry import DATASETS
+from bench.system import reading
 
 ROOT = Path(__file__).parents[1]
 CONTENT = bytes(np.random.RandomState(0).randint(0, 256, 1_000_000, dtype=np.uint8))

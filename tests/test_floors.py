@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = {
     # what needs nothing of ours
-    0: "plugins tree keys bits collector durable reading ranges text dataset",
+    0: "system plugins tree keys bits ranges dataset",
     # one batch, one client, one model: what an algorithm's author reads
     1: "data losses models optim task part algorithm",
     # from files to labels; what a comparison holds equal; from labels to clients

@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 from numpy.lib import format as npy
 
-from bench import DataDamaged, reading
+from bench import DataDamaged
 from bench.command.main import main
 from bench.dataset import DataTooLarge
 from bench.files import lists, official, source
 from bench.plugins.registry import DATASETS
+from bench.system import reading
 from tests.trees import odd
 
 TB = 10**12

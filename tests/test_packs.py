@@ -14,12 +14,12 @@ import pytest
 from click.testing import CliRunner
 from pyarrow import parquet
 
-from bench import durable
 from bench.command.main import main
 from bench.face.run import run
 from bench.protocol.identity import identify
 from bench.results import packed, packing, records
 from bench.results.kept import NotKept
+from bench.system import durable
 from bench.validation.rerun import _bits
 from tests import thousands
 

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import Batch, collector, keys, losses
+from bench import Batch, keys, losses
 from bench.command.main import main
 from bench.plugins import registry
 from bench.plugins.registry import DATASETS
+from bench.system import collector
 from bench.training import compiler
 
 HEAVY = {

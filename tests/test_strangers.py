@@ -14,7 +14,6 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from bench import reading
 from bench.contract import toy
 from bench.protocol.identity import identify
 from bench.protocol.presets import parse_presets
@@ -23,6 +22,7 @@ from bench.results import packed, packing, records, storage, tables
 from bench.results.content import digest
 from bench.results.record import DamagedResult
 from bench.sweep import forecast, journal
+from bench.system import reading
 from bench.validation import expected
 from bench.validation.beside import models, strange
 from bench.validation.inspection import inspect

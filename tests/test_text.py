@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from bench import text
 from bench.command.main import main
 from bench.face.bar import Bar
 from bench.face.progress import Display
@@ -31,6 +30,7 @@ from bench.results import records
 from bench.results.record import DOCUMENT
 from bench.site.rendering import markdown
 from bench.sweep import journal
+from bench.system import text
 from bench.tracking import described
 from bench.validation.report import validate
 from bench.validation.wording import overlong, unfit

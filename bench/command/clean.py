@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bench.command.stored import read_stored, stored_in
-from bench.text import plain
+from bench.system.text import plain
 
 if TYPE_CHECKING:
     from bench.results.record import Record

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bench.command.stored import chosen, out_option, require_folder
-from bench.text import plain
+from bench.system.text import plain
 
 if TYPE_CHECKING:
     from torch import Tensor

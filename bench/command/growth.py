@@ -9,7 +9,7 @@ from typing import Any
 from tabulate import tabulate
 
 from bench.speed.growth import QUANTITIES
-from bench.text import plain
+from bench.system.text import plain
 
 TABLE, PICTURE = "growth.md", "growth.png"
 _COLOURS = {"start": "#e0a030", "round": "#3b6fb6", "evaluation": "#c0504d"}

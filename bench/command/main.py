@@ -17,7 +17,7 @@ import click
 import bench
 from bench.command.streams import make_safe, terminable, unwritten
 from bench.command.typed import Verbs, as_spelt, sentence
-from bench.text import lines
+from bench.system.text import lines
 
 _VERBS = {
     "run": ("bench.command.run", "Compare algorithms; with no options, five of them on scikit-learn's digits."),

@@ -10,10 +10,10 @@ from typing import Any
 
 import click
 
-from bench import reading
 from bench.command.typed import Choice, Place
 from bench.face.asked import DEFAULT_ALGORITHMS, DEFAULT_DATASET, DEFAULT_SETTING, Asked
 from bench.plugins.names import meant, near
+from bench.system import reading
 
 
 @dataclass(frozen=True, kw_only=True)

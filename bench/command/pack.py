@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from bench.command.stored import require_folder
-from bench.text import plain
+from bench.system.text import plain
 
 
 @click.command("pack")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bench.command.typed import Choice, Place
-from bench.text import plain
+from bench.system.text import plain
 
 if TYPE_CHECKING:
     from bench.contract.promises import Finding

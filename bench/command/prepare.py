@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from bench.face.bar import Bar
-from bench.text import plain
+from bench.system.text import plain
 
 _SHOWN = 20
 """Broken photographs that are named; a file has them all."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bench.command.stored import require_folder, stored_in
-from bench.text import plain
+from bench.system.text import plain
 
 if TYPE_CHECKING:
     from bench.validation.board import Board

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bench import collector
 from bench.command.options import Options, run_options
 from bench.command.plan import describe, print_plan
 from bench.command.table import print_boards
+from bench.system import collector
 
 if TYPE_CHECKING:
     from bench.face.sweeping import Swept

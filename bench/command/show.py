@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 
-from bench import text
 from bench.command.typed import Choice
 from bench.face.asked import DEFAULT_DATASET
+from bench.system import text
 
 _WIDTH = 120  # of the documentation beside it
 _KINDS = ("algorithms", "sets", "parts", "datasets", "models", "settings", "partitions")

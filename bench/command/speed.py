@@ -12,7 +12,7 @@ import click
 
 from bench.command.typed import Choice, Place
 from bench.face.asked import DEFAULT_DATASET, DEFAULT_SETTING
-from bench.text import plain
+from bench.system.text import plain
 
 if TYPE_CHECKING:
     from bench.speed.measure import Asked

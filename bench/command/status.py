@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from bench import reading
 from bench.command.stored import require_folder, stored_in
-from bench.text import plain
+from bench.system import reading
+from bench.system.text import plain
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

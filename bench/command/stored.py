@@ -11,7 +11,7 @@ import click
 
 from bench.command.typed import Place
 from bench.plugins.names import meant
-from bench.text import plain
+from bench.system.text import plain
 
 if TYPE_CHECKING:
     from bench.results.record import Record

@@ -68,8 +68,8 @@ def table_command(
     bench table --metrics generic,f1,personal.balanced,samples
     bench table --out results --write --into README.md
     """
-    from bench.durable import put
     from bench.results import chosen, records, table
+    from bench.system.durable import put
 
     if per_seed and form != "csv":
         raise click.UsageError("--per-seed is for --format csv: a line a run instead of the means")

@@ -18,7 +18,7 @@ import click
 from bench.command.options import Options, defaults, some_run_options
 from bench.command.typed import Choice
 from bench.face.preparing import prepare_own
-from bench.text import plain
+from bench.system.text import plain
 
 if TYPE_CHECKING:
     from bench.tuning.book import Book

@@ -7,7 +7,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from bench.text import lines, plain
+from bench.system.text import lines, plain
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars

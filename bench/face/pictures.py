@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from bench import text
 from bench.plugins.names import near
 from bench.protocol.settings import BadConfig
 from bench.results.comparison import spell_p
@@ -19,6 +18,7 @@ from bench.results.layout import title
 from bench.results.leaderboard import Leaderboard
 from bench.results.record import Record
 from bench.results.statistics import Ranking
+from bench.system import text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,7 +16,7 @@ from bench.face.wording import accuracy, duration
 from bench.protocol.spelling import label
 from bench.protocol.words import spell_imbalance
 from bench.sweep.schedule import Forecast, Outlook, cell
-from bench.text import lines, plain
+from bench.system.text import lines, plain
 from bench.training.outcome import Report
 
 if TYPE_CHECKING:

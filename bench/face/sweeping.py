@@ -26,7 +26,7 @@ from bench.sweep.cluster import RayDied, require_room
 from bench.sweep.forecast import forecast
 from bench.sweep.journal import Journal
 from bench.sweep.schedule import Budget, Schedule
-from bench.text import lines
+from bench.system.text import lines
 
 if TYPE_CHECKING:
     from bench.results.leaderboard import Leaderboard

@@ -12,7 +12,7 @@ from lzma import LZMAError
 from pathlib import PurePosixPath
 from typing import IO, Self, cast
 
-from bench import reading
+from bench.system import reading
 
 BROKEN = (
     *(tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, LZMAError, struct.error),

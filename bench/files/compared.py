@@ -6,10 +6,10 @@ import json
 from contextlib import closing, suppress
 from typing import Any
 
-from bench import reading
 from bench.dataset import DataDamaged
-from bench.durable import put
 from bench.files.prepared import PARTS, Store
+from bench.system import reading
+from bench.system.durable import put
 
 FILE = "compared.json"
 """In the store's folder; where that cannot be written, every sweep compares."""

@@ -24,13 +24,13 @@ import torch
 from annotated_types import Interval
 from torch import Tensor
 
-from bench import reading
 from bench.dataset import DataDamaged, DataMissing
 from bench.files.download import Remote, fetch_all
 from bench.files.listing import Listing, Part
 from bench.files.photographs import Photographs
 from bench.plugins.registry import label, name
-from bench.text import plain
+from bench.system import reading
+from bench.system.text import plain
 
 PACKED = ("", ".xz", ".gz")
 """Endings that a list may have on the disk; the first that is there is read."""

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib import format as npy
 
-from bench import reading
+from bench.system import reading
 
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
@@ -35,7 +35,7 @@ class Header:
 
 @contextmanager
 def opened(path: Path | str) -> Iterator[ZipFile]:
-    """Open an npz file; errors of `bench.reading.opened`, and of ZipFile if it is none."""
+    """Open an npz file; errors of `bench.system.reading.opened`, and of ZipFile if it is none."""
     with reading.opened(path) as file, ZipFile(file) as archive:
         yield archive
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench import reading
 from bench.dataset import DataDamaged, DataMissing, Labels, Splits
 from bench.files.download import Remote, fetch_all
+from bench.system import reading
 
 
 @dataclass(frozen=True, kw_only=True)

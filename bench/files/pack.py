@@ -28,10 +28,10 @@ import torch
 from numpy.lib import format as npy
 from torch import Tensor
 
-from bench import durable
 from bench.dataset import DataDamaged, DataMissing, Dataset, Labels, Splits, Streamed
 from bench.files import npz
 from bench.plugins.registry import label, name, source_digest
+from bench.system import durable
 
 FORMAT = 1
 _PIECE = 1 << 24

@@ -30,9 +30,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from bench import reading
 from bench.dataset import DataDamaged, Labels, Splits
 from bench.files import npz
+from bench.system import reading
 
 FORMAT = 1
 PARTS = ("train", "test")

@@ -24,8 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from bench.dataset import Labels
-from bench.durable import flush, put
 from bench.files.prepared import FORMAT, INDEX, LABELS, PARTS, Chunk, Plan, Store, checksum, find, sha256_of
+from bench.system.durable import flush, put
 
 try:
     import fcntl

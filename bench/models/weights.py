@@ -16,8 +16,9 @@ from zipfile import ZIP_STORED, ZipFile, is_zipfile
 import torch
 from torch import Tensor
 
-from bench import keys, reading, tree
+from bench import keys, tree
 from bench.models import Model, is_norm
+from bench.system import reading
 from bench.tree import Tree
 
 _LEFT_OUT = re.compile(r"(fc|classifier)\..*|head/.*|.*\.num_batches_tracked")

@@ -12,7 +12,6 @@ from typing import Protocol
 import numpy as np
 
 from bench.dataset import DataDamaged, DataMissing, Dataset, Labels, Splits
-from bench.durable import put
 from bench.files import source
 from bench.files.decode import BadPhotograph, decode, versions
 from bench.files.download import free
@@ -22,6 +21,7 @@ from bench.files.prepared import PARTS, Chunk, Plan, Store, find
 from bench.files.unfinished import Unfinished, explained, in_words, tidy, writing
 from bench.plugins.registry import label
 from bench.sweep.cluster import spread
+from bench.system.durable import put
 
 CHUNK = 128
 """Photographs that one task decodes; not a matter of speed, but of how much is done again after a kill."""

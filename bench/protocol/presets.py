@@ -14,13 +14,13 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from bench import reading
 from bench.algorithm import Algorithm
 from bench.plugins.registry import label
 from bench.protocol.composition import prefixed, with_values
 from bench.protocol.settings import BadConfig
 from bench.protocol.spelling import parse_algorithms, respell
 from bench.protocol.words import split_list
+from bench.system import reading
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter

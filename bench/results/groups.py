@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from bench.results.record import Record
 from bench.results.standing import RANKED, ranked_with, weakest
 from bench.results.versions import variant
-from bench.text import plain
+from bench.system.text import plain
 
 Group = list[Record]
 """The runs of a row."""

@@ -16,10 +16,11 @@ from pydantic import TypeAdapter
 from safetensors import safe_open
 from torch import Tensor
 
-from bench import keys, models, reading, tree
+from bench import keys, models, tree
 from bench.algorithm import Algorithm, method_of
 from bench.plugins.registry import ALGORITHMS, source_digest
 from bench.results.record import DOCUMENT, DamagedResult, Record
+from bench.system import reading
 from bench.task import Task
 from bench.training.job import PRECISIONS
 from bench.training.keeping import SERVER, sha256

@@ -20,7 +20,7 @@ from bench.results.statistics import (
     fewest,
     leader,
 )
-from bench.text import plain
+from bench.system.text import plain
 
 ABSENT = "–"
 NO_RUNS = "There are no finished runs."
@@ -202,7 +202,7 @@ def grid(
 
     Args:
         board: The leaderboard.
-        words: How text is written, a function of `bench.text`.
+        words: How text is written, a function of `bench.system.text`.
         bold: How a number is that tests set apart from all others of its column, after it was written.
         label: How an algorithm's name is written, if otherwise than other text.
         number: How numbers are written, and the marks of footnotes.

@@ -17,7 +17,7 @@ from bench.results.record import Record
 from bench.results.standing import RANKED, ranked_with
 from bench.results.statistics import NOTHING, Estimate, estimates
 from bench.results.versions import lasting, stale, variant, version
-from bench.text import plain
+from bench.system.text import plain
 
 METRICS = ("last", "last10", "best")
 """Which evaluation counts: the last round, the mean of the last ten, or the best one, which is optimistic."""

@@ -20,10 +20,10 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench import reading
 from bench.protocol.identity import canonical
 from bench.results import content, tables
 from bench.results.record import DamagedResult, OtherFormat, Record, check, parse
+from bench.system import reading
 
 if TYPE_CHECKING:
     import pyarrow

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench import durable
 from bench.results import packed, storage, tables
 from bench.results.packed import FORMAT, NOTE, RUNS, TABLES, vouch, waiting_name
 from bench.results.record import DOCUMENT, DamagedResult, Record, stored
 from bench.results.records import file_of, text_of
+from bench.system import durable
 
 if TYPE_CHECKING:
     import pyarrow

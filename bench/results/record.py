@@ -11,10 +11,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from bench import reading
 from bench.protocol.identity import identify
 from bench.results import content, older, tables
 from bench.results.standing import Standing
+from bench.system import reading
 
 if TYPE_CHECKING:
     import numpy

@@ -22,7 +22,6 @@ from dataclasses import replace as changed
 from pathlib import Path
 from typing import Literal
 
-from bench import reading
 from bench.results import content, packed, standing, storage, tables
 from bench.results.record import DOCUMENT, FORMAT, MODELS, check, stored
 from bench.results.record import DamagedResult as DamagedResult
@@ -30,6 +29,7 @@ from bench.results.record import Record as Record
 from bench.results.record import read as read
 from bench.results.storage import OutputUnwritable as OutputUnwritable
 from bench.results.storage import prepare as prepare
+from bench.system import reading
 
 Status = Literal["done", "failed", "partial", "absent"]
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from bench.results.layout import ACCURACY, columns
 from bench.results.leaderboard import Leaderboard, Row, suffix
 from bench.results.statistics import NOTHING
-from bench.text import cell
+from bench.system.text import cell
 
 _PROTOCOL = (
     "model", "norm", "partition", "client_test", "participation", "rounds", "epochs", "batch_size", "lr",

@@ -15,8 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from bench import reading
 from bench.results import storage
+from bench.system import reading
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench import durable
+from bench.system import durable
 
 if TYPE_CHECKING:
     import pyarrow

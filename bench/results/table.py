@@ -33,7 +33,7 @@ from bench.results.leaderboard import Leaderboard as Leaderboard
 from bench.results.leaderboard import leaderboards as leaderboards
 from bench.results.sheet import long, sheet
 from bench.results.statistics import FEWEST
-from bench.text import code, html_text, latex, markdown, notes, plain
+from bench.system.text import code, html_text, latex, markdown, notes, plain
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from bench.reading import TooLarge
 from bench.results import storage
+from bench.system.reading import TooLarge
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

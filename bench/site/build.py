@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from bench import durable
 from bench.results import packing, records
 from bench.results.leaderboard import leaderboards
 from bench.results.records import file_of
 from bench.results.storage import OutputUnwritable
 from bench.site import assets, pages
 from bench.site.run_page import DATA, Results, files, is_packed
+from bench.system import durable
 
 MARKER = "bench-site.json"
 """Lists the files of a site, and so tells a site from any other folder."""

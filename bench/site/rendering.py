@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import bench
 from bench.results.layout import ABSENT
-from bench.text import lines, plain
+from bench.system.text import lines, plain
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from bench import durable
 from bench.dataset import Dataset, Labels
 from bench.files import source
 from bench.results import records
@@ -21,6 +20,7 @@ from bench.sweep.execution import document, execute, finished, forget_checkpoint
 from bench.sweep.pool import Pool
 from bench.sweep.schedule import Schedule
 from bench.sweep.watch import Watcher, progress_file
+from bench.system import durable
 from bench.training.outcome import Report
 
 Status = Literal["done", "cached", "failed", "waiting"]

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from bench import durable
 from bench.algorithm import Misnamed
 from bench.dataset import Dataset, Labels, Splits
 from bench.files import source
@@ -29,6 +28,7 @@ from bench.sweep.cluster import RayDied, WorkersDied
 from bench.sweep.config import Run
 from bench.sweep.pool import Failure
 from bench.sweep.watch import append, progress_file
+from bench.system import durable
 from bench.training.crew import Surroundings
 from bench.training.engine import CannotStack
 from bench.training.job import Job, surroundings

@@ -27,7 +27,6 @@ import torch
 
 from bench import tree
 from bench.dataset import DataDamaged, DataMissing, Dataset
-from bench.durable import put
 from bench.files import source
 from bench.plugins import blame
 from bench.plugins.registry import plugin_files
@@ -38,6 +37,7 @@ from bench.splits.split import make_split
 from bench.sweep.apart import begin, told
 from bench.sweep.config import Run
 from bench.sweep.schedule import Forecast, average, cell, cell_of, order, wall_seconds
+from bench.system.durable import put
 from bench.training import memory, rounds
 from bench.training.job import Job
 from bench.training.states import IN_MEMORY_BYTES

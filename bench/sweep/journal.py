@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Interval
 
-from bench import reading
-from bench.durable import put
 from bench.sweep.schedule import Forecast, cell
+from bench.system import reading
+from bench.system.durable import put
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter

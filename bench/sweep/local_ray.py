@@ -16,9 +16,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench import durable
 from bench.protocol.settings import BadConfig
 from bench.results.claims import Claimed, claim
+from bench.system import durable
 
 if TYPE_CHECKING:
     import psutil

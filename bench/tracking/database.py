@@ -17,7 +17,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from bench import durable
+from bench.system import durable
 
 _BESIDE = ("-journal", "-wal", "-shm")
 """Ends of the names of what SQLite keeps beside a database; they belong to that one and to no other."""

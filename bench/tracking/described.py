@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from bench.protocol.identity import identify
 from bench.protocol.words import spell_imbalance
 from bench.results.record import DOCUMENT, Record
-from bench.text import plain
+from bench.system.text import plain
 
 if TYPE_CHECKING:
     from bench.sweep.config import Run

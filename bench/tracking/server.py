@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bench import collector
 from bench.results.claims import Claimed, claim
+from bench.system import collector
 from bench.tracking import database
 from bench.tracking.described import Point
 

@@ -20,7 +20,8 @@ from typing import Any, BinaryIO, cast
 import torch
 from torch import Tensor
 
-from bench import durable, tree
+from bench import tree
+from bench.system import durable
 from bench.tree import Tree
 
 DAMAGED = "is damaged"

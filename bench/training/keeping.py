@@ -41,8 +41,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from bench import durable, reading, tree
+from bench import tree
 from bench.algorithm import Client, is_usual, method_of
+from bench.system import durable, reading
 from bench.training.job import Job
 from bench.training.states import StatesUnwritable, Store
 from bench.tree import Tree

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from bench import durable, tree
+from bench import tree
 from bench.algorithm import Exchange
 from bench.data import Uploads
 from bench.models.layers import is_norm_statistic
 from bench.splits.split import group_classes
+from bench.system import durable
 from bench.task import Task
 from bench.training import checkpoint as checkpoints
 from bench.training import engine as engines

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import durable, tree
+from bench import tree
+from bench.system import durable
 from bench.training.checkpoint import is_like
 from bench.tree import Tree
 

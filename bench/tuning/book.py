@@ -11,7 +11,6 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from bench import reading
 from bench.files import source
 from bench.plugins.registry import label
 from bench.protocol.settings import BadConfig
@@ -19,6 +18,7 @@ from bench.results.claims import Claimed, claim
 from bench.results.storage import place, prepare
 from bench.splits import selection
 from bench.sweep.config import Run
+from bench.system import reading
 from bench.tuning.study import Study, Trial
 
 FOLDER = "tuning"

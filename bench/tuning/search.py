@@ -14,7 +14,7 @@ from typing import Any
 
 from bench.results.storage import OutputUnwritable
 from bench.sweep.cluster import RayDied, Session, cores, lasting, need_ray, packed, unpacked
-from bench.text import plain
+from bench.system.text import plain
 from bench.tuning.book import Book
 from bench.tuning.study import Study, Trial
 from bench.tuning.trial import attempt as attempt

@@ -7,11 +7,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from bench import reading
 from bench.protocol import presets
 from bench.protocol.settings import BadConfig
 from bench.results import packed, standing
 from bench.results.record import MODELS, Record
+from bench.system import reading
 from bench.validation.found import Problem
 
 TABLE, PROSE = "README.md", "NOTES.md"

@@ -11,7 +11,6 @@ import torch
 from packaging.version import VERSION_PATTERN
 
 import bench
-from bench import reading
 from bench.dataset import DataDamaged, DataMissing
 from bench.protocol.settings import BadConfig
 from bench.results import packed
@@ -20,6 +19,7 @@ from bench.results.tables import ROUNDS
 from bench.splits.auxiliary import NEEDS
 from bench.splits.longtail import group_classes
 from bench.splits.split import PartitionFailed
+from bench.system import reading
 from bench.training.population import rests_on
 from bench.training.rounds import WORK
 from bench.validation import beside, counted

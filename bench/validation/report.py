@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench import reading
 from bench.protocol.identity import canonical
 from bench.results import packed, records, standing
 from bench.results.leaderboard import leaderboards
 from bench.results.record import DOCUMENT, MODELS, Record, stored
 from bench.results.table import results_readme
 from bench.sweep import journal
+from bench.system import reading
 from bench.validation.beside import PROSE, TABLE, strange
 from bench.validation.counted import apart_at
 from bench.validation.found import Inspected, Problem

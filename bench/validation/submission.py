@@ -11,12 +11,12 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from bench import durable, reading
 from bench.results import packing, storage
 from bench.results.packed import PLUGINS, RUNS
 from bench.results.record import DOCUMENT, MODELS, DamagedResult, check, read, stored
 from bench.results.records import text_of
 from bench.results.tables import MOST_BYTES
+from bench.system import durable, reading
 
 _IN_QUOTES = re.compile(r"(?<=['\"])(?:/|~|[A-Za-z]:[\\/])[^'\"]*(?=['\"])")
 _PATH = re.compile(r"(?<![\w.:/])(?:~?/[\w.@+-]+/[\w.@+/-]+|[A-Za-z]:\\[\w.\\-]+)")

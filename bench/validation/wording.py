@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
-from bench.text import plain
+from bench.system.text import plain
 
 _MOST = 500
 _MOST_OF = {
