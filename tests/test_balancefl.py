@@ -79,6 +79,7 @@ def root(matrix: np.ndarray[Any, Any]) -> Tensor:
     return torch.from_numpy(left * np.sqrt(values) @ left.T).float()
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 def test_switched_off_it_is_fedavg_where_no_class_is_missing(engine: str) -> None:
     runs = [run_of(name, engine, sizes=EVERY_CLASS, **fields) for name, fields in (("balancefl", OFF), ("fedavg", {}))]
@@ -96,6 +97,7 @@ def test_each_term_changes_something_and_so_does_a_missing_class(on: dict[str, A
     assert largest_difference(*states) > 1e-5
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 @pytest.mark.parametrize("on", [{"inherit": 5.0}, {"noise": 5.0}])
 def test_where_all_classes_are_there_and_even_nothing_is_inherited_and_nothing_noisy(

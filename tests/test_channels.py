@@ -226,6 +226,7 @@ def test_bytes_are_those_of_the_formula(text: str, of: Any, method: str, engine:
     assert run.progress.cost["bytes_down"] == plain.progress.cost["bytes_down"]
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ENGINES)
 def test_very_many_levels_are_the_method_and_few_are_not(engine: str) -> None:
     plain = ran(made("fedavg"), engine).progress.server

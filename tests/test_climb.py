@@ -41,6 +41,7 @@ def loss_of(run: Run, model: Tree, client: int) -> float:
     return float(F.cross_entropy(z @ model["head"]["weight"].T + model["head"]["bias"], y))
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 @pytest.mark.parametrize("client_weights", ["size", "uniform"])
 @pytest.mark.parametrize("off", [{"dual_lr": 0.0}, {"tolerance": 1000.0}])

@@ -219,6 +219,7 @@ def test_a_random_frame_teaches_another_body(engine: str) -> None:
     assert tree.largest_difference({"body": mine.progress.server["body"]}, {"body": plain.progress.server["body"]}) > 0
 
 
+@pytest.mark.equivalence
 @ENGINES
 def test_without_realignment_training_is_the_same_and_heads_are_tested_as_they_are(engine: str) -> None:
     mine, plain = fedloge(engine, realign=False), fedloge(engine)
@@ -233,6 +234,7 @@ def test_without_realignment_training_is_the_same_and_heads_are_tested_as_they_a
     assert model is not None and tree.largest_difference(model["head"], sums) == 0.0
 
 
+@pytest.mark.equivalence
 @ENGINES
 def test_without_the_auxiliary_head_body_and_personal_heads_are_the_same_and_the_frame_predicts(engine: str) -> None:
     """The auxiliary head reads detached features: no other part of training can feel that it is gone."""

@@ -130,6 +130,7 @@ def test_without_examples_no_class_is_preferred(absent: Any) -> None:
         assert found.tolist() == list(LOGITS)
 
 
+@pytest.mark.equivalence
 def test_at_tau_0_it_is_not_there_and_would_change_no_bit() -> None:
     (algorithm,) = parse_algorithms("fedavg+posthoc_logit_adjustment(tau=0)")
     assert label(algorithm) == "fedavg"

@@ -105,6 +105,7 @@ def test_its_first_round_starts_a_personal_model_from_the_initial_one() -> None:
     assert largest_difference(kept, solved(run, run.task.init(), received, batches, PULL)) < 5e-6
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 def test_a_client_held_out_is_served_by_the_global_model_and_not_as_training_alone_would(engine: str) -> None:
     setting = replace(toy.SETTING, rounds=8, unseen=1, eval_every=8)

@@ -47,6 +47,7 @@ def personal(run: Run, client: int = LOPSIDED) -> Tree:
     return model
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 def test_the_server_is_fedavgs_and_without_epochs_clients_too(engine: str) -> None:
     fedavg = toy.finish(run_of("fedavg", engine)).progress.server

@@ -62,6 +62,7 @@ def test_mixtures_are_those_of_the_paper() -> None:
         assert numbers(sent(run, i)) == pytest.approx(expected[i].tolist(), abs=1e-6)
 
 
+@pytest.mark.equivalence
 def test_attention_at_any_distance_is_the_mean() -> None:
     """All xi = 1/N, the own model's included."""
     run = with_models([[0.0, 1.0], [4.0, 2.0], [5.0, -6.0]], attention=2 / 3, sigma=1e6)
@@ -107,6 +108,7 @@ def test_running_statistics_are_mixed_and_are_no_distance() -> None:
 # Rounds -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ENGINES)
 def test_without_attention_and_pull_it_is_local_training(engine: str) -> None:
     run, local = trained(engine=engine, attention=0.0, pull=0.0), trained("local", engine)

@@ -67,6 +67,7 @@ def test_a_client_that_has_everything_has_the_generic_model() -> None:
     assert largest_difference(checks.tested_models(run, 0)["personal"], run.progress.server) < 1e-6
 
 
+@pytest.mark.equivalence
 @AGAINST
 @ENGINES
 def test_training_is_fedavgs_and_nothing_is_tuned(engine: str, against: str) -> None:

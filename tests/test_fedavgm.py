@@ -41,12 +41,14 @@ def numbers(params: Tree) -> np.ndarray[Any, np.dtype[np.float64]]:
     return np.concatenate([leaf.double().numpy().ravel() for leaf in tree.flatten(tree.parameters(params)).values()])
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 def test_without_momentum_it_is_fedavg(engine: str) -> None:
     still, fedavg = toy.finish(run_of("fedavgm", engine, server_momentum=0.0)), toy.finish(run_of("fedavg", engine))
     assert largest_difference(model(still), model(fedavg)) < 1e-6
 
 
+@pytest.mark.equivalence
 def test_the_first_round_is_fedavgs_and_the_second_is_not() -> None:
     run, fedavg = run_of("fedavgm"), run_of("fedavg")
     run.step()

@@ -35,6 +35,7 @@ def norms(model: Tree) -> dict[str, Any]:
     return {path: leaf for path, leaf in leaves.items() if any(path.startswith(f"{layer}norm/") for layer in layers)}
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 def test_on_a_network_without_norm_layers_it_is_fedavg_without_a_generic_model(engine: str) -> None:
     setting = replace(SETTING, model="mlp", rounds=3, clip=1.0, momentum=0.9, unseen=1)
@@ -47,6 +48,7 @@ def test_on_a_network_without_norm_layers_it_is_fedavg_without_a_generic_model(e
         assert mine[metric] == theirs[metric]
 
 
+@pytest.mark.equivalence
 @NORMED
 def test_a_single_client_is_fedavg(setting: Any) -> None:
     setting = replace(setting, clients=1)

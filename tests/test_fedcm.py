@@ -57,6 +57,7 @@ def score(w: Tree, x: Tensor) -> Tensor:
     return logits
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("setting", [SETTING, DECAYED, replace(DECAYED, participation=0.5), BATCH_NORM])
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 def test_where_a_clients_gradient_is_all_it_is_fedavg(setting: Setting, engine: str) -> None:

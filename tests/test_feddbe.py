@@ -63,6 +63,7 @@ def written_out(
     return tree.map(torch.Tensor.detach, w), b.detach(), running.detach()
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 @pytest.mark.parametrize("setting", [SETTING, BATCH_NORM], ids=["mlp", "batch norm"])
 def test_without_bias_and_pull_it_is_fedavg(engine: str, setting: Any) -> None:

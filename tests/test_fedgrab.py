@@ -37,6 +37,7 @@ def model_of(run: Run) -> Tree:
     return {key: run.progress.server[key] for key in ("body", "head")}
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 def test_without_controllers_it_is_fedavg_of_whatever_loss(engine: str) -> None:
     for spelt, loss in ((f"fedgrab({OFF})+cross_entropy", "fedavg"), (f"fedgrab({OFF}, rest=0)+focal", "fedavg+focal")):

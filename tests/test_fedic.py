@@ -114,6 +114,7 @@ def test_a_client_sure_of_its_logits_is_trusted_more() -> None:
     assert found == pytest.approx(np.full((1, 6), (2 * u - 2 * v) / (u + v)), abs=1e-5) and found.min() > 1.99
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 def test_without_steps_it_is_fedavg(engine: str) -> None:
     runs = run_of("fedic", engine, steps=0), run_of("fedavg", engine)
@@ -167,6 +168,7 @@ def test_a_round_at_the_server_is_that_written_out() -> None:
     assert largest_difference(calibrator, started()) > 1e-2
 
 
+@pytest.mark.equivalence
 def test_without_distillation_it_is_fedavg_tuned_at_the_server() -> None:
     """The control: clients, their ensemble and the calibrator have no say beyond the average."""
     run = run_of("fedic", steps=5, lr=LARGE, distil=0.0)

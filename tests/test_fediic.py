@@ -38,6 +38,7 @@ def part_of(run: Run, *parts: str) -> Tree:
     return {key: run.progress.server[key] for key in parts}
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 def test_without_contrasts_and_difficulty_it_is_fedavg_with_balanced_softmax(engine: str) -> None:
     """Up to rounding: products of two views at once have other bits."""

@@ -65,6 +65,7 @@ def score(w: Tree, x: Tensor) -> Tensor:
     return logits
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 def test_where_clients_are_as_all_together_it_is_fedavg(engine: str) -> None:
     runs = [run_of(name, engine, sizes=EVERY_CLASS) for name in ("fedir", "fedavg")]

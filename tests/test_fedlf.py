@@ -66,6 +66,7 @@ def hidden(body: Tree, x: Tensor) -> Tensor:
     return torch.relu(x.flatten(1) @ body["hidden"]["weight"].T + body["hidden"]["bias"])
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 def test_switched_off_it_is_fedavg_of_a_head_without_a_bias(engine: str) -> None:
     runs = run_of("fedlf", engine, **OFF), run_of(Biasless(), engine), run_of("fedavg", engine)

@@ -118,6 +118,7 @@ def test_prototypes_are_those_of_the_trained_body() -> None:
         assert upload["prototypes"][c].numpy() == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ENGINES)
 def test_without_prototypes_and_mixtures_it_is_fedrep(engine: str) -> None:
     """One epoch on the head, the setting's on the body, at one learning rate."""

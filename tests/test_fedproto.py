@@ -43,6 +43,7 @@ def known_to(run: Run, classes: tuple[int, ...]) -> None:
     run.progress.server = {"prototypes": prototypes, "known": known}
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 @pytest.mark.parametrize("setting", [SETTING, BATCH_NORM], ids=["mlp", "batch norm"])
 def test_without_pull_it_is_local(engine: str, setting: Any) -> None:
@@ -55,6 +56,7 @@ def test_without_pull_it_is_local(engine: str, setting: Any) -> None:
     assert largest_difference(private(on), private(local)) > 1e-4
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 def test_the_first_round_is_local_whatever_the_pull(engine: str) -> None:
     once = replace(SETTING, rounds=1)

@@ -43,6 +43,7 @@ def labels(run: Run, model: Tree, client: int, round: int = 0) -> list[int]:
     return found
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 @pytest.mark.parametrize("off", [{"start": 1.0}, {"top": 0.0, "start": 0.0}])
 def test_switched_off_it_is_fedavg(engine: str, off: dict[str, float]) -> None:
@@ -58,6 +59,7 @@ def test_with_even_classes_nobody_relabels(engine: str) -> None:
     assert largest_difference(*(run.progress.server for run in runs)) == 0.0
 
 
+@pytest.mark.equivalence
 def test_it_is_fedavg_until_labels_change() -> None:
     run, fedavg = run_of(**EAGER), run_of("fedavg")
     for round in range(4):

@@ -41,6 +41,7 @@ def entropy(w: Sequence[Tensor], x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(hidden @ w[2].T + w[3], y)
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 @pytest.mark.parametrize("eta", [None, 0.2])
 def test_where_the_worst_point_is_here_it_is_fedavg(engine: str, eta: float | None) -> None:
@@ -50,6 +51,7 @@ def test_where_the_worst_point_is_here_it_is_fedavg(engine: str, eta: float | No
     assert largest_difference(on, fedavg) > 1e-4
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize(("engine", "apart"), [("serial", 0.0), ("stacked", 1e-5)])
 def test_where_the_worst_point_is_here_it_is_fedavg_under_batch_norm_too(engine: str, apart: float) -> None:
     """Stacked convolutions sum in another order once their weights differ by client."""

@@ -62,6 +62,7 @@ def score(model: Tree, x: Tensor) -> Tensor:
     return logits
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 def test_without_its_terms_it_is_fedavg_with_balanced_softmax(engine: str) -> None:
     off, calibrated = (
@@ -71,6 +72,7 @@ def test_without_its_terms_it_is_fedavg_with_balanced_softmax(engine: str) -> No
     assert largest_difference(off, calibrated) == 0.0
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 def test_with_plain_cross_entropy_besides_it_is_fedavg(engine: str) -> None:
     off, fedavg = (

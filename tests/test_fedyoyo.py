@@ -58,6 +58,7 @@ def score(w: Tree, x: Tensor) -> Tensor:
     return logits
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 def test_switched_off_it_is_fedavg_of_doubled_batches(engine: str) -> None:
     """Of images that are twice the same; only rounding tells them from once."""

@@ -31,6 +31,7 @@ def expert(model: Tree, e: int) -> Tree:
     return {"body": model["body"][f"expert{e}"], "head": model["head"][f"expert{e}"]}
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 def test_one_expert_that_nothing_balances_is_fedavg(engine: str) -> None:
     off, fedavg, balanced = (

@@ -61,6 +61,7 @@ def probabilities(
     return found
 
 
+@pytest.mark.equivalence
 @BOTH
 def test_training_is_fedavgs_and_so_are_answers_without_a_vote(engine: str) -> None:
     setting = replace(SETTING, weight_decay=1e-2, clip=1.0, rounds=3)

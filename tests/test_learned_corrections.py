@@ -199,6 +199,7 @@ def test_a_personal_model_learns_from_its_own_client_alone(name: str, engine: st
     assert toy.SIZES[6] == 0 and tree.largest_difference(changed[2]["head"], models[2]["head"]) == 0.0
 
 
+@pytest.mark.equivalence
 def test_scales_of_one_are_no_correction_and_rows_keep_their_directions() -> None:
     run = toy.run(made("fedavg+lws"))
     head = {key: keys.normal(keys.key(3), *leaf.shape) for key, leaf in run.task.init()["head"].items()}
@@ -239,6 +240,7 @@ def test_drawing_classes_alike_moves_a_lopsided_client() -> None:
 # An epilogue
 
 
+@pytest.mark.equivalence
 @ENGINES
 @pytest.mark.parametrize("name", THREE)
 @pytest.mark.parametrize("method", ["fedavg", "scaffold", "creff(match_steps=1, head_epochs=1)", "fedavg+topk"])

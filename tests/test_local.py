@@ -54,6 +54,7 @@ def test_the_budget_is_counted(budget: str) -> None:
     assert run.progress.server == {}
 
 
+@pytest.mark.equivalence
 def test_with_full_participation_the_budgets_are_one() -> None:
     runs = [toy.finish(run_of(setting=replace(SETTING, participation=1.0), budget=b)) for b in ("matched", "converged")]
     assert runs[0].outcome().digest == runs[1].outcome().digest

@@ -326,6 +326,7 @@ def apart(one: Run, other: Run) -> float:
     )
 
 
+@pytest.mark.equivalence
 @ENGINES
 @pytest.mark.parametrize("name", OURS)
 def test_off_by_hand_is_fedavg(name: str, engine: str) -> None:
@@ -337,11 +338,13 @@ def test_off_by_hand_is_fedavg(name: str, engine: str) -> None:
     assert difference == 0.0 if engine == "serial" and name != "lade" else difference <= engines.TOLERANCE
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("text", ["logit_adjustment(tau=3)", "class_balanced", "calibrated", "restricted_softmax"])
 def test_equal_counts_are_cross_entropy(text: str) -> None:
     assert value(text, counts=(5.0, 5.0, 5.0)) == pytest.approx(2.407606, abs=1e-5)
 
 
+@pytest.mark.equivalence
 @ENGINES
 def test_logit_adjustment_at_one_is_balanced_softmax(engine: str) -> None:
     mine = run_of("fedavg+logit_adjustment", engine)
@@ -352,6 +355,7 @@ def test_logit_adjustment_at_one_is_balanced_softmax(engine: str) -> None:
     assert value("lade(strength=0)") == value("logit_adjustment") == value("balanced_softmax")
 
 
+@pytest.mark.equivalence
 def test_late_ldam_without_margins_is_the_class_balanced_loss_by_the_weights_of_its_batch() -> None:
     text, mean = "(beta=0.9)", float((weights(0.9) * REAL).sum() / 3)
     balanced = value(f"class_balanced{text}", Z, Y, N, weight=WEIGHT)
@@ -375,6 +379,7 @@ def test_ldam_weighs_classes_from_a_share_of_the_rounds_on() -> None:
     assert not weighs(1.0, 99, 100) and weighs(0.0, 0, 100)
 
 
+@pytest.mark.equivalence
 @ENGINES
 def test_a_run_is_that_without_weights_until_then(engine: str) -> None:
     (never, late), setting = ([f"fedavg+ldam(defer={d})" for d in (1, 0.75)], replace(toy.SETTING, rounds=4))

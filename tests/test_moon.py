@@ -62,6 +62,7 @@ def cosines_of(body: Tree, other: Tree, run: Run) -> float:
     return float(cosines(hidden(body, x), hidden(other, x)).mean())
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 def test_without_contrast_it_is_fedavg(engine: str) -> None:
     runs = run_of("moon", engine, mu=0.0), run_of("fedavg", engine), run_of("moon", engine)
@@ -70,6 +71,7 @@ def test_without_contrast_it_is_fedavg(engine: str) -> None:
     assert largest_difference(on, fedavg) > 1e-4
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 def test_without_contrast_it_is_fedavg_under_batch_norm_too(engine: str) -> None:
     runs = run_of("moon", engine, BATCH_NORM, mu=0.0), run_of("fedavg", engine, BATCH_NORM)

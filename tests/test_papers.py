@@ -71,6 +71,7 @@ def plain_sgd(run: Run, rows: Tensor, rounds: int) -> Tree:
     return tree.unflatten({path: leaf.detach() for path, leaf in params.items()})
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("name", ["fedavg", "centralised"])
 @pytest.mark.parametrize("weight_decay", [0.0, 1e-2])
 def test_one_client_is_the_textbook_loop(name: str, weight_decay: float) -> None:
@@ -81,6 +82,7 @@ def test_one_client_is_the_textbook_loop(name: str, weight_decay: float) -> None
     assert largest_difference(expected, finish(run).progress.server) < 1e-6
 
 
+@pytest.mark.equivalence
 def test_a_full_batch_step_of_all_clients_is_a_step_on_the_pool() -> None:
     setting = replace(toy.SETTING, participation=1.0, rounds=1, epochs=1, batch_size=1000)
     federated = trained("fedavg", setting).progress.server
@@ -111,12 +113,14 @@ def test_a_mean_per_class_counts_only_the_clients_that_hold_it() -> None:
 # Degenerate equivalences (every one to the bit unless it says otherwise) --------------------------
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 def test_fedprox_without_pull_is_fedavg(engine: str) -> None:
     fedprox, fedavg = trained("fedprox", engine=engine, mu=0.0), trained("fedavg", engine=engine)
     assert same(fedprox.progress.server, fedavg.progress.server)
 
 
+@pytest.mark.equivalence
 def test_fedprox_of_a_single_step_is_fedavg() -> None:
     setting = replace(toy.SETTING, rounds=1, epochs=1, batch_size=1000)
     assert same(trained("fedprox", setting, mu=5.0).progress.server, trained("fedavg", setting).progress.server)
@@ -139,6 +143,7 @@ def test_fedprox_pulls_by_mu_times_the_distance() -> None:
     assert gradient.tolist() == pytest.approx([0.3, -0.2])
 
 
+@pytest.mark.equivalence
 def test_fedavg_ft_without_epochs_is_fedavg() -> None:
     tuned, plain = trained("fedavg_ft", finetune_epochs=0).outcome(), trained("fedavg").outcome()
     assert (tuned.digest, tuned.metrics) == (plain.digest, plain.metrics)
@@ -153,6 +158,7 @@ def test_fine_tuning_reports_a_curve_that_starts_at_fedavg() -> None:
     assert "personal:10 epochs" not in tuned.metrics
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 def test_ditto_without_pull_is_local_training_beside_fedavg(engine: str) -> None:
     ditto = trained("ditto", engine=engine, pull=0.0)
@@ -160,6 +166,7 @@ def test_ditto_without_pull_is_local_training_beside_fedavg(engine: str) -> None
     assert same(ditto.progress.server, trained("fedavg", engine=engine).progress.server)
 
 
+@pytest.mark.equivalence
 def test_dittos_global_model_is_fedavgs_whatever_the_pull() -> None:
     assert same(trained("ditto", pull=2.0).progress.server, trained("fedavg").progress.server)
 
@@ -177,6 +184,7 @@ def test_dittos_anchor_is_the_received_model() -> None:
     assert largest_difference(kept, tree.add(anchor, gradient, -0.5)) < 1e-6
 
 
+@pytest.mark.equivalence
 def test_fedrep_without_head_epochs_is_fedbabu() -> None:
     fedrep = trained("fedrep", HOSTILE, head_epochs=0, body_epochs=2)
     fedbabu = trained("fedbabu", HOSTILE)
@@ -191,6 +199,7 @@ def test_fedrep_without_epochs_moves_nothing() -> None:
     assert all(same(state, run.store.initial) for state in run.store.all())
 
 
+@pytest.mark.equivalence
 def test_fedrep_without_body_epochs_leaves_the_body() -> None:
     run = toy_run(make("fedrep", body_epochs=0), setting=HOSTILE)
     start = tree.clone(run.progress.server)
@@ -222,6 +231,7 @@ def test_fedper_and_fedrep_clients_of_equal_data_keep_equal_heads_apart_from_the
     assert all(same(run.store[k], {"head": run.task.init()["head"]}) for k in idle)
 
 
+@pytest.mark.equivalence
 def test_scaffolds_first_round_is_fedavg_with_equal_weights() -> None:
     setting = replace(toy.SETTING, rounds=1, participation=1.0)
     scaffold = toy_run(make("scaffold"), setting=setting, sizes=(24,) * 8)
@@ -240,6 +250,7 @@ def test_scaffolds_control_is_the_mean_of_all_clients_controls(momentum: float) 
     )
 
 
+@pytest.mark.equivalence
 def test_scaffold_with_one_client_is_fedavg() -> None:
     setting = replace(toy.SETTING, clients=1, participation=1.0, rounds=4)
     scaffold = finish(toy_run(make("scaffold"), setting=setting, sizes=(100,))).progress.server
@@ -259,6 +270,7 @@ def test_scaffolds_control_is_a_mean_of_the_gradients_taken(momentum: float) -> 
     assert largest_difference(kept["control"], gradient) < 1e-2 * math.sqrt(float(tree.dot(gradient, gradient)))
 
 
+@pytest.mark.equivalence
 def test_fedrods_generic_arm_is_fedavg_where_classes_are_balanced() -> None:
     counts = torch.tensor([10, 10, 10])
     logits, batch = torch.randn(4, 3), Batch(torch.zeros(4, 1), torch.tensor([0, 1, 2, 0]), torch.ones(4))
@@ -325,6 +337,7 @@ def creff_module() -> Any:
     return importlib.import_module("bench.algorithms.creff")
 
 
+@pytest.mark.equivalence
 def test_creffs_averaged_model_is_fedavgs_to_the_bit() -> None:
     creff, fedavg = trained("creff", **CHEAP_CREFF), trained("fedavg")
     assert same({key: creff.progress.server[key] for key in ("body", "head")}, fedavg.progress.server)
@@ -686,6 +699,7 @@ def bench_run(folder: Path, *arguments: str) -> dict[str, dict[str, Any]]:
     return {run["call"]: run for run in json.loads(done.stdout)["runs"]}
 
 
+@pytest.mark.equivalence
 def test_degenerate_methods_are_fedavg_through_the_command_line(tmp_path: Path) -> None:
     algorithms = "fedavg,fedprox(mu=0),fedavg_ft(finetune_epochs=0),fedprox"
     runs = bench_run(tmp_path, "--algos", algorithms, "--rounds", "3")

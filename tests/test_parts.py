@@ -261,6 +261,7 @@ def test_an_estimate_is_the_sum_of_what_the_cohorts_sent_and_is_paid_for(engine:
 # What they do on a method
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ENGINES)
 def test_fedavg_with_balanced_softmax_is_the_generic_half_of_fedrod(engine: str) -> None:
     mine, theirs = ran("fedavg+balanced_softmax", engine), ran("fedrod", engine)
@@ -332,6 +333,7 @@ def test_off_by_hand_is_what_the_method_does(method: str, engine: str, off: tupl
     assert apart(ran(on(method, part), engine), ran(method, engine)) <= engines.TOLERANCE
 
 
+@pytest.mark.equivalence
 def test_a_mean_of_which_nothing_is_trimmed_is_the_plain_one() -> None:
     equal = replace(SETTING, unseen=0, participation=1.0)
     runs = [

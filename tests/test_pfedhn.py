@@ -119,6 +119,7 @@ def test_where_clients_hardly_move_the_hypernetwork_does_not() -> None:
     assert tree.largest_difference(before, toy.finish(run).progress.server) < 1e-6
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_hypernetwork_that_cannot_tell_clients_apart_is_fedavg(engine: str) -> None:
     """Units of zero leave the bias, and a rate of 1 moves it to the mean of what clients of one size trained."""

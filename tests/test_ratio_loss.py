@@ -61,6 +61,7 @@ def uploads() -> Uploads:
     return Uploads([toy.upload_once(run, k)[0] for k in (0, 1, 3)], torch.tensor([60.0, 44.0, 17.0]))
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 def test_where_ratios_count_for_nothing_it_is_fedavg(engine: str) -> None:
     runs = run_of("ratio_loss", engine, beta=0.0), run_of("fedavg", engine)
@@ -68,6 +69,7 @@ def test_where_ratios_count_for_nothing_it_is_fedavg(engine: str) -> None:
     assert runs[0].progress.server["weights"].eq(1).all()
 
 
+@pytest.mark.equivalence
 def test_the_first_round_is_fedavgs_and_the_second_is_not() -> None:
     run, fedavg = run_of("ratio_loss"), run_of("fedavg")
     for same in (True, False):

@@ -33,6 +33,7 @@ def part_of(run: Run, *parts: str) -> Tree:
     return {key: run.progress.server[key] for key in parts}
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize(("engine", "apart"), [("stacked", 0.0), ("serial", 1e-6)])
 def test_without_both_heads_and_balance_it_is_fedavg(engine: str, apart: float) -> None:
     """To the bit where FedAvg's steps are taken one leaf after the other, too: serially they are fused."""

@@ -228,6 +228,7 @@ def test_a_model_goes_on_under_attack(text: str, engine: str) -> None:
 # Off ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("text", ["norm_bound(bound=None)", "geometric_median(steps=0)"])
 def test_off_is_the_method(text: str) -> None:
     assert label(made(f"fedavg+{text}")) == "fedavg" and made(f"fedavg+{text}") == made("fedavg")
@@ -272,6 +273,7 @@ def test_the_noise_of_a_mean_is_that_of_a_sum_over_its_clients() -> None:
     assert abs(np.corrcoef(body, head)[0, 1]) < 0.06  # no leaf has another's
 
 
+@pytest.mark.equivalence
 def test_what_is_released_without_noise_is_the_plain_mean_of_bounded_updates() -> None:
     rows = table(4) * np.array([[0.01], [0.1], [1.0], [10.0]])
     wanted = (rows * np.minimum(1, 2 / np.linalg.norm(rows, axis=1, keepdims=True))).mean(0)

@@ -34,6 +34,7 @@ def model_of(run: Run) -> Tree:
     return {key: run.progress.server[key] for key in ("body", "head")}
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 def test_switched_off_it_is_fedavg_and_rectified_heads_never_train(engine: str) -> None:
     off, only_last, fedavg, on = (

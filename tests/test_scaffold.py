@@ -93,6 +93,7 @@ def test_models_count_by_the_settings_weights_and_controls_by_the_share_that_too
         assert torch.allclose(new[path], wanted, atol=1e-6), path
 
 
+@pytest.mark.equivalence
 @ENGINES
 @pytest.mark.parametrize("weights", ["size", "uniform"])
 def test_its_first_round_is_fedavg_under_either_weights(weights: str, engine: str) -> None:

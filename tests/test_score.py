@@ -297,6 +297,7 @@ def ran(algorithm: Any, engine: str = "serial", **setting: Any) -> Run:
     return toy.finish(toy.run(algorithm, engine, setting=replace(SETTING, **setting)))
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", FORMS)
 def test_at_weight_0_it_is_not_there_and_would_change_no_bit(name: str, engine: str) -> None:

@@ -117,6 +117,7 @@ def alike(found: Tree, expected: Weights) -> bool:
     return leaves.keys() == expected.keys() and all(torch.allclose(leaves[p], expected[p], atol=2e-5) for p in leaves)
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("weights", ["size", "uniform"])
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
 @pytest.mark.parametrize(("name", "fields"), list(BOXES))
