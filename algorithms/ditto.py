@@ -7,13 +7,12 @@ Server keeps   body, head
 Client keeps   body, head
 Down           body, head
 Up             body, head
+Newcomers      the received model after one local update of the personal solver, of which nothing is kept, never drawn
+               or held out; when it is first drawn its personal model starts from the initial one, as in the paper
+               (reference, of those never drawn: the initial model)
 Departs        clients are drawn uniformly and averaged with the setting's weights, as for every algorithm here
-               (reference: drawn by size, averaged uniformly); the two models of a client train one after the
-               other on the same batches, which changes nothing: they meet only in the anchor, the received
-               model. A client that has not taken part, never drawn or held out of training, is tested with the
-               received model after one local update of the personal solver, and keeps nothing of it (reference:
-               with the initial model, of those never drawn): when it is first drawn its personal model starts
-               from the initial one, as in the paper
+               (reference: drawn by size, averaged uniformly); the two models of a client train one after the other on
+               the same batches, which changes nothing: they meet only in the anchor, the received model
 """
 
 from dataclasses import dataclass

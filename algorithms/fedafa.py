@@ -7,6 +7,8 @@ Server keeps   body, head
 Client keeps   own, done
 Down           body, head
 Up             body, head
+Newcomers      never drawn, its model of the epilogue, in which all take part; held out, the generic model with five
+               epochs of the head
 Departs        seeds come from larger classes (release: rather from smaller ones; `seeds`), and a batch without any has
                nothing generated (release: it draws until it has, without end where classes are even). A seed's own
                largest and mid value bound it and centre its noise, whose norm is bounded channel by channel (release:

@@ -7,13 +7,13 @@ Server keeps   models
 Client keeps   body, head, trained
 Down           body, head
 Up             body, head
+Newcomers      never trained, the model that it is sent; held out, the mean of all models with five epochs of the head
 Departs        alpha_k is given by what it makes of equal models: `attention` is (N - 1) alpha_k / sigma, so that
                weights stay in [0, 1] for any number of clients, and `pull` is lambda / alpha_k; neither changes from
-               round to round (paper: alpha_k falls). `sigma` is a multiple of the mean squared distance of all pairs
-               of models (paper: a constant): that differs by orders of magnitude between networks and rounds. Not
-               all clients take part in a round (paper: all); for the others stands what they sent last, or the
-               initial model. The proximal step is the setting's epochs of SGD from u_i. A client that was never
-               trained uses the model that it is sent; to one held out of training that is the mean of all
+               round to round (paper: alpha_k falls). `sigma` is a multiple of the mean squared distance of all pairs of
+               models (paper: a constant): that differs by orders of magnitude between networks and rounds. Not all
+               clients take part in a round (paper: all); for the others stands what they sent last, or the initial
+               model. The proximal step is the setting's epochs of SGD from u_i
 """
 
 from collections.abc import Mapping

@@ -10,6 +10,7 @@ Server keeps   body, head
 Client keeps   nothing
 Down           body, head
 Up             body, head
+Newcomers      the generic model, shifted like everybody's by the client's own frequencies; nothing is tuned
 Departs        the frequencies are counted on the client's training data, not estimated from unlabelled ones
 """
 

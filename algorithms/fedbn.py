@@ -7,11 +7,11 @@ Server keeps   body, head
 Client keeps   body
 Down           body, head
 Up             body, head
+Newcomers      never drawn or held out, norm layers of its own, trained under what the server has (paper: the average of
+               norm layers with statistics of its own; but the server has none)
 Departs        of the body clients keep the norm layers, and the server all else: on a network without norm layers this
-               is FedAvg, without its generic model; weights and biases of group norm stay too (paper: batch norm
-               only); clients are averaged with the setting's weights (paper: uniformly); a client held out of
-               training trains norm layers of its own under what the server has (paper: takes their average, with
-               statistics of its own; but the server has none)
+               is FedAvg, without its generic model; weights and biases of group norm stay too (paper: batch norm only);
+               clients are averaged with the setting's weights (paper: uniformly)
 """
 
 from dataclasses import dataclass

@@ -7,6 +7,7 @@ Server keeps   body, head, consensus
 Client keeps   bias
 Down           body, head, consensus
 Up             mean, body, head
+Newcomers      never drawn, a bias of zero; held out, that with five epochs of the head
 Departs        `mean` is sent once, by all clients before the first round, `body` and `head` in each round; the bias
                has the setting's momentum and decay, and is clipped by itself (reference: plain SGD); the last,
                smaller batch of an epoch counts (reference: dropped), also as the newest one of the running mean

@@ -7,6 +7,7 @@ Server keeps   body, head, mass, tail
 Client keeps   gap, before, earlier, control
 Down           body, head, tail
 Up             body, head
+Newcomers      the generic model; held out, with five epochs of the head
 Departs        the head is trained (release: never, all start from random ones). Which classes are tail is read from row
                norms of the averaged head after each round (release: written into the code); before the first average no
                controller is open. Norms less their minimum have the shares that their z-scores become. A closed class

@@ -7,6 +7,8 @@ Server keeps   body, head, etf
 Client keeps   head
 Down           body, head, etf
 Up             body, head
+Newcomers      never drawn, the shared head realigned by the initial one's rows; held out, that with five epochs of the
+               head
 Departs        the ETF is optimised at norm 0.8 and scaled exactly to `etf_norm` (reference: optimised at 0.1,
                which it misses by 0.6 %; `faithful` does that) and has no bias (reference: a random frozen
                one; `etf_bias`); absent classes are masked for every algorithm alike, by training labels

@@ -7,10 +7,11 @@ Server keeps   body, heads, prototypes
 Client keeps   nothing
 Down           body, head, prototypes
 Up             body, head, prototypes, counts, average, variance
-Departs        the programmes are solved exactly (reference: by cvxpy, weights below 1e-3 set to 0), and clients
-               without examples stay out of them. A class that a round's clients lack keeps its prototype (reference:
-               has none). The moving part is in training mode (reference: a test before leaves all in evaluation
-               mode). A client held out of training is sent the mean of all heads
+Newcomers      never drawn, the common initial head on the server's body; held out, the mean of all heads, with five
+               epochs of the head
+Departs        the programmes are solved exactly (reference: by cvxpy, weights below 1e-3 set to 0), and clients without
+               examples stay out of them. A class that a round's clients lack keeps its prototype (reference: has none).
+               The moving part is in training mode (reference: a test before leaves all in evaluation mode)
 """
 
 from dataclasses import dataclass

@@ -7,8 +7,9 @@ Server keeps   body
 Client keeps   head
 Down           body
 Up             body
-Departs        the personal part is the last linear layer (paper: that and up to four residual blocks); a client that
-               was never drawn has the common initial head (FedRep's code, by aliasing: a running average of the heads)
+Newcomers      never drawn, the common initial head on the server's body (FedRep's code, by aliasing: a running average
+               of the heads); held out, that with five epochs of the head
+Departs        the personal part is the last linear layer (paper: that and up to four residual blocks)
 """
 
 from dataclasses import dataclass

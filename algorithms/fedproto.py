@@ -7,6 +7,7 @@ Server keeps   prototypes, known
 Client keeps   body, head
 Down           prototypes, known
 Up             prototypes, known
+Newcomers      never drawn, the initial model; held out, that after five epochs with the pull
 Departs        all clients have one architecture, and start from one model; each image is pulled to its class (as the
                reference does; paper: the client's class means are); a class is averaged over the clients that hold
                it, equally (reference; paper: by their counts of it), and keeps its prototype in rounds in which none

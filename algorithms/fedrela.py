@@ -6,6 +6,7 @@ Server keeps   body, head
 Client keeps   teacher, relabelled
 Down           body, head
 Up             body, head
+Newcomers      the generic model; held out, with five epochs of the head
 Departs        trained is FedAvg's model (release: FedLoGe's, FedETF's). Labels are what the model says that the client
                received when it first took part late; it keeps that model, and finds the same labels again in each
                later round (release: keeps them). The model is in evaluation mode and asked once, without augmentation

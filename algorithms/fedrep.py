@@ -7,10 +7,11 @@ Server keeps   body
 Client keeps   head
 Down           body
 Up             body
+Newcomers      never drawn, the common initial head on the server's body (reference, by aliasing: the running average of
+               the heads); held out, that with five epochs of the head
 Departs        bodies are averaged with the setting's weights (paper: uniformly, client_weights = uniform); each stage
-               has an optimiser of its own, so that nothing moves the frozen part; a client that was never drawn has the
-               common initial head (reference, by aliasing: the running average of the heads). The reference's last
-               round of all heads is the setting's final_visit, its weight decay the setting's decayed = weights
+               has an optimiser of its own, so that nothing moves the frozen part. The reference's last round of all
+               heads is the setting's final_visit, its weight decay the setting's decayed = weights
 """
 
 from dataclasses import dataclass

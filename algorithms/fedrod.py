@@ -7,7 +7,9 @@ Server keeps   body, head
 Client keeps   head
 Down           body, head
 Up             body, head
-Departs        the personal head starts at zero: a client that never took part predicts as the generic model
+Newcomers      never drawn, a personal head of zero: it predicts as the generic model; held out, that with five epochs
+               of the head
+Departs        the personal head starts at zero
 """
 
 from collections.abc import Mapping

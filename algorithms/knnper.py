@@ -7,6 +7,7 @@ Server keeps   body, head
 Client keeps   nothing
 Down           body, head
 Up             body, head
+Newcomers      the generic model with a memory of its own examples, like everybody; nothing is tuned
 Departs        similarity is exp(-squared distance / (d scale)), as in the reference (paper: exp(-distance)); the part
                aside on which a client chooses the share of the neighbours takes part in FedAvg's training, which
                favours the model, and is in the memory afterwards (reference: a grid of shares on test data); of

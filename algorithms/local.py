@@ -9,6 +9,7 @@ Server keeps   nothing
 Client keeps   body, head
 Down           nothing
 Up             nothing
+Newcomers      never drawn, the initial model; held out, that after five epochs of all of it
 Departs        nowhere
 """
 

@@ -6,6 +6,7 @@ Server keeps   body, head
 Client keeps   body, trained
 Down           body, head
 Up             body, head
+Newcomers      the generic model; held out, with five epochs of the head
 Departs        features are the body's own, those that the head reads: the projection (two layers, 256) that lies
                between the two in every method of the paper's comparison would be the setting's model; our bodies
                end in a ReLU, so that no cosine is negative; a client has no contrast when it first takes part

@@ -7,12 +7,13 @@ Server keeps   embeddings, hidden, output, momentum, statistics
 Client keeps   nothing
 Down           body, head
 Up             body, head
+Newcomers      never drawn, what the hypernetwork writes for its own embedding, which is as it was drawn; held out, for
+               the mean embedding, with five epochs of the head (paper: for one tuned on its data)
 Departs        a step of the hypernetwork follows the mean over a round's clients (paper: a client a step, 5,000 steps),
                hence the larger `server_lr`; clients train for the setting's epochs (reference: 50 steps). The output
                layer starts with weights of zero and the initial model as bias: the first round is that of all
-               algorithms (reference: uniform). Clients send the model, and the server, which knows what it wrote,
-               takes the difference (paper: clients do). Running statistics are no output: they are averaged. A
-               client held out of training gets the model of the mean embedding (paper: of one tuned on its data)
+               algorithms (reference: uniform). Clients send the model, and the server, which knows what it wrote, takes
+               the difference (paper: clients do). Running statistics are no output: they are averaged
 """
 
 from collections.abc import Mapping

@@ -7,6 +7,7 @@ Server keeps   body, head, control
 Client keeps   control
 Down           body, head, control
 Up             body, head, control
+Newcomers      the generic model; held out, with five epochs of the head
 Departs        with momentum rho the K of option II is the sum of the weights that K steps give their
                gradients, (K - rho (1 - rho^K) / (1 - rho)) / (1 - rho): the control stays a mean of
                gradients. Weight decay and clipping enter that mean. Models are averaged with the setting's

@@ -151,6 +151,14 @@ def test_a_false_ledger_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         sayings.ledger_is_true(fedrep)
 
 
+@pytest.mark.parametrize("name", ["fedrep", "fedpac", "knnper"])  # it keeps something, is sent it, or tunes its own way
+def test_where_clients_differ_the_ledger_says_what_newcomers_have(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = __import__("sys").modules[ALGORITHMS[name].__module__]
+    monkeypatch.setattr(module, "__doc__", str(module.__doc__).replace("Newcomers ", "Strangers "))
+    with pytest.raises(ContractBroken, match="the module's docstring has no line Newcomers"):
+        sayings.ledger_is_true(ALGORITHMS[name])
+
+
 def test_a_head_that_leaks_upward_is_caught() -> None:
     fedrep = ALGORITHMS["fedrep"]
 

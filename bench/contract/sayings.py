@@ -16,6 +16,9 @@ from bench.protocol.sets import FAMILIES
 from bench.protocol.spelling import parse_algorithms
 from bench.splits.auxiliary import NEEDS
 
+_OF_ONES_OWN = ("send", "newcomer", "newcomer_adaptation")
+"""Verbs by which a client may have something that others have not."""
+
 
 def name_is_file_name(plugin: type[Algorithm]) -> None:
     """The registered name is the name of the file."""
@@ -86,11 +89,14 @@ def ledger(plugin: type) -> dict[str, set[str]]:
 
 def ledger_is_true(plugin: type[Algorithm]) -> None:
     """The module's docstring lists exactly what server and client keep and send, and says where it departs
-    from its source.
+    from its source; and with what newcomers are tested, if a client has anything of its own.
     """
     entries = ledger(plugin)
     text = inspect.getdoc(sys.modules[plugin.__module__]) or ""
-    missing = [t for t in ("Server keeps", "Client keeps", "Down", "Up", "Departs") if f"\n{t} " not in f"\n{text}"]
+    own = any(getattr(plugin, verb) is not getattr(Algorithm, verb) for verb in _OF_ONES_OWN)
+    newcomers = ["Newcomers"] if own or entries.get("Client keeps") else []
+    titles = ["Server keeps", "Client keeps", "Down", "Up", *newcomers, "Departs"]
+    missing = [title for title in titles if f"\n{title} " not in f"\n{text}"]
     require(not missing, f"the module's docstring has no line {', '.join(missing)}")
     run = toy.run(plugin(), setting=toy.SHORT)
     found: dict[str, set[str]] = {
