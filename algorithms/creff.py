@@ -16,11 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 from bench import Algorithm, LocalData, Task, Tree, Uploads, keys, register, tree
+from bench.federated_features import class_gradients, matched, retrained
 from bench.ranges import Count, Epochs, Steps, Strength
 
 
@@ -63,17 +60,8 @@ class CReFF(Algorithm):
 
     def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
         """Take each class's mean gradient at the re-trained head, then train as FedAvg does."""
-        body, head = shared["body"], shared["retrained"]
-        d, c = task.model.feature_size, task.num_classes
-        weight, bias = data.key.new_zeros(c, c, d).float(), data.key.new_zeros(c, c).float()
-        for batch in data.plain_batches():
-            z = task.model.features(body, batch.x).float()
-            of_class = F.one_hot(batch.y, c) * batch.weight[:, None]
-            residual = task.model.logits(head, z).softmax(1) - F.one_hot(batch.y, c)  # d CE / d logits
-            weight = weight + torch.einsum("bc,bk,bd->ckd", of_class, residual, z)
-            bias = bias + torch.einsum("bc,bk->ck", of_class, residual)
-        count = data.class_counts.clamp(min=1)
-        gradient: Tree = {"weight": weight / count[:, None, None], "bias": bias / count[:, None]}
+        body = shared["body"]
+        gradient = class_gradients(shared["retrained"], lambda x: task.model.features(body, x), data)
         model = task.sgd(task.loss, {"body": body, "head": shared["head"]}, data.batches(task.epochs))
         return {**model, "gradient": gradient, "seen": (data.class_counts > 0).float()}, private
 
@@ -81,11 +69,14 @@ class CReFF(Algorithm):
         """Average the model as FedAvg does; match the features to the gradients; train a fresh head on them."""
         seen = uploads.tensor("seen")
         gradient = uploads.mean("gradient", seen)  # per class, over clients that hold it
-        features = self._match(task, server, gradient, seen.sum(0) > 0)
+        features = matched(
+            server["features"], server["retrained"], gradient, seen.sum(0) > 0, self.match_steps, self.match_lr
+        )
+        key = task.server_key("retrain")
         return {
             **tree.merge(server, {"body": uploads.mean("body"), "head": uploads.mean("head")}),
             "features": features,
-            "retrained": self._retrain(task, features),
+            "retrained": retrained(task.model.init(key)["head"], features, self.head_epochs, self.head_lr, key),
         }
 
     def global_model(self, task: Task, server: Tree) -> Tree | None:
@@ -99,58 +90,3 @@ class CReFF(Algorithm):
     def personal_model(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> Tree | None:
         """Give the generic model."""
         return {"body": shared["body"], "head": shared["retrained"]}
-
-    def _match(self, task: Task, server: Tree, target: dict[str, Tensor], present: Tensor) -> Tensor:
-        """Descend the mismatch of gradients; classes that nobody holds keep their features.
-
-        A step adds rows of features, targets and head. Where these are few, each class is computed in the
-        coordinates of what they span: the same descent, of shorter vectors.
-        """
-        features: Tensor = server["features"]
-        head, classes = server["retrained"], task.num_classes
-        rows = torch.cat([features, target["weight"], head["weight"].expand_as(target["weight"])], 1)
-        basis = None
-        if 2 * rows.shape[1] <= rows.shape[2]:
-            basis, triangle = torch.linalg.qr(rows.mT)
-            rows = triangle.mT
-        start, wanted, weight = (part.contiguous() for part in rows.split([features.shape[1], classes, classes], 1))
-        one_hot = torch.eye(classes, device=features.device)[:, None]
-        x = start.clone()
-        for _ in range(self.match_steps):
-            share = (x @ weight.mT + head["bias"]).softmax(2)
-            residual = (share - one_hot) / x.shape[1]
-            by_weight = mismatch_slope(residual.mT @ x, wanted)
-            by_bias = mismatch_slope(residual.sum(1), target["bias"])
-            by_share = (x @ by_weight.mT + by_bias[:, None]) / x.shape[1]
-            by_logit = share * (by_share - (share * by_share).sum(2, keepdim=True))
-            x.baddbmm_(residual, by_weight, alpha=-self.match_lr).baddbmm_(by_logit, weight, alpha=-self.match_lr)
-        moved = x - start if basis is None else (x - start) @ basis.mT
-        return torch.where(present[:, None, None], features + moved, features)
-
-    def _retrain(self, task: Task, features: Tensor) -> Tree:
-        """Train a fresh head by softmax regression; its gradient in closed form, for it takes thousands of
-        tiny steps.
-        """
-        key = task.server_key("retrain")
-        head = task.model.init(key)["head"]
-        x = features.flatten(0, 1)
-        one_hot = torch.eye(task.num_classes, device=x.device).repeat_interleave(features.shape[1], 0)
-        x, weights = F.pad(x, (0, 1), value=1.0), torch.cat([head["weight"], head["bias"][:, None]], 1)
-        shuffled, labels = torch.empty_like(x), torch.empty_like(one_hot)  # memory that is new each time is slow
-        for epoch in range(self.head_epochs):
-            order = keys.permutation(keys.fold(key, epoch), len(x))
-            torch.index_select(x, 0, order, out=shuffled)
-            torch.index_select(one_hot, 0, order, out=labels)
-            for batch, y in zip(shuffled.split(32), labels.split(32), strict=True):
-                residual = torch.softmax(batch @ weights.T, 1).sub_(y)
-                weights.addmm_(residual.T, batch, alpha=-self.head_lr / len(batch))
-        return {"weight": weights[:, :-1].clone(), "bias": weights[:, -1].clone()}
-
-
-def mismatch_slope(a: Tensor, b: Tensor) -> Tensor:
-    """Give the gradient, by `a`, of 1 - cosine over the last axis; 1e-6 keeps zero rows finite."""
-    length, other = a.norm(dim=-1, keepdim=True), b.norm(dim=-1, keepdim=True)
-    product = length * other + 1e-6
-    cosine = (a * b).sum(-1, keepdim=True) / product
-    along: Tensor = a * (cosine * other / (product * length.clamp(min=1e-30)))
-    return along.addcmul_(b, 1 / product, value=-1)

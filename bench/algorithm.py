@@ -290,7 +290,8 @@ class Algorithm(Client, Server, Ranged):
     """Capabilities: "body" (a model with a body and a head), "prior" (`task.prior`, the global class
     frequencies), "pooled" (one pseudo-client holds the union of all training data: the centralised
     reference), "auxiliary" (`task.auxiliary`, labelled images at the server), "public" (`task.public`, unlabelled ones
-    that everybody has)."""
+    that everybody has), "teacher" (`task.teacher` and `data.teacher`, what a model that stands still makes of classes
+    and of training images)."""
     refuses: ClassVar[Mapping[str, str]] = {}
     """Kinds of parts that make no sense on it, each with the reason: {"channel": "nothing is sent"}."""
     own_loss: ClassVar[bool] = False

@@ -59,6 +59,10 @@ class Task:
     """Clients of the trip under way, ascending: known to the server's methods, None at clients and in tests."""
     prior: Tensor | None = None
     """(C,) float32 global class frequencies, only for algorithms that declare the need "prior"."""
+    teacher: Tensor | None = None
+    """(C, d) float32, what a teacher that stands still makes of the classes, only for algorithms that declare the need
+    "teacher"; of images it is `data.teacher`.
+    """
     frozen_statistics: bool = False
     weights: Tree | None = None
     """Body that every model starts from, trained elsewhere; None: drawn."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import LocalData, Tree, keys, tree
+from bench import LocalData, Tree, federated_features, keys, tree
 from bench.contract import toy
 from bench.plugins.registry import ALGORITHMS
 from bench.training.rounds import Run
@@ -23,7 +21,6 @@ from tests.by_hand import data_of, mean_by_size, trained
 SETTING = replace(toy.SETTING, participation=0.5, rounds=3, momentum=0.9, weight_decay=1e-2)
 CHEAP: dict[str, Any] = {"features_per_class": 10, "match_steps": 5, "head_epochs": 3}
 CLASSES = range(6)
-creff_module: Any = importlib.import_module("bench.algorithms.creff")
 
 
 def run_of(engine: str = "serial", setting: Any = SETTING, **fields: Any) -> Run:
@@ -121,56 +118,51 @@ def test_the_gradient_of_features_is_that_of_their_mean_loss() -> None:
     draw = torch.Generator().manual_seed(0)
     target = {"weight": 1e-6 * torch.randn(6, 6, 64, generator=draw), "bias": 1e-6 * torch.randn(6, 6, generator=draw)}
     targets: dict[int, tuple[Tensor, ...]] = {c: (target["weight"][c], target["bias"][c]) for c in CLASSES}
-    algorithm: Any = run.algorithm
-    mine = algorithm._match(run.task, server, target, torch.ones(6, dtype=torch.bool))
+    everywhere = torch.ones(6, dtype=torch.bool)
+    mine = federated_features.matched(server["features"], server["retrained"], target, everywhere, 5, 0.1)
     wanted = matched(server["features"], server["retrained"], targets, 5)
     moved = float((wanted - server["features"]).abs().max())
     assert float((mine - wanted).abs().max()) < 1e-2 * moved
 
 
-def problem(d: int, absent: int = 4) -> tuple[Any, Tree, dict[str, Tensor], Tensor]:
-    """Six classes of ten features in float64: a task, a server, targets of which one has rows of zeros, and who is
-    there."""
+def problem(d: int, absent: int = 4) -> tuple[Tensor, Tree, dict[str, Tensor], Tensor]:
+    """Six classes of ten features in float64, a head, targets of which one has rows of zeros, and who is there."""
     draw = torch.Generator().manual_seed(d)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draw, dtype=torch.float64)
 
-    server = {"features": normal(6, 10, d), "retrained": {"weight": normal(6, d) / d**0.5, "bias": normal(6)}}
+    features, head = normal(6, 10, d), {"weight": normal(6, d) / d**0.5, "bias": normal(6)}
     target = {"weight": normal(6, 6, d), "bias": normal(6, 6)}
     target["weight"][2, 1:] = 0.0
-    return SimpleNamespace(num_classes=6), server, target, torch.arange(6) != absent
+    return features, head, target, torch.arange(6) != absent
 
 
 @pytest.mark.parametrize("d", [3, 30, 44, 200])  # features, targets and head are 22 rows
 def test_features_descend_as_by_automatic_differentiation_however_long_they_are(d: int) -> None:
-    task, server, target, present = problem(d)
-    creff: Any = ALGORITHMS["creff"](match_steps=20)
+    features, head, target, present = problem(d)
     targets: dict[int, tuple[Tensor, ...]] = {
         c: (target["weight"][c], target["bias"][c]) for c in CLASSES if present[c]
     }
-    found, wanted = (
-        creff._match(task, server, target, present),
-        matched(server["features"], server["retrained"], targets, 20),
-    )
-    assert float((wanted - server["features"]).abs().max()) > 1e-2
+    found = federated_features.matched(features, head, target, present, 20, 0.1)
+    wanted = matched(features, head, targets, 20)
+    assert float((wanted - features).abs().max()) > 1e-2
     assert torch.allclose(found, wanted, rtol=0.0, atol=1e-10)
-    assert torch.equal(found[4], server["features"][4])
+    assert torch.equal(found[4], features[4])
 
 
 def test_short_vectors_stand_for_long_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths: list[int] = []
-    slope = creff_module.mismatch_slope
+    slope = federated_features.mismatch_slope
 
     def noted(a: Tensor, b: Tensor) -> Tensor:
         lengths.append(a.shape[-1])
         given: Tensor = slope(a, b)
         return given
 
-    monkeypatch.setattr(creff_module, "mismatch_slope", noted)
-    creff: Any = ALGORITHMS["creff"](match_steps=1)
+    monkeypatch.setattr(federated_features, "mismatch_slope", noted)
     for d in (43, 44, 200):
-        creff._match(*problem(d))
+        federated_features.matched(*problem(d), 1, 0.1)
     assert lengths[::2] == [43, 22, 22]
 
 
@@ -182,7 +174,7 @@ def test_the_slope_of_the_mismatch_is_that_of_automatic_differentiation(which: s
     a.requires_grad_()
     apart = 1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-6)
     (wanted,) = torch.autograd.grad(apart.sum(), a)
-    assert torch.allclose(creff_module.mismatch_slope(a.detach(), b), wanted, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(federated_features.mismatch_slope(a.detach(), b), wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_each_round_trains_a_head_of_its_own_start() -> None:

@@ -182,7 +182,10 @@ def _job(plugin: str | type[Algorithm], engine: str, setting: Setting) -> Job:
     algorithm: Algorithm = ALGORITHMS[plugin]() if isinstance(plugin, str) else plugin()
     splits = toy.Toy().load()
     split = toy.split(splits)
-    return Job(algorithm, toy.Toy(), splits, split, setting, 0, engine, reserve=toy.reserve(splits, split, algorithm))
+    return Job(
+        algorithm, toy.Toy(), splits, split, setting, 0, engine,
+        reserve=toy.reserve(splits, split, algorithm), teacher=toy.teacher(splits, algorithm),
+    )  # fmt: skip
 
 
 def toy_run(

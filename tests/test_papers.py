@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import Algorithm, Batch, Tree, Uploads, keys, losses, models, tree
+from bench import Algorithm, Batch, Tree, Uploads, federated_features, keys, losses, models, tree
 from bench.contract import toy
 from bench.contract.toy import finish, states, upload_once
 from bench.contract.toy import run as toy_run
@@ -332,11 +332,6 @@ def test_padding_weighs_nothing_in_a_loss() -> None:
 CHEAP_CREFF: dict[str, Any] = {"features_per_class": 10, "match_steps": 5, "head_epochs": 3}
 
 
-@pytest.fixture(scope="module")
-def creff_module() -> Any:
-    return importlib.import_module("bench.algorithms.creff")
-
-
 @pytest.mark.equivalence
 def test_creffs_averaged_model_is_fedavgs_to_the_bit() -> None:
     creff, fedavg = trained("creff", **CHEAP_CREFF), trained("fedavg")
@@ -344,12 +339,12 @@ def test_creffs_averaged_model_is_fedavgs_to_the_bit() -> None:
     assert creff.outcome().metrics["generic:averaged"] == fedavg.outcome().metrics["generic"]
 
 
-def test_creffs_slope_of_the_mismatch_has_its_golden_values(creff_module: Any) -> None:
+def test_creffs_slope_of_the_mismatch_has_its_golden_values() -> None:
     """From (1, 0) towards (1, 1) straight up, by 1 / sqrt(2), however long that is; at its end nowhere."""
     a, b = torch.eye(2), torch.tensor([[1.0, 1.0], [0.0, 2.0]])
     expected = torch.tensor([[0.0, -0.707107], [0.0, 0.0]])
-    assert torch.allclose(creff_module.mismatch_slope(a, b), expected, atol=2e-6)
-    assert torch.allclose(creff_module.mismatch_slope(a, 7 * b), expected, atol=2e-6)
+    assert torch.allclose(federated_features.mismatch_slope(a, b), expected, atol=2e-6)
+    assert torch.allclose(federated_features.mismatch_slope(a, 7 * b), expected, atol=2e-6)
 
 
 def test_creffs_class_gradient_is_autograds() -> None:
@@ -392,10 +387,10 @@ def test_creff_leaves_the_features_of_absent_classes_and_lowers_the_mismatch_of_
 
 
 def test_creffs_retrained_head_separates_separable_features() -> None:
-    run = toy_run(make("creff", features_per_class=10, head_epochs=60, head_lr=0.1))
+    run = toy_run(make("creff"))
     features = 0.1 * torch.randn(6, 10, 64, generator=torch.Generator().manual_seed(0))
     features[range(6), :, range(6)] += 3.0
-    head = run.algorithm._retrain(run.task, features)  # type: ignore[attr-defined]
+    head = federated_features.retrained(run.task.init()["head"], features, 60, 0.1, run.task.key)
     scores = F.linear(features.flatten(0, 1), head["weight"], head["bias"])
     assert torch.equal(scores.argmax(1), torch.arange(6).repeat_interleave(10))
 

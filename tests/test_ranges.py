@@ -41,6 +41,10 @@ FIELDS: dict[str, dict[str, str]] = {
         "missing": "'client' or 'batch'",
     },
     "climb": {"dual_lr": FROM_0, "tolerance": FROM_0, "block": COUNT, "largest": ABOVE_0},
+    "clip2fl": {
+        "distil": FROM_0, "temperature": ABOVE_0, "contrast": FROM_0, "contrast_temperature": ABOVE_0,
+        "features_per_class": COUNT, "match_steps": STEPS, "match_lr": FROM_0, "head_epochs": EPOCHS, "head_lr": FROM_0,
+    },
     "creff": {
         "features_per_class": COUNT, "match_steps": STEPS, "match_lr": FROM_0, "head_epochs": EPOCHS, "head_lr": FROM_0,
     },

@@ -34,13 +34,15 @@ README = {
     "references": "local centralised fedavg_prior",
     "generic": "fedavg fedavgm fedprox scaffold moon fedsam fedcm",
     "pfl": "fedavg_ft ditto fedper fedrep fedbabu fedrod fedbn fedproto fedamp fedpac pfedhn feddbe knnper",
-    "fedlt": "creff fedloge balancefl fedic climb fedafa fedcrac fedgrab fediic fedir fedlf fedrela fedvls fedyoyo "
-    "gbme ratio_loss redgrape rucr",
+    "fedlt": "creff fedloge balancefl fedic climb clip2fl fedafa fedcrac fedgrab fediic fedir fedlf fedrela fedvls "
+    "fedyoyo gbme ratio_loss redgrape rucr",
 }
 """As its table groups them."""
 WITH_IMAGES = ("fedic", "ratio_loss")
 """Of the last set, those whose server needs some."""
-WITHOUT = sorted(set(README["fedlt"].split()) - set(WITH_IMAGES))
+TAUGHT = ("clip2fl",)
+"""And those that need a teacher."""
+WITHOUT = sorted({*README["fedlt"].split()} - {*WITH_IMAGES, *TAUGHT})
 MINE = """
 from dataclasses import dataclass
 from typing import ClassVar
@@ -196,13 +198,16 @@ def sweep(algos: str, **options: Any) -> Sweep:
 
 
 def test_what_cannot_run_is_left_out_of_a_set_with_its_reason_and_refused_by_name(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    lacking = sweep("set:fedlt")
+    lacking, teacher = sweep("set:fedlt"), tmp_path / "clip.safetensors"
+    teacher.touch()
     assert [label(run.algorithm) for run in lacking.expand()] == WITHOUT
-    for name, said in zip(WITH_IMAGES, lacking.left_out(), strict=True):
-        assert said.startswith(f"left out of the set: {name} needs images at the server (auxiliary); say which with")
-    full = sweep("set:fedlt", overrides={"auxiliary": "own:1"})
+    said = [sentence.partition(";")[0] for sentence in lacking.left_out()]
+    wanted = {name: "images at the server (auxiliary)" for name in WITH_IMAGES}
+    wanted |= {name: "a teacher's features of all training images and classes" for name in TAUGHT}
+    assert said == [f"left out of the set: {name} needs {what}" for name, what in sorted(wanted.items())]
+    full = sweep("set:fedlt", overrides={"auxiliary": "own:1"}, teacher=teacher)
     assert [label(run.algorithm) for run in full.expand()] == members("fedlt") and full.left_out() == []
     with pytest.raises(BadConfig, match="fedic needs images at the server"):
         sweep("set:fedlt,fedic").expand()

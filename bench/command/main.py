@@ -47,6 +47,7 @@ _STATUS = {
     "BadPlugin": 2,
     "BadModel": 2,
     "BadWeights": 2,
+    "BadTeacher": 2,
     "StoreUnwritable": 2,
     "PartitionFailed": 2,
     "OutputUnwritable": 2,

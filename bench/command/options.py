@@ -137,6 +137,11 @@ _OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ),
     ("--weights", "File of weights, trained elsewhere, that the model's body starts from.", {"type": _PATH}),
     (
+        "--teacher",
+        "File of a teacher's features, images (N, d) and texts (C, d) in safetensors, where an algorithm needs some.",
+        {"type": _PATH},
+    ),
+    (
         "--set",
         "Any other field of the setting, e.g. norm=batch; repeatable.",
         {"metavar": "FIELD=VALUE", "multiple": True},

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _OF_RUN = (
     "--algos", "--dataset", "--imbalance", "--alpha", "--seeds", "--plugin", "--setting", "--partition", "--clients",
     "--participation", "--rounds", "--match", "--epochs", "--batch-size", "--lr", "--model", "--eval-clients",
-    "--auxiliary", "--weights",
+    "--auxiliary", "--weights", "--teacher",
     "--set", "--engine", "--precision", "--device", "--jobs", "--ray", "--out", "--data-root", "--from", "--json",
 )  # fmt: skip
 

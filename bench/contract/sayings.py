@@ -43,14 +43,17 @@ def defaults_construct(plugin: type[Any]) -> None:
 
 
 def tier_is_told(plugin: type[Algorithm]) -> None:
-    """A method with images at the server is of tier A, or of V which says more; tier and needs are known ones."""
+    """A method with images at the server is of tier A, or of V which says more, as it must where there is a teacher;
+    tier and needs are known ones.
+    """
     needs, tier = plugin().needs, plugin().tier
-    unknown = needs - (NEEDS | {"body", "prior", "pooled"})
-    known = "body, prior, pooled, auxiliary, public"
+    unknown = needs - (NEEDS | {"body", "prior", "pooled", "teacher"})
+    known = "body, prior, pooled, auxiliary, public, teacher"
     require(not unknown, f"needs {', '.join(sorted(unknown))}; what can be needed is {known}")
     require(tier in ("S", "L", "A", "V"), f"tier = {tier!r}: must be one of S, L, A, V")
     images = ", ".join(sorted(needs & NEEDS))
     require(not images or tier in ("A", "V"), f"needs {images}, which is tier A")
+    require("teacher" not in needs or tier == "V", "needs teacher, which is tier V")
 
 
 def family_is_known(plugin: type[Algorithm]) -> None:

@@ -17,6 +17,7 @@ from bench.algorithm import Algorithm, Exchange
 from bench.data import Batch, LocalData
 from bench.dataset import Dataset, Splits
 from bench.losses import cross_entropy
+from bench.models.teacher import Features
 from bench.protocol.settings import Setting
 from bench.ranges import Positive
 from bench.splits.auxiliary import NEEDS, Origin, Reserve, part_off
@@ -144,7 +145,21 @@ def task(algorithm: Algorithm) -> Task:
 def _job(algorithm: Algorithm, engine: str, seed: int, setting: Setting, dataset: Toy, sizes: tuple[int, ...]) -> Job:
     splits = dataset.load()
     dealt = split(_true_labels(splits, dataset), sizes)
-    return Job(algorithm, dataset, splits, dealt, setting, seed, engine, reserve=reserve(splits, dealt, algorithm))
+    return Job(
+        algorithm, dataset, splits, dealt, setting, seed, engine,
+        reserve=reserve(splits, dealt, algorithm), teacher=teacher(splits, algorithm),
+    )  # fmt: skip
+
+
+def teacher(splits: Splits, algorithm: Algorithm) -> Features | None:
+    """Give an algorithm that needs one a teacher that mostly knows: each class has a direction of its own, from which
+    its pictures are not far.
+    """
+    if "teacher" not in algorithm.needs:
+        return None
+    key = keys.fold(keys.key(2718), "teacher")
+    texts = keys.normal(keys.fold(key, "texts"), 6, 24)
+    return Features(texts[splits.train_y] + keys.normal(keys.fold(key, "images"), len(splits.train_y), 24), texts)
 
 
 def reserve(splits: Splits, split: Split, algorithm: Algorithm) -> Reserve | None:

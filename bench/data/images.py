@@ -37,6 +37,7 @@ class Images:
         augment: One of `AUGMENTATIONS`; "none" unless examples are images.
         scale: The pixel value that stands for 1.0 (255, or 16 for digits; 1 for floating numbers).
         rows: (N,) int64, the row of `x` of each number, where the two are not the same.
+        teacher: (N, d) float32, what a teacher makes of each, on the device; None: there is none.
     """
 
     def __init__(
@@ -48,8 +49,10 @@ class Images:
         augment: str = "none",
         scale: float = 255.0,
         rows: Tensor | None = None,
+        teacher: Tensor | None = None,
     ) -> None:
         self.y, self.augment, self.shape, self.rows = y, augment, tuple(x.shape[1:]), rows
+        self.teacher = teacher
         self.box = self.shape if len(self.shape) == 3 else (self.shape[0], 1, math.prod(self.shape[1:]))
         self.device = y.device
         self.pad = 0 if augment == "none" else max(4, self.box[1] // 8)
@@ -80,6 +83,7 @@ class Images:
         numbers, places = index.unique(return_inverse=True)
         resident = copy.copy(self)
         resident.y, resident.rows, resident.streamed = self.y[numbers], None, None
+        resident.teacher = None if self.teacher is None else self.teacher[numbers]
         resident.x = self._padded(self._read(numbers))
         return resident, places
 

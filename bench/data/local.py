@@ -90,6 +90,13 @@ class LocalData:
         return self._labels(self.index)
 
     @property
+    def teacher(self) -> Tensor | None:
+        """What a teacher makes of the examples as they are, not augmented: (L, d) float32, as `y` has labels; only of
+        clients, and for algorithms that declare the need "teacher".
+        """
+        return None if self.images.teacher is None else self.images.teacher[self.index]
+
+    @property
     def mask(self) -> Tensor:
         """1 for an example, 0 for padding: (L,) float32."""
         return (torch.arange(len(self.index), device=self.index.device) < self.n).to(torch.float32)

@@ -55,6 +55,7 @@ class Asked:
     eval_clients: int | None
     auxiliary: str | None
     weights: Path | None
+    teacher: Path | None
     set: tuple[str, ...] | Mapping[str, object]
     engine: str
     precision: str
@@ -121,6 +122,7 @@ def sweep(asked: Asked) -> Sweep:
         precision=asked.precision,
         device=config.resolve_device(asked.device),
         weights=None if asked.weights is None else asked.weights.resolve(),
+        teacher=None if asked.teacher is None else asked.teacher.resolve(),
         data_root=data_root(asked.data_root).resolve(),
         plugins=tuple(file.resolve() for file in asked.plugin),
         presets=parse_presets(asked.preset, asked.out),

@@ -42,6 +42,7 @@ def run(
     eval_clients: int | None = None,
     auxiliary: str | None = None,
     weights: Path | str | None = None,
+    teacher: Path | str | None = None,
     set: Mapping[str, object] | None = None,
     plugin: Files = (),
     engine: str = "auto",
@@ -82,6 +83,7 @@ def run(
         eval_clients: Personal models tested: those of so many clients.
         auxiliary: Images at the server, "own:N" or "DATASET:N".
         weights: File of weights that the model's body starts from.
+        teacher: File of a teacher's features, of all training images and of the classes.
         set: Any other field of the setting, {"norm": "batch"}.
         plugin: Files with algorithms, parts or datasets.
         engine: "auto", "serial" or "stacked".
@@ -118,6 +120,7 @@ def run(
             "seeds": str(seeds) if isinstance(seeds, int | str) else ",".join(map(str, seeds)) + ",",
             "plugin": tuple(map(Path, _several(plugin))),
             "weights": None if weights is None else Path(weights),
+            "teacher": None if teacher is None else Path(teacher),
             "set": set or {},
             "out": Path(out),
             "data_root": None if data_root is None else Path(data_root),

@@ -39,8 +39,9 @@ _Key = tuple[str, str, str, float | None]
 
 
 def _key(row: Row) -> _Key:
-    images = row.words.partition("auxiliary ")[2]  # with others at the server it is another one
-    return row.algorithm, row.call + images, row.version, row.lr
+    # with others at the server, or another teacher, it is another one
+    given = row.words.partition("auxiliary ")[2] or row.words.partition("teacher ")[2]
+    return row.algorithm, row.call + given, row.version, row.lr
 
 
 def choose(boards: Sequence[Leaderboard], words: Iterable[str]) -> list[str]:

@@ -15,6 +15,8 @@ from torch import Tensor
 from bench.algorithm import Algorithm
 from bench.dataset import Dataset, Labels, Splits
 from bench.models import BUILT_IN, MODELS, build, has_body
+from bench.models import teacher as teachers
+from bench.models.teacher import Features, Teacher
 from bench.models.weights import digest, read
 from bench.part import Part
 from bench.plugins.registry import source_digest, told
@@ -53,6 +55,8 @@ class Run:
     """"cpu", "cuda" or "mps", resolved."""
     weights: Path | None = None
     """File of a body that models start from."""
+    teacher: Teacher | None = None
+    """File of a teacher's features; None: the algorithm needs none."""
     data_root: Path
     plugins: tuple[Path, ...] = ()
     """Files that a worker must load before it can unpickle the rest."""
@@ -72,6 +76,7 @@ class Run:
         notes += [] if self.lr is None else [f"lr {self.lr:g}"]
         notes += [] if self.rounds is None else [f"{self.rounds} round{'s' * (self.rounds != 1)}"]
         notes += [] if self.setting.auxiliary is None else [f"auxiliary {self.setting.auxiliary}"]
+        notes += [] if self.teacher is None else [str(self.teacher)]
         return label(self.algorithm) + (f" [{', '.join(notes)}]" if notes else "")
 
     def trained_by(self) -> Setting:
@@ -88,6 +93,8 @@ class Run:
             algorithm["rounds"] = self.rounds
         if self.setting.auxiliary is not None:
             algorithm["auxiliary"] = _describe_origin(self.setting.auxiliary)
+        if self.teacher is not None:
+            algorithm["teacher"] = self.teacher.digest
         return {
             "algorithm": algorithm,
             **self._protocol(),
@@ -144,6 +151,17 @@ class Run:
             return None
         dataset, setting = self.dataset, self.setting
         return read(self.weights, build(setting.model, dataset.num_classes, dataset.image_shape, setting.norm))
+
+    def read_teacher(self, images: int) -> Features | None:
+        """Read what the teacher makes of images and classes, if the algorithm needs one.
+
+        Args:
+            images: How many the official training part has.
+
+        Raises:
+            BadTeacher: The file is not for the dataset.
+        """
+        return None if self.teacher is None else self.teacher.read(images, self.dataset.num_classes)
 
     def reserved(self, labels: Labels) -> list[Tensor]:
         """See that there are the images at the server, if the algorithm needs some; errors of `reserve`.
@@ -238,6 +256,8 @@ class Sweep:
     """"cpu", "cuda" or "mps"."""
     weights: Path | None = None
     """File of a body that models start from."""
+    teacher: Path | None = None
+    """File of a teacher's features, for algorithms that need one."""
     data_root: Path
     plugins: tuple[Path, ...] = ()
     presets: tuple[Preset, ...] = (DEFAULT,)
@@ -253,6 +273,7 @@ class Sweep:
                 does not have it; of an optional one only if there is nothing else to run.
             BadModel: The model does not fit the images.
             BadWeights: The file of weights cannot be read.
+            BadTeacher: Nor can that of a teacher's features.
         """
         return list(self._expanded[0].values())
 
@@ -285,6 +306,8 @@ class Sweep:
         idle = self.overrides.get("auxiliary")
         if idle is not None and not any(run.setting.auxiliary for run in runs.values()):
             raise BadConfig(f"--auxiliary {idle}: nothing that is run needs images at the server; leave the option out")
+        if self.teacher is not None and not any(run.teacher for run in runs.values()):
+            raise BadConfig(f"--teacher {self.teacher.name}: nothing that is run needs a teacher; leave the option out")
         return runs, refusals
 
     def _run(self, asked: Algorithm, preset: Preset, dataset: Dataset, setting: Setting, seed: int) -> Run:
@@ -306,6 +329,7 @@ class Sweep:
             precision=self.precision,
             device=self.device,
             weights=self.weights,
+            teacher=self._taught(algorithm),
             data_root=self.data_root,
             plugins=self.plugins,
             lr=lr,
@@ -313,6 +337,25 @@ class Sweep:
             preset="default" if algorithm == asked and lr is None else preset.name,
             workers=self.workers,
         )
+
+    def _taught(self, algorithm: Algorithm) -> Teacher | None:
+        """Leave the teacher to algorithms that need one: for the others nothing is as it was not.
+
+        Raises:
+            BadConfig: An algorithm needs one, and there is none.
+        """
+        if "teacher" not in algorithm.needs:
+            return None
+        if self._teacher is None:
+            raise BadConfig(
+                f"{name(algorithm)} needs a teacher's features of all training images and classes; name their file "
+                "with --teacher"
+            )
+        return self._teacher
+
+    @cached_property
+    def _teacher(self) -> Teacher | None:
+        return None if self.teacher is None else teachers.named(self.teacher)
 
 
 def _for_server(algorithm: Algorithm, setting: Setting) -> Setting:

@@ -47,11 +47,13 @@ def check_data(runs: Sequence[Run]) -> None:
         DataDamaged: They are not what they should be.
         PartitionFailed: The data cannot be split so.
         BadWeights: A file of weights is not for a run's model.
+        BadTeacher: A file of a teacher's features is not for a run's dataset.
     """
     labels: dict[tuple[Dataset, Path], Labels] = {}
     seen: set[tuple[object, ...]] = set()
     for run in runs:
-        read = run.protocol, run.seed, run.setting.auxiliary, run.setting.auxiliary and run.algorithm.needs
+        of_server = run.setting.auxiliary, run.setting.auxiliary and run.algorithm.needs
+        read = run.protocol, run.seed, *of_server, run.teacher
         if read in seen:
             continue
         seen.add(read)
@@ -63,6 +65,7 @@ def check_data(runs: Sequence[Run]) -> None:
         run.setting.training_clients(len(split.clients))  # natural users are counted only now
         source.require(run.dataset, run.data_root, [*split.clients, *run.reserved(labels[key])])
         run.read_weights()
+        run.read_teacher(len(labels[key].train))
 
 
 def verify_data(runs: Iterable[Run]) -> None:

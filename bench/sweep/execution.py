@@ -147,7 +147,7 @@ def job(run: Run) -> Job:
     source.require(run.dataset, run.data_root, [*split.clients, *run.reserved(splits.labels)])
     return Job(
         run.algorithm, run.dataset, splits, split, run.trained_by(), run.seed, run.engine, run.precision, run.device,
-        run.read_weights(), run.reserve(splits),
+        run.read_weights(), run.reserve(splits), run.read_teacher(len(splits.train_y)),
     )  # fmt: skip
 
 
@@ -172,6 +172,7 @@ def document(run: Run, started: str | None) -> dict[str, Any]:
         "seed": run.seed,
         "setting": run.fields(),
         "overrides": run.overrides(),
+        **({} if run.teacher is None else {"teacher": run.teacher.file.name}),
         "engine": run.engine,
         "precision": run.precision,
         "device": run.device,

@@ -277,7 +277,7 @@ def probe(run: Run) -> Forecast:
     seldom = replace(setting, eval_every=setting.rounds)  # evaluations are timed apart from rounds
     job = Job(
         run.algorithm, run.dataset, splits, split, seldom, run.seed, run.engine, run.precision, run.device,
-        run.read_weights(), run.reserve(splits),
+        run.read_weights(), run.reserve(splits), run.read_teacher(len(splits.train_y)),
     )  # fmt: skip
     going = rounds.Run(job)
     before = time.perf_counter() - began

@@ -88,7 +88,7 @@ def _describe(
         metric_name(f"{part}.{key}"): _text(value) for part, values in parts.items() for key, value in values.items()
     }
     params |= {key: _text(identity[key]) for key in ("engine", "precision", "device", "weights") if key in identity}
-    for key in ("lr", "auxiliary"):  # of a preset; images at the server
+    for key in ("lr", "auxiliary", "teacher"):  # of a preset; images at the server; the digest of features
         if key in method:
             params[f"algorithm.{key}"] = _text(method[key])
     concentration = "" if alpha is None else f" alpha {alpha:g}"

@@ -34,7 +34,7 @@ class Surroundings:
 
     def fixed(self) -> list[Memory]:
         """Give the memory, in one order everywhere, that results may lie in besides what they are made from."""
-        named = {"weights": self.task.weights, "prior": self.task.prior}
+        named = {"weights": self.task.weights, "prior": self.task.prior, "teacher": self.task.teacher}
         leaves = tree.flatten({name: each for name, each in named.items() if each is not None})
         return [(leaf.untyped_storage(), 0) for leaf in leaves.values()]
 

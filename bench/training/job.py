@@ -9,6 +9,7 @@ import torch
 from bench import keys, models, tree
 from bench.algorithm import Algorithm
 from bench.dataset import Dataset, Splits
+from bench.models.teacher import Features
 from bench.protocol.settings import BadConfig, Setting
 from bench.splits.auxiliary import NEEDS, Reserve
 from bench.splits.split import Split
@@ -47,18 +48,24 @@ class Job:
     """Body that models start from; None: drawn by the seed."""
     reserve: Reserve | None = None
     """Images at the server; None: there are none."""
+    teacher: Features | None = None
+    """What a teacher makes of images and classes; None: there is none."""
 
 
 def surroundings(job: Job) -> Surroundings:
     """Set up what every process of a run has.
 
     Raises:
-        BadConfig: The algorithm needs images at the server, and the job has none.
+        BadConfig: The algorithm needs images at the server, or a teacher, and the job has none.
     """
     algorithm, dataset, split, setting, device = job.algorithm, job.dataset, job.split, job.setting, job.device
     if device == "cuda":  # torch would round in convolutions to 10 bits of mantissa
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    population = Population(dataset, job.splits, split, setting, job.seed, device)
+    teacher = job.teacher if "teacher" in algorithm.needs else None
+    if teacher is None and "teacher" in algorithm.needs:
+        raise BadConfig(f"{type(algorithm).__name__} needs a teacher, and this run has none")
+    seen = None if teacher is None else teacher.images
+    population = Population(dataset, job.splits, split, setting, job.seed, device, seen)
     prior = split.class_counts / split.class_counts.sum() if "prior" in algorithm.needs else None
     task = Task(
         model=models.build(setting.model, dataset.num_classes, dataset.image_shape, setting.norm),
@@ -75,6 +82,7 @@ def surroundings(job: Job) -> Surroundings:
         decay_vectors=setting.decayed == "all",
         clip=setting.clip,
         prior=None if prior is None else prior.float().to(device),
+        teacher=None if teacher is None else tree.bring(teacher.texts, device),
         frozen_statistics=setting.statistics == "frozen",
         weights=None if job.weights is None else tree.to(job.weights, device),
         precision=PRECISIONS[job.precision],

@@ -72,10 +72,18 @@ class Population:
         setting: Augmentation, participation, held-out clients.
         seed: Of the run. Cohorts and data order are functions of it, never of the algorithm.
         device: Where batches are made, and where images live that are in memory.
+        teacher: (N, d) float32, what a teacher makes of the official training part; None: there is none.
     """
 
     def __init__(
-        self, dataset: Dataset, splits: Splits, split: Split, setting: Setting, seed: int, device: str
+        self,
+        dataset: Dataset,
+        splits: Splits,
+        split: Split,
+        setting: Setting,
+        seed: int,
+        device: str,
+        teacher: Tensor | None = None,
     ) -> None:
         self.key = keys.key(seed)
         self._keys = -1, self.key
@@ -91,7 +99,8 @@ class Population:
         place[used] = torch.arange(len(used))
         rows = used if splits.held is None else torch.searchsorted(splits.held, used)
         y, look = splits.train_y[used].to(device), (dataset.mean, dataset.std)
-        self.images = Images(splits.train_x, y, *look, setting.augment, dataset.scale, rows)
+        taught = None if teacher is None else tree.bring(teacher[used], device)
+        self.images = Images(splits.train_x, y, *look, setting.augment, dataset.scale, rows, taught)
         self.test = Images(splits.test_x, splits.test_y.to(device), *look, "none", dataset.scale)
         self.index = [tree.bring(place[rows], device) for rows in split.clients]
         self.tests = [tree.bring(rows, device) for rows in split.tests]

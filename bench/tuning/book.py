@@ -140,8 +140,7 @@ def check(studies: Sequence[Study]) -> None:
     Raises:
         BadConfig, DataMissing, DataDamaged, PartitionFailed: As of `selection.set_aside` and `Dataset.labels`.
     """
-    read = {(study.run.protocol, study.run.setting.auxiliary, study.run.algorithm.needs): study for study in studies}
-    for study in read.values():
+    for study in {_reads(study.run): study for study in studies}.values():
         run = study.run
         labels = source.labels(run.dataset, run.data_root)
         for seed in study.seeds:
@@ -149,6 +148,11 @@ def check(studies: Sequence[Study]) -> None:
             source.require(run.dataset, run.data_root, [*split.clients, *split.tests, *run.reserved(labels)])
             _tell_of_the_unseen(selection.without_validation(labels, split), run, seed)
         run.read_weights()
+        run.read_teacher(len(labels.train))
+
+
+def _reads(run: Run) -> tuple[object, ...]:
+    return run.protocol, run.setting.auxiliary, run.algorithm.needs, run.teacher
 
 
 def _tell_of_the_unseen(classes: Sequence[int], run: Run, seed: int) -> None:

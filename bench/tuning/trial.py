@@ -58,7 +58,7 @@ def attempt(study: Study, trial: Trial, folder: Path, say: Callable[[str], None]
             setting = _setting(study, algorithm, trial.lr, len(split.clients))
             job = Job(
                 algorithm, run.dataset, splits, split, setting, seed, run.engine, run.precision, run.device,
-                run.read_weights(), _reserve(run),
+                run.read_weights(), _reserve(run), run.read_teacher(len(splits.train_y)),
             )  # fmt: skip
             outcomes.append(train(job, checkpoint=file, report=tell))
         ended = _scored(study, trial, outcomes)

@@ -215,9 +215,9 @@ def sent(asked: Asked, clients: int) -> Sent | None:
 
     Returns:
         None where the images' shape is not known here, or the model is too large to be made for this; or where there
-        are images at the server, on which states may depend; or where the run is not `countable`.
+        are images at the server or a teacher, on which states may depend; or where the run is not `countable`.
     """
-    if asked.algorithm.needs & auxiliary.NEEDS or not countable(asked.trained_by, clients):
+    if asked.algorithm.needs & {*auxiliary.NEEDS, "teacher"} or not countable(asked.trained_by, clients):
         return None
     setting, pooled = asked.trained_by, "pooled" in asked.algorithm.needs
     shapes = None if asked.dataset is None else _shapes(asked.algorithm, asked.dataset, setting, clients)

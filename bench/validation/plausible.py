@@ -55,6 +55,8 @@ def implausible(
     )
     if forward is not None:
         least, most = samples * forward.flops, None if known is None else 3 * known.work * samples * forward.flops
+        if asked.teacher is not None:  # of whose width the work depends
+            most = None
         if flops < least:
             yield "train_flops", f"is {flops:.4g}, and as many samples take {least:.4g} to be looked at once"
         elif most is not None and flops > most:

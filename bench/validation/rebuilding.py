@@ -6,6 +6,7 @@ An identity names an algorithm, a dataset, a setting and a seed; what follows fr
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TypeVar
 from bench.algorithm import Algorithm
 from bench.dataset import Dataset
 from bench.models import MODELS
+from bench.models.teacher import Teacher
 from bench.plugins.registry import ALGORITHMS, DATASETS, PARTS, BadPlugin, Registry, UnknownPlugin, call
 from bench.protocol.composition import compose
 from bench.protocol.identity import canonical, identify
@@ -55,6 +57,8 @@ class Asked:
     """Learning rate of this algorithm alone, where a preset had one."""
     rounds: int | None = None
     """Rounds of this algorithm alone, where samples were matched."""
+    teacher: Teacher | None = None
+    """Whose features it learnt from, of which only the digest is known: the file is somebody's own."""
     outdated: Mapping[str, str]
     """Which of "algorithm", "dataset" and "model" this code has a later version of, that may give other numbers; in
     words.
@@ -80,6 +84,7 @@ class Asked:
             engine=self.record.engine,
             precision=self.record.precision,
             device=self.record.device,
+            teacher=self.teacher,
             data_root=root,
             plugins=plugins,
             lr=self.lr,
@@ -120,6 +125,7 @@ def rebuild(record: Record) -> Asked:
         setting=setting,
         lr=_own_rate(identity["algorithm"]),
         rounds=_own_rounds(identity["algorithm"], algorithm, setting),
+        teacher=_teacher(identity["algorithm"], algorithm),
         outdated=outdated,
     )
     _require_its_spelling(asked)
@@ -205,6 +211,18 @@ def _origin(described: object, algorithm: Algorithm) -> str | None:
         return str(auxiliary.parse(told["images"]))
     except (BadConfig, UnknownPlugin, BadPlugin, KeyError, TypeError) as error:
         raise CannotRebuild(key, f"is {told!r}, which names no images ({error})") from error
+
+
+def _teacher(described: object, algorithm: Algorithm) -> Teacher | None:
+    """Read which teacher it is, if the algorithm needs one."""
+    key, told = "identity.algorithm.teacher", described.get("teacher") if isinstance(described, dict) else None
+    if (told is not None) != ("teacher" in algorithm.needs):
+        raise CannotRebuild(key, f"is {told!r}, and an algorithm has it if it needs a teacher")
+    if told is None:
+        return None
+    if not isinstance(told, str) or not re.fullmatch("[0-9a-f]{64}", told):
+        raise CannotRebuild(key, f"is {told!r}, and must be the SHA-256 of a file")
+    return Teacher(Path(), told)
 
 
 def _setting(described: object, called: str) -> Setting:

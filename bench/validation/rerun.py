@@ -113,6 +113,8 @@ def obstacle(one: Inspected, root: Path) -> str | None:
         return "its images are somebody's own files"
     if asked.own_weights:
         return "it starts from somebody's own file of weights"
+    if asked.teacher is not None:
+        return "it learns from somebody's own file of a teacher's features"
     if asked.outdated:
         return f"it was made by {' and '.join(asked.outdated.values())}"
     try:

@@ -45,6 +45,7 @@ TEXTS = {
     "--set": ("", "rounds", "=", "rounds=", "rounds=9=9", "nothing=1", "lr=__import__('os')", "lr=1e308", "lr=nan"),
     "--time-budget": ("", "-1h", "9" * 50 + "h", "1 fortnight", "nan", "\x1b[2J"),
     "--weights": ("", "none.pth", ".", "/dev/zero", "pipe", "notes.txt"),
+    "--teacher": ("", "none.safetensors", ".", "/dev/zero", "pipe", "notes.txt"),
     "--plugin": ("", "notes.txt", "none.py", "quits.py", "two.py", "folder.py", "/dev/null", "binary.py"),
     "--from": ("", "none.toml", "notes.txt", ".", "nested.toml", "unknown.toml", "/dev/zero", "pipe"),
     "--ray": ("", "host", "host:1", "127.0.0.1:1", "ray://nowhere:1", LONG[:500]),
