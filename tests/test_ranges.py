@@ -53,6 +53,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "epochs": EPOCHS, "generate": SHARE, "accept": SHARE, "attack_steps": STEPS, "step_size": FROM_0,
         "seeds": "'majority' or 'release'",
     },
+    "fedala": {"merge_lr": FROM_0, "share": SOME, "merge_epochs": EPOCHS, "layers": "a whole number from 1 to 100"},
     "fedamp": {"attention": SHARE, "sigma": ABOVE_0, "pull": FROM_0},
     "fedavg_ft": {"finetune_epochs": EPOCHS, "finetune_rate": ABOVE_0},
     "fedavg_prior": {"against": "'global' or 'uniform'"},
