@@ -59,6 +59,7 @@ FIELDS: dict[str, dict[str, str]] = {
     "fedavg_prior": {"against": "'global' or 'uniform'"},
     "fedavgm": {"server_momentum": NOT_ALL},
     "fedbabu": {"finetune_epochs": EPOCHS, "finetune_rate": ABOVE_0},
+    "fedcac": {"critical_share": SHARE, "narrowing": COUNT},
     "fedcm": {"alpha": SOME, "server_lr": FROM_0},
     "fedcrac": {
         "margin": FROM_0, "scale": ABOVE_0, "steps": STEPS, "features_per_class": COUNT, "distil": SHARE,

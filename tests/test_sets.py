@@ -33,7 +33,8 @@ Bench = Callable[..., tuple[str, str]]
 README = {
     "references": "local centralised fedavg_prior",
     "generic": "fedavg fedavgm fedprox scaffold moon fedsam fedcm",
-    "pfl": "fedavg_ft ditto fedper fedrep fedbabu fedrod fedbn fedproto fedamp fedpac pfedhn feddbe fedala knnper",
+    "pfl": "fedavg_ft ditto fedper fedrep fedbabu fedrod fedbn fedproto fedamp fedpac pfedhn feddbe "
+    "fedala fedcac knnper",
     "fedlt": "creff fedloge balancefl fedic climb clip2fl fedafa fedcrac fedgrab fediic fedir fedlf fedrela fedvls "
     "fedyoyo gbme ratio_loss redgrape rucr",
 }
