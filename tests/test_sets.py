@@ -34,7 +34,7 @@ README = {
     "references": "local centralised fedavg_prior",
     "generic": "fedavg fedavgm fedprox scaffold moon fedsam fedcm",
     "pfl": "fedavg_ft ditto fedper fedrep fedbabu fedrod fedbn fedproto fedamp fedpac pfedhn feddbe "
-    "fedala fedcac knnper",
+    "fedala fedcac fedas knnper",
     "fedlt": "creff fedloge balancefl fedic climb clip2fl fedafa fedcrac fedgrab fediic fedir fedlf fedrela fedvls "
     "fedyoyo gbme ratio_loss redgrape rucr",
 }

@@ -17,6 +17,7 @@ from tests.by_hand import SHORT
 FEDERATED = [name for name in sorted(ALGORITHMS) if "pooled" not in ALGORITHMS[name]().needs]
 NO_MEAN_OF_BODIES = {
     "fedamp": "the server keeps a model for each client",
+    "fedas": "bodies count by the trace of their Fisher information",
     "fedproto": "means of each class travel, over the clients that hold it",
     "local": "nothing is sent",
     "pfedhn": "what clients changed goes back through the hypernetwork, each alike; a mean is of statistics only",
