@@ -7,6 +7,7 @@ difference of two models.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -109,3 +110,29 @@ class Adam:
             return w * (1 - self.lr * self.weight_decay) - self.lr * towards
 
         return tree.map(moved, params, first, second), {"first": first, "second": second, "steps": steps}
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """Adagrad, Adam or Yogi as a server takes them: what differs is how squares are added up. No moment is corrected
+    for its start.
+
+    Source: Reddi et al. 2021, https://arxiv.org/abs/2003.00295, algorithm 2.
+    """
+
+    lr: float
+    momentum: float
+    eps: float
+    squares: Callable[[Tensor, Tensor], Tensor]
+    """The second moment and the square of a gradient, to the next second moment."""
+
+    def start(self, params: Tree) -> Tree:
+        """Start from moments of zero and of eps²: "first" and "second"."""
+        return {"first": tree.zeros_like(params), "second": tree.map(lambda w: torch.full_like(w, self.eps**2), params)}
+
+    def step(self, params: Tree, gradient: Tree, kept: Tree) -> tuple[Tree, Tree]:
+        """Take a step."""
+        first = tree.map(lambda m, g: torch.lerp(g, m, self.momentum), kept["first"], gradient)
+        second = tree.map(lambda v, g: self.squares(v, g.square()), kept["second"], gradient)
+        moved = tree.map(lambda w, m, v: w - self.lr * m / (v.sqrt() + self.eps), params, first, second)
+        return moved, {"first": first, "second": second}

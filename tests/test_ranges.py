@@ -49,6 +49,8 @@ FIELDS: dict[str, dict[str, str]] = {
         "features_per_class": COUNT, "match_steps": STEPS, "match_lr": FROM_0, "head_epochs": EPOCHS, "head_lr": FROM_0,
     },
     "ditto": {"pull": FROM_0},
+    "fedadagrad": {"server_lr": ABOVE_0, "server_momentum": NOT_ALL, "eps": ABOVE_0},
+    "fedadam": {"server_lr": ABOVE_0, "server_momentum": NOT_ALL, "square_momentum": NOT_ALL, "eps": ABOVE_0},
     "fedafa": {
         "epochs": EPOCHS, "generate": SHARE, "accept": SHARE, "attack_steps": STEPS, "step_size": FROM_0,
         "seeds": "'majority' or 'release'",
@@ -90,6 +92,7 @@ FIELDS: dict[str, dict[str, str]] = {
     "fedrep": {"head_epochs": EPOCHS, "body_epochs": f"{EPOCHS}, or None"},
     "fedsam": {"rho": FROM_0, "eta": f"{FROM_0}, or None"},
     "fedvls": {"distil": FROM_0, "suppress": FROM_0},
+    "fedyogi": {"server_lr": ABOVE_0, "server_momentum": NOT_ALL, "square_momentum": NOT_ALL, "eps": ABOVE_0},
     "fedyoyo": {
         "distil": FROM_0, "temperature": ABOVE_0, "warmup": COUNT, "tau": FROM_0, "own": SHARE,
         "mixing": "'once' or 'drift'",

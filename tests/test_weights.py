@@ -23,7 +23,12 @@ NO_MEAN_OF_BODIES = {
     "pfedhn": "what clients changed goes back through the hypernetwork, each alike; a mean is of statistics only",
 }
 BY_STEPS = {"fedcm": "an update is divided by its client's number of steps, whatever it weighs"}
-AFTER_THE_MEAN = {"fedic": "the average is trained further at the server"}
+AFTER_THE_MEAN = {
+    "fedadagrad": "the server's step is Adagrad's",
+    "fedadam": "the server's step is Adam's",
+    "fedic": "the average is trained further at the server",
+    "fedyogi": "the server's step is Yogi's",
+}
 
 
 def made(name: str) -> Algorithm:
