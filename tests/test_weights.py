@@ -27,6 +27,7 @@ AFTER_THE_MEAN = {
     "fedadagrad": "the server's step is Adagrad's",
     "fedadam": "the server's step is Adam's",
     "fedic": "the average is trained further at the server",
+    "fednova": "an update is divided by its client's number of steps",
     "fedyogi": "the server's step is Yogi's",
 }
 
