@@ -32,7 +32,7 @@ Bench = Callable[..., tuple[str, str]]
 
 README = {
     "references": "local centralised fedavg_prior",
-    "generic": "fedavg fedavgm fedprox scaffold moon fedsam fedcm fedadagrad fedadam fedyogi fednova feddyn",
+    "generic": "fedavg fedavgm fedprox scaffold moon fedsam fedcm fedadagrad fedadam fedyogi fednova feddyn fedntd",
     "pfl": "fedavg_ft ditto fedper fedrep fedbabu fedrod fedbn fedproto fedamp fedpac pfedhn feddbe "
     "fedala fedcac fedas knnper",
     "fedlt": "creff fedloge balancefl fedic climb clip2fl fedafa fedcrac fedgrab fediic fedir fedlf fedrela fedvls "
@@ -154,12 +154,12 @@ def test_a_set_is_its_algorithms_each_once() -> None:
     mixed = ask("fedprox(mu=0.5),set:generic,fedavg(),fedavg")
     runs = sweep("fedprox(mu=0.5),set:generic,fedavg(),fedavg").expand()
     assert [label(run.algorithm) for run in runs] == [
-        "fedprox(mu=0.5)", "fedadagrad", "fedadam", "fedavg", "fedavgm", "fedcm", "feddyn", "fednova", "fedprox",
-        "fedsam", "fedyogi", "moon", "scaffold",
+        "fedprox(mu=0.5)", "fedadagrad", "fedadam", "fedavg", "fedavgm", "fedcm", "feddyn", "fednova", "fedntd",
+        "fedprox", "fedsam", "fedyogi", "moon", "scaffold",
     ]  # fmt: skip
     assert [label(each) for each in mixed.optional] == [
-        "fedadagrad", "fedadam", "fedavgm", "fedcm", "feddyn", "fednova", "fedprox", "fedsam", "fedyogi", "moon",
-        "scaffold",
+        "fedadagrad", "fedadam", "fedavgm", "fedcm", "feddyn", "fednova", "fedntd", "fedprox", "fedsam", "fedyogi",
+        "moon", "scaffold",
     ]  # fmt: skip
     assert mixed.left_out == ()
     assert unfold("set:references+focal(gamma=1)+topk")[0] == "centralised+focal(gamma=1)+topk"
