@@ -305,7 +305,7 @@ def toy_job(name: str, lent: bool = False, engine: str = "stacked") -> Job:
     reserve = toy.reserve(splits, split, algorithm)
     assert reserve is not None
     if lent:
-        x = Lent(splits.train_x)  # type: ignore[arg-type]
+        x = Lent(splits.train_x)
         splits, reserve = replace(splits, train_x=x), replace(reserve, x=x)
     return Job(algorithm, toy.Toy(), splits, split, toy.SETTING, 0, engine, reserve=reserve)
 

@@ -18,7 +18,7 @@ from bench import keys, tree
 from bench.algorithm import Algorithm
 from bench.contract import toy
 from bench.data import AUGMENTATIONS, Images
-from bench.dataset import Labels, Splits
+from bench.dataset import Labels, Splits, Streamed
 from bench.plugins.registry import ALGORITHMS
 from bench.protocol.settings import Setting
 from bench.splits.split import PartitionFailed, make_split
@@ -31,7 +31,7 @@ from bench.training.states import InFile, InMemory, StatesUnwritable, Store
 class Lent:
     """Images that are given out by rows and counted, as those of a file are."""
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor | Streamed) -> None:
         self.x, self.read, self.announced = x, 0, [torch.empty(0, dtype=torch.int64)]
 
     @property
@@ -59,7 +59,7 @@ def stepped(algorithm: str, engine: str = "serial", *, lent: bool = False, **cha
     dataset = toy.Toy()
     splits = dataset.load()
     if lent:
-        splits = replace(splits, train_x=Lent(splits.train_x), test_x=Lent(splits.test_x))  # type: ignore[arg-type]
+        splits = replace(splits, train_x=Lent(splits.train_x), test_x=Lent(splits.test_x))
     plugin: Algorithm = ALGORITHMS[algorithm]()
     return toy.finish(Run(Job(plugin, dataset, splits, toy.split(dataset.load()), setting, 0, engine)))
 

@@ -210,7 +210,7 @@ def toy_job(algorithm: Algorithm, engine: str = "serial", lent: bool = False) ->
     splits = toy.Toy().load()
     features, dealt = toy.teacher(splits, algorithm), toy.split(splits)
     if lent:
-        splits = replace(splits, train_x=Lent(splits.train_x))  # type: ignore[arg-type]
+        splits = replace(splits, train_x=Lent(splits.train_x))
     return Job(algorithm, toy.Toy(), splits, dealt, toy.SHORT, 0, engine, teacher=features)
 
 
