@@ -5,7 +5,8 @@ https://arxiv.org/abs/2310.00165 (facility location; its total information and t
 
 Kind           loss
 Learns         nothing beyond updates
-Departs        a term beside cross-entropy (paper: alone, and the head afterwards), of the features that the head reads
+Departs        a term beside cross-entropy (paper: alone, and the head afterwards), divided by the batch's examples as
+               that is (paper: the sum, which grows with them and with classes), of the features that the head reads
                (paper: of a projection) and of one view (paper: two); by the paper's formula (code: a logarithm of sums
                over all columns, not 0 for a batch of one class, and no division by a class's size)
 """
@@ -26,11 +27,12 @@ from bench.ranges import Strength
 class FacilityLocation(Loss):
     """Sum over classes A of 1/|A| sum over examples i outside A of the largest cosine of i with an example of A."""
 
+    version: ClassVar[int] = 2
     neutral: ClassVar[Mapping[str, object]] = {"weight": 0.0}
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]] | None] = {"weight": (0.05, 2.0)}
 
     weight: Strength = 0.5
-    """Of the term beside cross-entropy (paper: it stands alone)."""
+    """Of the term's share of an example, beside cross-entropy (paper: of the batch's sum, which stands alone)."""
 
     def loss(self, task: Task, logits: Tensor, features: Tensor | None, batch: Batch, counts: Tensor) -> Tensor:
         """Add the term; it is 0 where the batch has one class."""
@@ -39,5 +41,5 @@ class FacilityLocation(Loss):
         size = member.sum(0)
         nearest = torch.where(member.T > 0, similar[:, None], -2.0).amax(2)  # (B, C), below any cosine if absent
         outside = member.sum(1, keepdim=True) - member
-        term = (outside * torch.where(size > 0, nearest, 0.0) / size.clamp(min=1.0)).sum()
-        return losses.cross_entropy(logits, batch) + self.weight * term
+        term = (outside * torch.where(size > 0, nearest, 0.0) / size.clamp(min=1.0)).sum(1)
+        return losses.cross_entropy(logits, batch) + self.weight * losses.mean(term, batch)

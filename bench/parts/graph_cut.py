@@ -5,7 +5,8 @@ https://arxiv.org/abs/2310.00165 (graph cut)
 
 Kind           loss
 Learns         nothing beyond updates
-Departs        a term beside cross-entropy (paper: alone, and the head afterwards), of the features that the head reads
+Departs        a term beside cross-entropy (paper: alone, and the head afterwards), divided by the batch's examples as
+               that is (paper: the sum, which grows with them and with classes), of the features that the head reads
                (paper: of a projection) and of one view (paper: two); by the paper's formulas (code: information is the
                logarithm of a ratio, and no number where a sum of cosines is negative; correlation divides by the other
                examples of a class, of which there may be none)
@@ -28,6 +29,7 @@ class GraphCut(Loss):
     each example with itself too; for correlation, diversity · cosines from A outwards.
     """
 
+    version: ClassVar[int] = 2
     neutral: ClassVar[Mapping[str, object]] = {"weight": 0.0}
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]] | None] = {
         "weight": (0.05, 2.0),
@@ -35,7 +37,7 @@ class GraphCut(Loss):
     }
 
     weight: Strength = 0.5
-    """Of the term beside cross-entropy (paper: it stands alone)."""
+    """Of the term's share of an example, beside cross-entropy (paper: of the batch's sum, which stands alone)."""
     form: Literal["information", "correlation"] = "correlation"
     """Total information, of each class, or total correlation, of the classes less that of the whole batch."""
     diversity: Strength = 1.0
@@ -47,5 +49,5 @@ class GraphCut(Loss):
         size = alike.sum(1).clamp(min=1.0)
         across, within = (similar * unlike).sum(1), (similar * alike).sum(1)
         inward = across - self.diversity * within
-        term = ((inward if self.form == "information" else self.diversity * across) / size).sum()
-        return losses.cross_entropy(logits, batch) + self.weight * term
+        term = (inward if self.form == "information" else self.diversity * across) / size
+        return losses.cross_entropy(logits, batch) + self.weight * losses.mean(term, batch)

@@ -5,7 +5,8 @@ https://arxiv.org/abs/2310.00165 (log-determinant)
 
 Kind           loss
 Learns         nothing beyond updates
-Departs        a term beside cross-entropy (paper: alone, and the head afterwards), of the features that the head reads
+Departs        a term beside cross-entropy (paper: alone, and the head afterwards), divided by the batch's examples as
+               that is (paper: the sum, which grows with them and with classes), of the features that the head reads
                (paper: of a projection) and of one view (paper: two); by the paper's formulas (code: no division by a
                class's size, and information with the opposite sign); a ridge below 0.5 is refused: there are more
                examples than features, and float32 has few digits
@@ -30,6 +31,7 @@ class LogDeterminant(Loss):
     the whole batch, undivided.
     """
 
+    version: ClassVar[int] = 2
     neutral: ClassVar[Mapping[str, object]] = {"weight": 0.0}
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]] | None] = {
         "weight": (0.05, 2.0),
@@ -37,7 +39,7 @@ class LogDeterminant(Loss):
     }
 
     weight: Strength = 0.5
-    """Of the term beside cross-entropy (paper: it stands alone)."""
+    """Of the term's share of an example, beside cross-entropy (paper: of the batch's sum, which stands alone)."""
     form: Literal["information", "correlation"] = "correlation"
     """Total information, of each class, or total correlation, of the classes less that of the whole batch."""
     ridge: Annotated[float, Interval(ge=0.5, le=1_000_000)] = 1.0
@@ -46,10 +48,10 @@ class LogDeterminant(Loss):
     def loss(self, task: Task, logits: Tensor, features: Tensor | None, batch: Batch, counts: Tensor) -> Tensor:
         """Add the term."""
         similar, (alike, unlike) = losses.cosines(features), losses.pairs(batch)
-        term = (self._shares(similar, alike) / alike.sum(1).clamp(min=1.0)).sum()
+        term = self._shares(similar, alike) / alike.sum(1).clamp(min=1.0)
         if self.form == "correlation":
-            term = term - self._shares(similar, alike + unlike).sum()
-        return losses.cross_entropy(logits, batch) + self.weight * term
+            term = term - self._shares(similar, alike + unlike)
+        return losses.cross_entropy(logits, batch) + self.weight * losses.mean(term, batch)
 
     def _shares(self, similar: Tensor, pairs: Tensor) -> Tensor:
         """Give what each example adds to the log-determinant of those that it makes pairs with: (B,), 0 for padding.
