@@ -31,6 +31,7 @@ from annotated_types import Interval
 from torch import Tensor
 
 from bench import Algorithm, Batch, LocalData, Task, Tree, keys, register, tree
+from bench.models.layers import simplex
 from bench.ranges import Positive, Steps
 
 _PAIRS = 2**23  # of class vectors that are compared at once: 64 MB
@@ -219,13 +220,7 @@ def _mask(key: Tensor, classes: int, d: int, sparsity: float) -> Tensor:
 @lru_cache(maxsize=16)  # a pure function of seconds, the same for all runs of a seed
 def _sparse_etf(seed: int, classes: int, d: int, sparsity: float, norm: float, steps: int, faithful: bool) -> Tensor:
     key = torch.tensor(seed)
-    draw = keys.uniform(keys.fold(key, "frame"), d, classes).double()
-    if d >= classes:
-        basis = torch.linalg.qr(draw).Q
-        centre = torch.eye(classes, dtype=torch.float64) - 1 / classes
-        start = (classes / (classes - 1)) ** 0.5 * (basis @ centre).T  # (C, d), rows of norm 1
-    else:
-        start = F.normalize(draw.T - 0.5, dim=1)
+    start = simplex(keys.fold(key, "frame"), classes, d)
     if sparsity == 0:
         return (norm * F.normalize(start, dim=1)).float()
     mask = _mask(key, classes, d, sparsity)

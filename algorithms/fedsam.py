@@ -16,10 +16,8 @@ Departs        no averaging over late rounds (SWA, Caldarola et al.) and no mome
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from bench import Algorithm, Batch, LocalData, Task, Tree, register, tree
+from bench import Algorithm, Batch, LocalData, Task, Tree, register
+from bench.optim import worst_nearby
 from bench.ranges import Strength
 
 
@@ -39,19 +37,6 @@ class FedSAM(Algorithm):
         """Train the model, each step along the gradient at the worst point nearby."""
 
         def at_the_worst(gradient: Tree, params: Tree, batch: Batch) -> Tree:
-            size = self._size(tree.parameters(params))
-            ascent = tree.map(torch.mul, size, gradient)
-            length = tree.dot(ascent, ascent).sqrt() + 1e-16
-            away = tree.scale(tree.map(torch.mul, size, ascent), self.rho / length)
-            worst = tree.merge(params, tree.add(tree.parameters(params), away))
-            return task.gradient(task.loss, worst, batch)[1]
+            return task.gradient(task.loss, worst_nearby(params, gradient, self.rho, self.eta), batch)[1]
 
         return task.sgd(task.loss, shared, data.batches(task.epochs), edit=at_the_worst), private
-
-    def _size(self, params: Tree) -> Tree:
-        """Give what distances are relative to: 1 for SAM, |w| + eta for the weights of ASAM, 1 for its biases."""
-
-        def size(path: str, w: Tensor) -> Tensor:
-            return torch.ones_like(w) if self.eta is None or not path.endswith("weight") else w.abs() + self.eta
-
-        return tree.map_paths(size, params)

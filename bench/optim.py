@@ -136,3 +136,28 @@ class Adaptive:
         second = tree.map(lambda v, g: self.squares(v, g.square()), kept["second"], gradient)
         moved = tree.map(lambda w, m, v: w - self.lr * m / (v.sqrt() + self.eps), params, first, second)
         return moved, {"first": first, "second": second}
+
+
+def worst_nearby(params: Tree, gradient: Tree, rho: float, eta: float | None = None) -> Tree:
+    """Go to where a loss is worst nearby, as far as its gradient tells: a model `rho` away, running statistics kept.
+
+    Args:
+        params: A model.
+        gradient: Of its parameters.
+        rho: How far: a Euclidean norm, of distances relative to sizes where there is `eta`.
+        eta: What is added to a weight's magnitude to be its size; leaves that are not called `weight` have size 1.
+            None: distances are what they are.
+
+    Source: Foret et al. 2021, https://arxiv.org/abs/2010.01412, eq. 2; with sizes Kwon et al. 2021,
+    https://arxiv.org/abs/2102.11600, eq. 8.
+    """
+
+    def size(path: str, w: Tensor) -> Tensor:
+        return torch.ones_like(w) if eta is None or not path.endswith("weight") else w.abs() + eta
+
+    here = tree.parameters(params)
+    sizes = tree.map_paths(size, here)
+    ascent = tree.map(torch.mul, sizes, gradient)
+    length = tree.dot(ascent, ascent).sqrt() + 1e-16
+    away = tree.scale(tree.map(torch.mul, sizes, ascent), rho / length)
+    return tree.merge(params, tree.add(here, away))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bench import Batch, LocalData, tree
 from bench.contract import toy
+from bench.optim import worst_nearby
 from bench.plugins.registry import ALGORITHMS
 from bench.training.rounds import Run
 from bench.tree import largest_difference
@@ -39,6 +40,30 @@ def entropy(w: Sequence[Tensor], x: Tensor, y: Tensor) -> Tensor:
     """Of the toy's network: the hidden layer's weight and bias, the head's weight and bias."""
     hidden = torch.relu(x.flatten(1) @ w[0].T + w[1])
     return F.cross_entropy(hidden @ w[2].T + w[3], y)
+
+
+@pytest.mark.parametrize(
+    ("eta", "weight", "bias"),
+    [
+        (None, [4.0, 2.0], 17.0),  # g = 3, 4, 12, which is 13 long
+        (0.0, [4.0, 14.0], 17.0),  # T = 1, 2, 1 and so T g = 3, 8, 12
+        (0.5, [7.75, 23.0], 17.0),  # T = 1.5, 2.5, 1 and so T g = 4.5, 10, 12
+    ],
+)
+def test_the_worst_point_has_its_place_by_hand(eta: float | None, weight: list[float], bias: float) -> None:
+    """w + rho T² g / |T g|, with rho as much as |T g| is."""
+    here = {"weight": torch.tensor([1.0, -2.0]), "bias": torch.tensor([5.0])}
+    gradient = {"a": {"weight": torch.tensor([3.0, 4.0]), "bias": torch.tensor([12.0])}}
+    rho = {None: 13.0, 0.0: 217**0.5, 0.5: 264.25**0.5}[eta]
+    worst = worst_nearby({"a": {**here, "stats": {"mean": torch.tensor([7.0])}}}, gradient, rho, eta)["a"]
+    assert worst["weight"].tolist() == pytest.approx(weight)
+    assert worst["bias"].tolist() == pytest.approx([bias])
+    assert worst["stats"]["mean"].tolist() == [7.0]
+
+
+def test_without_a_slope_the_worst_point_is_here() -> None:
+    here = {"weight": torch.tensor([1.0, -2.0])}
+    assert largest_difference(worst_nearby(here, tree.zeros_like(here), 1.0, 0.2), here) == 0.0
 
 
 @pytest.mark.equivalence

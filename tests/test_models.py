@@ -766,3 +766,20 @@ def test_pooling_before_relu_gives_the_values_and_gradients_of_pooling_after_it(
     leaves = [x, *layer.values()]
     slopes = [torch.autograd.grad((value * towards).sum(), leaves) for value in (mine, plain)]
     assert all(torch.equal(one, other) for one, other in zip(*slopes, strict=True))
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(2, 2), (6, 6), (6, 64), (100, 128)])
+def test_a_simplex_has_equal_angles_and_its_rows_add_up_to_nothing(outputs: int, inputs: int) -> None:
+    rows = layers.simplex(keys.key(3), outputs, inputs)
+    cosines = torch.full((outputs, outputs), -1 / (outputs - 1), dtype=torch.float64).fill_diagonal_(1.0)
+    assert torch.allclose(rows @ rows.T, cosines, atol=1e-12)
+    assert float(rows.sum(0).abs().max()) < 1e-12
+    assert torch.equal(rows, layers.simplex(keys.key(3), outputs, inputs))
+    assert float((rows - layers.simplex(keys.key(4), outputs, inputs)).abs().max()) > 1e-2
+
+
+def test_with_fewer_inputs_than_outputs_directions_are_random() -> None:
+    rows = layers.simplex(keys.key(3), 100, 10)
+    assert rows.shape == (100, 10)
+    assert torch.allclose(rows.norm(dim=1), torch.ones(100, dtype=torch.float64))
+    assert float(rows.mean(0).abs().max()) < 0.15 and torch.linalg.matrix_rank(rows) == 10

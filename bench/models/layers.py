@@ -169,6 +169,23 @@ def convolution(key: Tensor, outputs: int, inputs: int, size: int, bias: bool = 
     return layer
 
 
+def simplex(key: Tensor, outputs: int, inputs: int) -> Tensor:
+    """Draw rows of norm 1 that stand at equal angles, each two at a cosine of -1/(outputs - 1), the least for so many:
+    a simplex equiangular tight frame, (outputs, inputs) float64 on the host; outputs ≥ 2.
+
+    It is made of as many inputs as outputs, or more; with fewer, directions are random.
+
+    Source: Papyan, Han, Donoho 2020, https://arxiv.org/abs/2008.08186, theorem 5.
+    """
+    draw = keys.uniform(key.cpu(), inputs, outputs).double()
+    if inputs < outputs:
+        return F.normalize(draw.T - 0.5, dim=1)
+    basis = torch.linalg.qr(draw).Q
+    centre = torch.eye(outputs, dtype=torch.float64) - 1 / outputs
+    rows: Tensor = (outputs / (outputs - 1)) ** 0.5 * (basis @ centre).T
+    return rows
+
+
 def norm_layer(kind: str, channels: int, device: torch.device) -> Tree:
     """Make a norm layer: weight 1, bias 0, and for batch norm running mean 0 and variance 1."""
     layer: Tree = {
