@@ -1,4 +1,4 @@
-"""FedSAM: its steps against a loop written out, FedAvg where the worst point is here, and flatter minima."""
+"""FedSAM and FedASAM: steps against a loop written out, FedAvg where the worst point is here, and flatter minima."""
 
 from __future__ import annotations
 
@@ -148,8 +148,9 @@ def test_a_client_held_out_gets_a_model_that_knows_its_classes(engine: str) -> N
     assert measured(toy.finish(run_of("fedsam", engine, setting)), "unseen") > 0.8
 
 
-def test_an_epoch_costs_two() -> None:
-    sam, fedavg = (toy.finish(run_of(name)).outcome().cost["train_flops"] for name in ("fedsam", "fedavg"))
+@pytest.mark.parametrize("name", ["fedsam", "fedasam"])
+def test_an_epoch_costs_two(name: str) -> None:
+    sam, fedavg = (toy.finish(run_of(each)).outcome().cost["train_flops"] for each in (name, "fedavg"))
     assert sam is not None and fedavg is not None and sam == pytest.approx(2 * fedavg, rel=0.01)
 
 
@@ -158,3 +159,37 @@ def test_a_body_without_weights_stays_in_the_tree(engine: str) -> None:
     """ASAM goes by the path of a leaf, and an empty sub-tree has none."""
     run = toy.finish(run_of("fedsam", engine, replace(SETTING, model="frozen"), eta=0.2))
     assert run.progress.server["body"] == {}
+
+
+@pytest.mark.equivalence
+@pytest.mark.parametrize("engine", ["serial", "stacked"])
+def test_fedasam_is_fedsam_relative_to_sizes_and_fedavg_where_the_worst_point_is_here(engine: str) -> None:
+    def trained(name: str, **fields: Any) -> tree.Tree:
+        return toy.finish(run_of(name, engine, **fields)).progress.server
+
+    asam = trained("fedasam")
+    assert largest_difference(asam, trained("fedsam", rho=0.7, eta=0.2)) == 0.0
+    assert largest_difference(trained("fedasam", rho=0.0), trained("fedavg")) == 0.0
+    assert min(largest_difference(asam, trained(name)) for name in ("fedsam", "fedavg")) > 1e-4
+    assert largest_difference(asam, trained("fedasam", eta=0.0)) > 1e-4
+
+
+def test_of_fedasam_the_scale_of_weights_does_not_matter_but_for_eta() -> None:
+    """A hidden layer twice and a head half as large compute the same, and have their worst points at the same losses.
+    Biases, whose sizes are 1, stand still.
+    """
+    run = run_of("fedasam")
+    batch, here = batches(run)[0], run.progress.server
+    scale = {"body": 2.0, "head": 0.5}
+    there = tree.map_paths(lambda path, w: scale[path.split("/")[0]] * w * (not path.endswith("bias")), here)
+    here = tree.map_paths(lambda path, w: w * (not path.endswith("bias")), here)
+
+    def rise(params: tree.Tree, eta: float | None) -> float:
+        gradient = run.task.gradient(run.task.loss, params, batch)[1]
+        gradient = tree.map_paths(lambda path, g: g * (not path.endswith("bias")), gradient)
+        losses = (run.task.loss(w, batch) for w in (params, worst_nearby(params, gradient, 0.3, eta)))
+        start, end = (float(loss) for loss in losses)
+        return end - start
+
+    assert rise(there, 0.0) == pytest.approx(rise(here, 0.0), rel=1e-4) and rise(here, 0.0) > 0.01
+    assert abs(rise(there, None) - rise(here, None)) > 0.1 * rise(here, None)

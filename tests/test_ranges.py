@@ -58,6 +58,7 @@ FIELDS: dict[str, dict[str, str]] = {
     "fedala": {"merge_lr": FROM_0, "share": SOME, "merge_epochs": EPOCHS, "layers": "a whole number from 1 to 100"},
     "fedamp": {"attention": SHARE, "sigma": ABOVE_0, "pull": FROM_0},
     "fedas": {"align_lr": FROM_0, "fisher": FLAG},
+    "fedasam": {"rho": FROM_0, "eta": FROM_0},
     "fedavg_ft": {"finetune_epochs": EPOCHS, "finetune_rate": ABOVE_0},
     "fedavg_prior": {"against": "'global' or 'uniform'"},
     "fedavgm": {"server_momentum": NOT_ALL},
