@@ -71,6 +71,7 @@ FIELDS: dict[str, dict[str, str]] = {
     },
     "feddbe": {"pull": FROM_0, "feature_momentum": SOME, "personal_bias": FLAG},
     "feddyn": {"alpha": FROM_0},
+    "fedgela": {"temperature": ABOVE_0},
     "fedgrab": {
         "proportional": FROM_0, "integral": FROM_0, "differential": FROM_0, "slope": ABOVE_0, "limit": ABOVE_0,
         "rest": SHARE,
