@@ -106,6 +106,7 @@ FIELDS: dict[str, dict[str, str]] = {
     "knnper": {
         "neighbours": COUNT, "scale": ABOVE_0, "share": f"{SHARE}, or None", "aside": "a number above 0 and below 1",
     },
+    "lg_fedavg": {"shared_layers": "a whole number from 0 to 100"},
     "local": {"budget": "'matched' or 'converged'"},
     "moon": {"mu": FROM_0, "temperature": ABOVE_0},
     "pfedhn": {
