@@ -36,6 +36,7 @@ PRIOR = {
 }
 
 FIELDS: dict[str, dict[str, str]] = {
+    "apfl": {"alpha": SHARE, "adapt": FLAG},
     "balancefl": {
         "balanced": FLAG, "noise": FROM_0, "inherit": FROM_0, "temperature": ABOVE_0, "smooth": FROM_0,
         "missing": "'client' or 'batch'",
