@@ -116,6 +116,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "embedding_size": f"{COUNT}, or None", "hidden_size": COUNT, "hidden_layers": "a whole number from 1 to 100",
         "server_lr": FROM_0, "server_momentum": NOT_ALL, "server_decay": FROM_0,
     },
+    "qfedavg": {"q": FROM_0},
     "ratio_loss": {"beta": FROM_0, "rivals": SHARE},
     "redgrape": {"balance": FROM_0, "per_class": COUNT, "attract": FLAG},
     "rucr": {

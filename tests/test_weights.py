@@ -31,6 +31,7 @@ AFTER_THE_MEAN = {
     "fedic": "the average is trained further at the server",
     "fednova": "an update is divided by its client's number of steps",
     "fedyogi": "the server's step is Yogi's",
+    "qfedavg": "the step is shorter than to the mean, which counts losses besides",
 }
 
 
