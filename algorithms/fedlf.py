@@ -69,7 +69,7 @@ class FedLF(Algorithm):
             z = z.float()
             apart = distances(z, centres) + margin * losses.one_hot(batch.y, task.num_classes)
             pulled = losses.cross_entropy(-apart, batch)
-            return taught + self.centre * pulled + self.decorrelate * correlation(z, batch.weight)
+            return taught + self.centre * pulled + self.decorrelate * losses.correlation(z, batch.weight)
 
         return task.sgd(loss, shared, data.batches(task.epochs)), private
 
@@ -87,19 +87,3 @@ def biasless(head: Tree) -> Tree:
 def distances(a: Tensor, b: Tensor) -> Tensor:
     """Give Euclidean distances: (B, d), (C, d) -> (B, C). One of zero has no gradient."""
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")  # a product would round them
-
-
-def correlation(z: Tensor, weight: Tensor) -> Tensor:
-    """Give the mean squared inner product of two different standardised features, by the number of examples: ().
-
-    Args:
-        z: (B, d).
-        weight: (B,), 1 for an example, 0 for padding.
-
-    Source: Shi et al. 2023, https://arxiv.org/abs/2210.00226, as its code has it.
-    """
-    n, weight, d = weight.sum().clamp(min=1), weight[:, None], z.shape[1]
-    apart = (z - (z * weight).sum(0) / n) * weight
-    standard = apart / (1e-8 + apart.square().sum(0) / (n - 1).clamp(min=1)).sqrt()
-    products = (standard.T @ standard).square()
-    return (products.sum() - products.diagonal().sum()) / max(d * (d - 1), 1) / n

@@ -38,12 +38,40 @@ def cosines(features: Tensor | None) -> Tensor:
     Raises:
         ValueError: There are none.
     """
+    z = required(features)
+    with torch.autocast(z.device.type, enabled=False):
+        length = z.float().norm(dim=1, keepdim=True)
+        unit = torch.where(length > _SHORT, z.float() / length.clamp(min=_SHORT), 0.0)
+        return unit @ unit.T
+
+
+def required(features: Tensor | None) -> Tensor:
+    """Give the features that a loss part is given.
+
+    Raises:
+        ValueError: There are none.
+    """
     if features is None:
         raise ValueError("features = None: this loss is one of features, and the method has none; take one of logits")
-    with torch.autocast(features.device.type, enabled=False):
-        length = features.float().norm(dim=1, keepdim=True)
-        unit = torch.where(length > _SHORT, features.float() / length.clamp(min=_SHORT), 0.0)
-        return unit @ unit.T
+    return features
+
+
+def correlation(z: Tensor, weight: Tensor) -> Tensor:
+    """Give the mean squared inner product of two different standardised features, by the number of examples: ().
+
+    It is the mean squared correlation times (n - 1)² / n, of n examples; 0 of one.
+
+    Args:
+        z: (B, d).
+        weight: (B,), 1 for an example, 0 for padding.
+
+    Source: Shi et al. 2023, https://arxiv.org/abs/2210.00226, as its code has it.
+    """
+    n, weight, d = weight.sum().clamp(min=1), weight[:, None], z.shape[1]
+    apart = (z - (z * weight).sum(0) / n) * weight
+    standard = apart / (1e-8 + apart.square().sum(0) / (n - 1).clamp(min=1)).sqrt()
+    products = (standard.T @ standard).square()
+    return (products.sum() - products.diagonal().sum()) / max(d * (d - 1), 1) / n
 
 
 def pairs(batch: Batch) -> tuple[Tensor, Tensor]:

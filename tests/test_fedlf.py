@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import Algorithm, Batch, LocalData, Task, Tree, tree
+from bench import Algorithm, Batch, LocalData, Task, Tree, losses, tree
 from bench.contract import toy
 from bench.losses import cross_entropy
 from bench.plugins.registry import ALGORITHMS
@@ -98,11 +98,11 @@ def test_factors_of_cifar10_lt_are_the_published_ones() -> None:
 
 def test_correlation_is_the_published_one_and_grows_with_the_batch() -> None:
     ones = torch.ones(4)
-    assert float(fedlf.correlation(ROWS, ones)) == pytest.approx(0.27, abs=1e-6)
-    assert float(fedlf.correlation(ROWS.repeat(4, 1), torch.ones(16))) == pytest.approx(1.6875, abs=1e-5)
-    assert float(fedlf.correlation(ROWS[:1], ones[:1])) == 0.0
+    assert float(losses.correlation(ROWS, ones)) == pytest.approx(0.27, abs=1e-6)
+    assert float(losses.correlation(ROWS.repeat(4, 1), torch.ones(16))) == pytest.approx(1.6875, abs=1e-5)
+    assert float(losses.correlation(ROWS[:1], ones[:1])) == 0.0
     padded = torch.cat([ROWS, torch.full((3, 3), 7.0)]).requires_grad_()
-    value = fedlf.correlation(padded, torch.tensor([1.0] * 4 + [0.0] * 3))
+    value = losses.correlation(padded, torch.tensor([1.0] * 4 + [0.0] * 3))
     value.backward()
     assert value.item() == pytest.approx(0.27, abs=1e-6) and padded.grad is not None
     assert padded.grad[4:].eq(0).all() and padded.grad[:4].abs().max() > 0

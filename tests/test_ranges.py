@@ -132,6 +132,7 @@ FIELDS: dict[str, dict[str, str]] = {
     "crt": {"epochs": EPOCHS},
     "dp": {"clip": ABOVE_0, "noise": FROM_0},
     "facility_location": {"weight": FROM_0},
+    "feddecorr": {"weight": FROM_0, "by_batch": FLAG},
     "fednpc": {"steps": STEPS, "samples": COUNT, "lr": FROM_0},
     "focal": {"gamma": FROM_0, "detach": FLAG},
     "geometric_median": {"steps": "a whole number from 0 to 100,000", "smoothing": ABOVE_0},
