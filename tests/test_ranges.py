@@ -37,6 +37,7 @@ PRIOR = {
 
 FIELDS: dict[str, dict[str, str]] = {
     "apfl": {"alpha": SHARE, "adapt": FLAG},
+    "afl": {"dual_lr": FROM_0},
     "balancefl": {
         "balanced": FLAG, "noise": FROM_0, "inherit": FROM_0, "temperature": ABOVE_0, "smooth": FROM_0,
         "missing": "'client' or 'batch'",

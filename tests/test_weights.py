@@ -16,6 +16,7 @@ from tests.by_hand import SHORT
 
 FEDERATED = [name for name in sorted(ALGORITHMS) if "pooled" not in ALGORITHMS[name]().needs]
 NO_MEAN_OF_BODIES = {
+    "afl": "clients count by weights that follow their losses, and start alike",
     "fedamp": "the server keeps a model for each client",
     "fedas": "bodies count by the trace of their Fisher information",
     "fedproto": "means of each class travel, over the clients that hold it",
