@@ -28,6 +28,7 @@ BY_STEPS = {"fedcm": "an update is divided by its client's number of steps, what
 AFTER_THE_MEAN = {
     "fedadagrad": "the server's step is Adagrad's",
     "fedadam": "the server's step is Adam's",
+    "feddc": "the server goes beyond the mean, by the drift",
     "feddisco": "clients count less, the further their classes are from equally frequent",
     "feddyn": "the server goes beyond the mean, by the drift",
     "fedic": "the average is trained further at the server",
