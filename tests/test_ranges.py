@@ -53,6 +53,7 @@ FIELDS: dict[str, dict[str, str]] = {
     "ditto": {"pull": FROM_0},
     "fedadagrad": {"server_lr": ABOVE_0, "server_momentum": NOT_ALL, "eps": ABOVE_0},
     "fedadam": {"server_lr": ABOVE_0, "server_momentum": NOT_ALL, "square_momentum": NOT_ALL, "eps": ABOVE_0},
+    "fedadmm": {"rho": FROM_0, "server_lr": FROM_0, "previous": "'client' or 'server'"},
     "fedafa": {
         "epochs": EPOCHS, "generate": SHARE, "accept": SHARE, "attack_steps": STEPS, "step_size": FROM_0,
         "seeds": "'majority' or 'release'",
