@@ -51,6 +51,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "features_per_class": COUNT, "match_steps": STEPS, "match_lr": FROM_0, "head_epochs": EPOCHS, "head_lr": FROM_0,
     },
     "ditto": {"pull": FROM_0},
+    "elastic": {"tau": FROM_0, "decay": NOT_ALL},
     "fedadagrad": {"server_lr": ABOVE_0, "server_momentum": NOT_ALL, "eps": ABOVE_0},
     "fedadam": {"server_lr": ABOVE_0, "server_momentum": NOT_ALL, "square_momentum": NOT_ALL, "eps": ABOVE_0},
     "fedadmm": {"rho": FROM_0, "server_lr": FROM_0, "previous": "'client' or 'server'"},

@@ -26,6 +26,7 @@ NO_MEAN_OF_BODIES = {
 HEADS = {"lg_fedavg": "bodies stay with their clients, and heads are averaged"}
 BY_STEPS = {"fedcm": "an update is divided by its client's number of steps, whatever it weighs"}
 AFTER_THE_MEAN = {
+    "elastic": "the server's step is shorter or longer than to the mean, by parameter",
     "fedadagrad": "the server's step is Adagrad's",
     "fedadam": "the server's step is Adam's",
     "feddc": "the server goes beyond the mean, by the drift",
