@@ -117,6 +117,7 @@ FIELDS: dict[str, dict[str, str]] = {
     "moon": {"mu": FROM_0, "temperature": ABOVE_0},
     "perfedavg": {"order": "'fo' or 'hf'", "inner_rate": FROM_0, "delta": ABOVE_0, "steps": COUNT},
     "pfedfda": {"blend": f"{SHARE}, or None", "ridge": ABOVE_0},
+    "mr_mtl": {"pull": FROM_0},
     "pfedhn": {
         "embedding_size": f"{COUNT}, or None", "hidden_size": COUNT, "hidden_layers": "a whole number from 1 to 100",
         "server_lr": FROM_0, "server_momentum": NOT_ALL, "server_decay": FROM_0,
