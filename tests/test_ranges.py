@@ -123,6 +123,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "server_lr": FROM_0, "server_momentum": NOT_ALL, "server_decay": FROM_0,
     },
     "qfedavg": {"q": FROM_0},
+    "pfedsim": {"warm_up": SHARE},
     "ratio_loss": {"beta": FROM_0, "rivals": SHARE},
     "redgrape": {"balance": FROM_0, "per_class": COUNT, "attract": FLAG},
     "rucr": {
