@@ -76,6 +76,7 @@ FIELDS: dict[str, dict[str, str]] = {
     "feddbe": {"pull": FROM_0, "feature_momentum": SOME, "personal_bias": FLAG},
     "feddc": {"alpha": FROM_0, "drift": FLAG},
     "feddisco": {"penalty": FROM_0, "offset": FROM_0},
+    "feddistill": {"distil": FROM_0},
     "feddyn": {"alpha": FROM_0},
     "fedgela": {"temperature": ABOVE_0},
     "fedgrab": {
