@@ -79,6 +79,7 @@ FIELDS: dict[str, dict[str, str]] = {
     "feddistill": {"distil": FROM_0},
     "feddyn": {"alpha": FROM_0},
     "fedgela": {"temperature": ABOVE_0},
+    "fedgh": {"server_epochs": EPOCHS, "server_lr": FROM_0},
     "fedgrab": {
         "proportional": FROM_0, "integral": FROM_0, "differential": FROM_0, "slope": ABOVE_0, "limit": ABOVE_0,
         "rest": SHARE,

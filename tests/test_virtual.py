@@ -54,6 +54,7 @@ INSIDE = {
 """Once in a client's work: which operation, and why."""
 BESIDE = {
     "fedas": (1, "what bodies weigh is what their clients send"),
+    "fedgh": (1, "who holds a class decides shapes"),
     "fedpac": (4, "who has examples decides shapes; least squares are scipy's, which has two tensors and gives one"),
     "fedproto": (1 + COHORT, "only what is known is sent: each payload, down and up, is asked how much that is"),
     WITH_PARTS[0]: (2, "whose uploads are decoded, and what they weigh in the rule"),

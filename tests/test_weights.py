@@ -20,6 +20,7 @@ NO_MEAN_OF_BODIES = {
     "fedamp": "the server keeps a model for each client",
     "fedas": "bodies count by the trace of their Fisher information",
     "feddistill": "logits of each class travel, over the clients that hold it",
+    "fedgh": "means of each class travel, on which the server trains a head",
     "fedproto": "means of each class travel, over the clients that hold it",
     "local": "nothing is sent",
     "pfedhn": "what clients changed goes back through the hypernetwork, each alike; a mean is of statistics only",
