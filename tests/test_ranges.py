@@ -42,6 +42,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "balanced": FLAG, "noise": FROM_0, "inherit": FROM_0, "temperature": ABOVE_0, "smooth": FROM_0,
         "missing": "'client' or 'batch'",
     },
+    "cfl": {"short": SHARE, "wait": SHARE, "clusters": "a whole number from 1 to 100"},
     "climb": {"dual_lr": FROM_0, "tolerance": FROM_0, "block": COUNT, "largest": ABOVE_0},
     "clip2fl": {
         "distil": FROM_0, "temperature": ABOVE_0, "contrast": FROM_0, "contrast_temperature": ABOVE_0,

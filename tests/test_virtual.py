@@ -53,6 +53,7 @@ INSIDE = {
 }
 """Once in a client's work: which operation, and why."""
 BESIDE = {
+    "cfl": (3, "who takes part, from which cluster, and how updates lie decides who parts, on the host"),
     "fedas": (1, "what bodies weigh is what their clients send"),
     "fedgh": (1, "who holds a class decides shapes"),
     "fedpac": (4, "who has examples decides shapes; least squares are scipy's, which has two tensors and gives one"),
