@@ -98,6 +98,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "personal_rule": "'P0', 'P1' or 'P2'", "frame": "'sse_c' or 'random'", "realign": FLAG, "auxiliary": FLAG,
     },
     "fednh": {"smoothing": SHARE, "scale": ABOVE_0},
+    "fedmtl": {"pull": FROM_0, "relations": "'learned' or 'mean'"},
     "fedntd": {"distil": FROM_0, "temperature": ABOVE_0},
     "fedpac": {"align": FROM_0, "head_lr": FROM_0, "combine": FLAG},
     "fedproto": {"pull": FROM_0},

@@ -56,6 +56,7 @@ BESIDE = {
     "cfl": (3, "who takes part, from which cluster, and how updates lie decides who parts, on the host"),
     "fedas": (1, "what bodies weigh is what their clients send"),
     "fedgh": (1, "who holds a class decides shapes"),
+    "fedmtl": (1, "relations are made of eigenvectors, and they may not be found"),
     "fedpac": (4, "who has examples decides shapes; least squares are scipy's, which has two tensors and gives one"),
     "fedproto": (1 + COHORT, "only what is known is sent: each payload, down and up, is asked how much that is"),
     WITH_PARTS[0]: (2, "whose uploads are decoded, and what they weigh in the rule"),

@@ -21,6 +21,7 @@ NO_MEAN_OF_BODIES = {
     "fedas": "bodies count by the trace of their Fisher information",
     "feddistill": "logits of each class travel, over the clients that hold it",
     "fedgh": "means of each class travel, on which the server trains a head",
+    "fedmtl": "the server keeps a model for each client",
     "fedproto": "means of each class travel, over the clients that hold it",
     "local": "nothing is sent",
     "pfedhn": "what clients changed goes back through the hypernetwork, each alike; a mean is of statistics only",
