@@ -59,6 +59,7 @@ BESIDE = {
     "fedmtl": (1, "relations are made of eigenvectors, and they may not be found"),
     "fedpac": (4, "who has examples decides shapes; least squares are scipy's, which has two tensors and gives one"),
     "fedproto": (1 + COHORT, "only what is known is sent: each payload, down and up, is asked how much that is"),
+    "ifca": (2, "whose choices weigh in the means of each cluster's body and head"),
     WITH_PARTS[0]: (2, "whose uploads are decoded, and what they weigh in the rule"),
     WITH_PARTS[1]: (1, "whose uploads they are"),
 }

@@ -39,6 +39,7 @@ AFTER_THE_MEAN = {
     "fednova": "an update is divided by its client's number of steps",
     "fedyogi": "the server's step is Yogi's",
     "qfedavg": "the step is shorter than to the mean, which counts losses besides",
+    "ifca": "a cluster's mean is of those that chose it",
 }
 
 
