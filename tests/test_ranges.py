@@ -81,6 +81,7 @@ FIELDS: dict[str, dict[str, str]] = {
     "feddyn": {"alpha": FROM_0},
     "fedgela": {"temperature": ABOVE_0},
     "fedgh": {"server_epochs": EPOCHS, "server_lr": FROM_0},
+    "fedem": {"components": "a whole number from 1 to 100", "newcomer_steps": STEPS},
     "fedgrab": {
         "proportional": FROM_0, "integral": FROM_0, "differential": FROM_0, "slope": ABOVE_0, "limit": ABOVE_0,
         "rest": SHARE,
