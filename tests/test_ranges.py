@@ -113,6 +113,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "distil": FROM_0, "temperature": ABOVE_0, "warmup": COUNT, "tau": FROM_0, "own": SHARE,
         "mixing": "'once' or 'drift'",
     },
+    "fml": {"learn": SHARE, "teach": SHARE},
     "gbme": {"experts": "1 or 3", "prior": "'estimated' or 'uniform'", "together": SHARE, "own": SHARE},
     "ifca": {"clusters": "a whole number from 1 to 100"},
     "knnper": {
