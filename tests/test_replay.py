@@ -26,9 +26,9 @@ from bench.tree import Tree
 STACKABLE = [name for name in ALGORITHMS if ALGORITHMS[name]().stackable]
 WITH_LOSSES = ["fedavg+focal(gamma=1)", "fedavg+logit_adjustment", "fedavg+calibrated", "fedavg+lade"]
 WITH_PARTS = [*WITH_LOSSES, "fedrep+topk", "fedrep+sign", "fedavg+qsgd"]
-BY_ROUND = {"fedrela"}
-"""Methods whose clients look at the round."""
-ALIKE = {"gbme": "gbme(together=1)"}
+BY_ROUND = {"fed3r", "fedrela"}
+"""Methods whose clients look at the round, or work once."""
+ALIKE = {"fedncm": "fedncm(finetune=True)", "gbme": "gbme(together=1)"}
 """Methods that do otherwise in late rounds, doing in all the same."""
 EVERYBODY = replace(toy.SETTING, participation=1.0, rounds=5, epochs=1, eval_every=5)
 """The same groups of clients in every round."""

@@ -54,6 +54,7 @@ INSIDE = {
 """Once in a client's work: which operation, and why."""
 BESIDE = {
     "cfl": (3, "who takes part, from which cluster, and how updates lie decides who parts, on the host"),
+    "fed3r": (1, "whom it has asked decides whom it asks"),
     "fedas": (1, "what bodies weigh is what their clients send"),
     "fedgh": (1, "who holds a class decides shapes"),
     "fedmtl": (1, "relations are made of eigenvectors, and they may not be found"),

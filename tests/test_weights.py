@@ -17,11 +17,13 @@ from tests.by_hand import SHORT
 FEDERATED = [name for name in sorted(ALGORITHMS) if "pooled" not in ALGORITHMS[name]().needs]
 NO_MEAN_OF_BODIES = {
     "afl": "clients count by weights that follow their losses, and start alike",
+    "fed3r": "sums over examples travel, and the head is solved for",
     "fedamp": "the server keeps a model for each client",
     "fedas": "bodies count by the trace of their Fisher information",
     "feddistill": "logits of each class travel, over the clients that hold it",
     "fedgh": "means of each class travel, on which the server trains a head",
     "fedmtl": "the server keeps a model for each client",
+    "fedncm": "means of each class travel, by how many examples they are of",
     "fedproto": "means of each class travel, over the clients that hold it",
     "local": "nothing is sent",
     "pfedhn": "what clients changed goes back through the hypernetwork, each alike; a mean is of statistics only",
