@@ -75,6 +75,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "margin": FROM_0, "scale": ABOVE_0, "steps": STEPS, "features_per_class": COUNT, "distil": SHARE,
         "temperature": ABOVE_0, "start": "'averaged' or 'previous'",
     },
+    "fedcp": {"pull": FROM_0},
     "feddbe": {"pull": FROM_0, "feature_momentum": SOME, "personal_bias": FLAG},
     "feddc": {"alpha": FROM_0, "drift": FLAG},
     "feddisco": {"penalty": FROM_0, "offset": FROM_0},
