@@ -42,6 +42,8 @@ class Part(Ranged, ABC):
     """As an algorithm's."""
     later: ClassVar[Mapping[str, object]] = {}
     """As an algorithm's."""
+    aliases: ClassVar[Mapping[str, str]] = {}
+    """Names that papers have for rows with it, and these as on the command line: {"fedlc": "fedavg+calibrated"}."""
 
     @property
     def tier(self) -> str:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bench.algorithm import Adaptation, Algorithm
     from bench.dataset import Dataset
 
-KINDS = ("algorithms", "sets", "parts", "datasets", "models", "settings", "partitions")
+KINDS = ("algorithms", "sets", "aliases", "parts", "datasets", "models", "settings", "partitions")
 PLUGINS: Mapping[str, Registry[Any]] = {
     "algorithms": ALGORITHMS,
     "parts": PARTS,
@@ -121,6 +121,8 @@ def describe(kind: str, name: str, dataset: str) -> dict[str, Any]:
         return {**described, "setting": _default_setting(DATASETS[name]())}
     if kind == "models":
         return _describe_model(name)
+    if kind == "aliases":
+        return _describe_composed(name)
     described = {"name": name, "kind": kind, "documentation": _builtins(kind)[name]}
     if kind == "sets":
         return {**described, "algorithms": _members(name)}
@@ -253,7 +255,9 @@ def _members(called: str) -> list[str]:
 
 
 def _builtins(kind: str) -> Mapping[str, str]:
-    """Give the docstrings of what is no plug-in."""
+    """Give the docstrings of what is no plug-in; of an alias the row that it stands for."""
+    if kind == "aliases":
+        return declarations.aliases()
     if kind == "sets":
         from bench.protocol.sets import PREFIX, SETS
 

@@ -15,7 +15,7 @@ from bench.face.asked import DEFAULT_DATASET
 from bench.system import text
 
 _WIDTH = 120  # of the documentation beside it
-_KINDS = ("algorithms", "sets", "parts", "datasets", "models", "settings", "partitions")
+_KINDS = ("algorithms", "sets", "aliases", "parts", "datasets", "models", "settings", "partitions")
 _CONTROLS = "controls"
 
 
@@ -67,7 +67,7 @@ def _list_controls(known: Mapping[str, Mapping[str, str]], as_json: bool) -> Non
 @click.option("--dataset", default=DEFAULT_DATASET, show_default=True, help="Show a setting as it is for this.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def show_command(name: str, plugin: Path | None, kind: str | None, dataset: str, as_json: bool) -> None:
-    """Say what an algorithm, set, part, dataset, model, setting or partition is, and which parameters it takes.
+    """Say what an algorithm, set, alias, part, dataset, model, setting or partition is, and which parameters it takes.
 
     \b
     bench show fedloge

@@ -18,10 +18,11 @@ from bench.contract import checks, extremes, sayings, toy
 from bench.contract.promises import Finding, findings, require
 from bench.data import Batch
 from bench.part import Aggregation, Channel, Correction, LearnedCorrection, Loss, Part, UsesPrior
-from bench.plugins.registry import PARTS
+from bench.plugins.registry import ALGORITHMS, PARTS
 from bench.protocol import composed
 from bench.protocol.composed import Composed
 from bench.protocol.composition import compose, is_neutral
+from bench.protocol.spelling import parse_algorithms
 from bench.training import engine as engines
 from bench.training.rounds import Run
 from bench.tree import Tree
@@ -66,6 +67,14 @@ def docstring_says_it(part: type[Part]) -> None:
 
 
 _SAYS = ("Kind", "Learns", "Departs")
+
+
+def aliases_are_rows(part: type[Part]) -> None:
+    """What it says stands for a row with it is no algorithm's name, and stands for one row with it."""
+    for alias, row in part.aliases.items():
+        require(alias not in ALGORITHMS, f"aliases: {alias} is an algorithm")
+        found = parse_algorithms(row)
+        require(len(found) == 1 and part in map(type, found[0].pieces), f"aliases: {row} is not one row with it")
 
 
 def changes_what_it_says(part: type[Part]) -> None:
@@ -306,6 +315,7 @@ PROMISES: Mapping[str, Callable[[type[Part]], None]] = {
     "the name is the file's name": name_is_file_name,
     "defaults construct, frozen, repr evaluates back": sayings.defaults_construct,
     "the docstring says kind, what the server learns, departures": docstring_says_it,
+    "its aliases are rows with it": aliases_are_rows,
     "later fields have their defaults": sayings.later_fields_have_defaults,
     "it changes what it says": changes_what_it_says,
     "off is off": neutral_is_off,

@@ -28,6 +28,7 @@ class Calibrated(UsesPrior, Loss):
     neutral: ClassVar[Mapping[str, object]] = {"tau": 0.0, "denominator": "all"}
     paper: ClassVar[Mapping[str, object]] = {"denominator": "others"}
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]] | None] = {"tau": (0.1, 10.0)}
+    aliases: ClassVar[Mapping[str, str]] = {"fedlc": "fedavg+calibrated"}
 
     tau: Annotated[float, Interval(ge=0, le=100)] = 1.0
     """How large margins are; from 0.5 to 1 is common."""

@@ -27,6 +27,7 @@ class RestrictedSoftmax(Loss):
 
     neutral: ClassVar[Mapping[str, object]] = {"alpha": 1.0}
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]] | None] = {"alpha": [0.1, 0.5, 0.9]}
+    aliases: ClassVar[Mapping[str, str]] = {"fedrs": "fedavg+restricted_softmax"}
 
     alpha: Literal["out"] | Share = 0.5
     """Times the logit of a class that the client lacks (paper: 0.1, 0.5, 0.9); or "out": it leaves the softmax."""

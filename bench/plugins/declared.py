@@ -7,7 +7,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from bench.plugins.registry import ALGORITHMS, Registry
+from bench.plugins.registry import ALGORITHMS, PARTS, Registry
 
 
 def source(kind: str, name: str) -> str | None:
@@ -32,3 +32,8 @@ def declared(registry: Registry[Any], name: str, variable: str) -> Any:
 def controls(method: str) -> dict[str, str]:
     """Give the rows that a method says it must be compared with, and what each answers; none of what is no method."""
     return dict(declared(ALGORITHMS, method, "controls") or {}) if method in ALGORITHMS else {}
+
+
+def aliases() -> dict[str, str]:
+    """Give the names that papers have for methods with parts, and each such row as on the command line."""
+    return {alias: row for part in PARTS for alias, row in (declared(PARTS, part, "aliases") or {}).items()}

@@ -79,7 +79,7 @@ def _meant(known: Mapping[str, Sequence[Row]], word: str) -> list[str]:
 def _choose(known: Mapping[str, Sequence[Row]], word: str) -> str:
     if (label := meant(word, known)) is not None:
         return label
-    wanted = _call(word)
+    wanted = _call(*unfold(word))
     fitting = [label for label, (row, *_) in known.items() if _fits(wanted, row)]
     if not fitting:
         raise BadConfig(f"there are no results of {word}; {near(word, known)}")
