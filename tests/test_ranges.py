@@ -81,6 +81,10 @@ FIELDS: dict[str, dict[str, str]] = {
     "feddisco": {"penalty": FROM_0, "offset": FROM_0},
     "feddistill": {"distil": FROM_0},
     "feddyn": {"alpha": FROM_0},
+    "fedetf": {
+        "projection": f"{COUNT}, or None", "scale": ABOVE_0, "alternations": EPOCHS, "finetune_epochs": EPOCHS,
+        "head_lr": ABOVE_0, "projection_lr": ABOVE_0,
+    },
     "fedgela": {"temperature": ABOVE_0},
     "fedgh": {"server_epochs": EPOCHS, "server_lr": FROM_0},
     "fedem": {"components": "a whole number from 1 to 100", "newcomer_steps": STEPS},
