@@ -123,6 +123,7 @@ FIELDS: dict[str, dict[str, str]] = {
     "fml": {"learn": SHARE, "teach": SHARE},
     "gbme": {"experts": "1 or 3", "prior": "'estimated' or 'uniform'", "together": SHARE, "own": SHARE},
     "ifca": {"clusters": "a whole number from 1 to 100"},
+    "gpfl": {"magnitude": FROM_0, "decay": FROM_0},
     "knnper": {
         "neighbours": COUNT, "scale": ABOVE_0, "share": f"{SHARE}, or None", "aside": "a number above 0 and below 1",
     },
