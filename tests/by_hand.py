@@ -19,9 +19,10 @@ SHORT: dict[str, dict[str, Any]] = {
     "fediic": {"spread_steps": 2},
     "fedloge": {"etf_steps": 10},
     "fedrep": {"head_epochs": 1},
+    "pfedme": {"inner_steps": 2},
     "rucr": {"head_epochs": 1},
 }
-"""Fields with which methods whose servers or heads take long take little; what is done is the same."""
+"""Fields with which methods whose servers, heads or solvers take long take little; what is done is the same."""
 
 
 def data_of(run: Run, client: int, round: int = 0) -> LocalData:

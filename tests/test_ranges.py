@@ -139,6 +139,7 @@ FIELDS: dict[str, dict[str, str]] = {
     },
     "qfedavg": {"q": FROM_0},
     "pfedsim": {"warm_up": SHARE},
+    "pfedme": {"pull": FROM_0, "inner_steps": STEPS, "outer_lr": f"{FROM_0}, or None", "server_lr": FROM_0},
     "ratio_loss": {"beta": FROM_0, "rivals": SHARE},
     "redgrape": {"balance": FROM_0, "per_class": COUNT, "attract": FLAG},
     "rucr": {
