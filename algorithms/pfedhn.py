@@ -21,12 +21,10 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
-import torch.nn.functional as F
 from annotated_types import Interval
-from torch import Tensor
 
 from bench import Algorithm, LocalData, Task, Tree, Uploads, keys, register, tree
-from bench.models.layers import apply_linear, linear
+from bench.models.hypernetwork import hypernetwork, write
 from bench.optim import Sgd
 from bench.ranges import Count, Momentum, Strength
 
@@ -64,14 +62,11 @@ class PFedHN(Algorithm):
 
     def init_server(self, task: Task) -> Tree:
         """Draw an embedding for each client, (N, e), and the layers: of the output's, leaves (hidden_size, ...)."""
-        key, e, h = task.server_key("hypernetwork"), self.embedding_size or 1 + task.num_clients // 4, self.hidden_size
+        key, size = task.server_key("hypernetwork"), self.embedding_size or 1 + task.num_clients // 4
         statistics, model = tree.split(task.init(), tree.is_statistic)
-        inputs = [e] + [h] * self.hidden_layers
-        writer: Tree = {
-            "embeddings": keys.normal(keys.fold(key, "embeddings"), task.num_clients, e),
-            "hidden": {str(k): linear(keys.fold(key, k), h, size) for k, size in enumerate(inputs)},
-            "output": {"weight": tree.map(lambda leaf: leaf.new_zeros(h, *leaf.shape), model), "bias": model},
-        }
+        embeddings = keys.normal(keys.fold(key, "embeddings"), task.num_clients, size)
+        writer = hypernetwork(key, size, self.hidden_size, self.hidden_layers, model)
+        writer = {"embeddings": embeddings, **writer}
         return {**writer, "momentum": self.rule.start(writer), "statistics": statistics}
 
     def broadcast(self, task: Task, server: Tree) -> Tree:
@@ -100,12 +95,3 @@ class PFedHN(Algorithm):
     def global_model(self, task: Task, server: Tree) -> Tree | None:
         """There is none."""
         return None
-
-
-def write(writer: Tree, embeddings: Tensor) -> Tree:
-    """Turn embeddings, (K, e), into models: leaves (K, ...), running statistics apart."""
-    first, *others = writer["hidden"].values()
-    z = apply_linear(first, embeddings)
-    for layer in others:
-        z = apply_linear(layer, F.relu(z))
-    return tree.map(lambda w, b: b + torch.tensordot(z, w, 1), writer["output"]["weight"], writer["output"]["bias"])

@@ -132,6 +132,10 @@ FIELDS: dict[str, dict[str, str]] = {
     "local": {"budget": "'matched' or 'converged'"},
     "moon": {"mu": FROM_0, "temperature": ABOVE_0},
     "perfedavg": {"order": "'fo' or 'hf'", "inner_rate": FROM_0, "delta": ABOVE_0, "steps": COUNT},
+    "pefll": {
+        "descriptor_size": f"{COUNT}, or None", "hidden_size": COUNT, "hidden_layers": "a whole number from 1 to 100",
+        "server_lr": FROM_0,
+    },
     "pfedfda": {"blend": f"{SHARE}, or None", "ridge": ABOVE_0},
     "mr_mtl": {"pull": FROM_0},
     "pfedhn": {

@@ -26,6 +26,7 @@ NO_MEAN_OF_BODIES = {
     "fedncm": "means of each class travel, by how many examples they are of",
     "fedproto": "means of each class travel, over the clients that hold it",
     "local": "nothing is sent",
+    "pefll": "as of pfedhn, and the gradient of what describes clients counts each alike",
     "pfedhn": "what clients changed goes back through the hypernetwork, each alike; a mean is of statistics only",
 }
 HEADS = {"lg_fedavg": "bodies stay with their clients, and heads are averaged"}
