@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from bench import Tree, Uploads, tree
+from bench import Batch, Tree, Uploads, evaluating, tree
 from bench.contract import toy
 from bench.plugins.registry import ALGORITHMS
+from bench.training import engine as engines
 from bench.training.rounds import Run
 from bench.tree import largest_difference
 from tests.by_hand import data_of
@@ -128,6 +130,36 @@ def test_running_statistics_are_means_and_have_no_sensitivity() -> None:
     statistics, params = tree.split(tree.sub(found, server), tree.is_statistic)
     assert all(torch.allclose(leaf, torch.tensor(2.0)) for leaf in tree.flatten(statistics).values())
     assert all(torch.allclose(leaf, torch.tensor(1.0), atol=1e-5) for leaf in tree.flatten(params).values())
+
+
+def test_padding_has_no_say_in_it() -> None:
+    """Of stacked clients one has a batch, and three of nothing but padding."""
+    run = run_of("elastic")
+    visits = [run.population.visit(k, 0, {}) for k in (0, 4)]
+    images, shared = run.population.images, run.progress.server
+    results, _ = engines.BY_NAME["stacked"](run.algorithm.local_update, run.task_at(0), shared, images, visits)
+    for client, (upload, _) in zip((0, 4), results, strict=True):
+        alone = toy.upload_once(run, client)[0]["sensitivity"]
+        assert largest_difference(upload["sensitivity"], alone) < 1e-4
+
+
+def test_it_is_measured_in_evaluation_mode() -> None:
+    run = run_of("elastic", setting=BATCH_NORM)
+    task, (batch,) = run.task_at(0), data_of(run, 1).batches(1, "sensitivity")
+
+    def length(params: Tree, batch: Batch) -> Tensor:
+        return task.logits(params, batch.x).square().sum(1).mean()
+
+    def still(params: Tree, batch: Batch) -> Tensor:
+        with evaluating():
+            return length(params, batch)
+
+    measured, wanted, other = (
+        toy.upload_once(run, 1)[0]["sensitivity"],
+        *(tree.map(torch.abs, task.gradient(each, run.progress.server, batch)[1]) for each in (still, length)),
+    )
+    scale = tree.norm(wanted)
+    assert tree.norm(tree.sub(measured, wanted)) < 1e-3 * scale < tree.norm(tree.sub(other, wanted))
 
 
 def test_twice_as_much_comes_up_after_one_epoch_more() -> None:
