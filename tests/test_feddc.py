@@ -127,6 +127,7 @@ def test_without_drift_and_pull_it_is_scaffold(participation: float, engine: str
     scaffold = toy.finish(run_of("scaffold", engine, setting, NOBODY_EMPTY)).progress.server
     assert largest_difference(model(run.progress.server), model(scaffold)) < 1e-5
     assert largest_difference(mean_of_all(run.progress.server, "control"), scaffold["control"]) < 1e-4
+    assert all(not tree.norm(run.store[k]["drift"]) for k in run.store.clients())
 
 
 @ENGINES
