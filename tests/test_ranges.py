@@ -88,6 +88,9 @@ FIELDS: dict[str, dict[str, str]] = {
     "fedgela": {"temperature": ABOVE_0},
     "fedgh": {"server_epochs": EPOCHS, "server_lr": FROM_0},
     "fedem": {"components": "a whole number from 1 to 100", "newcomer_steps": STEPS},
+    "fedfomo": {
+        "peers": EPOCHS, "explore": SHARE, "decay": SHARE, "aside": NOT_ALL, "baseline": "'before' or 'trained'",
+    },
     "fedgrab": {
         "proportional": FROM_0, "integral": FROM_0, "differential": FROM_0, "slope": ABOVE_0, "limit": ABOVE_0,
         "rest": SHARE,

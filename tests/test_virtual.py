@@ -49,6 +49,7 @@ WITH_PARTS = (
 SETUP, ROUND, TRIP = 19, 1, 2
 INSIDE = {
     "balancefl": ("_linalg_eigh", "the root of a covariance is made of its eigenvectors, and they may not be found"),
+    "fedfomo": ("_local_scalar_dense", "how many examples lie aside decides shapes, where clients are not padded"),
     "knnper": ("_local_scalar_dense", "how many examples lie aside decides shapes, where clients are not padded"),
 }
 """Once in a client's work: which operation, and why."""

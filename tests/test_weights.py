@@ -22,6 +22,7 @@ NO_MEAN_OF_BODIES = {
     "fedas": "bodies count by the trace of their Fisher information",
     "feddistill": "logits of each class travel, over the clients that hold it",
     "fedgh": "means of each class travel, on which the server trains a head",
+    "fedfomo": "the server keeps a model for each client",
     "fedmtl": "the server keeps a model for each client",
     "fedncm": "means of each class travel, by how many examples they are of",
     "fedproto": "means of each class travel, over the clients that hold it",
