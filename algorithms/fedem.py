@@ -39,7 +39,7 @@ class FedEM(Algorithm):
     }
 
     components: Annotated[int, Interval(ge=1, le=100)] = 3
-    """How many distributions there are (paper: M = 3)."""
+    """How many distributions there are (paper: M = 3); at first each model learns at an M-th of the learning rate."""
     newcomer_steps: Steps = 10
     """Steps of a newcomer's weights; each takes as much as an addition (paper: until they stand still)."""
 

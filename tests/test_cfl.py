@@ -69,6 +69,13 @@ def test_whoever_pulls_the_other_way_leaves_and_both_parts_take_their_own_mean()
     assert bias(run, None) == before  # what it was before they parted
 
 
+def test_how_far_clients_went_does_not_count_in_who_leaves() -> None:
+    """By inner products the shortest update would be by itself, near none."""
+    run = start(short=0.9)
+    found = pulled(run, {0: [9.0, 1.0], 1: [0.1, -0.02], 2: [-0.1, 3.0], 3: [-0.02, 0.1], 5: [5.0, -1.0]})
+    assert [found[k] for k in (0, 1, 5)] == [0] * 3 and [found[k] for k in (2, 3)] == [1] * 2
+
+
 def test_the_larger_part_stays_and_with_it_whoever_never_took_part() -> None:
     run = start()
     assert pulled(run, {0: [-1.0], 1: [1.0], 2: [1.0, 0.1], 5: [-1.1], 6: [-1.0, 0.1]}) == [0, 1, 1, 0, 0, 0, 0, 0]
@@ -91,6 +98,15 @@ def test_for_the_absent_stands_what_they_last_changed() -> None:
     other.progress.server = run.progress.server
     found = pulled(other, {0: [-1.0], 1: [1.0], 2: [-1.0], 3: [1.0]})
     assert found in ([0, 1] * 4, [1, 0] * 4)
+
+
+def test_a_part_of_which_nobody_was_there_goes_on_from_where_all_were() -> None:
+    run, other = start(short=0.0), start(short=0.8)
+    pulled(run, {k: [5.0] if k in (1, 3, 5) else [-1.0] for k in range(8)})
+    other.progress.server, before = run.progress.server, bias(run, 1)
+    found = pulled(other, {0: [-1.0, 1.0], 2: [-1.0, -1.0], 4: [-1.0, 1.0], 6: [-1.0, -1.0]})
+    assert found == [0, 1, 0, 1, 0, 1, 0, 0]
+    assert bias(other, 1) == before and bias(other, 0)[0] == pytest.approx(before[0] - 1.0)
 
 
 @pytest.mark.parametrize(

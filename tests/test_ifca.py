@@ -83,6 +83,19 @@ def test_a_client_trains_the_model_of_least_loss_and_no_other(client: int) -> No
         assert (largest_difference(cluster(upload, k), before) > 0) == (k == mine)
 
 
+def test_all_examples_count_alike_in_the_choice() -> None:
+    """Of 300, the 256 of a first batch have label 0 and cost 0.52 or 2.07, the other 44 label 1 and 2.52 or 0.57."""
+    run = start(sizes=(300, *[20] * 7))
+    rows = run.population.index[0]
+    run.population.images.y[rows] = (torch.arange(300) >= 256).long()
+    nothing, server = tree.zeros_like(run.task.init()), run.progress.server
+    for k, likes in enumerate(([2.0, 0.0], [0.5, 2.0])):
+        server["body"][f"cluster{k}"] = nothing["body"]
+        server["head"][f"cluster{k}"] = {**nothing["head"], "bias": torch.tensor([*likes, 0.0, 0.0, 0.0, 0.0])}
+    assert costs(run, 0) == pytest.approx([244 / 300, 555 / 300], abs=0.01)
+    assert method(run).choice(run.task, server, data_of(run, 0)).tolist() == [1.0, 0.0]
+
+
 def test_of_equal_models_the_first_is_chosen() -> None:
     run = start(clusters=3)
     server = run.progress.server
