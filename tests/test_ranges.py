@@ -125,6 +125,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "mixing": "'once' or 'drift'",
     },
     "fml": {"learn": SHARE, "teach": SHARE},
+    "fpl": {"contrast": FROM_0, "pull": FROM_0, "temperature": ABOVE_0, "most": COUNT},
     "gbme": {"experts": "1 or 3", "prior": "'estimated' or 'uniform'", "together": SHARE, "own": SHARE},
     "ifca": {"clusters": "a whole number from 1 to 100"},
     "gpfl": {"magnitude": FROM_0, "decay": FROM_0},

@@ -62,6 +62,7 @@ BESIDE = {
     "fedpac": (4, "who has examples decides shapes; least squares are scipy's, which has two tensors and gives one"),
     "fedproto": (1 + COHORT, "only what is known is sent: each payload, down and up, is asked how much that is"),
     "ifca": (2, "whose choices weigh in the means of each cluster's body and head"),
+    "fpl": (5, "clusters are found on the host, which has three tensors and gives one; those sent are counted"),
     WITH_PARTS[0]: (2, "whose uploads are decoded, and what they weigh in the rule"),
     WITH_PARTS[1]: (1, "whose uploads they are"),
 }
