@@ -113,6 +113,7 @@ FIELDS: dict[str, dict[str, str]] = {
     "fedntd": {"distil": FROM_0, "temperature": ABOVE_0},
     "fedpac": {"align": FROM_0, "head_lr": FROM_0, "combine": FLAG},
     "fedphp": {"transfer": "'mmd' or 'kd'", "weight": SHARE, "temperature": ABOVE_0, "inherit": NOT_ALL},
+    "fedproc": {"contrast": SHARE},
     "fedproto": {"pull": FROM_0},
     "fedprox": {"mu": FROM_0},
     "fedrela": {"start": SHARE, "top": SHARE},
