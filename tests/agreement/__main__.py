@@ -1,0 +1,90 @@
+"""The study: `python -m tests.agreement METHOD... --code FOLDER [--seeds N] [--json FILE] [--write FILE]`.
+
+FOLDER is the authors' checkout, or holds several, each called as its repository: FOLDER/FedRep. Without METHOD all are
+done of which there is one. Some minutes on one core for all methods and five seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pkgutil
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.agreement import authors, report
+from tests.agreement.problem import Case, Problem
+from tests.agreement.report import Row
+
+METHODS = tuple(sorted(module.name for module in pkgutil.iter_modules(authors.__path__)))
+
+
+def compared(method: str, case: Case, folder: Path, seeds: int, usual: dict[Any, float | None]) -> list[Row]:
+    """Do a case with some seeds: a row for each metric.
+
+    Args:
+        method: Its name.
+        case: The case.
+        folder: Of the authors' code.
+        seeds: How many.
+        usual: What FedAvg has by setting, seed and metric; what is missing is put in.
+    """
+    module = import_module(f"{authors.__name__}.{method}")
+    rows = [Row(method, case.name, f"{module.REPOSITORY}@{module.COMMIT}", metric) for metric in case.metrics]
+    for seed in range(seeds):
+        problem = Problem(case, seed)
+        ours, measured = problem.ours()
+        theirs = case.theirs(problem, folder)
+        tested = problem.tested(theirs)
+        for row in rows:
+            row.ours.append(measured[row.metric])
+            row.theirs.append(tested[row.metric])
+            row.apart.append(problem.apart(row.metric, theirs, ours))
+            row.fedavg.append(_of_fedavg(case, problem, row.metric, usual))
+    return rows
+
+
+def _of_fedavg(case: Case, problem: Problem, metric: str, usual: dict[Any, float | None]) -> float | None:
+    key = problem.setting, problem.seed
+    if (*key, metric) not in usual:
+        plain = Problem(Case("", case.theirs, case.metrics, "fedavg", setting=case.setting), problem.seed)
+        usual |= {(*key, name): value for name, value in plain.ours()[1].items()}
+    return usual[*key, metric]
+
+
+def main() -> None:
+    """Do what was asked for, tell, and write it down."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--code", type=Path, required=True, help="the authors' checkout, or a folder of several")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="of all rows, in which those done now are put")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="whose table is written anew from all rows")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = report.read(given.json)
+    usual: dict[Any, float | None] = {}
+    for method in given.methods or METHODS:
+        if method not in METHODS:
+            parser.error(f"{method}: there is {', '.join(METHODS)}")
+        module = import_module(f"{authors.__name__}.{method}")
+        folder = given.code.resolve()
+        own = folder / module.REPOSITORY.split("/")[1]
+        for case in module.CASES:
+            began = time.perf_counter()
+            found = compared(method, case, own if own.is_dir() else folder, given.seeds, usual)
+            rows = report.put(rows, found)
+            if given.json is not None:
+                given.json.write_text(json.dumps([vars(row) for row in rows], indent=1) + "\n")
+            seconds = time.perf_counter() - began
+            print(f"{report.table(found)}\n{seconds / given.seeds:.1f} s a seed\n", flush=True)
+    if given.write is not None:
+        report.write(given.write, rows)
+
+
+if __name__ == "__main__":
+    main()
