@@ -1,4 +1,5 @@
-"""The study: `python -m tests.agreement METHOD... --code FOLDER [--seeds N] [--json FILE] [--write FILE]`.
+"""The study: `python -m tests.agreement METHOD... --code FOLDER [--seeds N] [--rounds N]
+[--json FILE] [--write FILE]`.
 
 FOLDER is the authors' checkout, or holds several, each called as its repository: FOLDER/FedRep. Without METHOD all are
 done of which there is one. Some minutes on one core for all methods and five seeds.
@@ -10,6 +11,7 @@ import argparse
 import json
 import pkgutil
 import time
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,7 @@ def main() -> None:
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--code", type=Path, required=True, help="the authors' checkout, or a folder of several")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, help="instead of the case's, for a quick look")
     parser.add_argument("--json", type=Path, metavar="FILE", help="of all rows, in which those done now are put")
     parser.add_argument("--write", type=Path, metavar="FILE", help="whose table is written anew from all rows")
     given = parser.parse_args()
@@ -75,6 +78,8 @@ def main() -> None:
         folder = given.code.resolve()
         own = folder / module.REPOSITORY.split("/")[1]
         for case in module.CASES:
+            if given.rounds is not None:
+                case = replace(case, setting={**case.setting, "rounds": given.rounds})
             began = time.perf_counter()
             found = compared(method, case, own if own.is_dir() else folder, given.seeds, usual)
             rows = report.put(rows, found)

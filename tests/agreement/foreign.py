@@ -81,9 +81,9 @@ def opened(
             sys.path[:] = path
             os.environ.clear()
             os.environ.update(environment)
-            for name in sys.modules.keys() - before.keys():
-                if name in instead or _lies_in(sys.modules[name], folder):
-                    del sys.modules[name]
+            new = sys.modules.keys() - before.keys()
+            for name in [name for name in new if name in instead or _lies_in(sys.modules[name], folder)]:
+                del sys.modules[name]
             sys.modules.update(covered)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,19 +24,21 @@ SETTING = Setting(
     model="mlp",
     clients=20,
     participation=0.4,
-    rounds=50,
+    rounds=30,
     epochs=2,
     batch_size=16,
     lr=0.05,
     imbalance=10.0,
     alpha=0.5,
-    eval_every=50,
+    eval_every=30,
 )
 """Digits with a tail of 10: some 25 images a client, seconds a run."""
 
 
 Plan: TypeAlias = tuple[str | None, ...]
 """Passes over a client's examples in a round: see `Problem.loader`."""
+Pairs: TypeAlias = list[tuple[Tensor, Tensor]]
+"""Images and labels, of batches or one by one."""
 _CHOICE = np.random.choice
 
 
@@ -103,6 +105,7 @@ class Problem:
         """Which of `everything` are whose."""
         self._owner = {row: k for k in self.clients for row in self.rows[k]}
         self._passes: dict[tuple[int, Plan], int] = {}
+        self._made: dict[tuple[int, str], Pairs] = {}
 
     # What is handed out ---------------------------------------------------------------------------
 
@@ -121,6 +124,7 @@ class Problem:
     def again(self) -> None:
         """Begin all plans of batches anew."""
         self._passes.clear()
+        self._made.clear()
 
     def drawn(self, pool: object, *positional: Any, **named: Any) -> Any:
         """Draw the cohort where numpy's `choice` is asked for some of the clients; anything else as it does."""
@@ -146,17 +150,21 @@ class Problem:
 
         return make
 
-    def batches(self, client: int, plan: Plan) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, client: int, plan: Plan) -> Pairs:
         """Give the batches of the next pass of a plan."""
         turn = self._passes.get((client, plan), 0)
         self._passes[client, plan] = turn + 1
         planned = plan[turn] if turn < len(plan) else None
-        data = self.data(client, max(self.round, 0))
         if planned is None:
-            return ((batch.x, batch.y) for batch in data.plain_batches(self.setting.batch_size))
+            size = self.setting.batch_size
+            return list(zip(self.examples[client].x.split(size), self.examples[client].y.split(size), strict=True))
         salt, _, epoch = planned.rpartition(" ")
-        batches = list(data.batches(int(epoch) + 1, salt))
-        return ((batch.x, batch.y) for batch in batches[-self.steps(client) :])
+        if (client, salt) not in self._made:
+            epochs = 1 + max(int(each.rpartition(" ")[2]) for each in plan if each and each.rpartition(" ")[0] == salt)
+            batches = self.data(client, max(self.round, 0)).batches(epochs, salt)
+            self._made[client, salt] = [(batch.x, batch.y) for batch in batches]
+        first = int(epoch) * self.steps(client)
+        return self._made[client, salt][first : first + self.steps(client)]
 
     def steps(self, client: int) -> int:
         """Give the number of batches of an epoch."""
@@ -236,8 +244,24 @@ class Stream:
     def __len__(self) -> int:
         return self.problem.steps(self.client)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self.problem.batches(self.client, self.plan)
+    def __iter__(self) -> Pass:
+        return Pass(self.problem.batches(self.client, self.plan))
+
+
+class Pass:
+    """A pass over batches, whose length some ask for."""
+
+    def __init__(self, batches: Pairs) -> None:
+        self.rest, self.length = iter(batches), len(batches)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Pass:
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        return next(self.rest)
 
 
 class Finished(Exception):

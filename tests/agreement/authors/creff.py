@@ -12,9 +12,8 @@ import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,12 +48,12 @@ def _theirs(problem: Problem, folder: Path) -> Models:
     })  # fmt: skip
     with opened(folder, problem.seed) as code:
         main = code.module("main")
-        main.args_parser = lambda: given
+        main.args_parser, main.args = lambda: given, given
         main.ResNet_cifar = lambda **_: problem.network("classifier", lambda z, y: (z, y))
-        main.transforms = SimpleNamespace(Compose=lambda _: lambda x: x, RandomCrop=np.empty, RandomHorizontalFlip=list)
+        main.transforms = MagicMock(Compose=lambda _: lambda x: x)
         server = main.Global(10, "cpu", given, FIELDS["features_per_class"])
         with torch.no_grad():
-            server.feature_syn.copy_(problem.run.progress.server["features"].flatten(0, 1))
+            server.feature_syn.copy_(problem.run.algorithm.init_server(problem.task)["features"].flatten(0, 1))
         retrained: Any = linear(initial["head"]).state_dict()
         for _ in range(setting.rounds):
             cohort, averaged = problem.cohort(), server.download_params()

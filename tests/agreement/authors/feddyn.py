@@ -51,7 +51,7 @@ def _theirs(problem: Problem, folder: Path) -> Models:
 
 DECAY = {"weight_decay": 1e-3}
 FIELDS = {"alpha": ALPHA}
-EQUAL = {"client_weights": "uniform", "partition": "feddf_recut", **DECAY}
+EQUAL = {"client_weights": "uniform", "partition": "feddf_recut", "imbalance": 8.0, **DECAY}
 CASES = (
     Case("as published, clients of one size", _theirs, ("generic",), "feddyn", FIELDS, EQUAL),
     Case("as published, clients of any size", _theirs, ("generic",), "feddyn", FIELDS, DECAY),

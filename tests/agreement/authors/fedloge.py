@@ -73,6 +73,8 @@ def _theirs(problem: Problem, folder: Path, ours: bool = False) -> Models:
             code.module("util.etf_methods").ETF_Classifier.gen_sparse_ETF = lambda *_, **__: frame.weight.detach().T
         with patch("numpy.random.choice", problem.drawn):
             ended = code.script("fedloge.py")
+        for k in set(problem.clients) - started:
+            ended["l_heads"][k].load_state_dict(head.state_dict())
         personal = [
             update.LocalUpdate(given, problem.everything, users[k]).update_weights_norm_init(
                 problem.network("linear"), copy.deepcopy(ended["g_aux"]), None, ended["l_heads"][k], 0, None, 0
@@ -80,7 +82,7 @@ def _theirs(problem: Problem, folder: Path, ours: bool = False) -> Models:
             for k in problem.clients
         ]
         generic = copy.deepcopy(ended["g_aux"])
-        realigned(ended["model"], generic, problem.everything[:1], given, images)
+        realigned(ended["model"], generic, problem.everything, given, images)
     body = tree_of(ended["model"], problem.initial)["body"]
     sums = [tree.add(_head(shared), _head(own)) for shared, own in personal]
     return Models({"body": body, "head": _head(generic)}, [{"body": body, "head": each} for each in sums])

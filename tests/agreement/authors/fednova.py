@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -48,7 +49,7 @@ def _theirs(problem: Problem, folder: Path) -> Models:
     summed = _Sum(len(clients))
     with (
         opened(folder, problem.seed) as code,
-        patch.object(torch.optim.optimizer, "required", object(), create=True),
+        patch.object(import_module("torch.optim.optimizer"), "required", object(), create=True),
         ThreadPoolExecutor(len(clients)) as threads,
     ):
         module = code.module("distoptim.FedNova")

@@ -8,6 +8,7 @@ in each round nothing is left that differs. Tests go nowhere.
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,16 @@ from tests.agreement.problem import Case, Models, Problem, tree_of
 REPOSITORY, COMMIT = "QinbinLi/MOON", "8fcba3c"
 
 
-def _theirs(problem: Problem, folder: Path, alg: str = "moon") -> Models:
-    setting = problem.setting
+def _theirs(problem: Problem, folder: Path, alg: str = "moon", newcomers: bool = True) -> Models:
+    """Run their script.
+
+    Args:
+        problem: The case.
+        folder: Their code.
+        alg: Of their program.
+        newcomers: Whether a client without a last model has a contrast to the initial one.
+    """
+    setting, met = problem.setting, set[int]()
     cohorts = [list(problem.population.cohort(round)) for round in range(setting.rounds)]
     parties: dict[int, Any] = {k: problem.rows[k] for k in problem.clients}
     visits = {k: iter([round for round, cohort in enumerate(cohorts) if k in cohort]) for k in problem.clients}
@@ -36,6 +45,10 @@ def _theirs(problem: Problem, folder: Path, alg: str = "moon") -> Models:
             return whole, whole, problem.everything, problem.everything
         client = next(k for k in problem.clients if parties[k] is rows)
         problem.round = next(visits[client])
+        script: Any = sys.modules["__main__"]
+        if not newcomers and client not in met and problem.round:  # to the received one: that is none
+            script.old_nets_pool[0][client].load_state_dict(script.global_model.state_dict())
+        met.add(client)
         problem.again()
         return problem.loader()(problem.examples[client]), whole, None, None
 
@@ -52,7 +65,7 @@ def _theirs(problem: Problem, folder: Path, alg: str = "moon") -> Models:
         utils = code.module("utils")
         utils.get_dataloader, utils.compute_accuracy = loaders, accuracy
         utils.partition_data = lambda *_, **__: (None, labels, None, None, parties, None)
-        code.module("model").ModelFedCon_noheader = lambda *_: problem.network(says=lambda z, y: (z, z, y))
+        utils.ModelFedCon_noheader = lambda *_: problem.network(says=lambda z, y: (z, z, y))
         parsing = patch("argparse.ArgumentParser.parse_args", lambda _: given)
         with parsing, patch("random.sample", lambda *_: cohorts.pop(0)):
             ended = code.script("main.py")
@@ -62,6 +75,9 @@ def _theirs(problem: Problem, folder: Path, alg: str = "moon") -> Models:
 SETTING = {"momentum": 0.9, "weight_decay": 1e-5, "lr": 0.01}
 CASES = (
     Case("as published, 40 % of the clients", _theirs, ("generic",), "moon", setting=SETTING),
+    Case(
+        "newcomers without a contrast, 40 %", partial(_theirs, newcomers=False), ("generic",), "moon", setting=SETTING
+    ),
     Case("as published, all clients", _theirs, ("generic",), "moon", setting={**SETTING, "participation": 1.0}),
     Case("their FedAvg", partial(_theirs, alg="fedavg"), ("generic",), "fedavg", setting=SETTING),
 )
