@@ -46,7 +46,9 @@ def compared(method: str, case: Case, folder: Path, seeds: int, usual: dict[Any,
             row.ours.append(measured[row.metric])
             row.theirs.append(tested[row.metric])
             row.apart.append(problem.apart(row.metric, theirs, ours))
-            row.fedavg.append(_of_fedavg(case, problem, row.metric, usual))
+            row.fedavg.append(
+                measured[row.metric] if case.algorithm == "fedavg" else _of_fedavg(case, problem, row.metric, usual)
+            )
     return rows
 
 
@@ -63,6 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--code", type=Path, required=True, help="the authors' checkout, or a folder of several")
+    parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name has it")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rounds", type=int, help="instead of the case's, for a quick look")
     parser.add_argument("--json", type=Path, metavar="FILE", help="of all rows, in which those done now are put")
@@ -77,7 +80,7 @@ def main() -> None:
         module = import_module(f"{authors.__name__}.{method}")
         folder = given.code.resolve()
         own = folder / module.REPOSITORY.split("/")[1]
-        for case in module.CASES:
+        for case in (case for case in module.CASES if given.case in case.name):
             if given.rounds is not None:
                 case = replace(case, setting={**case.setting, "rounds": given.rounds})
             began = time.perf_counter()

@@ -3,7 +3,7 @@
 Features have 256 numbers in their code, hence the network `adapter`. Augmentation is switched off, in training and of
 the images whose gradients are taken, which are at most 32 of a class, ten times, and here all that there are: a client
 rarely has more. Features start from our noise, the head that is trained on them from our weights in our order. Less is
-computed at the server than published, on both sides: 20 features a class, 50 steps of matching, 100 epochs.
+computed at the server than published, on both sides: 10 features a class, 30 steps of matching, 50 epochs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.agreement.foreign import opened, options
 from tests.agreement.problem import Case, Models, Problem, linear, tree_of
 
 REPOSITORY, COMMIT = "shangxinyi/CReFF-FL", "fbec98f"
-FIELDS = {"features_per_class": 20, "match_steps": 50, "head_epochs": 100}
+FIELDS = {"features_per_class": 10, "match_steps": 30, "head_epochs": 50}
 
 
 class _Ours:

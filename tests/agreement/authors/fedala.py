@@ -15,7 +15,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from tests.agreement.foreign import opened, options
-from tests.agreement.problem import Case, Models, Problem, tree_of
+from tests.agreement.problem import ALL, Case, Models, Problem, tree_of
 
 REPOSITORY, COMMIT = "TsingZ0/FedALA", "a7a9b21"
 
@@ -54,7 +54,6 @@ def _theirs(problem: Problem, folder: Path, share: int = 80, loaders: bool = Fal
     return Models(None, [tree_of(client.model, problem.initial) for client in server.clients])
 
 
-ALL = {"participation": 1.0}
 CASES = (
     Case("as published", partial(_theirs, loaders=True), ("personal.balanced",), "fedala", setting=ALL),
     Case("our batches", _theirs, ("personal.balanced",), "fedala", setting=ALL),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.agreement.foreign import opened, options
-from tests.agreement.problem import Case, Models, Problem, tree_of
+from tests.agreement.problem import ALL, Case, Models, Problem, tree_of
 
 REPOSITORY, COMMIT = "xiyuanyang45/FedAS", "1a4f5fd"
 OFF = ("privacy", "learning_rate_decay", "wo_local", "wo_global", "random_join_ratio", "auto_break", "dlg_eval",
@@ -61,7 +61,6 @@ def _theirs(problem: Problem, folder: Path, copies: bool = False, first: bool = 
     return Models(None, [tree_of(client.model, problem.initial) for client in server.clients])
 
 
-ALL = {"participation": 1.0}
 CASES = (
     Case("as published", _theirs, ("personal.balanced",), "fedas", setting=ALL),
     Case("each aligns a copy", partial(_theirs, copies=True), ("personal.balanced",), "fedas", setting=ALL),

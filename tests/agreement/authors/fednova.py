@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.agreement.foreign import opened
-from tests.agreement.problem import Case, Models, Problem, tree_of
+from tests.agreement.problem import ALL, Case, Models, Problem, tree_of
 
 REPOSITORY, COMMIT = "JYWa/FedNova", "47b4e09"
 
@@ -74,6 +74,6 @@ def _theirs(problem: Problem, folder: Path) -> Models:
 
 CASES = tuple(
     Case(f"as published, momentum {momentum}", _theirs, ("generic",), "fednova",
-         setting={"momentum": momentum, "weight_decay": 1e-4, "participation": 1.0})
-    for momentum in (0.0, 0.9)
+         setting={**ALL, "momentum": momentum, "weight_decay": 1e-4, "lr": rate})
+    for momentum, rate in ((0.0, 0.1), (0.9, 0.02))
 )  # fmt: skip

@@ -75,5 +75,7 @@ METRICS = ("personal.balanced",)
 CASES = (
     Case("as published, 40 % of the clients", _theirs, METRICS, "fedrep", FIELDS, SETTING),
     Case("initial heads, 40 % of the clients", partial(_theirs, copies=True), METRICS, "fedrep", FIELDS, SETTING),
-    Case("as published, all clients", _theirs, METRICS, "fedrep", FIELDS, {**SETTING, "participation": 1.0}),
+    Case(
+        "as published, all clients", _theirs, METRICS, "fedrep", FIELDS, {**SETTING, "participation": 1.0, "rounds": 12}
+    ),
 )

@@ -78,6 +78,12 @@ CASES = (
     Case(
         "newcomers without a contrast, 40 %", partial(_theirs, newcomers=False), ("generic",), "moon", setting=SETTING
     ),
-    Case("as published, all clients", _theirs, ("generic",), "moon", setting={**SETTING, "participation": 1.0}),
+    Case(
+        "as published, all clients",
+        _theirs,
+        ("generic",),
+        "moon",
+        setting={**SETTING, "participation": 1.0, "rounds": 12},
+    ),
     Case("their FedAvg", partial(_theirs, alg="fedavg"), ("generic",), "fedavg", setting=SETTING),
 )
