@@ -14,18 +14,21 @@ import time
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import torch
 
 from tests.agreement import authors, report
-from tests.agreement.problem import Case, Problem
+from tests.agreement.problem import Case, Models, Problem
 from tests.agreement.report import Row
 
+End: TypeAlias = tuple[Models, dict[str, float | None]]
+"""Models, and their metrics."""
+Known: TypeAlias = dict[str, End]
 METHODS = tuple(sorted(module.name for module in pkgutil.iter_modules(authors.__path__)))
 
 
-def compared(method: str, case: Case, folder: Path, seeds: int, usual: dict[Any, float | None]) -> list[Row]:
+def compared(method: str, case: Case, folder: Path, seeds: int, known: Known) -> list[Row]:
     """Do a case with some seeds: a row for each metric.
 
     Args:
@@ -33,31 +36,31 @@ def compared(method: str, case: Case, folder: Path, seeds: int, usual: dict[Any,
         case: The case.
         folder: Of the authors' code.
         seeds: How many.
-        usual: What FedAvg has by setting, seed and metric; what is missing is put in.
+        known: What our runs have ended with; what is missing is put in.
     """
     module = import_module(f"{authors.__name__}.{method}")
     rows = [Row(method, case.name, f"{module.REPOSITORY}@{module.COMMIT}", metric) for metric in case.metrics]
+    usual = Case("", case.theirs, case.metrics, "fedavg", setting=case.setting)
     for seed in range(seeds):
         problem = Problem(case, seed)
-        ours, measured = problem.ours()
+        ours, measured = _ours(case, seed, known)
+        _, of_fedavg = _ours(usual, seed, known)
         theirs = case.theirs(problem, folder)
         tested = problem.tested(theirs)
         for row in rows:
             row.ours.append(measured[row.metric])
             row.theirs.append(tested[row.metric])
             row.apart.append(problem.apart(row.metric, theirs, ours))
-            row.fedavg.append(
-                measured[row.metric] if case.algorithm == "fedavg" else _of_fedavg(case, problem, row.metric, usual)
-            )
+            row.fedavg.append(of_fedavg[row.metric])
     return rows
 
 
-def _of_fedavg(case: Case, problem: Problem, metric: str, usual: dict[Any, float | None]) -> float | None:
-    key = problem.setting, problem.seed
-    if (*key, metric) not in usual:
-        plain = Problem(Case("", case.theirs, case.metrics, "fedavg", setting=case.setting), problem.seed)
-        usual |= {(*key, name): value for name, value in plain.ours()[1].items()}
-    return usual[*key, metric]
+def _ours(case: Case, seed: int, known: Known) -> End:
+    """Give what our run ends with, which several cases may have."""
+    key = repr((case.algorithm, sorted(case.fields.items()), sorted(case.setting.items()), seed))
+    if key not in known:
+        known[key] = Problem(case, seed).ours()
+    return known[key]
 
 
 def main() -> None:
@@ -73,7 +76,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     rows = report.read(given.json)
-    usual: dict[Any, float | None] = {}
+    known: Known = {}
     for method in given.methods or METHODS:
         if method not in METHODS:
             parser.error(f"{method}: there is {', '.join(METHODS)}")
@@ -84,7 +87,7 @@ def main() -> None:
             if given.rounds is not None:
                 case = replace(case, setting={**case.setting, "rounds": given.rounds})
             began = time.perf_counter()
-            found = compared(method, case, own if own.is_dir() else folder, given.seeds, usual)
+            found = compared(method, case, own if own.is_dir() else folder, given.seeds, known)
             rows = report.put(rows, found)
             if given.json is not None:
                 given.json.write_text(json.dumps([vars(row) for row in rows], indent=1) + "\n")

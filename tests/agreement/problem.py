@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,7 +42,7 @@ Plan: TypeAlias = tuple[str | None, ...]
 """Passes over a client's examples in a round: see `Problem.loader`."""
 Pairs: TypeAlias = list[tuple[Tensor, Tensor]]
 """Images and labels, of batches or one by one."""
-_CHOICE = np.random.choice
+_CHOICE: Any = np.random.choice
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,10 @@ class Case:
     metrics: tuple[str, ...]
     """Of a run, that are compared."""
     algorithm: str
-    fields: Mapping[str, object] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
     """Of our algorithm, where they are not the default."""
-    setting: Mapping[str, object] = field(default_factory=dict)
+    setting: Mapping[str, Any] = field(default_factory=dict)
     """Fields that differ from `SETTING`."""
-    prepare: Callable[[Run], None] | None = None
-    """Done to our run before its first round."""
 
 
 class Problem:
@@ -89,8 +88,6 @@ class Problem:
         split = make_split(splits.labels, dataset.num_classes, setting, seed)
         self.job = Job(ALGORITHMS[case.algorithm](**case.fields), dataset, splits, split, setting, seed, "stacked")
         self.run, self.setting = Run(self.job), setting
-        if case.prepare is not None:
-            case.prepare(self.run)
         self.task, self.population = self.run.task, self.run.population
         self.initial = self.task.init()
         """Body and head that everybody starts from."""
@@ -221,7 +218,7 @@ class Problem:
             assert first is not None and second is not None
             between += float(tree.norm(tree.sub(first, second))) ** 2
             moved += float(tree.norm(tree.sub(second, self.initial))) ** 2
-        return (between / moved) ** 0.5
+        return math.sqrt(between / moved)
 
 
 class Examples(list[tuple[Tensor, Tensor]]):
