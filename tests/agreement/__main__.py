@@ -1,8 +1,7 @@
-"""The study: `python -m tests.agreement METHOD... --code FOLDER [--seeds N] [--rounds N]
-[--json FILE] [--write FILE]`.
+"""The study: `python -m tests.agreement [METHOD...] --code FOLDER [--seeds N] [--json FILE] [--write FILE]`.
 
-FOLDER is the authors' checkout, or holds several, each called as its repository: FOLDER/FedRep. Without METHOD all are
-done of which there is one. Some minutes on one core for all methods and five seeds.
+FOLDER is an authors' checkout, or holds all of them, each called as its repository: FOLDER/FedRep. Without METHOD all
+are done, in about a quarter of an hour on one core for five seeds; without --code only the table is written.
 """
 
 from __future__ import annotations
@@ -67,7 +66,9 @@ def main() -> None:
     """Do what was asked for, tell, and write it down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(METHODS)}")
-    parser.add_argument("--code", type=Path, required=True, help="the authors' checkout, or a folder of several")
+    parser.add_argument(
+        "--code", type=Path, help="the authors' checkout, or a folder of several; without, nothing is done"
+    )
     parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name has it")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rounds", type=int, help="instead of the case's, for a quick look")
@@ -77,7 +78,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = report.read(given.json)
     known: Known = {}
-    for method in given.methods or METHODS:
+    for method in (given.methods or METHODS) if given.code is not None else ():
         if method not in METHODS:
             parser.error(f"{method}: there is {', '.join(METHODS)}")
         module = import_module(f"{authors.__name__}.{method}")

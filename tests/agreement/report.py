@@ -12,7 +12,7 @@ from tabulate import tabulate
 from bench.results.statistics import estimate
 
 BEGIN, END = "<!-- table -->", "<!-- end of table -->"
-HEADINGS = ("method", "case", "authors' code", "metric", "theirs", "ours", "difference", "apart", "FedAvg")
+HEADINGS = ("method", "case", "authors' code", "metric", "seeds", "theirs", "ours", "difference", "apart", "FedAvg")
 Values = list[float | None]
 
 
@@ -54,6 +54,7 @@ def table(rows: Sequence[Row]) -> str:
             row.case,
             row.code,
             row.metric,
+            len(row.ours),
             _ranged(row.theirs),
             _ranged(row.ours),
             _difference(row),
@@ -62,7 +63,7 @@ def table(rows: Sequence[Row]) -> str:
         ]
         for row in rows
     ]
-    return tabulate(cells, HEADINGS, "pipe", disable_numparse=True, colalign=["left"] * 4 + ["right"] * 5)
+    return tabulate(cells, HEADINGS, "pipe", disable_numparse=True, colalign=["left"] * 4 + ["right"] * 6)
 
 
 def write(file: Path, rows: Sequence[Row]) -> None:
@@ -86,5 +87,13 @@ def _ranged(values: Values) -> str:
 def _difference(row: Row) -> str:
     apart = [a - b for a, b in zip(_known(row.ours), _known(row.theirs), strict=True)]
     found = estimate(apart)
-    ends = "" if found.low is None or found.high is None else f" [{found.low + 0:.1f}, {found.high + 0:.1f}]"
-    return f"{(found.mean or 0.0) + 0:.1f}{ends}"
+    left, right = "()" if found.kind == "range" else "[]"
+    ends = (
+        "" if found.low is None or found.high is None else f" {left}{_signed(found.low)}, {_signed(found.high)}{right}"
+    )
+    return f"{_signed(found.mean or 0.0)}{ends}"
+
+
+def _signed(value: float) -> str:
+    """Round, and write no minus before a zero."""
+    return f"{round(value, 1) + 0:.1f}"
