@@ -1,7 +1,7 @@
 """The study: `python -m tests.agreement [METHOD...] --code FOLDER [--seeds N] [--json FILE] [--write FILE]`.
 
 FOLDER is an authors' checkout, or holds all of them, each called as its repository: FOLDER/FedRep. Without METHOD all
-are done, in about a quarter of an hour on one core for five seeds; without --code only the table is written.
+are done; without --code nothing is, and only the table is written.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 whole model, five epochs of it, as their notebook tunes models before it tests them.
 
 Clients weigh alike, and the learning rate falls to a tenth after a half and three quarters of the rounds, as there.
-Tuned is the last body, not the one that is best on test images; and at the rate of the start, for at a hundredth of it,
-as in the notebook, five epochs of few images move nothing.
+Tuned is the last body, not the one that is best on test images; and at the rate of the start, not at a hundredth of it,
+as in the notebook.
 """
 
 from __future__ import annotations
