@@ -33,6 +33,10 @@ class FedNH(Algorithm):
     tier: ClassVar[str] = "L"
     needs: ClassVar[frozenset[str]] = frozenset({"body"})
     refuses: ClassVar[Mapping[str, str]] = {"correction": "its head scores directions of features, and has no bias"}
+    space: ClassVar[Mapping[str, tuple[float, float] | list[object]]] = {
+        "smoothing": [0.1, 0.3, 0.5, 0.7, 0.9],
+        "scale": (1.0, 100.0),
+    }
     controls: ClassVar[Mapping[str, str]] = {
         "fednh(smoothing=1)": "whether prototypes that follow the classes matter: they stay where they were drawn",
     }

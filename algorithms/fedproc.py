@@ -37,6 +37,7 @@ class FedProc(Algorithm):
     family: ClassVar[str] = "generic"
     tier: ClassVar[str] = "L"
     needs: ClassVar[frozenset[str]] = frozenset({"body"})
+    space: ClassVar[Mapping[str, tuple[float, float] | list[object]]] = {"contrast": [0.25, 0.5, 0.75, 1.0]}
     controls: ClassVar[Mapping[str, str]] = {"fedproc(contrast=0)": "FedAvg on the same batches"}
 
     contrast: Share = 1.0
