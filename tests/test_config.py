@@ -88,7 +88,7 @@ def test_commas_in_brackets_and_quotes_do_not_split() -> None:
         ("fedloge(sparsity=1.5)", "must be a number from 0 to below 1"),
         ("fedloge(personal_rule='P9')", "'P0', 'P1' or 'P2'"),
         ("1fed", "not a name or a call"),
-        (" , ", "is empty; there are afl, balancefl, centralised"),
+        (" , ", "is empty; there are afl, apfl, balancefl"),
     ],
 )
 def test_a_wrong_call_is_answered_in_a_sentence(text: str, said: str) -> None:

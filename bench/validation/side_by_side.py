@@ -101,8 +101,7 @@ class _Worker:
             What is to be read when there is an answer.
         """
         if self._process is None:
-            # A copy of this process, where that is sound: it has all that was imported and loaded.
-            context = get_context("fork" if sys.platform == "linux" else "spawn")
+            context = get_context("fork" if _can_be_copied() else "spawn")
             self._connection, theirs = context.Pipe()
             arguments = (self._connection, theirs, *self._begun_with)
             self._process = context.Process(target=_look, args=arguments, daemon=True)  # type: ignore[attr-defined]
@@ -144,6 +143,18 @@ class _Worker:
             self._process.join()
             self._connection.close()
             self._process = None
+
+
+def _can_be_copied() -> bool:
+    """Tell whether a copy of this process, which has all that was imported and loaded, can compute as it does.
+
+    It cannot if autograd has worked for a device here: it did so in threads, which a copy has not.
+    """
+    names = []
+    for file in Path("/proc/self/task").glob("*/comm"):
+        with suppress(OSError):  # it has ended
+            names.append(file.read_text(encoding="utf-8", errors="replace"))
+    return sys.platform == "linux" and not any(name.startswith("pt_autograd") for name in names)
 
 
 def _look(ours: Connection, connection: Connection, root: Path, plugins: Sequence[Path]) -> None:
