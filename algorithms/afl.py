@@ -15,6 +15,7 @@ Departs        clients take the setting's epochs (paper: one step, whose gradien
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -56,11 +57,9 @@ class AFL(Algorithm):
 
     def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
         """Train the model, and send the mean loss that the received one has over the client's examples."""
-        total = data.key.new_zeros((), dtype=torch.float32)
-        for batch in data.plain_batches():
-            total = total + task.loss(shared, batch) * batch.weight.sum()
+        loss = data.mean(partial(task.loss, shared))
         trained = task.sgd(task.loss, shared, data.batches(task.epochs))
-        return {**trained, "loss": total / data.n.clamp(min=1)}, private
+        return {**trained, "loss": loss}, private
 
     def aggregate(self, task: Task, server: Tree, uploads: Uploads) -> Tree:
         """Average models by the weights so far, then move the weights along the losses, both of the received model."""

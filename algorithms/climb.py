@@ -17,6 +17,7 @@ Departs        all training clients send `loss` before each block of rounds, the
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -62,10 +63,7 @@ class Climb(Algorithm):
 
     def measure(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
         """Send the mean loss of the received model over the client's examples."""
-        total = data.key.new_zeros((), dtype=torch.float32)
-        for batch in data.plain_batches():
-            total = total + task.loss(shared, batch) * batch.weight.sum()
-        return {"loss": total / data.n.clamp(min=1)}, private
+        return {"loss": data.mean(partial(task.loss, shared))}, private
 
     def judge(self, task: Task, server: Tree, uploads: Uploads) -> Tree:
         """Weigh clients by the multipliers so far, for this block, and move the multipliers, for the next one."""

@@ -156,7 +156,4 @@ def chosen(likes: Tensor, there: Tensor, count: int, explore: float, key: Tensor
 
 def cost(task: Task, model: Tree, data: LocalData) -> Tensor:
     """Give the mean cross-entropy of a model on a client's examples: ()."""
-    total = task.key.new_zeros((), dtype=torch.float32)
-    for batch in data.plain_batches():
-        total = total + losses.cross_entropy(task.logits(model, batch.x), batch) * batch.weight.sum()
-    return total / data.n.clamp(min=1)
+    return data.mean(lambda batch: losses.cross_entropy(task.logits(model, batch.x), batch))

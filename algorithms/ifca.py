@@ -68,14 +68,12 @@ class IFCA(Algorithm):
 
     def choice(self, task: Task, shared: Tree, data: LocalData) -> Tensor:
         """Mark the model of least loss on all of the client's examples, the first of equals: (K,) float32, one 1."""
-        costs = []
-        for name in self.names:
-            total = task.key.new_zeros((), dtype=torch.float32)
-            for batch in data.plain_batches():
-                logits = task.logits(cluster(shared, name), batch.x)
-                total = total + losses.cross_entropy(logits, batch) * batch.weight.sum()
-            costs.append(total)
-        least = torch.stack(costs).argsort(stable=True)[:1]
+
+        def cost(name: str) -> Tensor:
+            model = cluster(shared, name)
+            return data.mean(lambda batch: losses.cross_entropy(task.logits(model, batch.x), batch))
+
+        least = torch.stack([cost(name) for name in self.names]).argsort(stable=True)[:1]
         return (torch.arange(self.clusters, device=least.device) == least).float()
 
     def picked(self, shared: Tree, chosen: Tensor) -> Tree:

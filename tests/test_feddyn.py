@@ -15,12 +15,11 @@ from bench.contract import toy
 from bench.plugins.registry import ALGORITHMS
 from bench.training.rounds import Run
 from bench.tree import largest_difference
-from tests.by_hand import data_of
+from tests.by_hand import FEW, data_of
 
 SETTING = replace(toy.SETTING, rounds=3)
 EVERYBODY = replace(SETTING, participation=1.0)
 BATCH_NORM = replace(toy.SETTING, model="resnet8", norm="batch", rounds=1, epochs=1, participation=1.0)
-FEW = (9, 5, 0, 0, 0, 0, 0, 0)
 ENGINES = pytest.mark.parametrize("engine", ["serial", "stacked"])
 
 

@@ -15,11 +15,10 @@ from bench.contract import toy
 from bench.plugins.registry import ALGORITHMS
 from bench.training.rounds import Run
 from bench.tree import largest_difference
-from tests.by_hand import data_of
+from tests.by_hand import FEW, data_of
 
 SETTING = replace(toy.SETTING, rounds=3, weight_decay=1e-2, clip=1.0)
 BATCH_NORM = replace(SETTING, model="resnet8", norm="batch", participation=1.0, rounds=2, epochs=1)
-FEW = (9, 5, 0, 0, 0, 0, 0, 0)
 
 
 def run_of(name: str, engine: str = "serial", setting: Any = SETTING, **fields: Any) -> Run:

@@ -18,24 +18,16 @@ from bench.contract import toy
 from bench.plugins.registry import ALGORITHMS
 from bench.training.rounds import Run
 from bench.tree import largest_difference
-from tests.by_hand import data_of
+from tests.by_hand import FEW, data_of, done
 
 SETTING = replace(toy.SETTING, rounds=3, weight_decay=1e-2, clip=0.5)
 BATCH_NORM = replace(SETTING, model="resnet8", norm="batch", rounds=2, epochs=1, participation=1.0)
-FEW = (9, 5, 0, 0, 0, 0, 0, 0)
 ENGINES = pytest.mark.parametrize("engine", ["serial", "stacked"])
 
 
 def run_of(name: str = "fml", engine: str = "serial", setting: Any = SETTING, **fields: Any) -> Run:
     sizes = toy.SIZES if setting.model == "mlp" else FEW
     return toy.run(ALGORITHMS[name](**fields), engine, setting=setting, sizes=sizes)
-
-
-def done(run: Run) -> Run:
-    """Take all steps, and test nothing."""
-    for _ in toy.trips(run):
-        pass
-    return run
 
 
 def private(run: Run) -> Tree:

@@ -16,11 +16,10 @@ from bench.contract import toy
 from bench.plugins.registry import ALGORITHMS
 from bench.training.rounds import Run
 from bench.tree import largest_difference
-from tests.by_hand import data_of
+from tests.by_hand import FEW, data_of, done
 
 SETTING = replace(toy.SETTING, rounds=3, weight_decay=1e-2, clip=1.0)
 BATCH_NORM = replace(SETTING, model="resnet8", norm="batch", rounds=2, epochs=1, participation=1.0)
-FEW = (9, 5, 0, 0, 0, 0, 0, 0)
 ENGINES = pytest.mark.parametrize("engine", ["serial", "stacked"])
 C, D = 6, 64
 
@@ -28,13 +27,6 @@ C, D = 6, 64
 def run_of(name: str = "fpl", engine: str = "serial", setting: Any = SETTING, **fields: Any) -> Run:
     sizes = toy.SIZES if setting.model == "mlp" else FEW
     return toy.run(ALGORITHMS[name](**fields), engine, setting=setting, sizes=sizes)
-
-
-def done(run: Run) -> Run:
-    """Take all steps, and test nothing."""
-    for _ in toy.trips(run):
-        pass
-    return run
 
 
 def module() -> Any:

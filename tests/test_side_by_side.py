@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -127,20 +126,11 @@ def test_memory_is_counted_from_what_there_is() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="threads are named where there is /proc")
-def test_a_process_in_which_autograd_works_for_a_device_is_not_copied() -> None:
-    """Such threads, which a GPU has, are not in a copy, and autograd refuses to work there."""
-    told, ended = threading.Event(), threading.Event()
-
-    def work() -> None:
-        Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text("pt_autograd_0")
-        told.set()
-        ended.wait(60)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        assert told.wait(60) and not side_by_side._can_be_copied()
-    finally:
-        ended.set()
-        thread.join()
+def test_a_process_in_which_autograd_works_for_a_device_is_not_copied(tmp_path: Path) -> None:
+    """It does so in threads, as for a GPU, which are not in a copy, and there autograd refuses to work."""
+    for thread, name in (("1", "python"), ("2", "pt_main_thread")):
+        (tmp_path / thread).mkdir()
+        (tmp_path / thread / "comm").write_text(f"{name}\n")
+    assert side_by_side._can_be_copied(tmp_path) == (sys.platform == "linux")
+    (tmp_path / "2" / "comm").write_text("pt_autograd_0\n")
+    assert not side_by_side._can_be_copied(tmp_path)

@@ -174,6 +174,15 @@ class LocalData:
         assert sums is not None
         return sums / self.class_counts.clamp(min=1)[:, None]
 
+    def mean(self, of: Callable[[Batch], Tensor]) -> Tensor:
+        """Average over all examples, without augmentation, what `of` averages over a batch's, such as a loss: (); 0
+        without examples.
+        """
+        total = self.key.new_zeros((), dtype=torch.float32)
+        for batch in self.plain_batches():
+            total = total + of(batch) * batch.weight.sum()
+        return total / self.n.clamp(min=1)
+
     def _nothing(self) -> Batch:
         """Make a batch of no examples: what is computed from it has the shape of any other's."""
         return Batch(self.images.plain(self.index), self.y, self.mask)

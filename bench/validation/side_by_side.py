@@ -145,13 +145,13 @@ class _Worker:
             self._process = None
 
 
-def _can_be_copied() -> bool:
+def _can_be_copied(threads: Path = Path("/proc/self/task")) -> bool:
     """Tell whether a copy of this process, which has all that was imported and loaded, can compute as it does.
 
     It cannot if autograd has worked for a device here: it did so in threads, which a copy has not.
     """
     names = []
-    for file in Path("/proc/self/task").glob("*/comm"):
+    for file in threads.glob("*/comm"):
         with suppress(OSError):  # it has ended
             names.append(file.read_text(encoding="utf-8", errors="replace"))
     return sys.platform == "linux" and not any(name.startswith("pt_autograd") for name in names)
