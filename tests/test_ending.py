@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from bench.command.main import main
+from bench.command.streams import terminable
 
 OFF = ("--ray", "off", "--tracking-uri", "off")
 
@@ -140,7 +141,10 @@ def test_a_scheduler_ends_a_sweep_as_a_person_does(number: signal.Signals, tmp_p
     while not list(tmp_path.glob("*/progress.jsonl")) and time.monotonic() < until:
         time.sleep(0.1)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    try:
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "interrupted: 0 of 1 runs are done and kept. The same command goes on: bench run" in err
     assert "Traceback" not in err
@@ -148,10 +152,23 @@ def test_a_scheduler_ends_a_sweep_as_a_person_does(number: signal.Signals, tmp_p
     assert json.loads(journal.read_text())["ended"] is not None
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interruption_that_comes_where_nobody_is_told_comes_again(number: signal.Signals) -> None:
+    class Gone:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+            time.sleep(1)
+
+    with pytest.raises(KeyboardInterrupt), terminable():
+        gone = Gone()
+        del gone
+        time.sleep(30)
+
+
 def test_a_command_leaves_the_signals_as_they_were(capsys: pytest.CaptureFixture[str]) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(signal.SIGTERM), sys.unraisablehook
     assert bench("list", "settings", capsys=capsys)[0] == 0
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert (signal.getsignal(signal.SIGTERM), sys.unraisablehook) == before
 
 
 def test_a_run_that_quits_fails_and_the_others_go_on(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import codecs
 import errno
 import io
@@ -42,14 +43,26 @@ def unwritten(error: OSError) -> str | None:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Have SIGTERM, which schedulers send, end a command as Ctrl-C does."""
+    """Have SIGTERM, which schedulers send, end a command as Ctrl-C does; and have either end it wherever it arrives.
+
+    In what Python calls by itself, as when an object is gone, an interruption is told to nobody: it comes again then.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before, usual = signal.signal(signal.SIGTERM, signal.default_int_handler), sys.unraisablehook
+
+    def again(lost: sys.UnraisableHookArgs) -> None:
+        if lost.exc_type is KeyboardInterrupt:
+            threading.Timer(0.05, _thread.interrupt_main).start()  # not here, where it would be lost too
+        else:
+            usual(lost)
+
+    sys.unraisablehook = again
     try:
         yield
     finally:
+        sys.unraisablehook = usual
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
