@@ -300,7 +300,7 @@ def learns(plugin: Callable[[], Algorithm]) -> None:
     require(reached is not None and reached > 0.8, f"reaches {reached}, a working method over 0.8")
 
 
-def parts_act(plugin: type[Algorithm]) -> None:
+def parts_act(plugin: Callable[[], Algorithm]) -> None:
     """A part of each kind changes something, or the method refuses the kind with a reason. Plain cross-entropy changes
     something where the method says that it has a loss of its own.
     """
