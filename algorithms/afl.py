@@ -5,12 +5,15 @@ Mohri, Sivek, Suresh. Agnostic Federated Learning. ICML 2019. https://arxiv.org/
 Server keeps   body, head, weights, mean
 Client keeps   nothing
 Down           body, head
-Up             body, head, loss
+Up             body, head, loss (1)
+Passes         E + 1/3
 Departs        clients take the setting's epochs (paper: one step, whose gradients are averaged instead), all of them in
                each round, and count by the weights alone, which start alike; losses are of all examples (reference: of
                a batch), of the received model in evaluation mode. Tested is what is sent; the mean of all rounds'
                models, which the paper's bounds are for, stands beside. Weights of clients whose loss is lost move as
                if it were the mean; one without examples has none
+Elsewhere      MarsFL feeds test losses into the weights and sets these back to uniform in every round, so that they
+               have no memory and there is no minimax. Authors' code builds Adagrad but steps by plain SGD
 """
 
 from collections.abc import Mapping

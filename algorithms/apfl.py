@@ -3,7 +3,7 @@
 Deng, Kamani, Mahdavi. Adaptive Personalized Federated Learning. 2020. https://arxiv.org/abs/2003.13461 (Algorithm 1)
 
 Server keeps   body, head
-Client keeps   body, head, alpha
+Client keeps   body, head, alpha (fixed)
 Down           body, head
 Up             body, head
 Newcomers      the received model mixed with what one local update makes of it as a model of its own; nothing of it is
@@ -12,6 +12,9 @@ Departs        weights are mixed, as in the paper (reference: outputs); alpha mo
                and by the gradient on its batch (reference: after it, with a decay of 0.02 besides); models are
                averaged with the setting's weights (reference: uniformly); running statistics of a client's own model
                are those of the mixture
+Elsewhere      PFLlib trains the own model on its own loss and overwrites it with the mixture after each round, so
+               mixtures compound. FL-bench mixes outputs and does not clear gradients between its two steps, so the
+               global model takes each gradient twice. FedRep's code mixes alpha v + alpha w while it trains
 """
 
 from collections.abc import Mapping

@@ -7,12 +7,16 @@ Server keeps   body, head
 Client keeps   nothing
 Down           body, head
 Up             body, head
+Passes         E + 2/3
 Departs        classes are missing at a client (reference: in a batch, see `missing`); the received model is in
                evaluation mode when it teaches and when features are measured (reference: training mode, where one
                client after the other moves its statistics); each example has noise of its own (reference: 500 draws a
                round, in turn); model and optimiser are the setting's (reference: a head without bias, logits times
                two, an Adam that goes on from round to round). As in the reference the reward for entropy is a sum
                over the batch, so that it grows with the batch's size, which there is 64
+Elsewhere      authors' code reports the best round on the test images, and trains without augmentation. A configuration
+               key sets momentum 0.9, but the optimiser is Adam. Its ResNet-8 is another network than CReFF's, with 512
+               features
 """
 
 from collections.abc import Mapping

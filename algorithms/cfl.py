@@ -3,7 +3,7 @@
 Sattler, Müller, Samek. Clustered Federated Learning: Model-Agnostic Distributed Multitask Optimization Under Privacy
 Constraints. IEEE Transactions on Neural Networks and Learning Systems 2021. https://arxiv.org/abs/1910.01991
 
-Server keeps   body, head, models, cluster, updates
+Server keeps   body, head, models, cluster (later), updates
 Client keeps   nothing
 Down           body, head
 Up             body, head
@@ -13,6 +13,9 @@ Departs        not all clients take part in a round (paper: all): those that do 
                the others stands what they changed when they last did. A mean update is short by what the longest one
                is, 1/4 of which are the reference's two thresholds, lengths that depend on network and learning rate.
                There are so many clusters at most, and clients without examples part from nobody
+Elsewhere      authors' notebook, FL-bench and FedEM's code take positions within a cluster for client numbers, so from
+               the second split on clusters hold the wrong clients. Authors' code evaluates in training mode and keeps
+               momentum from round to round
 """
 
 from collections.abc import Mapping

@@ -3,16 +3,20 @@
 Shen, Cervino, Hassani, Ribeiro. An Agnostic Approach to Federated Learning with Class Imbalance. ICLR 2022.
 https://openreview.net/forum?id=Xo0lbDt975
 
-Server keeps   body, head, multipliers, weights
+Server keeps   body, head, multipliers, weights (later)
 Client keeps   nothing
 Down           body, head
-Up             loss, body, head
+Up             loss (1), body, head
+Passes         E; first E + 1/3
 Departs        all training clients send `loss` before each block of rounds, the cohort `body` and `head` in each round;
                a client's update counts by its weight times the setting's, which the sum of weights does not divide
                (paper: all alike, which is `client_weights = uniform`); a weight below zero counts as zero
                (reference: it is taken as it is); the primal solver is FedAvg (paper: any; its code has FedPD besides);
                losses are those of the model in evaluation mode, without augmentation; running statistics are averaged,
                whatever the step
+Elsewhere      RedGrape's port adds up the mean loss once per parameter tensor: no constraint is ever violated,
+               multipliers stay 0, and its CLIMB is FedAvg. Authors' code trains by FedPD unless a flag asks for FedAvg,
+               and ends each local epoch after 5 steps at most
 """
 
 from collections.abc import Mapping

@@ -5,12 +5,16 @@ https://arxiv.org/abs/2312.08648
 
 Server keeps   body, head, retrained, features
 Client keeps   nothing
-Down           body, head, retrained
-Up             body, head, gradient, seen
+Down           body (body + d × T + T), head (C × T + C), retrained (C × T + C)
+Up             body (body + d × T + T), head (C × T + C), gradient (C × (C × T + C)), seen (C)
+Passes         E + 1/3
 Departs        the teacher is whatever made the file that is named with --teacher: every client is taken to have it,
                and nothing of it is sent or counted; a class's gradient is that of all the client's images of it,
                without augmentation, as in our CReFF; all copies of a class's text are positives of a feature
                (reference: all but one, the copy at its own place)
+Elsewhere      authors' code leaves federated features unnormalised beside texts of unit norm, shows CLIP the plain
+               image and the student an augmented one, and enlarges CIFAR images to 224 pixels for CLIP, its dominant
+               cost. Paths are hard-coded, and the `small_*` flags unused
 """
 
 from collections.abc import Mapping

@@ -5,11 +5,17 @@ with Federated Features. IJCAI 2022. https://arxiv.org/abs/2204.13399 (Algorithm
 
 Server keeps   body, head, retrained, features
 Client keeps   nothing
-Down           body, head, retrained
-Up             body, head, gradient, seen
+Down           body, head, retrained (head)
+Up             body, head, gradient (C × head), seen (C)
+Passes         E + 1/3
 Departs        a class's gradient is that of all the client's images of it, without augmentation (reference:
                mean of ten draws of at most 32 images under a random differentiable augmentation, seeded by
                the clock)
+Elsewhere      authors' code has heads of 256 x 10 hard-coded in two places, so that CIFAR-100 does not run; flags of
+               its README do not exist; crop and flip are drawn once for a whole batch. RedGrape's port never zeroes
+               gradients, which pile up, clipped at norm 1. LongTailLib's client is fixed to ResNet-8
+Reproduced     by shangxinyi/CReFF-FL@fbec98f on our batches, without augmentation: models 4e-05 apart
+               (results/studies/agreement.md)
 """
 
 from collections.abc import Mapping

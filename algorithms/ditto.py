@@ -7,12 +7,16 @@ Server keeps   body, head
 Client keeps   body, head
 Down           body, head
 Up             body, head
+Passes         2 × E
 Newcomers      the received model after one local update of the personal solver, of which nothing is kept, never drawn
                or held out; when it is first drawn its personal model starts from the initial one, as in the paper
                (reference, of those never drawn: the initial model)
 Departs        clients are drawn uniformly and averaged with the setting's weights, as for every algorithm here
                (reference: drawn by size, averaged uniformly); the two models of a client train one after the other on
                the same batches, which changes nothing: they meet only in the anchor, the received model
+Elsewhere      FedNH's copy anchors to the global model as the client has just trained it. FedBABU's copy aggregates the
+               personal models and overwrites them in every round. FedETF's copy has lambda = 0.001 and a personal model
+               from a draw of its own; that in FedRep's code crashes
 """
 
 from dataclasses import dataclass

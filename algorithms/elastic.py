@@ -6,11 +6,14 @@ https://openaccess.thecvf.com/content/CVPR2023/html/Chen_Elastic_Aggregation_for
 Server keeps   body, head
 Client keeps   nothing
 Down           body, head
-Up             body, head, sensitivity
+Up             body, head, sensitivity (model)
+Passes         E + 1
 Departs        sensitivity is measured at the received model in evaluation mode, on all of a client's examples
                (FL-bench: of a layer, by labels, on 30 % that are then not trained on), and its moving average is
                corrected for its start, as it would be larger where there are more batches. What no client is sensitive
                to is averaged, and so are running statistics
+Elsewhere      in FL-bench all clients share one sensitivity buffer, which is never reset, and gradients add up over
+               batches, as they are never cleared
 """
 
 from collections.abc import Mapping

@@ -3,10 +3,11 @@
 Fanì, Camoriano, Caputo, Ciccone. Accelerating Heterogeneous Federated Learning with Closed-form Classifiers. ICML 2024.
 https://arxiv.org/abs/2406.01116 (section 4)
 
-Server keeps   body, head, products, targets, seen
+Server keeps   body (fixed), head, products, targets, seen
 Client keeps   nothing
 Down           body, head
-Up             products, targets
+Up             products ((d + 1) × (d + 2) // 2), targets (C, d + 1)
+Passes         0; first 1/3
 Departs        sums are float64, 8 bytes each, so that the head is the same whoever adds up what (reference: float32);
                the server asks those of a round's cohort of whom it has nothing yet (reference: all clients, one after
                the other). The body is the setting's: the paper's are pre-trained, which here is a dataset of

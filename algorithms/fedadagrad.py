@@ -9,6 +9,9 @@ Down           body, head
 Up             body, head
 Departs        clients are averaged with the setting's weights; running statistics of batch norm are averaged (the
                paper's networks have none)
+Elsewhere      FL-bench has beta_1 = 0.9 here too (paper: 0) and starts the accumulator at 0 (paper: tau squared), as
+               TensorFlow Federated does. FL-bench's `diff` is the received model less the trained one, which is the
+               negative of the paper's update
 """
 
 from collections.abc import Mapping

@@ -9,6 +9,8 @@ Down           body, head
 Up             body, head
 Departs        clients are averaged with the setting's weights; running statistics of batch norm are averaged (the
                paper's networks have none); as in the paper no moment is corrected for its start (Keras and torch do so)
+Elsewhere      FL-bench and TensorFlow Federated have beta_2 = 0.999 (paper: 0.99) and start the second moment at 0
+               (paper: tau squared). FedTorch's `fedadam` keeps one scalar second moment for each tensor
 """
 
 from collections.abc import Mapping

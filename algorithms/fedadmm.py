@@ -13,6 +13,9 @@ Departs        what a client adds to the server's model is sent as the model tha
                setting's weights (paper: all alike); the server's step stays as it is (reference: it is halved late);
                running statistics are averaged. The reference has the received model in the place of the client's last
                one, by which the dual variable is gone from what is sent: that is `previous = server`
+Elsewhere      FL-bench copies the authors' upload, which is twice the client's step: the server's step doubles, and the
+               model comes to rest drawn towards the initial one. The networks of the authors' code apply softmax before
+               cross-entropy
 """
 
 from collections.abc import Mapping

@@ -7,6 +7,7 @@ Server keeps   body, head
 Client keeps   own, done
 Down           body, head
 Up             body, head
+Passes         E; last E + epochs
 Newcomers      never drawn, its model of the epilogue, in which all take part; held out, the generic model with five
                epochs of the head
 Departs        seeds come from larger classes (release: rather from smaller ones; `seeds`), and a batch without any has
@@ -14,6 +15,9 @@ Departs        seeds come from larger classes (release: rather from smaller ones
                largest and mid value bound it and centre its noise, whose norm is bounded channel by channel (release:
                those of all seeds of the batch). What stands still is in evaluation mode. A body of one block stands
                still: the head is trained on generated features. The release fails at its first generated feature
+Elsewhere      authors' code lacks the `main.py` that its README calls, and a checkpoint. README and code differ in the
+               learning rate (0.01 and 0.005). Personal models are tested on the classes that a client holds alone, and
+               averaged by class
 """
 
 from collections.abc import Mapping

@@ -14,6 +14,8 @@ Departs        alpha_k is given by what it makes of equal models: `attention` is
                models (paper: a constant): that differs by orders of magnitude between networks and rounds. Not all
                clients take part in a round (paper: all); for the others stands what they sent last, or the initial
                model. The proximal step is the setting's epochs of SGD from u_i
+Elsewhere      PFLlib's FedAMP is local training, bit for bit and for any lambda: its penalty is built from `.data`, so
+               it has no gradient, and clients never load the model that the server mixes for them
 """
 
 from collections.abc import Mapping

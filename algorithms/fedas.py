@@ -6,13 +6,19 @@ https://openaccess.thecvf.com/content/CVPR2024/html/Yang_FedAS_Bridging_Inconsis
 Server keeps   body
 Client keeps   body, head, trained
 Down           body
-Up             body, trace
+Up             body, trace (1)
+Passes         E + 7/3
 Newcomers      use the newest body under the initial head (reference: the initial model)
 Departs        the body is aligned with the setting's batches, momentum and decay (reference: batches of 16, plain SGD),
                in evaluation mode, as prototypes are taken; a client's first time there is nothing to align with. The
                trace is that of gradients of a batch's mean, summed over batches, as in the reference (paper: of the
                Fisher information). Each client aligns a copy of its own (reference: the server's model, one after
                the other). The head is not sent (reference: it is, and nobody uses it)
+Elsewhere      FL-bench averages the head among all clients and aligns the mean feature of a batch. Authors' code
+               reckons the Fisher trace on all clients in every round, tests before the broadcast, and leaves a client
+               not yet drawn with the whole initial model
+Reproduced     by xiyuanyang45/FedAS@1a4f5fd on our batches, each aligns a copy, and nobody the first time: models 1e-04
+               apart (results/studies/agreement.md)
 """
 
 from collections.abc import Mapping

@@ -7,8 +7,12 @@ Server keeps   body, head
 Client keeps   nothing
 Down           body, head
 Up             body, head
+Passes         E; before the test finetune_epochs
 Departs        body and head are fine-tuned, and at the setting's learning rate by default; published recipes vary (a
                rate of 1e-3, or the head only)
+Elsewhere      PFLlib has no fine-tuned view of clients that train. FedBABU's code fine-tunes the checkpoint that was
+               best on test data. FedRep's code tunes the head only, for 10 epochs in one extra round with all clients;
+               pFedFDA's the whole model for 5
 """
 
 from collections.abc import Mapping

@@ -10,6 +10,7 @@ Up             body, head
 Departs        the momentum is the one of the paper's formula, without Nesterov's look-ahead (Flower's and FL-bench's
                codes have it); running statistics of batch norm are averaged and have no momentum (the paper's
                network has none)
+Elsewhere      FL-bench's `diff` is the received model less the trained one, which is the negative of the paper's update
 """
 
 from collections.abc import Mapping

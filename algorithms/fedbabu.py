@@ -4,15 +4,21 @@ tested.
 Oh, Kim, Yun. FedBABU: Towards Enhanced Representation for Federated Image Classification. ICLR 2022.
 https://arxiv.org/abs/2106.06042 (Algorithm 1)
 
-Server keeps   body, head
+Server keeps   body, head (fixed)
 Client keeps   nothing
 Down           body, head
 Up             body
+Passes         E; before the test finetune_epochs
 Departs        bodies are averaged with the setting's weights (reference: uniformly, client_weights =
                uniform); the fixed head, a function of the seed, is sent once, with the first body; the reference's
                learning rate of a tenth from half of the rounds on, and of a hundredth from three quarters, is the
                setting's lr_steps = {0.5: 0.1, 0.75: 0.1}; fine-tuned is the last round's body (reference: the one that
                is best on test data), by default at the setting's learning rate (reference: 1e-3, a hundredth of it)
+Elsewhere      PFLlib fine-tunes without sending the last average, so clients start from their own last bodies, and adds
+               the result after the best accuracy is printed. FL-bench zeroes only the head's gradient, so weight decay
+               or momentum would still move it. Baselines in the authors' code deviate (Ditto, Per-FedAvg)
+Reproduced     by jhoon-oh/FedBABU@e34c15b on our batches, as published: models 6e-07 apart
+               (results/studies/agreement.md)
 """
 
 from collections.abc import Mapping

@@ -5,13 +5,15 @@ Cautiously Aggressive Collaboration. ICCV 2023. https://arxiv.org/abs/2309.11103
 
 Server keeps   body, head, customised
 Client keeps   critical
-Down           body, head, customised
-Up             body, head, critical
+Down           body, head, customised (model)
+Up             body, head, critical (model)
 Newcomers      have no critical parameters yet, and use the global model
 Departs        not all clients take part in a round (paper: all): who meets whom is decided among those that do, and
                the others' customised models stay as they are. Models are averaged with the setting's weights where
                all are (paper: all alike), and alike among those that are alike. Running statistics are those of the
                global model, and no parameters. Clients without examples stay out
+Elsewhere      PFLlib's default `beta` of 0 fails an assertion. It needs all clients in each round, for masks are None
+               otherwise, and it customises by the round's cohort only but applies that to all clients
 """
 
 from collections.abc import Mapping

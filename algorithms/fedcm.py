@@ -5,13 +5,16 @@ Xu, Wang, Wang, Yao. FedCM: Federated Learning with Client-level Momentum. 2021.
 
 Server keeps   body, head, momentum
 Client keeps   nothing
-Down           body, head, momentum
+Down           body, head, momentum (model)
 Up             body, head
 Departs        each client's update is divided by its own number of steps (reference: one number for all); with the
                setting's momentum rho that is the sum of the weights that K steps give their gradients,
                (K - rho (1 - rho^K) / (1 - rho)) / (1 - rho), so that the momentum stays a mean of gradients, which
                weight decay and clipping enter; models are averaged with the setting's weights (paper: all alike, which
                is `client_weights = uniform`); running statistics are averaged, whatever the step of the server
+Elsewhere      GHBM's copy builds the momentum by a dict comprehension with one constant key, so only its last tensor is
+               sent, and gradients are paired with the entries of that tensor (read, not run). FedWMSAM, of the same
+               family, shifts each tensor by one scalar, as it indexes a flat vector by the tensor's number
 """
 
 from collections.abc import Mapping

@@ -12,6 +12,8 @@ Newcomers      never drawn, the newest body, head and policy beside the initial 
 Departs        at the test masks are without noise (reference: drawn anew, so that accuracies are random). The received
                body, which features are held to, is in evaluation mode. The last, smaller batch of an epoch counts
                (reference: dropped)
+Elsewhere      authors' code starts the context as a random vector, sends the newest head and policy network only to the
+               cohort (the body to all), and drops the last, smaller batch at the test too
 """
 
 from collections.abc import Mapping

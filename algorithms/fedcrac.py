@@ -5,14 +5,18 @@ Representation Adjustment and Calibration. IEEE TMC 24(1), 2025. https://doi.org
 
 Server keeps   body, head, means, variances, known, margins
 Client keeps   nothing
-Down           body, head, margins
-Up             body, head, means, variances, counts
+Down           body, head, margins (C, C)
+Up             body, head, means (C, d), variances (C, d), counts (C)
+Passes         E + 1/3
 Departs        re-training starts from the averaged head (reference: from the last round's, which loses what clients
                learnt; `start`), draws as many features of each class, weighed by its examples (reference: as many as
                these), and distils by their mean (reference: by that over classes too, next to nothing). Statistics are
                taken in evaluation mode (reference: training mode). The head has a bias, as every model here (reference:
                none); logits are not shifted by their minimum, which no softmax sees. Margins of a class that nobody
                has had yet stay those of the first round
+Elsewhere      in authors' code one object serves many clients: momentum and class means carry over, and a class with
+               one local example keeps another client's mean at weight 1. Loaders drop the last batch in the test too,
+               so that the test set is truncated, and sizes are rounded up to full batches
 """
 
 from collections.abc import Mapping

@@ -5,12 +5,16 @@ NeurIPS 2023. https://arxiv.org/abs/2311.14975 (FedAvg+DBE)
 
 Server keeps   body, head, consensus
 Client keeps   bias
-Down           body, head, consensus
-Up             mean, body, head
+Down           body, head, consensus (d)
+Up             mean (d), body, head
+Passes         E; first 2 × E
 Newcomers      never drawn, a bias of zero; held out, that with five epochs of the head
 Departs        `mean` is sent once, by all clients before the first round, `body` and `head` in each round; the bias
                has the setting's momentum and decay, and is clipped by itself (reference: plain SGD); the last,
                smaller batch of an epoch counts (reference: dropped), also as the newest one of the running mean
+Elsewhere      authors' code sets the running mean to 0 in each round, so with a momentum below 1 (PFLlib: 0.1, authors:
+               1) it is biased towards 0. Its prologue trains all clients for one round, under sampling too, and then
+               overwrites what they trained
 """
 
 from collections.abc import Mapping

@@ -5,14 +5,16 @@ Gao, Fu, Li, Chen, Xu, Xu. FedDC: Federated Learning with Non-IID Data via Local
 
 Server keeps   body, head, drift, control, weights
 Client keeps   drift, control
-Down           body, head, control
-Up             body, head, control
+Down           body, head, control (model)
+Up             body, head, control (model)
 Newcomers      the model that is sent; held out, with five epochs of the head
 Departs        models, drifts and controls are averaged with the setting's weights (reference: all alike, and alpha and
                controls are divided by a client's share); a client not yet drawn is taken to weigh what the others do on
                average. With momentum rho a control is divided by the sum of the weights that K steps give their
                gradients, (K - rho (1 - rho^K) / (1 - rho)) / (1 - rho). Running statistics are averaged. Tested is what
                is sent; the mean of the last cohort stands beside (reference: tests both)
+Elsewhere      MarsFL overwrites the model that is sent by the plain mean, so the drift correction is lost, and divides
+               controls by the batch size instead of the number of steps
 """
 
 from collections.abc import Mapping

@@ -6,7 +6,7 @@ https://arxiv.org/abs/2305.19229
 Server keeps   body, head
 Client keeps   nothing
 Down           body, head
-Up             body, head, discrepancy
+Up             body, head, discrepancy (1)
 Departs        the frequencies that clients' are compared with are equal ones (reference: besides, those of its test
                images); a client sends how far its own are from them, in each round, and no counts; where nobody would
                count, all do by the setting's weights (reference: no weight is left), and one without examples never

@@ -5,14 +5,18 @@ Augmentation under Non-IID Private Data. 2018. https://arxiv.org/abs/1811.11479 
 
 Server keeps   logits, known
 Client keeps   body, head
-Down           logits, known
-Up             logits, known
+Down           logits (C, C), known (C)
+Up             logits (C, C), known (C)
+Passes         E + 1/3
 Newcomers      never drawn, the initial model; held out, that after five epochs with distillation
 Departs        all clients have one architecture, and start from one model; logits are averaged and then become
                probabilities, as in FedGen's version (paper: the other way round), equally over all clients that
                hold the class (paper: over the others); they are those of the trained model, without augmentation
                (paper: as they were met in training); a class keeps them in rounds in which nobody holds it.
                Examples that a generator adds (the paper's federated augmentation) are another method
+Elsewhere      HtFLlib passes raw logits as class probabilities to cross-entropy, so targets may be negative. FedGen's
+               code never resets its logit tracker, whose counts start at 1, so that it sends a biased running mean over
+               all rounds
 """
 
 from collections.abc import Mapping

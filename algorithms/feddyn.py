@@ -14,6 +14,11 @@ Departs        gradients are remembered as the moves that they are -alpha times 
                client not yet drawn is taken to weigh what the others do on average. Running statistics are averaged.
                Tested is what is sent, as in the paper; the mean of the last cohort stands beside (reference: tests
                these two, and plots the mean of all clients' last models)
+Elsewhere      PFLlib and FedETF's copy penalise the norm itself, not its square, and divide by zero at alpha = 0.
+               FL-bench omits the quadratic part of the penalty. Authors' cohorts are independent coin flips, and at
+               alpha = 0 the server's step is still doubled, so that is not FedAvg
+Reproduced     by alpemreacar/FedDyn@48a19fa on our batches, as published, clients of 26 or 27 images: models 7e-04
+               apart (results/studies/agreement.md)
 """
 
 from collections.abc import Mapping

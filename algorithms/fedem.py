@@ -5,13 +5,17 @@ https://arxiv.org/abs/2108.10252 (Algorithm 1)
 
 Server keeps   body, head
 Client keeps   mixture
-Down           body, head
-Up             body, head
+Down           body (components × body), head (components × head)
+Up             body (components × body), head (components × head)
+Passes         components × (E + 1/3); before the test components / 3
 Newcomers      never drawn or held out, the weights to which expectation and maximisation lead from equal ones on their
                training data while models stand still (reference: one step); nothing is tuned. Without labels equal ones
 Departs        responsibilities are those of images as they are, not augmented; for the test a client takes one more
                step of its weights with the newest models. The first component starts as everybody's model, the others
                each from its own draw (reference: from seeds of their own, all of them)
+Elsewhere      FL-bench looks responsibilities up by `isin`, which gives sorted positions, so each example of a shuffled
+               batch gets another one's weights; and it mixes logits, not probabilities. What authors' code calls its
+               validation iterator is the training data
 """
 
 from collections.abc import Mapping

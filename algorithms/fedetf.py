@@ -3,15 +3,19 @@
 Li, Shang, He, Lin, Wu. No Fear of Classifier Biases: Neural Collapse Inspired Federated Learning with Synthetic and
 Fixed Classifier. ICCV 2023. https://arxiv.org/abs/2303.10058
 
-Server keeps   body, projection, scale, etf
+Server keeps   body, projection, scale, etf (fixed)
 Client keeps   nothing
-Down           body, projection, scale, etf
-Up             body, projection, scale
+Down           body, projection (C × (d + 1)), scale (1), etf (C, C)
+Up             body, projection (C × (d + 1)), scale (1)
+Passes         E; before the test E + 2 × alternations × finetune_epochs
 Newcomers      the received model, tuned on their own examples as everybody's is
 Departs        a class that a client has not leaves its softmax, as in the paper (reference: counts as one example);
                personal models are tuned in one alternation by default (reference: 20, 120 epochs), all with the
                setting's momentum and weight decay (reference: none on the head), and on all examples (reference: on 70
                %); of a projection to less than the number of classes directions are random
+Elsewhere      rivals in the authors' code are not those of their papers: Ditto has lambda = 0.001 and a personal model
+               from a draw of its own, FedDyn an unsquared norm, FedProto zeros as prototypes of unseen classes, FedNH
+               client means without counts, CCVR standard deviations as variances
 """
 
 from collections.abc import Mapping

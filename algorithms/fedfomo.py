@@ -5,8 +5,9 @@ https://arxiv.org/abs/2012.08565
 
 Server keeps   models, affinity, known
 Client keeps   body, head, base
-Down           models, who
-Up             body, head, scores, who
+Down           models (peers × model), who (peers)
+Up             body, head, scores (peers), who (peers)
+Passes         (1 - aside) × E + aside × (peers + 2) / 3; before the test aside × (peers + 2) / 3
 Newcomers      mix what they are sent into the initial model; held out, of those that clients like best on average, with
                five epochs of the head
 Departs        the baseline is the model that a client last trained (reference: the one before, so that training is
@@ -14,6 +15,9 @@ Departs        the baseline is the model that a client last trained (reference: 
                (reference: sums of absolute differences), and without running statistics. Affinity adds up scores
                (reference: divided by the sum of their sizes). A client with too few examples to set any aside goes on
                with its own model. Those set aside are the same in every round, of each class as many as it can spare
+Elsewhere      PFLlib's baseline is the previous mixture before training, and the client's own model is no candidate.
+               easyFL sends the models of lowest affinity and adds whole models instead of differences, so norms
+               explode. FL-bench sets other examples aside at each visit, so they leak into training
 """
 
 from collections.abc import Mapping

@@ -3,15 +3,18 @@
 Fan, Zhang, Yao, Han, Zhang, Wang. Federated Learning with Bilateral Curation for Partially Class-Disjoint Data. NeurIPS
 2023. https://arxiv.org/abs/2405.18972
 
-Server keeps   body, etf
+Server keeps   body, etf (fixed)
 Client keeps   nothing
-Down           body, etf
+Down           body, etf (C, d)
 Up             body
 Newcomers      the body under the frame as they stretch it, by their own classes, as everybody's is
 Departs        features are scaled to length one, as in the paper (reference: by batch norm, which leaves them longer,
                and so the softmax of one temperature sharper); where they are fewer than classes directions are random;
                bodies are averaged with the setting's weights (reference: by numbers of batches); the temperature is
                the code's (its README: 1e-5)
+Elsewhere      authors' log has the best personal accuracy over local epochs, of participants only. Absent classes keep
+               a logit of 0 there and can win where the others are negative. The published CIFAR-10 path builds an ETF
+               of 84 rows for 512 features (read, not run)
 """
 
 from collections.abc import Mapping

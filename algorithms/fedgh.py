@@ -6,13 +6,16 @@ https://arxiv.org/abs/2303.13137 (Algorithm 1)
 Server keeps   head
 Client keeps   body
 Down           head
-Up             means, held
+Up             means (C, d), held (C)
+Passes         E + 1/3
 Newcomers      never drawn, the initial body under the newest head; held out, that after five epochs of both
 Departs        all clients have one architecture, and start from one body; the server takes many passes over the
                means, in the setting's batches (paper: one, a mean a step; in its code the optimiser moves another
                network, and the head never changes); a class that nobody of the round holds stays out of the
                server's softmax, and keeps its row (paper: it is pushed down); means are those of the trained body in
                evaluation mode, without augmentation (reference: means of the means of batches, in training mode)
+Elsewhere      HtFLlib's server takes 100 passes over the cohort's means, in batches of the client's size (paper: one
+               pass)
 """
 
 from collections.abc import Mapping

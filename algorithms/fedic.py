@@ -10,6 +10,9 @@ Up             body, head
 Departs        the ensemble teaches on the server's labelled images, in the batches that teach by labels (paper: on
                unlabelled images, in batches of 128); moments of Adam start at zero in each round (reference: they
                survive, though models are new); the gate starts half open (reference: at random)
+Elsewhere      authors' code has 10 classes and 8 clients hard-coded, and takes the server's 100 images of each class
+               away before it cuts the tail: 12,156 training images of CIFAR-10 at factor 100, not 12,406. The main file
+               of hwang52/FedLC, by its name another method, is byte-identical to it
 """
 
 from collections.abc import Mapping

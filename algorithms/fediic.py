@@ -5,11 +5,14 @@ MICCAI 2023. https://github.com/wnn2000/FedIIC
 
 Server keeps   body, head, projector, anchors, difficulty
 Client keeps   nothing
-Down           body, head, projector, anchors, difficulty
-Up             body, head, projector, losses, counts
+Down           body, head, projector, anchors (C, projection), difficulty (C)
+Up             body, head, projector, losses (C), counts (C)
+Passes         2 × E + 1/3
 Departs        optimiser and model are the setting's (reference: Adam at 0.0003, a pre-trained EfficientNet). Losses are
                those of the round's clients (reference: all take part); a class that they lack stays as difficult as it
                was. Anchors are driven apart beyond right angles too (reference: down to a cosine of 0)
+Elsewhere      authors' code joins the clients' Dirichlet draws and cuts the whole again into equal parts: all clients
+               have one size, which hides errors in the weights of the average, and labels are more even than alpha says
 """
 
 from collections.abc import Mapping

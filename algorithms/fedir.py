@@ -5,8 +5,8 @@ https://arxiv.org/abs/2003.08082 (FedIR, and FedVC as a field)
 
 Server keeps   body, head, target, sizes
 Client keeps   nothing
-Down           body, head, target
-Up             counts, body, head
+Down           body, head, target (C)
+Up             counts (C), body, head
 Departs        `counts` are sent once, by all clients before the first round, `body` and `head` in each round; a virtual
                client's epochs are one after the other out of the client's examples, shuffled anew when all have come
                (paper: passes over one draw of them), and a client stands for one virtual client in a round at most; the

@@ -3,9 +3,9 @@
 Xiao, Chen, Liu, Feng, Wu, Liu, Zhou, Yang, Liu. FedLoGe: Joint Local and Generic Federated Learning under
 Long-tailed Data. ICLR 2024. https://arxiv.org/abs/2401.08977
 
-Server keeps   body, head, etf
+Server keeps   body, head, etf (fixed)
 Client keeps   head
-Down           body, head, etf
+Down           body, head, etf (head)
 Up             body, head
 Newcomers      never drawn, the shared head realigned by the initial one's rows; held out, that with five epochs of the
                head
@@ -18,6 +18,11 @@ Departs        the ETF is optimised at norm 0.8 and scaled exactly to `etf_norm`
                three are reported in every evaluation, as is the sum without realignment that the authors' logs
                show; without the auxiliary head, which is no variant of theirs, the frame stands in its place; many,
                medium and few are cut by training counts (reference: by the clients' test counts, rounded down)
+Elsewhere      the authors' code of the main tables averages with weights of a randomly permuted client list, and trains
+               all clients where file names say 0.2. Most baselines start from FedAvg checkpoints and are tested without
+               the mask. `--beta` is FedProx's coefficient, not sparsity. The README's mask loop alters the shared head
+Reproduced     by ZackZikaiXiao/FedLoGe@f4cac52 on our batches, our frame: models 4e-07 apart
+               (results/studies/agreement.md)
 """
 
 from collections.abc import Mapping

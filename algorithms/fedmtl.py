@@ -5,7 +5,7 @@ https://arxiv.org/abs/1705.10467
 
 Server keeps   models, relations
 Client keeps   body, head
-Down           pull, own
+Down           pull (model), own (1)
 Up             body, head
 Newcomers      never drawn, the model to which the others would draw it, where the penalty is least; held out, the mean
                of all, with five epochs of the head
@@ -14,6 +14,8 @@ Departs        tasks are networks, trained by the setting's SGD (paper: convex o
                have beyond the mean of all, which is not penalised, and they add up as those of unrelated tasks do: at
                first they are `mean`'s, and `pull` means the same in both. The penalty of large weights is the setting's
                weight decay. Running statistics stay at the client
+Elsewhere      PFLlib reads weights through `state_dict()`, which is detached, so its regulariser has no gradient and
+               its FedMTL is local training. Its identity matrix is one of ones, so the relation of tasks is a constant
 """
 
 from collections.abc import Mapping

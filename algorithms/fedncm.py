@@ -3,10 +3,11 @@
 Legate, Bernier, Caccia, Oyallon, Belilovsky. Guiding The Last Layer in Federated Learning with Pre-Trained Models.
 NeurIPS 2023. https://arxiv.org/abs/2306.03937 (Algorithm 1)
 
-Server keeps   body, head
+Server keeps   body (fixed), head
 Client keeps   nothing
 Down           body, head
-Up             means, counts
+Up             means (C, d), counts (C)
+Passes         0; first 1/3
 Departs        the body is the setting's: the paper's are pre-trained, which here is a dataset of `features` or a body
                read from a file; on one as it was drawn the head says what random features are worth. A class that
                nobody holds has a row of zeros

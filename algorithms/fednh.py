@@ -5,11 +5,15 @@ https://arxiv.org/abs/2212.02758 (Algorithm 1)
 
 Server keeps   body, head
 Client keeps   nothing
-Down           body, head
-Up             body, head, means, counts
+Down           body, head (C × d + 1)
+Up             body, head (1), means (C, d), counts (C)
+Passes         E + 1/3
 Departs        bodies and scales are averaged with the setting's weights (reference: uniformly); with more classes
                than features, which cannot all stand at right angles, prototypes start evenly spread, of length one
                (reference: shorter, until the first round ends)
+Elsewhere      authors' code tests this round's clients only, on the global test set, weighted by each client's label
+               frequencies (three ways), and averages batch norm's batch counter. FedETF's copy averages client means
+               without counts and fixes the feature size at 64
 """
 
 from collections.abc import Mapping

@@ -6,10 +6,15 @@ NeurIPS 2020. https://arxiv.org/abs/2007.07481 (equation 8)
 Server keeps   body, head
 Client keeps   nothing
 Down           body, head
-Up             body, head, gradients
+Up             body, head, gradients (1)
 Departs        all clients do the setting's epochs, so that steps differ as sizes do (reference: random epochs, as an
                option); the server has no momentum (reference: an option); weight decay and clipping do not enter the
                number of gradients, as in the reference; running statistics of batch norm are averaged as ever
+Elsewhere      authors' optimiser adds both recursions for the number of gradients when momentum and mu are set, and its
+               proximal pull lands in the momentum buffer. NIID-Bench keeps its default momentum in that number.
+               FedNTD's copy adds a SCAFFOLD-like correction by default (`nova_ccvr`)
+Reproduced     by JYWa/FedNova@47b4e09 on our batches, as published, momentum 0.0: models 5e-07 apart
+               (results/studies/agreement.md)
 """
 
 from collections.abc import Mapping

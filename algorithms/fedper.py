@@ -10,6 +10,8 @@ Up             body
 Newcomers      never drawn, the common initial head on the server's body (FedRep's code, by aliasing: a running average
                of the heads); held out, that with five epochs of the head
 Departs        the personal part is the last linear layer (paper: that and up to four residual blocks)
+Elsewhere      in FedRep's code stored models are references to the global one, so a client not yet drawn has the
+               running average of others' heads as its own, not the initial head
 """
 
 from dataclasses import dataclass

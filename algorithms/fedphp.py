@@ -5,13 +5,16 @@ https://doi.org/10.1007/978-3-030-86486-6_36 (Algorithm 1)
 
 Server keeps   body, head, visits
 Client keeps   body, head, visited
-Down           body, head, visits
+Down           body, head, visits (1)
 Up             body, head
 Newcomers      the received model after one local update, which is what they would inherit; nothing of it is kept
 Departs        how often a client is drawn in a whole run, `visits`, the server reckons from the uploads so far
                (reference: from the share of clients, which no method is told); a client is taught nothing on its first
                visit (reference: by the initial model); the inherited model is in evaluation mode when it teaches
                (reference: in training mode)
+Elsewhere      PFLlib tests the plain model after training, never the inherited one, so clients not drawn score as the
+               global model. Its mu grows with the round, not with the client's visits, and its MMD bandwidths are fixed
+               at 10, 15, 20 and 50
 """
 
 from collections.abc import Mapping

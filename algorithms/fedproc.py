@@ -5,13 +5,16 @@ Generation Computer Systems 2023. https://arxiv.org/abs/2109.12273
 
 Server keeps   body, head, prototypes
 Client keeps   nothing
-Down           body, head, prototypes
-Up             body, head, prototypes, counts
+Down           body, head, prototypes (C, d)
+Up             body, head, prototypes (C, d), counts (C)
+Passes         E + 1/3
 Departs        features are the body's own, those that the head reads: the projection (two layers, 256) that lies
                between the two in every method of the paper's comparison would be the setting's model; features of
                which a class is averaged are not augmented, and the trained body is in evaluation mode (reference:
                augmented, in training mode). Where a client's classes have no prototype yet cross-entropy has the
                contrast's share (reference: in the first round only; later such a class has its prototype at zero)
+Elsewhere      MarsFL gives cross-entropy a weight of 0 in the first round, in which there are no prototypes yet, so
+               nothing is learnt in it
 """
 
 from collections.abc import Mapping

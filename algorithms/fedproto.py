@@ -5,8 +5,9 @@ https://arxiv.org/abs/2105.00243 (Algorithm 1)
 
 Server keeps   prototypes, known
 Client keeps   body, head
-Down           prototypes, known
-Up             prototypes, known
+Down           prototypes (C, d), known (C)
+Up             prototypes (C, d), known (C)
+Passes         E + 1/3
 Newcomers      never drawn, the initial model; held out, that after five epochs with the pull
 Departs        all clients have one architecture, and start from one model; each image is pulled to its class (as the
                reference does; paper: the client's class means are); a class is averaged over the clients that hold
@@ -15,6 +16,9 @@ Departs        all clients have one architecture, and start from one model; each
                augmentation (reference: as they were met in the last epoch of training); the nearest prototype is
                sought among all that are known (reference: among the classes that the client has, as our masked
                accuracy does for the headline, which goes through the head)
+Elsewhere      authors' test never resets its counts between clients, nor between its two predictors, so its mean
+               accuracy is one of running totals. PFLlib gathers prototypes over all epochs, tests by distance only, and
+               its first test gives 0. FL-bench adds a ReLU to features and tests by the head only
 """
 
 from collections.abc import Mapping

@@ -8,6 +8,9 @@ Client keeps   nothing
 Down           body, head
 Up             body, head
 Departs        every client does the full local work (no simulated stragglers)
+Elsewhere      authors' FedAvg drops the stragglers that their FedProx aggregates. In the `FedProx` optimiser of
+               FedNova's and FedRep's code the pull lands in the momentum buffer, so with momentum it adds up again in
+               each step. PFLlib's logged loss has the unsquared norm
 """
 
 from dataclasses import dataclass

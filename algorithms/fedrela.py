@@ -3,7 +3,7 @@
 Hu et al. FedReLa: Imbalanced Federated Learning via Re-Labeling. ICML 2026. https://arxiv.org/abs/2606.26037
 
 Server keeps   body, head
-Client keeps   teacher, relabelled
+Client keeps   teacher (later), relabelled (later)
 Down           body, head
 Up             body, head
 Newcomers      the generic model; held out, with five epochs of the head
@@ -12,6 +12,9 @@ Departs        trained is FedAvg's model (release: FedLoGe's, FedETF's). Labels 
                later round (release: keeps them). The model is in evaluation mode and asked once, without augmentation
                (release: mean of five passes over the training stream). A client's class counts stay those of its true
                labels, also for losses with a prior
+Elsewhere      authors' code overwrites labels in the data set itself, so that a later test on local data meets the new
+               ones unless originals are kept. It starts from a checkpoint of the base run. README and flag differ in
+               the learning rate (0.001 and 0.03)
 """
 
 from collections.abc import Mapping

@@ -7,11 +7,17 @@ Server keeps   body
 Client keeps   head
 Down           body
 Up             body
+Passes         E + head_epochs
 Newcomers      never drawn, the common initial head on the server's body (reference, by aliasing: the running average of
                the heads); held out, that with five epochs of the head
 Departs        bodies are averaged with the setting's weights (paper: uniformly, client_weights = uniform); each stage
                has an optimiser of its own, so that nothing moves the frozen part. The reference's last round of all
                heads is the setting's final_visit, its weight decay the setting's decayed = weights
+Elsewhere      authors' stored models are references to the global one, so a client not yet drawn has the average of
+               others' heads. FedBABU's copy freezes by a rate of 0 in one optimiser, whose momentum (0.9) makes the
+               first body step after five frozen ones about 4.7 times too long. Authors' Ditto does not run
+Reproduced     by lgcollins/FedRep@d82e629 on our batches, as published, all clients: models 4e-07 apart
+               (results/studies/agreement.md)
 """
 
 from dataclasses import dataclass

@@ -10,6 +10,9 @@ Up             body, head
 Newcomers      never drawn, a personal head of zero: it predicts as the generic model; held out, that with five epochs
                of the head
 Departs        the personal head starts at zero
+Elsewhere      FL-bench predicts by the personal head alone, not by the sum, and its one summed loss reaches the body
+               through that head too. PFLlib starts the personal head as a copy of the generic one and reports the
+               personal view only. FedNH's copy counts absent classes as 1e-12
 """
 
 from collections.abc import Mapping

@@ -11,6 +11,9 @@ Departs        of logits to be held down an example's own does not count (refere
                are shifted by the class frequencies); a vacant class leaves the calibrated softmax (reference: its
                frequency is 1e-9); the received model is in evaluation mode when it teaches; weight decay is the
                setting's (reference: none)
+Elsewhere      in authors' code the third term has a hidden factor of 0.005, and the softmax over vacant classes is NaN
+               for a client that lacks none. The paper's appendix prints the distillation loss with the opposite sign.
+               Published numbers are of balanced data with AutoAugment, and the maximum over rounds
 """
 
 from collections.abc import Mapping

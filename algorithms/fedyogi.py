@@ -9,6 +9,8 @@ Down           body, head
 Up             body, head
 Departs        clients are averaged with the setting's weights; running statistics of batch norm are averaged (the
                paper's networks have none); as in the paper no moment is corrected for its start (Keras and torch do so)
+Elsewhere      TensorFlow Federated's Yogi corrects its moments for their start, has beta_2 = 0.999 by default (paper:
+               0.99) and starts the second moment at 0 (paper: tau squared), as FL-bench does
 """
 
 from collections.abc import Mapping

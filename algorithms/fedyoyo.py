@@ -5,11 +5,15 @@ Learning under Heterogeneous and Long-tailed Data. ICCV 2025. https://arxiv.org/
 
 Server keeps   body, head, effective
 Client keeps   nothing
-Down           body, head, prior
-Up             effective, body, head
+Down           body, head, prior (C)
+Up             effective (C), body, head
+Passes         2 × E + 2/3
 Departs        `effective` comes up first, and what the server makes of it goes down in the same round; both views have
                the setting's augmentation (reference: the second AutoAugment and Cutout), so that without any they are
                one view twice; effective numbers are those of batches in the stored order
+Elsewhere      in authors' code the line that mixes priors stands in the batch loop and overwrites its input: after
+               about 40 batches the prior is nearly the client's own. Modules `utils` and `losses` are missing. An alpha
+               of 1 means IID, and the maximum over rounds is reported, with stronger augmentation than baselines have
 """
 
 from dataclasses import dataclass

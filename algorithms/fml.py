@@ -10,6 +10,9 @@ Newcomers      the received model, never drawn or held out, the latter with five
                drawn its own model starts from the initial one
 Departs        all clients have one architecture, and start from one model; models that travel are averaged with the
                setting's weights, as for every algorithm here (paper: uniformly)
+Elsewhere      HtFLlib's weights of cross-entropy are both 1, so nothing is distilled (PFLlib: 1 and 0). Both libraries
+               leave targets attached, so each loss also trains the other model, and `KLDivLoss()` divides by the number
+               of classes too, which makes that term so many times too weak
 """
 
 from collections.abc import Mapping

@@ -5,12 +5,14 @@ https://openaccess.thecvf.com/content/CVPR2023/html/Huang_Rethinking_Federated_L
 
 Server keeps   body, head, clusters
 Client keeps   nothing
-Down           body, head, clusters
-Up             body, head, prototypes, held
+Down           body, head, clusters (C, most, d)
+Up             body, head, prototypes (C, d), held (C)
+Passes         E + 1/3
 Departs        a class has at most `most` clusters: more are merged further, as FINCH merges them; prototypes are
                those of the trained body in evaluation mode, without augmentation (reference: as they were met in the
                last epoch); a class keeps its clusters in rounds in which no client holds it (reference: all clients
                take part)
+Elsewhere      MarsFL, by the same group, has a temperature of 0.2 (paper: 0.02)
 """
 
 from collections.abc import Mapping

@@ -5,11 +5,15 @@ https://github.com/Spinozaaa/Federated-Long-tailed-Learning
 
 Server keeps   body, head, prior, ranks
 Client keeps   nothing
-Down           body, head, prior
-Up             body, head, counts
+Down           body (experts × body), head (experts × head), prior (C)
+Up             body (experts × body), head (experts × head), counts (C)
+Passes         E; first E + 1; last experts × E
 Departs        each expert has a last block and a linear head (reference: a narrower stage, a normalised head); a client
                itself computes what the server would from its model, once. Models of the first phase are averaged
                (reference: dropped); beyond an expert's third, clients are of those not yet taken (reference: of all)
+Elsewhere      authors' code does not average its baselines either: on a GPU the model stays as initialised, on a CPU
+               clients train one after the other on one live model. The estimate of counts runs two passes and uses the
+               first. Sampling gets a float where a group is too small; NumPy names are those from before 1.24
 """
 
 from collections.abc import Mapping

@@ -5,13 +5,15 @@ for Personalized Federated Learning. ICCV 2023. https://arxiv.org/abs/2308.10279
 
 Server keeps   body, valve, embeddings
 Client keeps   head
-Down           body, valve, embeddings
-Up             body, valve, embeddings
+Down           body, valve, embeddings (C, d)
+Up             body, valve, embeddings (C, d)
 Newcomers      never drawn, the common initial head on features at the condition of their own classes; held out, that
                with five epochs of the head
 Departs        conditions are of the received embeddings (reference: of those that the client had before, and of zeros
                in its first round); the decay of embeddings and valve adds to the setting's, and is a part of what the
                setting clips, each of the two by itself (reference: no clipping)
+Elsewhere      the third term of authors' code is a Frobenius norm over the batch, so it grows with the square root of
+               the batch size. PFLlib's defaults are lambda = 1 and mu = 0 (authors: 0.01 and 0.1 for the CNN)
 """
 
 from collections.abc import Mapping

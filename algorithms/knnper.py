@@ -7,12 +7,16 @@ Server keeps   body, head
 Client keeps   nothing
 Down           body, head
 Up             body, head
+Passes         E; before the test 2/3
 Newcomers      the generic model with a memory of its own examples, like everybody; nothing is tuned
 Departs        similarity is exp(-squared distance / (d scale)), as in the reference (paper: exp(-distance)); the part
                aside on which a client chooses the share of the neighbours takes part in FedAvg's training, which
                favours the model, and is in the memory afterwards (reference: a grid of shares on test data); of
                shares that are equally good the one nearest to a half is taken; the memory holds all examples
                (paper: up to a capacity), and is made anew for each test, with the newest features
+Elsewhere      FL-bench mixes the neighbours' probabilities with raw logits, applies a ReLU, and compares the capacity
+               with the number of batches. Authors' code registers one more forward hook per batch, a leak of memory and
+               time. FAISS gives index -1 where k exceeds the capacity
 """
 
 from collections.abc import Mapping

@@ -13,6 +13,9 @@ Departs        training starts from the common initial model (reference: from Fe
                layers are averaged with the setting's weights (reference: uniformly), and are the upper ones (reference,
                on CIFAR-10: by the order of its keys the convolutions); tested is a client's last model (reference: the
                one that was best on its test data)
+Elsewhere      FL-bench shares the first layers (one by default) and personalises the rest, the reverse of the name.
+               PFLlib shares the last linear layer only. The MNIST network of authors' code applies softmax before
+               cross-entropy
 """
 
 from collections.abc import Mapping

@@ -12,6 +12,7 @@ Newcomers      use the mean, to which they would be drawn; held out, that with f
 Departs        not all clients take part in a round (paper: all): the mean is of those that do, by the setting's weights
                (paper: all alike). Noise, for privacy, is a part (`dp`), of what is sent (paper: of each example's
                gradient)
+Elsewhere      FL4Health does not synchronise the first round: each client starts from an initial model of its own
 """
 
 from collections.abc import Mapping

@@ -6,7 +6,8 @@ https://arxiv.org/abs/2306.05515 (Algorithm 2)
 Server keeps   embedding, hidden, output, moments, statistics
 Client keeps   nothing
 Down           embedding, hidden, output, statistics
-Up             body, head, descriptor, gradient
+Up             body, head, descriptor (1 + N // 4), gradient
+Passes         E + b; before the test 1/3
 Newcomers      the model that is written for their own examples, like everybody's; nothing is tuned
 Departs        clients are sent the hypernetwork, and write their models themselves (paper: descriptors go up, models
                and their gradients come down, in three trips); bytes are those of the paper's trips. Clients train
@@ -15,6 +16,9 @@ Departs        clients are sent the hypernetwork, and write their models themsel
                is that of all algorithms (reference: uniform). Descriptors are means (reference: sums over two, made
                standard by the first client's), and no class is masked at the test (reference: those that a client
                lacks). Running statistics are no output: they are averaged; the embedding network has group norm
+Elsewhere      FL-bench makes each descriptor standard by its own mean and deviation. Authors' code takes descriptors of
+               one batch in training and of all batches at the test, which agree only because the sum divided by two and
+               the standardising cancel
 """
 
 from collections.abc import Iterable, Mapping

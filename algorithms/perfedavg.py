@@ -7,11 +7,15 @@ Server keeps   body, head
 Client keeps   nothing
 Down           body, head
 Up             body, head
+Passes         (steps + 1) × E; before the test steps × b
 Newcomers      the received model after the same step as everybody's
 Departs        the steps of a round are the setting's epochs (paper: tau = 4 or 10), and rate, momentum, decay and
                clipping the setting's (paper: beta = 0.001, and none of the others); decay and clipping are those of the
                step before the test too, and not of the inner one of training; models are averaged with the setting's
                weights (paper: uniformly); running statistics are those of the pass that makes the inner step
+Elsewhere      pFedMe's code adapts on test batches before it tests on them, by two steps. FedBABU's adapts on the test
+               data of a wrong client and shares momentum between inner and outer step. PFLlib trains twice a round,
+               ignores `beta`, and never trains clients smaller than two batches
 """
 
 from collections.abc import Mapping

@@ -14,6 +14,9 @@ Departs        a step of the hypernetwork follows the mean over a round's client
                layer starts with weights of zero and the initial model as bias: the first round is that of all
                algorithms (reference: uniform). Clients send the model, and the server, which knows what it wrote, takes
                the difference (paper: clients do). Running statistics are no output: they are averaged
+Elsewhere      FL-bench lets a round's clients act on the hypernetwork one after the other, and embeds in int((1 + N) /
+               4) dimensions (authors: int(1 + N / 4)). In every step authors' weight decay also shrinks embeddings of
+               clients that are not drawn
 """
 
 from collections.abc import Mapping

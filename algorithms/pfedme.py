@@ -7,6 +7,7 @@ Server keeps   body, head
 Client keeps   body, head
 Down           body, head
 Up             body, head
+Passes         inner_steps × E
 Newcomers      what the solver of a round makes of the received model; nothing of it is kept
 Departs        only the cohort works in a round (paper: all clients, of whom some are averaged); the outer steps are
                the setting's epochs of batches (paper: R = 20 batches); the solver's learning rate, momentum, decay and
@@ -14,6 +15,9 @@ Departs        only the cohort works in a round (paper: all clients, of whom som
                0.001); tested is theta, the personal model of the paper (reference: by an alias, the client's w);
                models are averaged with the setting's weights (paper: uniformly); running statistics are those that
                theta saw, and are averaged, whatever the step of the server
+Elsewhere      PFLlib has the authors' alias and tests after the broadcast: the personal model of trained clients is the
+               global one, that of others the initial one, from which their next training starts. FL-bench never stores
+               theta, so it tests initial weights. FedRepo puts a free step for eta lambda
 """
 
 from collections.abc import Mapping

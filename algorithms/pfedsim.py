@@ -12,6 +12,8 @@ Newcomers      never drawn since the warm-up, the model with which that ended; h
 Departs        a client's own head comes back with the body, from the server, which has it (paper: it stays at the
                client). Clients are tested with the mixed body (reference: with what they last trained). Those without
                examples are like nobody. Bias does not count in how alike heads are, as in the reference
+Elsewhere      in FL-bench, by the paper's author, similarities start as the identity and are renewed for pairs within a
+               cohort only, so clients that never met are strangers; one without a similar client keeps its own body
 """
 
 from collections.abc import Mapping

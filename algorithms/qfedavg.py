@@ -6,11 +6,15 @@ https://arxiv.org/abs/1905.10497 (Algorithm 2)
 Server keeps   body, head
 Client keeps   nothing
 Down           body, head
-Up             body, head, loss
+Up             body, head, loss (1)
+Passes         E + 1/3
 Departs        clients are drawn alike and count by the setting's weights (reference: drawn by size, and alike then);
                the Lipschitz constant is 1 / the round's learning rate, whatever momentum does to updates; a loss below
                1e-10 counts as that (reference: 1e-10 is added), and is of the received model in evaluation mode,
                without augmentation; running statistics of batch norm are averaged, and are in no norm
+Elsewhere      authors' `norm_grad` is the squared norm. FedLab's loss is the sum over batches of the last epoch, during
+               training; that of FedEM's copy is taken after it. MarsFL counts batch norm buffers in the update but
+               writes it over parameters only, so offsets shift
 """
 
 from collections.abc import Mapping

@@ -4,13 +4,17 @@ Wang, Xu, Wang, Zhu. Addressing Class Imbalance in Federated Learning. AAAI 2021
 
 Server keeps   body, head, weights
 Client keeps   nothing
-Down           body, head, weights
+Down           body, head, weights (C)
 Up             body, head
 Departs        weights act in every round after the first, as in the reference (paper: where a monitor of the clients'
                updates says that classes are imbalanced); of the server's images, which no client has (reference: taken
                out of the training images), those of a class are drawn with replacement, as many batches as a pass over
                them has; models are averaged with the setting's weights (reference: all alike). Codes that take one
                gradient of another layer in place of a training are other losses of the same name
+Elsewhere      in FedLoGe's code `alpha=None` makes all weights 1: plain cross-entropy, from a converged FedAvg
+               checkpoint, and NaN in three of four CIFAR-10 runs. Authors' code finds the winner by signed values and
+               the runner-up by absolute ones; its README has a rate of 0.001, its code one that drops to 0.01 after
+               round 135
 """
 
 from collections.abc import Mapping

@@ -5,13 +5,17 @@ https://openreview.net/forum?id=hw7inQwRxB
 
 Server keeps   body, head, attractor, prototypes, known
 Client keeps   nothing
-Down           body, head, attractor, prototypes, known
-Up             body, head, attractor, prototypes, seen
+Down           body, head, attractor (head), prototypes (C × head), known (C)
+Up             body, head, attractor (head), prototypes (C × head), seen (C)
+Passes         2 × E + 1/3
 Departs        the second head starts at zero and is averaged like the first (reference: an option, on in its script).
                Balanced examples are met in evaluation mode (reference: training mode, where they move statistics a
                second time). A class without examples and without a prototype is left out of the mean; with neither for
                any class nothing is re-balanced (reference: fails). Gradients start at zero at each step (reference:
                they pile up as long as nothing is re-balanced). Clipping is the setting's (reference: at norm 1)
+Elsewhere      authors' code finds the head by its name, reseeds the draw of clients with the round number, and changes
+               the received prototypes in place. Its baselines are others than their names say: CReFF never zeroes
+               gradients, CLIMB is FedAvg, and tau-norm keeps the bias and is commented out
 """
 
 from collections.abc import Iterator, Mapping

@@ -5,11 +5,15 @@ Rectification. IEEE TIFS 2024. https://github.com/liuyuxia211/RUCR
 
 Server keeps   body, head, rectified, means, share, directions
 Client keeps   nothing
-Down           body, head, rectified, means, share, directions
-Up             body, head, rectified, means, counts
+Down           body, head, rectified (head), means (C, d), share (C), directions (C, d)
+Up             body, head, rectified (head), means (C, d), counts (C)
+Passes         E + 1
 Departs        class means are measured in evaluation mode (reference: training mode); mixtures are drawn with
                replacement (reference: without, so that a client with fewer examples fails), and none of a class that
                nobody has. With no last rounds heads are never rectified (reference: still in the last one)
+Elsewhere      with authors' default flags (weight 0, no last rounds) the method is FedAvg; `run.sh` has others. Only
+               CIFAR-10 is coded. Mixtures have norm 1 at most, while features in the test are not normalised: a bias
+               learnt at that scale hardly counts there. The maximum over rounds is reported
 """
 
 from dataclasses import dataclass

@@ -5,14 +5,17 @@ Learning. ICML 2020. https://arxiv.org/abs/1910.06378 (Algorithm 1, option II)
 
 Server keeps   body, head, control
 Client keeps   control
-Down           body, head, control
-Up             body, head, control
+Down           body, head, control (model)
+Up             body, head, control (model)
 Newcomers      the generic model; held out, with five epochs of the head
 Departs        with momentum rho the K of option II is the sum of the weights that K steps give their
                gradients, (K - rho (1 - rho^K) / (1 - rho)) / (1 - rho): the control stays a mean of
                gradients. Weight decay and clipping enter that mean. Models are averaged with the setting's
                weights, as for every algorithm here (paper: all alike, which is `client_weights = uniform`);
                running statistics are averaged, whatever the step of the server (paper: has none)
+Elsewhere      FL-bench never stores a client's control, which stays 0; its `local_epoch` means batches. PFLlib reckons
+               with the undecayed rate and ignores shortened local epochs. NIID-Bench starts all controls as one random
+               network and corrects buffers too; FedTorch applies the server's update twice
 """
 
 from dataclasses import dataclass

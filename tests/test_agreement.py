@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench.plugins import declared, ledger
+from bench.plugins.registry import ALGORITHMS
 from tests.agreement import report
 from tests.agreement.__main__ import METHODS, compared
 from tests.agreement.foreign import opened
@@ -49,6 +52,21 @@ def test_fedavg_by_hand_is_ours_and_another_rate_is_not(wrong: float, least: flo
     assert problem.tested(ours)["generic"] == measured["generic"]
     with pytest.raises(Finished):
         problem.cohort()
+
+
+def test_ledgers_say_how_near_the_study_found_them() -> None:
+    rows = json.loads((Path(__file__).parent / "agreement" / "rows.json").read_text())
+    for name in ALGORITHMS:
+        text = declared.text("algorithms", name)
+        assert text is not None
+        told = ledger.sections(text.documentation).get("Reproduced")
+        found = [row for row in rows if row["method"] == name]
+        assert (told is not None) == bool(found), name
+        if told is not None:
+            row = min(found, key=lambda row: max(row["apart"]))
+            assert told.startswith(
+                f"by {row['code']} on our batches, {row['case']}: models {max(row['apart']):.0e} apart"
+            )
 
 
 def test_rows_and_their_table(tmp_path: Path) -> None:

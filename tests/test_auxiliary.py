@@ -93,6 +93,7 @@ Server keeps   body, head
 Client keeps   nothing
 Down           body, head
 Up             body, head
+Passes         E + 2 × 8 / n
 Departs        nowhere
 """
 

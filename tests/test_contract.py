@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -156,6 +157,32 @@ def test_a_false_ledger_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     with pytest.raises(ContractBroken, match="the ledger says Up: body, head; found: body"):
         sayings.ledger_is_true(fedrep)
+
+
+@pytest.mark.parametrize(
+    ("name", "told", "wrong", "found"),
+    [
+        ("fedpac", "counts (C)", "counts (C, d)", "counts (C, d), which is (6, 64) here; found: (6,)"),
+        ("fedloge", "etf (fixed)", "etf", "Server keeps: etf, which two rounds leave as it was"),
+        ("fedloge", "etf (fixed)", "etf (still)", "etf (still), not fixed or later"),
+        ("fedpac", "counts (C)", "counts", "counts without its shape; found: (6,)"),
+        ("fedpac", "counts (C)", "counts (K)", "the ledger says K,, no formula of C, d, N, body, head, model, align"),
+        ("scaffold", "control (model)", "control (head)", "control (head), 390 numbers here; found: 4550"),
+        ("fedem", "body (components × body)", "body", "body as the model has it, 4160 numbers here; found: 12480"),
+        ("fedrep", "E + head_epochs", "E", "of which between 1.00 at 1 epochs; found: 11.00"),
+        ("fedbabu", "finetune_epochs", "1", "of which before the test 1.00 at 1 epochs; found: 5.00"),
+        ("feddbe", "; first 2 × E", "", "of which first 1.00 at 1 epochs; found: 2.00"),
+        ("fednh", "Passes         E + 1/3\n", "", "the ledger says Passes: E, of which"),
+    ],
+)
+def test_a_ledger_with_other_sizes_or_passes_is_caught(
+    name: str, told: str, wrong: str, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = __import__("sys").modules[ALGORITHMS[name].__module__]
+    assert told in str(module.__doc__)
+    monkeypatch.setattr(module, "__doc__", str(module.__doc__).replace(told, wrong))
+    with pytest.raises(ContractBroken, match=re.escape(found)):
+        sayings.ledger_is_true(ALGORITHMS[name])
 
 
 @pytest.mark.parametrize("name", ["fedrep", "fedpac", "knnper"])  # it keeps something, is sent it, or tunes its own way

@@ -108,6 +108,11 @@ class NoAnswer(toy.Host):
 
 
 @dataclass(frozen=True, kw_only=True)
+class NoMethod(toy.Host):
+    controls: ClassVar[dict[str, str]] = {"fedavg": "whether it does anything"}
+
+
+@dataclass(frozen=True, kw_only=True)
 class OtherThen(toy.Host):
     later: ClassVar[dict[str, object]] = {"scale": 0.5}
 
@@ -117,6 +122,7 @@ class OtherThen(toy.Host):
     [
         (NoRow, "its controls are rows", "fedavg,fedprox is not one row"),
         (NoAnswer, "its controls are rows", "fedavg says nothing of what it answers"),
+        (NoMethod, "its controls are rows", "fedavg gives what it gives at its defaults"),
         (OtherThen, "later fields have their defaults", "later names scale"),
     ],
 )

@@ -87,6 +87,7 @@ def torchs_sgd(run: rounds.Run, leaves: list[Tensor], scored: Any, data: LocalDa
 # Golden arithmetic
 
 
+@pytest.mark.equivalence
 def test_ccvr_pools_the_moments_of_all_features_wherever_they_lie() -> None:
     """Mean and unbiased covariance of each class as numpy has them of all clients' features in one place."""
     run = toy.run(made("fedavg+ccvr"), sizes=(60, 44, 33, 17, 9, 3, 1, 26))

@@ -84,6 +84,7 @@ def test_steps_are_those_of_the_paper(order: str, round: int) -> None:
     assert largest_difference(toy.upload_once(other, 0, task)[0], expected) > 1e-4
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("delta", [0.03, 1.0])
 def test_of_a_quadratic_hf_takes_the_exact_gradient_whatever_delta(delta: float) -> None:
     """grad F(w - alpha grad f(w)) = (I - alpha H) grad f(u), by differentiating twice; "fo" leaves out the first."""

@@ -66,6 +66,7 @@ def apart(run: Run, writer: dict[str, Tensor]) -> float:
 # A round --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_round_of_single_steps_is_a_step_of_the_hypernetwork_down_the_mean_loss(engine: str) -> None:
     """Everything moves by eta lr J^T grad L, embeddings of the cohort included, those of others not at all."""

@@ -10,6 +10,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -345,6 +347,26 @@ def test_wild_text_is_shown_and_never_run(planted: Planted) -> None:
     assert squeezed(WILD) in squeezed(known[f"run.html?{planted.ids['failed']}"].text)
     assert "Seen by hand" in known["index.html"].text
     assert squeezed(WILD) in squeezed(known["index.html"].text)
+
+
+def test_a_method_of_ours_has_a_page_of_what_its_file_says_and_of_its_rows(tmp_path: Path) -> None:
+    out = tmp_path / "results"
+    plant(out, "fedrep", label="fedrep(head_epochs=5)+topk")
+    plant(out, "fedavg", 0)
+    plant(out, "alpha", 0, label="../bench/task")
+    site = made(out, tmp_path / "site")
+    assert sorted(file.name for file in (site / "methods").iterdir()) == ["fedavg.html", "fedrep.html", "topk.html"]
+    known = pages(site)
+    fedrep, topk, index = (known[name] for name in ("methods/fedrep.html", "methods/topk.html", "index.html"))
+    for told in ("Collins, Hassani, Mokhtari", "E + head_epochs", "head_epochs = 10", "FedBABU's copy"):
+        assert squeezed(told) in squeezed(fedrep.text), told
+    assert "https://arxiv.org/abs/2102.07078" in fedrep.links
+    assert any(link.startswith("../run.html?") for link in fedrep.links)
+    assert "fedrep(head_epochs=5)+topk" in squeezed(topk.text) and "fedavg" not in squeezed(topk.text)
+    assert {"methods/fedavg.html", "methods/fedrep.html", "methods/topk.html"} <= set(index.links)
+    asked = "import sys; from bench.site.methods import described; described(['fedrep+topk'])"
+    done = subprocess.run([sys.executable, "-c", f"{asked}; print('torch' in sys.modules)"], capture_output=True)
+    assert done.stdout == b"False\n", done
 
 
 def test_all_that_runs_left_lies_in_a_pack(planted: Planted) -> None:

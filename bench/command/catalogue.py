@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.face.asked import DEFAULT_SETTING
 from bench.plugins import declared as declarations
+from bench.plugins import ledger
 from bench.plugins.declared import declared, source
 from bench.plugins.names import meant, near
 from bench.plugins.registry import ALGORITHMS, DATASETS, MODELS, PARTS, Registry, UnknownPlugin
@@ -103,9 +104,9 @@ def describe(kind: str, name: str, dataset: str) -> dict[str, Any]:
 
     Returns:
         "name", "kind", "documentation", and what the kind has: "fields" (name to value or default, what
-        it takes, and doc), "tier", "needs", "version", "adaptation", and of "newcomers" where they differ, "size",
-        "parameters", a dataset's default "setting" and so on; of a method with parts "pieces", each with the values it
-        has there.
+        it takes, and doc), "ledger" (by title), "tier", "needs", "version", "adaptation", and of "newcomers" where
+        they differ, "size", "parameters", a dataset's default "setting" and so on; of a method with parts "pieces",
+        each with the values it has there.
     """
     if "+" in name:
         return _describe_composed(name)
@@ -161,11 +162,12 @@ def _describe_composed(text: str) -> dict[str, Any]:
 def _describe_plugin(kind: str, name: str, plugin: type, facts: tuple[str, ...]) -> dict[str, Any]:
     texts = (inspect.getmodule(plugin).__doc__, plugin.__doc__)
     documentation = "\n\n".join(inspect.cleandoc(text) for text in texts if text)
+    said = {"ledger": ledger.sections(texts[0] or "")} if kind in ("algorithms", "parts") else {}
     values = {fact: _fact(plugin(), fact) for fact in facts}  # of its defaults: some depend on options
     plain = {fact: sorted(value) if isinstance(value, frozenset) else value for fact, value in values.items()}
     if isinstance(neutral := plain.get("neutral"), Mapping):
         plain["neutral"] = [f"{field} = {value!r}" for field, value in neutral.items()]
-    described = {"name": name, "kind": kind, "documentation": documentation, **plain}
+    described = {"name": name, "kind": kind, "documentation": documentation, **said, **plain}
     return {**described, "fields": field_descriptions(plugin)}
 
 
@@ -220,12 +222,7 @@ def _field_docstrings(plugin: type) -> dict[str, str]:
         return {}
     (definition,) = ast.parse(source).body
     assert isinstance(definition, ast.ClassDef)
-    documented = {}
-    for statement, following in zip(definition.body, definition.body[1:], strict=False):
-        match statement, following:
-            case ast.AnnAssign(target=ast.Name(id=field)), ast.Expr(value=ast.Constant(value=str(text))):
-                documented[field] = " ".join(text.split())
-    return documented
+    return {field.name: field.doc for field in declarations.fields(definition)}
 
 
 def _module_docstring(kind: str, name: str) -> str:

@@ -20,6 +20,7 @@ Server keeps   body, head
 Client keeps   nothing
 Down           body, head
 Up             body, head
+Passes         E + extra_epochs
 Departs        nowhere
 """
 

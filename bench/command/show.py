@@ -95,8 +95,12 @@ def show_command(name: str, plugin: Path | None, kind: str | None, dataset: str,
 
 def _prose(described: Mapping[str, Any]) -> str:
     """Write a description for a person."""
-    known = ("name", "kind", "documentation", "fields", "setting", "pieces", "controls")
+    from bench.plugins.ledger import LETTERS, TIERS
+
+    known = ("name", "kind", "documentation", "ledger", "fields", "setting", "pieces", "controls")
     lines = [f"{described['name']} ({described['kind'].removesuffix('s')})", "", described["documentation"]]
+    if "Up" in described.get("ledger", ()):
+        lines += ["", textwrap.fill(LETTERS, _WIDTH)]
     if described.get("fields"):
         lines += ["", "Fields"]
     for name, field in described.get("fields", {}).items():
@@ -110,6 +114,10 @@ def _prose(described: Mapping[str, Any]) -> str:
         title = f"Setting {described['setting']['name']}, the default (others: bench list settings)"
         lines += ["", title, textwrap.fill(values, _WIDTH, initial_indent="  ", subsequent_indent="  ")]
     rest = {key: value for key, value in described.items() if key not in known}
+    if "tier" in rest:
+        rest["tier"] = f"{rest['tier']}, the server learns or needs {TIERS[rest['tier']]}"
+    if "Up" in described.get("ledger", ()) and "Reproduced" not in described["ledger"]:
+        rest["reproduced"] = "not held against its authors' code yet"
     lines += ["", *(f"{key:<14} {_value(value)}" for key, value in rest.items())]
     return "\n".join((*lines, *("\n\n" + _prose(piece) for piece in described.get("pieces", ()))))
 

@@ -18,6 +18,7 @@ from bench.contract import checks, extremes, sayings, toy
 from bench.contract.promises import Finding, findings, require
 from bench.data import Batch
 from bench.part import Aggregation, Channel, Correction, LearnedCorrection, Loss, Part, UsesPrior
+from bench.plugins import ledger
 from bench.plugins.registry import ALGORITHMS, PARTS
 from bench.protocol import composed
 from bench.protocol.composed import Composed
@@ -55,18 +56,12 @@ def name_is_file_name(part: type[Part]) -> None:
 
 def docstring_says_it(part: type[Part]) -> None:
     """The module's docstring says which kind it is, what the server learns, and where it departs from its source."""
-    text = inspect.getdoc(sys.modules[part.__module__]) or ""
-    said = {
-        title: line[len(title) :].strip() for line in text.splitlines() for title in _SAYS if line.startswith(title)
-    }
-    missing = [title for title in _SAYS if not said.get(title)]
+    said = ledger.sections(inspect.getdoc(sys.modules[part.__module__]) or "")
+    missing = [title for title in ("Kind", "Learns", "Departs") if title not in said]
     require(not missing, f"the module's docstring has no line {', '.join(missing)}")
     require(said["Kind"] == part.kind, f"the docstring says {said['Kind']}, and it is of the kind {part.kind}")
     kept = part().tier != "S" or said["Learns"].startswith("nothing") or issubclass(part, Channel)
     require(kept, f"the server learns {said['Learns']}, and the tier is S")
-
-
-_SAYS = ("Kind", "Learns", "Departs")
 
 
 def aliases_are_rows(part: type[Part]) -> None:

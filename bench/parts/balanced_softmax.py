@@ -7,6 +7,9 @@ Kind           loss
 Learns         nothing beyond updates, by default; with prior 'estimated' each client's class counts, with prior
                'global' the server knows their sum
 Departs        by default counts are each client's own (paper: of all training data); the meta sampler is left out
+Elsewhere      codes differ in a class that a client lacks: FedETF's keeps log 0, which takes it out of the softmax,
+               GBME's counts it as 0.1, so that it keeps a small gradient. LongTailLib has the loss in a file that is
+               never imported
 """
 
 from collections.abc import Mapping

@@ -8,6 +8,9 @@ Learns         nothing beyond updates, by default; with prior 'estimated' each c
                'global' the server knows their sum
 Departs        the label itself stays in the softmax (paper: `denominator='others'`, which has no lower bound); a class
                that a client lacks, of infinite margin, leaves it, unless `absent` is a count
+Elsewhere      the repository hwang52/FedLC belongs to another paper of that short name (ISPA 2022), and its main file
+               is byte-identical to FEDIC's. Ports clamp the count of a class that a client lacks at 1e-8, a margin of
+               100 tau, or skip it
 """
 
 from collections.abc import Mapping

@@ -8,6 +8,8 @@ Learns         class counts of each client, and means and covariances of its fea
 Departs        there is no official code: features of each class and epochs are those of FL-bench, each class is drawn
                equally often, and optimiser and first rate are the setting's; a personal model is calibrated by the
                Gaussians of its own client (paper: the generic model alone)
+Elsewhere      LongTailLib's path for CNNs imports a module that is not in the tree, and what it prints is the maximum
+               over rounds on a test set whose images are in part among those of training
 """
 
 from collections.abc import Mapping

@@ -8,6 +8,9 @@ Learns         nothing beyond updates, by default; with prior 'estimated' each c
                'global' the server knows their sum
 Departs        by default counts are each client's own (paper: of all training data), other priors are scaled to the
                client's size; of the paper's three forms the softmax one
+Elsewhere      GBME's `cbloss` is the sigmoid focal form, summed over classes, with another beta and gamma for each data
+               set (0.999999 and 1; 0.99 and 0.8). Ports leave out the initial bias of -log(C - 1). LongTailLib has the
+               loss in a file that is never imported
 """
 
 from collections.abc import Mapping

@@ -7,6 +7,9 @@ Kind           correction
 Learns         nothing beyond updates
 Departs        absent is what the client cannot train on (FedLoGe's code: what its test lacks); a client without
                examples, or whose labels nobody knows, keeps all classes, and so does the generic model
+Elsewhere      FedLoGe's code masks its own method, while in the logs of FedAvg, FedProx, Ditto, Ratio Loss and FedETF
+               that line is commented out. It writes -1e10 into rows of the head, which works only for features that are
+               not negative. The README's loop overwrites the shared head, client after client
 """
 
 from dataclasses import dataclass

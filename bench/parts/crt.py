@@ -8,6 +8,8 @@ Learns         nothing beyond updates: of each client the head that it re-traine
 Departs        in a federation: each client re-trains the head on its own examples, all from one draw, and the heads of
                one exchange are averaged; classes are drawn among the client's own; the rate is the setting's first one
                (paper: a cosine from 0.2 to 0), and so are momentum and weight decay
+Elsewhere      RedGrape's port re-trains at the server, on 32 images of each class, for 5 epochs after every round, and
+               sends the head on: a method with data at the server
 """
 
 from collections.abc import Mapping

@@ -9,6 +9,9 @@ Departs        clients weigh alike (paper: by size, up to a bound); the sum is d
                (paper: by how many are expected), so that cohorts of a fixed size without losses are what an accountant
                counts on, and a client that is replaced moves the sum by twice the bound; updates are shortened at the
                server, after any channel; a round without uploads adds no noise; nothing counts epsilon
+Elsewhere      Flower's clipping divides by a norm of zero for an idle client. FL4Health's weighted path scales to the
+               expected total and then divides by the number of clients again; its accountant, which replaces a client,
+               gets the noise multiplier unhalved
 """
 
 from collections.abc import Mapping, Sequence

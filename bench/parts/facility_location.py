@@ -9,6 +9,10 @@ Departs        a term beside cross-entropy (paper: alone, and the head afterward
                that is (paper: the sum, which grows with them and with classes), of the features that the head reads
                (paper: of a projection) and of one view (paper: two); by the paper's formula (code: a logarithm of sums
                over all columns, not 0 for a batch of one class, and no division by a class's size)
+Elsewhere      authors' class has a temperature of 0.7, which scales the loss by 10; their script passes 0.07, factor 1.
+               Its default metric is a Euclidean one, scaled to each batch, while training uses cosines. In their GLMC
+               variant pairs of one class keep weight 1 - w in the repulsion, and the sum is divided by the batch size
+               twice
 """
 
 from collections.abc import Mapping

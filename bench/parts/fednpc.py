@@ -8,6 +8,8 @@ Learns         nothing beyond updates
 Departs        the noise is drawn once for all steps, and stands for each class alike (reference: noise and a label for
                each are drawn anew at each step); there are fewer steps (reference: as many as tested best on the test
                images), for momentum carries a head of short rows beyond nothing, and turns it round
+Elsewhere      authors' code runs one step fewer than its number of steps says. The state that it calls best is
+               undefined where no step improves anything
 """
 
 from collections.abc import Mapping

@@ -7,6 +7,9 @@ Kind           loss
 Learns         nothing beyond updates
 Departs        no weights of classes (paper: alpha-balanced); clients are drawn uniformly (Fed-Focal: those that help
                the tail more often)
+Elsewhere      GBME's code detaches the factor (1 - p)^gamma: its gradient lacks the factor 1 + gamma p (-log p) / (1 -
+               p); its gamma is 0.5. RedGrape's port takes log(p + 1e-6). All public ports of Fed-Focal keep the loss
+               alone. LongTailLib has it in a file that is never imported
 """
 
 from collections.abc import Mapping

@@ -10,6 +10,9 @@ Departs        a term beside cross-entropy (paper: alone, and the head afterward
                (paper: of a projection) and of one view (paper: two); by the paper's formulas (code: information is the
                logarithm of a ratio, and no number where a sum of cosines is negative; correlation divides by the other
                examples of a class, of which there may be none)
+Elsewhere      in authors' code `gc_rbf` passes a metric that the kernel function does not know, and raises. Graph cut
+               in their GLMC variant raises for a variable that does not exist, so that it cannot have been run. The
+               class's default temperature of 0.7 scales the loss by 10, their script's 0.07 by 1
 """
 
 from collections.abc import Mapping

@@ -7,6 +7,9 @@ Kind           aggregation
 Learns         nothing beyond updates
 Departs        running statistics are averaged as ever; of fewer than 2 f + 3 updates, of which nothing is proved, it
                takes as many neighbours as there are, and one at least
+Elsewhere      FederatedScope sums distances that are not squared, tensor by tensor. Flower's Multi-Krum averages the
+               kept ones by size, so that a large attacker counts more. MarsFL takes half of the clients for attackers,
+               adds a momentum of 0.9, and calls Multi-Krum with f - k
 """
 
 from collections.abc import Mapping, Sequence

@@ -9,6 +9,9 @@ Learns         nothing beyond updates, by default; with prior 'estimated' each c
 Departs        by default counts are each client's own (paper: of all training data); the head is the model's (paper: a
                cosine of features and rows, for which `scale` is 30); weights are of effective numbers, as in the
                released code (paper: inverse frequencies); the learning rate stays the setting's
+Elsewhere      GBME's port subtracts s times the margin from logits that are scaled by s only if the head does so. It
+               takes a count of 0 as 0.1, so that a class that the client lacks sets the largest margin, and those of
+               real ones shrink
 """
 
 from collections.abc import Mapping

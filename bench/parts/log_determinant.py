@@ -10,6 +10,8 @@ Departs        a term beside cross-entropy (paper: alone, and the head afterward
                (paper: of a projection) and of one view (paper: two); by the paper's formulas (code: no division by a
                class's size, and information with the opposite sign); a ridge below 0.5 is refused: there are more
                examples than features, and float32 has few digits
+Elsewhere      authors' code declares lambda = 0.1 and uses 0.5. The class's default metric is a Euclidean one, scaled
+               to the minimum and maximum of each batch, while their training uses cosines
 """
 
 from collections.abc import Mapping

@@ -7,6 +7,9 @@ Kind           loss
 Learns         nothing beyond updates, by default; with prior 'estimated' each client's class counts, with prior
                'global' the server knows their sum
 Departs        by default frequencies are each client's own (paper: of all training data)
+Elsewhere      codes differ in a class that a client lacks: FedYoYo's and FedVLS's add 1e-9 to its frequency, a shift of
+               about -20.7, GBME's takes a count of 0.1: gradients are small, but not none. LongTailLib has the loss in
+               a file that is never imported
 """
 
 from collections.abc import Mapping

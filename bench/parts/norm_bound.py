@@ -7,6 +7,7 @@ Kind           aggregation
 Learns         nothing beyond updates
 Departs        means are weighted as the run says (paper: of equal weights); no noise, which `dp` adds; running
                statistics are averaged as ever
+Elsewhere      Plato's rule never divides by the number of updates, so that it gives their sum
 """
 
 from collections.abc import Mapping, Sequence

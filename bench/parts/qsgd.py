@@ -8,6 +8,7 @@ Learns         nothing beyond updates
 Departs        of updates of many local steps (paper: of gradients); of each tensor (paper's experiments: of buckets of
                512 entries); levels take equally many bits (paper: Elias codes); tensors below 256 entries are sent
                whole; what the server sends is whole
+Elsewhere      FedLab scales entries by the largest one of them, not by the norm
 """
 
 from collections.abc import Mapping

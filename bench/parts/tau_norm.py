@@ -6,6 +6,9 @@ ICLR 2020. https://arxiv.org/abs/1910.09217 (eq. 3)
 Kind           correction
 Learns         nothing beyond updates
 Departs        nowhere; tau is an argument (paper: chosen on validation data)
+Elsewhere      RedGrape's port brings each row to the root-mean-square norm of all, which is tau = 1 times a constant,
+               and keeps the bias; its call in the aggregation is commented out. In the CReFF line it is FedAvg's head,
+               normalised for the test of each round
 """
 
 from collections.abc import Mapping

@@ -7,6 +7,7 @@ Kind           channel
 Learns         which entries moved most, within updates
 Departs        of each tensor, not of the whole model; tensors below 256 entries are sent whole; indices are int32, not
                compressed further; what the server sends is whole
+Elsewhere      FedLab stores indices as int64, twice the bytes of int32, and has no residual: what is not sent is lost
 """
 
 import math

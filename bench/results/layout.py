@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
+from bench.plugins.ledger import TIERS
 from bench.results import classes
 from bench.results.cautions import cautions
 from bench.results.leaderboard import Leaderboard, Row, measured, suffix
@@ -67,8 +68,7 @@ LEGEND = (
     "Cost is a mean over seeds, of a whole run: MB sent down and up (counted from the tensors), samples processed and "
     "FLOP, of training, of adaptation before the test, at the server, and of all three together; wall seconds, peak "
     "memory of the process, state kept at all clients.",
-    "Tier, what the server learns or needs: S nothing beyond models, L label statistics, A its own data, V "
-    "pre-trained models.",
+    f"Tier, what the server learns or needs: {', '.join(f'{tier} {what}' for tier, what in TIERS.items())}.",
 )
 _MEANING = {
     "last": "the last round",

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from bench.plugins.ledger import LETTERS
 from bench.protocol.identity import identify
 from bench.protocol.words import spell_imbalance
 from bench.results import table
@@ -15,6 +16,7 @@ from bench.results.layout import LEGEND, Column, best, columns, details, footnot
 from bench.results.leaderboard import Leaderboard, Row
 from bench.results.standing import BELIEVED, ORDER, SIGNS, WORDS
 from bench.site import charts
+from bench.site.methods import Method, described, facts, pieces
 from bench.site.rendering import many, markdown, render, spell
 from bench.site.run_page import Results, Run, Shown
 from bench.site.shelves import drawn, shelves
@@ -88,6 +90,8 @@ class Entry:
     sign: str
     board: Comparison
     filters: Mapping[str, str]
+    method: Method | None
+    """What its method's file says, if it is one of ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,12 +120,16 @@ def write(results: Results, boards: Sequence[Leaderboard]) -> Iterator[tuple[str
         boards: In their order.
     """
     comparisons = [page_of(board, place) for place, board in enumerate(boards)]
+    methods = described(row.words for board in boards for row in board.rows)
     runs = drawn(run for comparison in comparisons for run in _shown(results, comparison))
-    yield "index.html", _index(results, comparisons)
+    yield "index.html", _index(results, comparisons, methods)
     yield "leaderboard.csv", table.render(boards, "csv")
     yield "leaderboard.json", table.render(boards, "json")
     for comparison in comparisons:
-        yield comparison.page, _comparison_page(results, comparison, {run: each.curve for run, each in runs.items()})
+        curves = {run: each.curve for run, each in runs.items()}
+        yield comparison.page, _comparison_page(results, comparison, curves, methods)
+    for method in methods.values():
+        yield method.page, _method_page(results, comparisons, method, methods)
     yield RUN_PAGE, render(RUN_PAGE, "")
     yield from shelves({run: each.content for run, each in runs.items()})
 
@@ -151,11 +159,11 @@ def _ranks(boards: Sequence[Leaderboard]) -> list[list[charts.Figure]]:
     return [drawn] if drawn else []
 
 
-def _index(results: Results, comparisons: Sequence[Comparison]) -> str:
+def _index(results: Results, comparisons: Sequence[Comparison], methods: Mapping[str, Method]) -> str:
     boards = [comparison.leaderboard for comparison in comparisons]
     known = [(column, views.split()) for column, views in _COLUMNS if _measured(column, comparisons)]
     shown = tuple(column for column, _ in known)
-    entries = [entry for comparison in comparisons for entry in _entries(results, comparison, shown)]
+    entries = [entry for comparison in comparisons for entry in _entries(results, comparison, shown, methods)]
     used = {view for _, views in known for view in views}
     days = sorted(day for comparison in comparisons for day in comparison.leaderboard.finished)
     stand = Counter(entry.filters["standing"] for entry in entries)
@@ -173,6 +181,7 @@ def _index(results: Results, comparisons: Sequence[Comparison]) -> str:
         tally=" · ".join(parts),
         entries=entries,
         boards=comparisons,
+        methods=methods.values(),
         columns=[
             {
                 "title": column.title,
@@ -209,7 +218,9 @@ def _filters(entries: Sequence[Entry]) -> list[dict[str, object]]:
     ]
 
 
-def _entries(results: Results, comparison: Comparison, shown: Sequence[Column]) -> list[Entry]:
+def _entries(
+    results: Results, comparison: Comparison, shown: Sequence[Column], methods: Mapping[str, Method]
+) -> list[Entry]:
     board = comparison.leaderboard
     marks, _ = footnotes(board)
     first = best(board)
@@ -234,6 +245,7 @@ def _entries(results: Results, comparison: Comparison, shown: Sequence[Column]) 
                     "tier": row.tier,
                     "standing": row.standing,
                 },
+                method=methods.get(pieces(row.words)[0]),
             )
         )
     return entries
@@ -270,7 +282,9 @@ def _shown(results: Results, comparison: Comparison) -> Iterator[Shown]:
             )
 
 
-def _comparison_page(results: Results, comparison: Comparison, curves: Mapping[str, charts.Curve]) -> str:
+def _comparison_page(
+    results: Results, comparison: Comparison, curves: Mapping[str, charts.Curve], methods: Mapping[str, Method]
+) -> str:
     board = comparison.leaderboard
     shown = columns(board)
     ranked = {name: compare([board], key).parts for name, key in charts.GRADES.items()}
@@ -289,11 +303,44 @@ def _comparison_page(results: Results, comparison: Comparison, curves: Mapping[s
         "comparison.html",
         "../",
         board=comparison,
-        columns=[
-            {"title": column.title, "name": column.key, "cost": column.unit is not None, "views": ()}
-            for column in shown
-        ],
-        entries=_entries(results, comparison, shown),
+        columns=_headings(shown),
+        entries=_entries(results, comparison, shown, methods),
         figures=[[figure for figure in group if figure is not None] for group in figures],
         protocol=protocol,
+    )
+
+
+def _headings(shown: Sequence[Column]) -> list[dict[str, object]]:
+    return [
+        {"title": column.title, "name": column.key, "cost": column.unit is not None, "views": ()} for column in shown
+    ]
+
+
+def _method_page(
+    results: Results, comparisons: Sequence[Comparison], method: Method, methods: Mapping[str, Method]
+) -> str:
+    """Show what a method's or a part's file says, and the rows that it stands in."""
+    shown = [column for column, views in _COLUMNS if "overview" in views and _measured(column, comparisons)]
+    rows = {
+        (comparison.place, row.label): row
+        for comparison in comparisons
+        for row in comparison.leaderboard.rows
+        if method.name in pieces(row.words)
+    }
+    entries = [
+        entry
+        for comparison in comparisons
+        for entry in _entries(results, comparison, shown, methods)
+        if (comparison.place, entry.label) in rows
+    ]
+    return render(
+        "method.html",
+        "../",
+        method=method,
+        facts=facts(method, sorted({row.tier for row in rows.values()})),
+        letters=LETTERS,
+        fields=[(f"{field.name} = {field.default}", field.doc) for field in method.text.fields],
+        controls=[(row, methods.get(pieces(row)[0]), answer) for row, answer in method.controls],
+        columns=_headings(shown),
+        entries=entries,
     )

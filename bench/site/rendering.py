@@ -6,6 +6,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import bench
+from bench.plugins.ledger import TIERS
 from bench.results.layout import ABSENT
 from bench.system.text import lines, plain
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 NAME = "bench"
 TITLE = "Personalised and long-tailed federated learning"
-TIERS = "S nothing beyond models, L label statistics, A its own data, V pre-trained models"
+_TIERS = ", ".join(f"{tier} {what}" for tier, what in TIERS.items())
 
 
 def many(number: int, one: str, several: str | None = None) -> str:
@@ -43,7 +44,7 @@ def markdown(text: str) -> str:
 def render(template: str, root: str, **content: object) -> str:
     """Fill a template in; `root` is the way from the page to the site's first folder."""
     page = _environment().get_template(template)
-    return page.render(root=root, name=NAME, site=TITLE, version=bench.__version__, tiers=TIERS, **content)
+    return page.render(root=root, name=NAME, site=TITLE, version=bench.__version__, tiers=_TIERS, **content)
 
 
 @cache

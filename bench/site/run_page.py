@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bench.plugins.ledger import TIERS
 from bench.results import older
 from bench.results.layout import ABSENT
 from bench.results.packing import packable
@@ -14,7 +15,7 @@ from bench.results.standing import SIGNS
 from bench.site import charts
 from bench.site.counts import count
 from bench.site.matrix import matrices
-from bench.site.rendering import TIERS, render, spell
+from bench.site.rendering import render, spell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +180,7 @@ def _provenance(record: Record) -> list[tuple[str, str]]:
     document = record.document
     found = {
         "algorithm": record.call,
-        "tier": f"{record.tier} ({TIERS})",
+        "tier": f"{record.tier} ({TIERS.get(record.tier, 'unknown')})",
         "dataset": record.dataset,
         "seed": str(record.seed),
         "run": record.id,
