@@ -43,6 +43,7 @@ HOMES = {
     "jinja2": "site",
     "markdown_it": "site",
     "vl_convert": "site",
+    "timm": "preparing",
 }
 """Third parties with one home each."""
 

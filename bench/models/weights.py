@@ -48,7 +48,7 @@ def read(path: Path, model: Model) -> Tree:
     expected = tree.flatten(model.init(keys.key(0, "meta"))["body"])  # shapes only: nothing is drawn
     if not expected:
         raise BadWeights(f"{model.name} has no body that weights could be read into; choose another model")
-    found = _tensors(path)
+    found = tensors(path)
     own = any(name.startswith("body/") for name in found)
     names = {place: f"body/{place}" if own else model.torchvision(place) for place in expected}
     known = set(names.values())
@@ -103,7 +103,7 @@ def _unreadable(path: Path, error: OSError) -> BadWeights:
     return BadWeights(f"{path} cannot be read ({error.strerror or error}); a file of weights is wanted")
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def tensors(path: Path) -> dict[str, Tensor]:
     """Read tensors by name, without `module.` and whatever they are wrapped in."""
     try:
         content: Any = _safe(path) if path.suffix == ".safetensors" else _unpickled(path)

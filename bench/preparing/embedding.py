@@ -10,17 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import keys, tree
-from bench.data import Images
+from bench import tree
 from bench.dataset import DataMissing, Dataset, Splits, Streamed
 from bench.files.prepared import PARTS, Chunk, Plan, Store, Stored, find
 from bench.files.unfinished import writing
-from bench.models import BUILT_IN, Model, build, weights
+from bench.models.weights import BadWeights
 from bench.plugins.registry import label, name
+from bench.preparing.encoders import Encoder, encoder
 from bench.preparing.preparation import Progress
 from bench.protocol.identity import identify
-from bench.sweep.config import describe_model, describe_plugin
-from bench.tree import Tree
+from bench.sweep.config import describe_plugin
 
 CHUNK = 256
 """Images between two savings: what is lost at most when an embedding is killed."""
@@ -32,34 +31,20 @@ class Embedding:
 
     dataset: Dataset
     model: str
-    """Name in `bench.models.MODELS`."""
+    """Name in `bench.models.MODELS`, or of a network in timm."""
     norm: str
-    """"group" or "batch"."""
+    """"group" or "batch", of a network of ours."""
     weights: Path | None
-    """File of the body's weights; None: random ones, always the same."""
+    """File of the body's weights; None: random ones of a network of ours, always the same; of timm's those found."""
     device: str = "cpu"
     """"cpu" or "cuda"."""
+    pixels: int | None = None
+    """That images are scaled to for a network of timm's; None: what it was trained with."""
 
     @cached_property
-    def network(self) -> Model:
-        """The model whose body is used.
-
-        Raises:
-            BadModel: There is none of that name, or images are too small for it.
-        """
-        return build(self.model, self.dataset.num_classes, self.dataset.image_shape, self.norm)
-
-    @cached_property
-    def body(self) -> Tree:
-        """The body's weights.
-
-        Raises:
-            BadWeights: They cannot be read, or do not fit.
-        """
-        body: Tree = (
-            self.network.init(keys.key(0))["body"] if self.weights is None else weights.read(self.weights, self.network)
-        )
-        return tree.to(body, self.device)
+    def encoder(self) -> Encoder:
+        """What makes features."""
+        return encoder(self.dataset, self.model, self.norm, self.weights, self.pixels, self.device)
 
     def make(self, root: Path, progress: Progress, batch_size: int = 64) -> Store:
         """Make the store below `root`, go on with one that was begun, or open one that is complete.
@@ -73,7 +58,8 @@ class Embedding:
             BadModel, BadWeights: The body cannot be made. DataMissing, DataDamaged: The images cannot be read.
             StoreUnwritable: The store cannot be written.
         """
-        splits, _ = self.dataset.load(root), self.body
+        splits = self.dataset.load(root)
+        self.encoder.load()
         if splits.held is not None:
             call = label(self.dataset)
             raise DataMissing(f"{call}: {root} holds a part of the training images only; name a --data-root with all")
@@ -96,19 +82,16 @@ class Embedding:
 
     def plan(self, splits: Splits) -> Plan:
         """Say what the store is to hold."""
-        source = "random" if self.weights is None else weights.digest(self.weights)
         columns = {key: column for key, column in vars(splits.labels).items() if column is not None}
         made_of: dict[str, Any] = {
             "dataset": describe_plugin(self.dataset),
             "images": splits.train_x.index if isinstance(splits.train_x, Stored) else None,
             "labels": tree.digest([columns]),
-            "body": [self.model, self.norm, source],
+            **self.encoder.described(),
         }
-        if self.model not in BUILT_IN:
-            made_of["model"] = describe_model(self.model)
         return Plan(
             listing=identify(made_of),
-            shape=(self.network.feature_size, 1, 1),
+            shape=(self.encoder.feature_size, 1, 1),
             train=len(splits.train_y),
             test=len(splits.test_y),
             dtype="float16",
@@ -118,7 +101,7 @@ class Embedding:
                 "classes": str(self.dataset.num_classes),
                 "model": self.model,
                 "norm": self.norm,
-                "weights": source,
+                "weights": self.encoder.weights_digest,
                 "torch": torch.__version__,
                 "device": self.device,
             },
@@ -126,28 +109,25 @@ class Embedding:
 
     def _features(self, splits: Splits, chunk: Chunk, batch_size: int) -> Tensor:
         """Give (n, 1, 1, d) float16, on the CPU."""
-        x, y = _part(splits, chunk.part)
+        x = _part(splits, chunk.part)
         made = []
         for rows in torch.arange(chunk.start, chunk.stop).split(batch_size):
-            look = self.dataset.mean, self.dataset.std, "none", self.dataset.scale
-            images = Images(x[rows].to(self.device), y[rows].to(self.device), *look)
             with torch.inference_mode():
-                z = self.network.features(self.body, images.plain(torch.arange(len(rows), device=self.device)))
-            made.append(z.to(torch.float16).cpu())
+                made.append(self.encoder.features(x[rows]).to(torch.float16).cpu())
         features = torch.cat(made)
         wrong = ~features.isfinite().all(1)
         if wrong.any():
             row = chunk.start + int(wrong.nonzero()[0])
             what = f"the features of image {row:,} of the {chunk.part} part are not finite in float16"
-            raise weights.BadWeights(f"{what}; these weights do not suit {label(self.dataset)}, choose others")
+            raise BadWeights(f"{what}; these weights do not suit {label(self.dataset)}, choose others")
         return features[:, None, None]
 
 
-def _part(splits: Splits, part: str) -> tuple[Tensor | Streamed, Tensor]:
-    return (splits.train_x, splits.train_y) if part == PARTS[0] else (splits.test_x, splits.test_y)
+def _part(splits: Splits, part: str) -> Tensor | Streamed:
+    return splits.train_x if part == PARTS[0] else splits.test_x
 
 
 def _prefetch(splits: Splits, chunk: Chunk) -> None:
-    x, _ = _part(splits, chunk.part)
+    x = _part(splits, chunk.part)
     if not isinstance(x, Tensor):
         x.prefetch(torch.arange(chunk.start, chunk.stop))
