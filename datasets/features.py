@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from bench import DataDamaged, DataMissing, Dataset, Labels, Splits, register, tree
-from bench.files import prepared
+from bench.files import data_root, prepared
 from bench.files.compared import require_whole
 from bench.files.lists import is_number
 from bench.files.moments import moments
@@ -52,13 +52,15 @@ class Features(Dataset):
     source: ClassVar[str] = "'bench data embed', which prints the path"
 
     path: str = "features"
-    """Folder that `bench data embed` made."""
+    """Folder that `bench data embed` made; or its name alone, where it lies in `prepared` of $BENCH_DATA or the cache.
+    """
     normalise: Literal["standard", "none"] = "none"
     """`standard`: mean 0 and deviation 1 of each feature over the training part, a constant one is 0; `none`: as they
     are."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "path", str(Path(self.path).expanduser().absolute()))
+        if not self._is_name():
+            object.__setattr__(self, "path", str(Path(self.path).expanduser().absolute()))
 
     @property
     def num_classes(self) -> int:
@@ -115,12 +117,21 @@ class Features(Dataset):
             contents=prepared.checksum({"images": images, "labels": tree.digest([columns])})[:16],
         )
 
+    def _is_name(self) -> bool:
+        """Whether it is looked for where features are made."""
+        return Path(self.path).name == self.path and not Path(self.path).exists() and self.path != "features"
+
     def _store(self) -> prepared.Store:
-        store = prepared.find(Path(self.path))
+        folder = data_root(None) / "prepared" / self.path if self._is_name() else Path(self.path)
+        store = prepared.find(folder)
         if store is None:
+            of, _, by = self.path.partition("-")
+            how = (
+                f"bench data embed {of} --model {by.rpartition('-')[0]} ..." if self._is_name() and "-" in by else None
+            )
+            how = how or "bench data embed NAME --model resnet50 --weights FILE"
             raise DataMissing(
-                f"features: {self.path} holds none, or not all; 'bench data embed NAME --model resnet50 --weights FILE'"
-                " makes them and says which path to give"
+                f"features: {folder} holds none, or not all; '{how}' makes them and says which path to give"
             )
         if store.plan.dtype != "float16" or "classes" not in store.plan.made_by:
             raise DataDamaged(f"features: {self.path} holds images, not features; name a folder of 'bench data embed'")

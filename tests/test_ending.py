@@ -159,10 +159,12 @@ def test_an_interruption_that_comes_where_nobody_is_told_comes_again(number: sig
             signal.raise_signal(number)
             time.sleep(1)
 
+    began = time.monotonic()
     with pytest.raises(KeyboardInterrupt), terminable():
         gone = Gone()
         del gone
         time.sleep(30)
+    assert time.monotonic() - began < 15
 
 
 def test_a_command_leaves_the_signals_as_they_were(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,13 +19,14 @@ from bench.plugins import ledger
 from bench.plugins.declared import declared, source
 from bench.plugins.names import meant, near
 from bench.plugins.registry import ALGORITHMS, DATASETS, MODELS, PARTS, Registry, UnknownPlugin
+from bench.protocol import suites
 from bench.ranges import hints, words
 
 if TYPE_CHECKING:
     from bench.algorithm import Adaptation, Algorithm
     from bench.dataset import Dataset
 
-KINDS = ("algorithms", "sets", "aliases", "parts", "datasets", "models", "settings", "partitions")
+KINDS = ("algorithms", "sets", "aliases", "parts", "datasets", "models", "settings", "partitions", "suites")
 PLUGINS: Mapping[str, Registry[Any]] = {
     "algorithms": ALGORITHMS,
     "parts": PARTS,
@@ -127,6 +128,8 @@ def describe(kind: str, name: str, dataset: str) -> dict[str, Any]:
     described = {"name": name, "kind": kind, "documentation": _builtins(kind)[name]}
     if kind == "sets":
         return {**described, "algorithms": _members(name)}
+    if kind == "suites":
+        return {**described, **_suite(suites.suite(name))}
     if kind == "settings":
         from bench.protocol.spelling import label, parse_dataset
 
@@ -255,6 +258,8 @@ def _builtins(kind: str) -> Mapping[str, str]:
     """Give the docstrings of what is no plug-in; of an alias the row that it stands for."""
     if kind == "aliases":
         return declarations.aliases()
+    if kind == "suites":
+        return {name: suites.suite(name).title for name in suites.names()}
     if kind == "sets":
         from bench.protocol.sets import PREFIX, SETS
 
@@ -266,6 +271,18 @@ def _builtins(kind: str) -> Mapping[str, str]:
     from bench.splits.split import PARTITIONS
 
     return {name: _doc(partition) for name, partition in PARTITIONS.items()}
+
+
+def _suite(suite: suites.Suite) -> dict[str, Any]:
+    """Say what a suite is for, and its options as on the command line."""
+    words = {
+        "version": suite.version,
+        "shows": suite.shows,
+        "hides": suite.hides,
+        "costs": suite.costs,
+        "needs": list(suite.needs),
+    }
+    return {**words, "options": dict(suite.options), "run": f"bench run --suite {suite.name}"}
 
 
 def _setting_fields(name: str, dataset: Dataset) -> dict[str, dict[str, Any]]:

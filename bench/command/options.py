@@ -13,6 +13,7 @@ import click
 from bench.command.typed import Choice, Place
 from bench.face.asked import DEFAULT_ALGORITHMS, DEFAULT_DATASET, DEFAULT_SETTING, Asked
 from bench.plugins.names import meant, near
+from bench.protocol import suites
 from bench.system import reading
 
 
@@ -48,9 +49,11 @@ def defaults() -> dict[str, Any]:
 
 
 def _read_file(context: click.Context, parameter: click.Parameter, file: Path | None) -> None:
-    """Make the keys of a TOML file the defaults of the options of the same names."""
+    """Make the keys of a TOML file the defaults of the options of these names; a suite says what it is besides."""
     if file is None:
         return
+    if context.default_map:
+        raise click.BadParameter("--suite and --from exclude each other; leave one out", context, parameter)
     try:
         content = tomllib.loads(reading.contents(file).decode())
     except RecursionError as error:
@@ -59,8 +62,9 @@ def _read_file(context: click.Context, parameter: click.Parameter, file: Path | 
         why = error.strerror or str(error) if isinstance(error, OSError) else f"not TOML: {error}"
         raise click.BadParameter(f"{file}: {why}", context, parameter) from error
     options = {name.removeprefix("--").replace("-", "_"): more for name, _, more in _OPTIONS}
-    del options["from"]
+    del options["from"], options["suite"]
     defaults: dict[str, Any] = {}
+    content.pop(suites.ABOUT, None)
     for key, value in content.items():
         name = meant(key, options)
         if name is None:
@@ -81,8 +85,19 @@ def _as_typed(value: Any, many: bool) -> Any:
     return value if isinstance(value, bool) else str(value)
 
 
+def _read_suite(context: click.Context, parameter: click.Parameter, name: str | None) -> None:
+    """Make what a named suite says the defaults of the options."""
+    if name is not None:
+        known = meant(name, suites.names())
+        if known is None:
+            said = f"no suite is called {name!r}; {near(name, suites.names())}"
+            raise click.BadParameter(said, context, parameter)
+        _read_file(context, parameter, suites.file(known))
+
+
 _PATH = Place()
 _Callback = Callable[[click.Context, click.Parameter, Any], Any]
+_ON_SUITE: dict[str, Any] = {"is_eager": True, "expose_value": False, "callback": _read_suite}
 _ON_FILE: dict[str, Any] = {"is_eager": True, "expose_value": False, "callback": _read_file}
 
 
@@ -108,6 +123,11 @@ _OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("--dataset", "Dataset, or several separated by commas.", _shown(DEFAULT_DATASET)),
     ("--imbalance", "Largest class over smallest, e.g. 10,50; the setting's by default.", {}),
     ("--alpha", "Concentration of the partition, e.g. 0.1,0.5; small is more skewed.", {}),
+    (
+        "--grid",
+        "Cells to run of these, where they are no full product: 'imbalance=10,50; alpha=0.5'; repeatable.",
+        {"metavar": "CELLS", "multiple": True},
+    ),
     ("--seeds", "A count (3 is 0,1,2), or seeds with a comma (0,4,7 or 3407,).", _shown("1")),
     (
         "--plugin",
@@ -168,6 +188,7 @@ _OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("--data-root", "Folder of datasets; else $BENCH_DATA, else the user's cache.", {"type": _PATH}),
     ("--tracking-uri", "MLflow; by default SQLite beside the results.", {"metavar": "URI|off"}),
     ("--from", "TOML file with these options as keys; those given here win.", {"type": _PATH, **_ON_FILE}),
+    ("--suite", "A named grid with its protocol, see 'bench list suites'; options given here win.", {**_ON_SUITE}),
     ("--time-budget", "Begin no run that would not end in time, e.g. 45s, 90m, 1h30m.", {"metavar": "DURATION"}),
     ("--dry-run", "Say what would run, and what it will take, and stop.", {"is_flag": True}),
     ("--no-probe", "With --dry-run: try nothing out, forecast from finished runs only.", {"is_flag": True}),

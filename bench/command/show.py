@@ -15,7 +15,7 @@ from bench.face.asked import DEFAULT_DATASET
 from bench.system import text
 
 _WIDTH = 120  # of the documentation beside it
-_KINDS = ("algorithms", "sets", "aliases", "parts", "datasets", "models", "settings", "partitions")
+_KINDS = ("algorithms", "sets", "aliases", "parts", "datasets", "models", "settings", "partitions", "suites")
 _CONTROLS = "controls"
 
 
@@ -67,7 +67,8 @@ def _list_controls(known: Mapping[str, Mapping[str, str]], as_json: bool) -> Non
 @click.option("--dataset", default=DEFAULT_DATASET, show_default=True, help="Show a setting as it is for this.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def show_command(name: str, plugin: Path | None, kind: str | None, dataset: str, as_json: bool) -> None:
-    """Say what an algorithm, set, alias, part, dataset, model, setting or partition is, and which parameters it takes.
+    """Say what an algorithm, set, alias, part, dataset, model, setting, partition or suite is, and which parameters it
+    takes.
 
     \b
     bench show fedloge
@@ -97,7 +98,7 @@ def _prose(described: Mapping[str, Any]) -> str:
     """Write a description for a person."""
     from bench.plugins.ledger import LETTERS, TIERS
 
-    known = ("name", "kind", "documentation", "ledger", "fields", "setting", "pieces", "controls")
+    known = ("name", "kind", "documentation", "ledger", "fields", "setting", "pieces", "controls", "options")
     lines = [f"{described['name']} ({described['kind'].removesuffix('s')})", "", described["documentation"]]
     if "Up" in described.get("ledger", ()):
         lines += ["", textwrap.fill(LETTERS, _WIDTH)]
@@ -113,13 +114,30 @@ def _prose(described: Mapping[str, Any]) -> str:
         values = ", ".join(f"{key} {_value(value)}" for key, value in described["setting"].items() if key != "name")
         title = f"Setting {described['setting']['name']}, the default (others: bench list settings)"
         lines += ["", title, textwrap.fill(values, _WIDTH, initial_indent="  ", subsequent_indent="  ")]
+    if described.get("options"):
+        lines += ["", "Options of bench run"]
+        lines += [_hanging(f"  {key}", _typed(value)) for key, value in described["options"].items()]
     rest = {key: value for key, value in described.items() if key not in known}
     if "tier" in rest:
         rest["tier"] = f"{rest['tier']}, the server learns or needs {TIERS[rest['tier']]}"
     if "Up" in described.get("ledger", ()) and "Reproduced" not in described["ledger"]:
         rest["reproduced"] = "not held against its authors' code yet"
-    lines += ["", *(f"{key:<14} {_value(value)}" for key, value in rest.items())]
+    lines += ["", *(_hanging(key, _value(value)) for key, value in rest.items())]
     return "\n".join((*lines, *("\n\n" + _prose(piece) for piece in described.get("pieces", ()))))
+
+
+def _hanging(key: str, value: str) -> str:
+    """Write a fact; words that are long go on under themselves."""
+    return f"{key:<14} " + f"\n{' ' * 15}".join(
+        textwrap.wrap(value, _WIDTH - 15, break_on_hyphens=False, break_long_words=False) or [""]
+    )
+
+
+def _typed(value: Any) -> str:
+    """Write the value of an option as a file of options has it."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{field}={each}" for field, each in value.items())
+    return " | ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _value(value: Any) -> str:

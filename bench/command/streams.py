@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import codecs
 import errno
 import io
@@ -51,10 +50,12 @@ def terminable() -> Iterator[None]:
         yield
         return
     before, usual = signal.signal(signal.SIGTERM, signal.default_int_handler), sys.unraisablehook
+    here = threading.get_ident()
 
     def again(lost: sys.UnraisableHookArgs) -> None:
         if lost.exc_type is KeyboardInterrupt:
-            threading.Timer(0.05, _thread.interrupt_main).start()  # not here, where it would be lost too
+            # not here, where it would be lost too; and as a signal, which ends whatever is waited for
+            threading.Timer(0.05, signal.pthread_kill, (here, signal.SIGTERM)).start()
         else:
             usual(lost)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from bench.algorithm import Algorithm
     from bench.dataset import Dataset
-    from bench.sweep.config import Run, Sweep
+    from bench.sweep.config import Grid, Run, Sweep
     from bench.sweep.pool import Pool
     from bench.sweep.schedule import Budget
     from bench.tracking import Mirror
@@ -40,6 +40,7 @@ class Asked:
     preset: str
     imbalance: str | None
     alpha: str | None
+    grid: tuple[str, ...]
     seeds: str
     plugin: tuple[Path, ...]
     setting: str
@@ -117,6 +118,7 @@ def sweep(asked: Asked) -> Sweep:
         overrides=overrides,
         imbalance=tuple(config.parse_imbalance(factor) for factor in factors),
         alpha=() if asked.alpha is None else tuple(parse_numbers(asked.alpha, "--alpha")),
+        grids=tuple(map(_grid, asked.grid)),
         seeds=tuple(config.parse_seeds(asked.seeds)),
         engine=asked.engine,
         precision=asked.precision,
@@ -127,6 +129,27 @@ def sweep(asked: Asked) -> Sweep:
         plugins=tuple(file.resolve() for file in asked.plugin),
         presets=parse_presets(asked.preset, asked.out),
         workers=asked.workers_per_run,
+    )
+
+
+def _grid(text: str) -> Grid:
+    """Read cells such as `imbalance=10,50; alpha=0.5`."""
+    from bench.protocol.settings import BadConfig
+    from bench.protocol.spelling import parse_numbers
+    from bench.protocol.words import split_at, split_list
+    from bench.sweep import config
+
+    said: dict[str, str] = {}
+    for piece in split_at(";", text):
+        key, equals, values = piece.partition("=")
+        if not equals or key.strip() not in ("dataset", "imbalance", "alpha") or key.strip() in said:
+            raise BadConfig(f"--grid {text}: values of dataset, imbalance and alpha are wanted, each once, as in "
+                "'imbalance=10,50; alpha=0.5'")  # fmt: skip
+        said[key.strip()] = values.strip()
+    return config.Grid(
+        datasets=tuple(config.parse_datasets(said["dataset"])) if "dataset" in said else (),
+        imbalance=tuple(config.parse_imbalance(each) for each in split_list(said.get("imbalance", ""))),
+        alpha=tuple(parse_numbers(said["alpha"], "--grid alpha")) if "alpha" in said else (),
     )
 
 

@@ -27,6 +27,7 @@ def run(
     dataset: str | Dataset | type[Dataset] | Sequence[str | Dataset | type[Dataset]] = DEFAULT_DATASET,
     imbalance: Numbers | None = None,
     alpha: Numbers | None = None,
+    grid: str | Sequence[str] = (),
     seeds: int | str | Sequence[int] = 1,
     setting: str = DEFAULT_SETTING,
     preset: str = "default",
@@ -68,6 +69,7 @@ def run(
         dataset: Likewise.
         imbalance: Largest class over smallest; the setting's by default.
         alpha: Concentration of the partition.
+        grid: Cells to run of all these, "imbalance=10,50; alpha=0.5", where they are no full product.
         seeds: How many, or a list of which.
         setting: Named protocol; the next options replace parts of it.
         preset: "default", "paper", or what `bench tune` wrote.
@@ -117,6 +119,7 @@ def run(
             "dataset": _plugins(dataset, Dataset),
             "imbalance": _text(imbalance),
             "alpha": _text(alpha),
+            "grid": (grid,) if isinstance(grid, str) else tuple(grid),
             "seeds": str(seeds) if isinstance(seeds, int | str) else ",".join(map(str, seeds)) + ",",
             "plugin": tuple(map(Path, _several(plugin))),
             "weights": None if weights is None else Path(weights),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ from bench.sweep.matching import matched_rounds
 from bench.sweep.resolving import resolve_setting
 from bench.training import engine as engines
 from bench.tree import Tree
+
+P = TypeVar("P")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,6 +235,15 @@ def _describe_origin(text: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Some of a sweep's cells, where they are no full product; what it says nothing of, it has all of."""
+
+    datasets: tuple[Dataset, ...] = ()
+    imbalance: tuple[float | None, ...] = ()
+    alpha: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sweep:
     """What was asked for: every algorithm in every cell of datasets, imbalance factors, alphas and seeds."""
 
@@ -248,6 +259,8 @@ class Sweep:
     """None: the natural tail. Empty: the setting's."""
     alpha: tuple[float, ...] = ()
     """Empty: the setting's."""
+    grids: tuple[Grid, ...] = ()
+    """Of these cells, those that are run; empty: all."""
     seeds: tuple[int, ...] = (0,)
     engine: str = "auto"
     """"auto", "serial" or "stacked"."""
@@ -286,21 +299,17 @@ class Sweep:
         """The runs by their ids, and why others are none."""
         runs: dict[str, Run] = {}
         refusals: list[BadConfig] = []
-        for dataset in self.datasets:
-            axes = {"imbalance": self.imbalance, "alpha": self.alpha}
-            given = {axis: values for axis, values in axes.items() if values}
-            for values in itertools.product(*given.values()):
-                cell = {**self.overrides, **dict(zip(given, values, strict=True))}
-                setting = resolve_setting(self.setting, dataset, cell)
-                for seed, preset, algorithm in itertools.product(self.seeds, self.presets, self.algorithms):
-                    try:
-                        run = self._run(algorithm, preset, dataset, setting, seed)
-                    except BadConfig as refusal:
-                        if algorithm not in self.optional:
-                            raise
-                        refusals.append(refusal)
-                    else:
-                        runs.setdefault(run.id, run)
+        for dataset, cell in self._cells():
+            setting = resolve_setting(self.setting, dataset, {**self.overrides, **cell})
+            for seed, preset, algorithm in itertools.product(self.seeds, self.presets, self.algorithms):
+                try:
+                    run = self._run(algorithm, preset, dataset, setting, seed)
+                except BadConfig as refusal:
+                    if algorithm not in self.optional:
+                        raise
+                    refusals.append(refusal)
+                else:
+                    runs.setdefault(run.id, run)
         if refusals and not runs:
             raise refusals[0]
         idle = self.overrides.get("auxiliary")
@@ -309,6 +318,26 @@ class Sweep:
         if self.teacher is not None and not any(run.teacher for run in runs.values()):
             raise BadConfig(f"--teacher {self.teacher.name}: nothing that is run needs a teacher; leave the option out")
         return runs, refusals
+
+    def _cells(self) -> Iterator[tuple[Dataset, dict[str, float | None]]]:
+        """Give each dataset with imbalance and alpha, as far as something was said of them.
+
+        Raises:
+            BadConfig: No grid has anything of what was asked for.
+        """
+        found = False
+        for grid in self.grids or (Grid(),):
+            datasets = _both(self.datasets, grid.datasets)
+            axes = {"imbalance": _both(self.imbalance, grid.imbalance), "alpha": _both(self.alpha, grid.alpha)}
+            if any(values is None for values in axes.values()):
+                continue
+            given = {axis: values for axis, values in axes.items() if values}
+            for dataset in datasets or ():
+                for values in itertools.product(*given.values()):
+                    found = True
+                    yield dataset, dict(zip(given, values, strict=True))
+        if not found:
+            raise BadConfig("--grid: none of its cells has the datasets, imbalances and alphas that are asked for")
 
     def _run(self, asked: Algorithm, preset: Preset, dataset: Dataset, setting: Setting, seed: int) -> Run:
         algorithm, lr = preset.choose(asked)
@@ -356,6 +385,13 @@ class Sweep:
     @cached_property
     def _teacher(self) -> Teacher | None:
         return None if self.teacher is None else teachers.named(self.teacher)
+
+
+def _both(asked: tuple[P, ...], grid: tuple[P, ...]) -> tuple[P, ...] | None:
+    """Give what both have, where an empty one has everything; None if that is nothing."""
+    if not asked or not grid:
+        return asked or grid
+    return tuple(each for each in asked if each in grid) or None
 
 
 def _for_server(algorithm: Algorithm, setting: Setting) -> Setting:
