@@ -13,10 +13,12 @@ from bench.command.typed import Choice
 
 if TYPE_CHECKING:
     from bench.results.leaderboard import Leaderboard
+    from bench.results.record import Record
 
 
 @click.command("table")
 @click.option("--dataset", "datasets", help="Only these datasets, separated by commas.")
+@click.option("--suite", help="Only runs of this suite; see 'bench list suites'.")
 @stored_in()
 @all_versions_option
 @click.option(
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 )
 def table_command(
     datasets: str | None,
+    suite: str | None,
     out: Path,
     all_versions: bool,
     form: str | None,
@@ -63,6 +66,7 @@ def table_command(
 
     \b
     bench table
+    bench table --suite lt-small
     bench table --dataset cifar10 --format latex > table.tex
     bench table results --format csv --per-seed > runs.csv
     bench table --metrics generic,f1,personal.balanced,samples
@@ -80,6 +84,8 @@ def table_command(
             "the README of a folder has all columns; leave one of them out", param_hint="--metrics"
         )
     found = read_stored(out, datasets)
+    if suite is not None:
+        found = _of_suite(found, suite)
     if shown is None:
         boards = table.leaderboards(found, metric, all_versions=all_versions)
     else:
@@ -100,6 +106,17 @@ def table_command(
         click.echo(table.render(boards, form, per_seed=per_seed), nl=False)
     else:
         print_boards(boards)
+
+
+def _of_suite(found: Sequence[Record], name: str) -> list[Record]:
+    from bench.plugins.names import meant, near
+    from bench.protocol import suites
+    from bench.results.membership import suites_of
+
+    known = meant(name, suites.names())
+    if known is None:
+        raise click.BadParameter(f"no suite is called {name!r}; {near(name, suites.names())}", param_hint="--suite")
+    return [record for record in found if known in suites_of(record)]
 
 
 def print_boards(boards: Sequence[Leaderboard]) -> None:

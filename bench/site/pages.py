@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench.plugins.ledger import LETTERS
+from bench.protocol import suites
 from bench.protocol.identity import identify
+from bench.protocol.suites import Suite
 from bench.protocol.words import spell_imbalance
 from bench.results import table
 from bench.results.comparison import compare, part_over_datasets
 from bench.results.layout import LEGEND, Column, best, columns, details, footnotes, remarks, title, warnings
 from bench.results.leaderboard import Leaderboard, Row
+from bench.results.membership import suites_of
 from bench.results.standing import BELIEVED, ORDER, SIGNS, WORDS
 from bench.site import charts
 from bench.site.methods import Method, described, facts, pieces
@@ -27,6 +30,8 @@ LEAD = (
     "test set never entered training; the last round is what ranks."
 )
 _MOST_SIBLINGS = 20
+SUITES = "suites"
+"""Folder of the pages of suites."""
 RUN_PAGE = "run.html"
 """Shows the run whose id stands behind "?" in its address."""
 VIEWS = ("overview", "personal", "generic", "unseen", "cost", "everything")
@@ -105,6 +110,8 @@ class Comparison:
     page: str
     warnings: tuple[str, ...]
     remarks: tuple[str, ...]
+    suites: tuple[str, ...] = ()
+    """That any of its runs is of."""
 
     @property
     def warned(self) -> bool:
@@ -119,7 +126,9 @@ def write(results: Results, boards: Sequence[Leaderboard]) -> Iterator[tuple[str
         results: The runs of the leaderboards.
         boards: In their order.
     """
-    comparisons = [page_of(board, place) for place, board in enumerate(boards)]
+    comparisons = [
+        replace(page_of(board, place), suites=_members(results, board)) for place, board in enumerate(boards)
+    ]
     methods = described(row.words for board in boards for row in board.rows)
     runs = drawn(run for comparison in comparisons for run in _shown(results, comparison))
     yield "index.html", _index(results, comparisons, methods)
@@ -130,8 +139,15 @@ def write(results: Results, boards: Sequence[Leaderboard]) -> Iterator[tuple[str
         yield comparison.page, _comparison_page(results, comparison, curves, methods)
     for method in methods.values():
         yield method.page, _method_page(results, comparisons, method, methods)
+    for suite in _suites(comparisons):
+        yield f"{SUITES}/{suite.name}.html", _suite_page(results, comparisons, suite, methods)
     yield RUN_PAGE, render(RUN_PAGE, "")
     yield from shelves({run: each.content for run, each in runs.items()})
+
+
+def _members(results: Results, board: Leaderboard) -> tuple[str, ...]:
+    runs = [results.records[run] for row in board.rows for run in row.ids]
+    return tuple(sorted({name for run in runs for name in suites_of(run)}))
 
 
 def page_of(board: Leaderboard, place: int) -> Comparison:
@@ -182,6 +198,7 @@ def _index(results: Results, comparisons: Sequence[Comparison], methods: Mapping
         entries=entries,
         boards=comparisons,
         methods=methods.values(),
+        suites=_suites(comparisons),
         columns=[
             {
                 "title": column.title,
@@ -343,4 +360,28 @@ def _method_page(
         controls=[(row, methods.get(pieces(row)[0]), answer) for row, answer in method.controls],
         columns=_headings(shown),
         entries=entries,
+    )
+
+
+def _suites(comparisons: Sequence[Comparison]) -> list[Suite]:
+    """Give the suites that any comparison is of."""
+    return [suites.suite(name) for name in sorted({name for each in comparisons for name in each.suites})]
+
+
+def _suite_page(
+    results: Results, comparisons: Sequence[Comparison], suite: Suite, methods: Mapping[str, Method]
+) -> str:
+    """Show what a suite is for, and its comparisons."""
+    boards = [comparison for comparison in comparisons if suite.name in comparison.suites]
+    shown = [column for column, views in _COLUMNS if "overview" in views and _measured(column, boards)]
+    words = [("shows", suite.shows), ("does not show", suite.hides), ("costs", suite.costs)]
+    words += [("needs", need) for need in suite.needs]
+    return render(
+        "suite.html",
+        "../",
+        suite=suite,
+        facts=[*words, ("run it", f"bench run --suite {suite.name}")],
+        boards=boards,
+        columns=_headings(shown),
+        entries=[entry for board in boards for entry in _entries(results, board, shown, methods)],
     )
