@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from bench import Algorithm, LocalData, Task, Tree, tree
-from bench.contract import checks, datasets, sayings, toy
+from bench.contract import accounts, checks, datasets, toy
 from bench.contract.promises import ContractBroken
 from bench.plugins.registry import ALGORITHMS, DATASETS
 from tests.by_hand import SHORT
@@ -156,7 +156,7 @@ def test_a_false_ledger_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         module, "__doc__", str(module.__doc__).replace("Up             body", "Up             body, head")
     )
     with pytest.raises(ContractBroken, match="the ledger says Up: body, head; found: body"):
-        sayings.ledger_is_true(fedrep)
+        accounts.ledger_is_true(fedrep)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_a_ledger_with_other_sizes_or_passes_is_caught(
     assert told in str(module.__doc__)
     monkeypatch.setattr(module, "__doc__", str(module.__doc__).replace(told, wrong))
     with pytest.raises(ContractBroken, match=re.escape(found)):
-        sayings.ledger_is_true(ALGORITHMS[name])
+        accounts.ledger_is_true(ALGORITHMS[name])
 
 
 @pytest.mark.parametrize("name", ["fedrep", "fedpac", "knnper"])  # it keeps something, is sent it, or tunes its own way
@@ -190,7 +190,7 @@ def test_where_clients_differ_the_ledger_says_what_newcomers_have(name: str, mon
     module = __import__("sys").modules[ALGORITHMS[name].__module__]
     monkeypatch.setattr(module, "__doc__", str(module.__doc__).replace("Newcomers ", "Strangers "))
     with pytest.raises(ContractBroken, match="the module's docstring has no line Newcomers"):
-        sayings.ledger_is_true(ALGORITHMS[name])
+        accounts.ledger_is_true(ALGORITHMS[name])
 
 
 def test_a_head_that_leaks_upward_is_caught() -> None:
@@ -203,7 +203,7 @@ def test_a_head_that_leaks_upward_is_caught() -> None:
 
     Leaky.__module__ = fedrep.__module__
     with pytest.raises(ContractBroken, match="found: body, head"):
-        sayings.ledger_is_true(Leaky)
+        accounts.ledger_is_true(Leaky)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.999])

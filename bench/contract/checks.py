@@ -19,7 +19,7 @@ import torch
 
 from bench import tree
 from bench.algorithm import Adaptation, Algorithm, is_usual, method_of, stages
-from bench.contract import datasets, extremes, probes, sayings, toy
+from bench.contract import accounts, datasets, extremes, probes, sayings, toy
 from bench.contract.promises import Finding, findings, require
 from bench.data import Uploads
 from bench.dataset import Dataset
@@ -330,7 +330,7 @@ ALGORITHM_PROMISES: dict[str, Callable[[type[Algorithm]], None]] = {
     "its family is a named set": sayings.family_is_known,
     "its controls are rows": sayings.controls_are_rows,
     "later fields have their defaults": sayings.later_fields_have_defaults,
-    "the ledger is true": sayings.ledger_is_true,
+    "the ledger is true": accounts.ledger_is_true,
     "inputs are left alone": inputs_are_left_alone,
     "states keep keys, shapes and dtypes": states_keep_shape,
     "models fit the architecture": models_fit,
