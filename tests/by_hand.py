@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bench import Batch, LocalData, Tree, tree
+from bench import Algorithm, Batch, LocalData, Tree, tree
 from bench.contract import toy
+from bench.plugins.registry import ALGORITHMS
 from bench.training.rounds import Run
 
 SHORT: dict[str, dict[str, Any]] = {
@@ -24,6 +25,12 @@ SHORT: dict[str, dict[str, Any]] = {
     "rucr": {"head_epochs": 1},
 }
 """Fields with which methods whose servers, heads or solvers take long take little; what is done is the same."""
+
+
+def short(name: str) -> Algorithm:
+    """Give an algorithm that takes little."""
+    algorithm: Algorithm = ALGORITHMS[name](**SHORT.get(name, {}))
+    return algorithm
 
 
 FEW = (9, 5, 0, 0, 0, 0, 0, 0)

@@ -18,9 +18,9 @@ import torch
 
 from bench import Algorithm, LocalData, Task, Tree, tree
 from bench.contract import accounts, checks, datasets, toy
-from bench.contract.promises import ContractBroken
+from bench.contract.promises import ContractBroken, findings
 from bench.plugins.registry import ALGORITHMS, DATASETS
-from tests.by_hand import SHORT
+from tests.by_hand import SHORT, short
 
 GOLDEN = Path(__file__).parent / "golden.json"
 
@@ -60,10 +60,7 @@ def test_the_numbers_are_those_of_last_time(name: str) -> None:
 
 
 def test_no_algorithm_is_another_at_its_defaults() -> None:
-    runs = {
-        name: toy.finish(toy.run(ALGORITHMS[name](**SHORT.get(name, {})), setting=toy.SHORT)).outcome()
-        for name in ALGORITHMS
-    }
+    runs = {name: toy.finish(toy.run(short(name), setting=toy.SHORT)).outcome() for name in ALGORITHMS}
     marks = {name: (run.digest, run.metrics["personal"], run.metrics["generic"]) for name, run in runs.items()}
     assert len(set(marks.values())) == len(marks)
 
@@ -145,8 +142,8 @@ class Remembers(_FedAvg):
     ],
 )
 def test_the_contract_catches(broken: type[Algorithm], promise: str) -> None:
-    findings = {finding.promise: finding.problem for finding in checks.check(broken)}
-    assert findings[promise] is not None
+    (finding,) = findings(broken, {promise: checks.ALGORITHM_PROMISES[promise]})
+    assert finding.problem is not None
 
 
 def test_a_false_ledger_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

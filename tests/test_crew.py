@@ -41,6 +41,7 @@ from bench.training.job import Job, surroundings
 from bench.training.parcel import Parcel, addresses, pack, unpack
 from bench.training.rounds import Run
 from bench.training.visit import Visit
+from tests.by_hand import short
 from tests.processes import digests, finish, start, wait
 
 ROOT = Path(__file__).parents[1]
@@ -179,7 +180,7 @@ def toys(plugin: str | type[Algorithm], engine: str, setting: Setting) -> Surrou
 
 
 def _job(plugin: str | type[Algorithm], engine: str, setting: Setting) -> Job:
-    algorithm: Algorithm = ALGORITHMS[plugin]() if isinstance(plugin, str) else plugin()
+    algorithm = short(plugin) if isinstance(plugin, str) else plugin()
     splits = toy.Toy().load()
     split = toy.split(splits)
     return Job(
@@ -223,7 +224,7 @@ def test_a_crew_leaves_what_one_process_leaves(name: str, kind: str, narrow: Non
 @pytest.mark.parametrize("name", ["fedavg", "scaffold", "ditto", "creff"])
 @pytest.mark.parametrize("statistics", ["shared", "personal", "frozen"])
 def test_statistics_of_norm_layers_stay_where_they_belong(name: str, statistics: str) -> None:
-    setting = replace(SETTING, model="resnet8", norm="batch", statistics=statistics, rounds=2)
+    setting = replace(SETTING, model="resnet8", norm="batch", statistics=statistics, rounds=2, epochs=1)
     crew, _ = hired(partial(toys, name, "serial", setting), 2)
     assert left(toy_run(name, setting=setting, crew=crew)) == left(toy_run(name, setting=setting))
 

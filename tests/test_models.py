@@ -40,6 +40,7 @@ from bench.preparing.embedding import CHUNK, Embedding
 from bench.protocol.settings import SETTINGS, named
 from bench.training.engine import TOLERANCE
 from bench.training.rounds import Run
+from tests.by_hand import short
 from tests.trees import odd
 
 # Networks ---------------------------------------------------------------------------------------------------
@@ -227,7 +228,7 @@ HOSTILE = replace(toy.SETTING, model="frozen", rounds=1, momentum=0.9, weight_de
 
 
 def run_of(name: str, engine: str, **changed: Any) -> Run:
-    return toy.finish(toy.run(ALGORITHMS[name](), engine, setting=replace(HOSTILE, **changed)))
+    return toy.finish(toy.run(short(name), engine, setting=replace(HOSTILE, **changed)))
 
 
 @pytest.mark.parametrize("name", list(ALGORITHMS))

@@ -18,7 +18,7 @@ from bench.contract import toy
 from bench.plugins.registry import ALGORITHMS
 from bench.training import engine as engines
 from bench.training.operations import Operations
-from tests.by_hand import SHORT
+from tests.by_hand import short
 
 
 def torchs() -> FlopCounterMode:
@@ -161,5 +161,5 @@ class Both(Operations):
 def test_every_algorithm_costs_what_torch_counts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "Operations", Both)
     monkeypatch.setattr(Both, "seen", [])
-    toy.finish(toy.run(ALGORITHMS[name](**SHORT.get(name, {})), setting=replace(toy.SETTING, rounds=1, epochs=1)))
+    toy.finish(toy.run(short(name), setting=replace(toy.SETTING, rounds=1, epochs=1)))
     assert all(ours == theirs for ours, theirs in Both.seen) and sum(ours for ours, _ in Both.seen) > 0, Both.seen

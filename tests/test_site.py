@@ -355,7 +355,8 @@ def test_a_method_of_ours_has_a_page_of_what_its_file_says_and_of_its_rows(tmp_p
     plant(out, "fedavg", 0)
     plant(out, "alpha", 0, label="../bench/task")
     site = made(out, tmp_path / "site")
-    assert sorted(file.name for file in (site / "methods").iterdir()) == ["fedavg.html", "fedrep.html", "topk.html"]
+    files = {str(file.relative_to(site)) for file in site.rglob("*.html") if file.parent.name != "comparisons"}
+    assert files == {"index.html", "run.html", *(f"methods/{name}.html" for name in ("fedavg", "fedrep", "topk"))}
     known = pages(site)
     fedrep, topk, index = (known[name] for name in ("methods/fedrep.html", "methods/topk.html", "index.html"))
     for told in ("Collins, Hassani, Mokhtari", "E + head_epochs", "head_epochs = 10", "FedBABU's copy"):

@@ -36,7 +36,7 @@ from bench.training.population import Population
 from bench.training.rounds import Run
 from bench.training.visit import Visit
 from tests import virtual
-from tests.by_hand import SHORT
+from tests.by_hand import SHORT, short
 
 SIZES = (20, 9, 0, 26, 3, 17, 1, 12)
 SETTING = replace(toy.SETTING, rounds=2, epochs=1, eval_every=2, unseen=1, weight_decay=1e-3, clip=5.0)
@@ -119,7 +119,7 @@ def device() -> Iterator[str]:
 
 
 def parsed(name: str) -> Algorithm:
-    (algorithm,) = [ALGORITHMS[name](**SHORT[name])] if name in SHORT else parse_algorithms(name)
+    (algorithm,) = [short(name)] if name in SHORT else parse_algorithms(name)
     return algorithm
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import Algorithm, Tree, Uploads, tree
+from bench import Tree, Uploads, tree
 from bench.contract import toy
 from bench.plugins.registry import ALGORITHMS
 from bench.tree import largest_difference
-from tests.by_hand import SHORT
+from tests.by_hand import short
 
 FEDERATED = [name for name in sorted(ALGORITHMS) if "pooled" not in ALGORITHMS[name]().needs]
 NO_MEAN_OF_BODIES = {
@@ -47,14 +47,9 @@ AFTER_THE_MEAN = {
 }
 
 
-def made(name: str) -> Algorithm:
-    algorithm: Algorithm = ALGORITHMS[name](**SHORT.get(name, {}))
-    return algorithm
-
-
 def served(name: str, weights: str, claim: Tensor | None = None) -> Tree:
     """The server's state after two rounds, in which clients of sizes as they are, or as they claim, take part."""
-    run = toy.run(made(name), setting=replace(toy.SETTING, rounds=2, participation=1.0, client_weights=weights))
+    run = toy.run(short(name), setting=replace(toy.SETTING, rounds=2, participation=1.0, client_weights=weights))
     sizes = run.population.sizes
     if claim is not None:
         run.population.sizes = lambda clients: claim[list(clients)]  # type: ignore[method-assign]
@@ -81,7 +76,7 @@ def test_a_mean_of_bodies_has_the_settings_weights(name: str) -> None:
     """In the first round, where momentum and controls of a server are still nothing."""
     clients, sizes = torch.tensor([0, 1, 2, 4]), torch.tensor([60.0, 44.0, 33.0, 9.0]).double()
     part, found = "head" if name in HEADS else "body", 0
-    run = toy.run(made(name), setting=replace(toy.SETTING, rounds=1, participation=1.0))
+    run = toy.run(short(name), setting=replace(toy.SETTING, rounds=1, participation=1.0))
     for task, exchange in toy.trips(run):
         sent = [toy.upload_once(run, k, task, exchange)[0] for k in clients.tolist()]
         if part not in sent[0]:

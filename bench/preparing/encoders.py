@@ -185,7 +185,7 @@ class Pretrained:
         """(n, 1 or 3, height, width) -> (n, d)."""
         mean, std, kind, side = self._look()
         pixels = x.to(self.device).float() / self.dataset.scale
-        pixels = F.interpolate(pixels, (side, side), mode=kind, align_corners=False).expand(-1, 3, -1, -1)
+        pixels = F.interpolate(pixels, (side, side), mode=kind, align_corners=False)
         centre, spread = (torch.tensor(each, device=self.device).view(1, -1, 1, 1) for each in (mean, std))
         made: Tensor = self.network(((pixels - centre) / spread).contiguous(memory_format=torch.channels_last))
         return made

@@ -373,7 +373,8 @@ def _suite_page(
 ) -> str:
     """Show what a suite is for, and its comparisons."""
     boards = [comparison for comparison in comparisons if suite.name in comparison.suites]
-    shown = [column for column, views in _COLUMNS if "overview" in views and _measured(column, boards)]
+    wanted = {"overview", "unseen"}
+    shown = [column for column, views in _COLUMNS if wanted & {*views.split()} and _measured(column, boards)]
     words = [("shows", suite.shows), ("does not show", suite.hides), ("costs", suite.costs)]
     words += [("needs", need) for need in suite.needs]
     return render(
