@@ -144,11 +144,12 @@ def test_what_is_finished_is_not_run_again_and_threads_stay_the_callers(swept: t
 def test_options_have_the_commands_names_and_defaults() -> None:
     known = {name: parameter.default for name, parameter in inspect.signature(run).parameters.items()}
     asked = {name: value for name, value in defaults().items() if name not in ("dry_run", "no_probe", "json")}
+    assert known.pop("suite") is None  # on the command line it gives others their defaults
     assert known.keys() == asked.keys()
     differ = {name for name in known if known[name] != asked[name]}
     assert differ == {"seeds", "set", "out"}, "1 for '1', None for nothing, text for a path"
     documented = inspect.getdoc(run) or ""
-    assert all(f"\n    {name}: " in documented for name in known)
+    assert all(f"\n    {name}: " in documented for name in [*known, "suite"])
 
 
 @pytest.mark.parametrize(

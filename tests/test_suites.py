@@ -17,6 +17,7 @@ from bench.command.options import Options
 from bench.command.run import run_command
 from bench.dataset import DataMissing
 from bench.face.asked import sweep
+from bench.plugins.registry import UnknownPlugin
 from bench.protocol import suites
 from bench.protocol.settings import BadConfig
 from bench.results import records
@@ -73,7 +74,8 @@ def cells(*words: str) -> list[tuple[str, Any, Any, int]]:
 
 
 @pytest.mark.parametrize("name", suites.names())
-def test_a_suite_is_told_and_can_be_read(name: str) -> None:
+def test_a_suite_is_told_and_can_be_read(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BENCH_DATA", str(tmp_path))  # where no features are
     suite = suites.suite(name)
     assert suite.version >= 1 and all((suite.title, suite.shows, suite.hides, suite.costs))
     asked = options("--suite", name)
@@ -181,7 +183,14 @@ def test_suites_are_listed_and_shown(small: str, capsys: pytest.CaptureFixture[s
         assert said in shown
 
 
-def test_python_has_grids_too(tmp_path: Path) -> None:
+def test_python_has_suites_and_grids_too(small: str, tmp_path: Path) -> None:
+    ways = {"out": tmp_path / "suite", "ray": "off", "tracking_uri": "off"}
+    found = bench.run("local", suite=small, alpha=0.1, seeds=[1], **ways)  # type: ignore[arg-type]
+    (record,) = records.read_all(tmp_path / "suite")[0]
+    assert (record.imbalance, record.alpha, record.seed, len(found)) == (20.0, 0.1, 1, 1)
+    assert suites_of(record) == [small]
+    with pytest.raises(UnknownPlugin, match="no suite is called 'smaller'; did you mean small"):
+        bench.run(suite="smaller")
     found = bench.run("local", imbalance=[5, 20], alpha=[0.1, 0.5], grid="imbalance=5; alpha=0.1", rounds=1,
         out=tmp_path, ray="off", tracking_uri="off")  # fmt: skip
     assert len(found) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -11,6 +12,9 @@ from bench.algorithm import Algorithm
 from bench.dataset import Dataset
 from bench.face.asked import DEFAULT_ALGORITHMS, DEFAULT_DATASET, DEFAULT_SETTING, Asked
 from bench.plugins.cells import enter
+from bench.plugins.names import meant, near
+from bench.plugins.registry import UnknownPlugin
+from bench.protocol import suites
 from bench.protocol.settings import BadConfig
 from bench.results import records
 
@@ -58,6 +62,7 @@ def run(
     time_budget: str | None = None,
     force: bool = False,
     keep_models: bool = False,
+    suite: str | None = None,
 ) -> Runs:
     """Compare algorithms in every cell of datasets, imbalance, alpha and seeds; what is finished is not run again.
 
@@ -100,6 +105,7 @@ def run(
         time_budget: Begin no run that would not end in time, "90m".
         force: Whether what is finished is run again.
         keep_models: Whether the models are written beside each result.
+        suite: A named grid with its protocol: what is at its default here is as it says.
 
     Returns:
         The runs that were asked for, those that failed too.
@@ -108,10 +114,12 @@ def run(
         BadConfig, UnknownPlugin, DataMissing, ...: It cannot be done, with the command's sentence; nothing was begun.
         KeyboardInterrupt: It was interrupted. What is done is kept, and the same call goes on.
     """
+    given: dict[str, Any] = {key: value for key, value in locals().items() if key in _NAMES}
+    if suite is not None:
+        return run(**{**given, **_of_suite(suite, given)})
     from bench.face.runs import Runs
     from bench.face.sweeping import perform
 
-    given: dict[str, Any] = {key: value for key, value in locals().items() if key in _NAMES}
     asked = Asked(
         **{
             **given,
@@ -135,6 +143,19 @@ def run(
 
 
 _NAMES = {field.name for field in fields(Asked) if field.default is MISSING}
+
+
+def _of_suite(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the options that a suite says and a person did not.
+
+    Raises:
+        UnknownPlugin: There is no such suite.
+    """
+    known = meant(name, suites.names())
+    if known is None:
+        raise UnknownPlugin(f"no suite is called {name!r}; {near(name, suites.names())}")
+    usual = {each.name: each.default for each in inspect.signature(run).parameters.values()}
+    return {key: value for key, value in suites.suite(known).options.items() if given[key] == usual[key]}
 
 
 def _several(value: Any) -> list[Any]:
