@@ -35,7 +35,7 @@ from bench.models.mobilenets import MobileNetV2
 from bench.models.networks import Network
 from bench.models.resnets import ResNet50
 from bench.models.weights import BadWeights
-from bench.plugins.registry import ALGORITHMS, DATASETS
+from bench.plugins.registry import ALGORITHMS, DATASETS, label
 from bench.preparing.embedding import CHUNK, Embedding
 from bench.protocol.settings import SETTINGS, named
 from bench.training.engine import TOLERANCE
@@ -658,6 +658,19 @@ def test_features_are_told_by_their_contents_and_not_by_their_place(users: Users
             unfinished.finish(users.labels(tmp_path))
         made.append(features(tmp_path / name).identity())
     assert made[0] != made[1]
+
+
+def test_features_are_found_by_their_name_where_they_are_made(
+    users: Users, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = embedding(users).make(tmp_path, Watcher()).folder
+    monkeypatch.setenv("BENCH_DATA", str(tmp_path))
+    named = features(Path(folder.name))
+    assert named.identity() == features(folder).identity()
+    assert label(named) == f"features(path='{folder.name}')"  # no machine's own path
+    monkeypatch.setenv("BENCH_DATA", str(tmp_path / "elsewhere"))
+    with pytest.raises(DataMissing, match=r"holds none, or not all; 'bench data embed users --model small_cnn \.\.\.'"):
+        features(Path(folder.name)).load(tmp_path)
 
 
 def test_features_that_float16_cannot_hold_are_refused(users: Users, tmp_path: Path) -> None:
