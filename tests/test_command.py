@@ -326,7 +326,7 @@ def test_list_names_what_there_is_and_imports_no_plugin(tmp_path: Path, bench: B
     assert fedrep == {"name": "fedrep", "family": "pfl", "tier": "S", "year": 2021}
     assert "FedRep: one representation for all" in bench("list", "algorithms").out
     everything = json.loads(bench("list", "--json").out)
-    assert " ".join(everything) == "algorithms sets aliases parts datasets models settings partitions"
+    assert " ".join(everything) == "algorithms sets aliases parts datasets models settings partitions suites"
     assert "resnet8" in everything["models"] and "quick" in everything["settings"]
     code = """
 import sys
