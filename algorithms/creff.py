@@ -14,8 +14,7 @@ Departs        a class's gradient is that of all the client's images of it, with
 Elsewhere      authors' code has heads of 256 x 10 hard-coded in two places, so that CIFAR-100 does not run; flags of
                its README do not exist; crop and flip are drawn once for a whole batch. RedGrape's port never zeroes
                gradients, which pile up, clipped at norm 1. LongTailLib's client is fixed to ResNet-8
-Reproduced     by shangxinyi/CReFF-FL@fbec98f on our batches, without augmentation: models 4e-05 apart
-               (results/studies/agreement.md)
+Reproduced     by shangxinyi/CReFF-FL@fbec98f (without augmentation): models 4e-05 apart (results/studies/agreement.md)
 """
 
 from collections.abc import Mapping

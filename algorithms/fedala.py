@@ -16,8 +16,8 @@ Departs        weights take `merge_epochs` passes in each round (paper: the firs
 Elsewhere      in FL-bench all clients share one worker: its weights and start flag are common, and a client's local
                model is what the previous client left. Authors' loaders drop the last batch at the test too. Their
                stopping rule reads each epoch's last batch only (threshold 0.1, paper: 0.01), and may never end if small
-Reproduced     by TsingZ0/FedALA@a7a9b21 on our batches, our batches; weights learnt on all images, in one pass: models
-               6e-07 apart (results/studies/agreement.md)
+Reproduced     by TsingZ0/FedALA@a7a9b21 (our batches; weights learnt on all images, in one pass): models 6e-07 apart
+               (results/studies/agreement.md)
 """
 
 from collections.abc import Mapping

@@ -17,8 +17,8 @@ Departs        the body is aligned with the setting's batches, momentum and deca
 Elsewhere      FL-bench averages the head among all clients and aligns the mean feature of a batch. Authors' code
                reckons the Fisher trace on all clients in every round, tests before the broadcast, and leaves a client
                not yet drawn with the whole initial model
-Reproduced     by xiyuanyang45/FedAS@1a4f5fd on our batches, each aligns a copy, and nobody the first time: models 1e-04
-               apart (results/studies/agreement.md)
+Reproduced     by xiyuanyang45/FedAS@1a4f5fd (each aligns a copy, and nobody the first time): models 1e-04 apart
+               (results/studies/agreement.md)
 """
 
 from collections.abc import Mapping

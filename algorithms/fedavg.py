@@ -11,8 +11,7 @@ Departs        nowhere
 Elsewhere      weights differ: examples (PFLlib, FedProx, pFedMe), uniform (FedBABU, Ditto, LG-FedAvg, FedNH), batches
                (FedGELA), examples before 30 % are held out (FedETF). FedDyn's code draws cohorts by independent coin
                flips, so their size varies. FedBABU, MOON and FedNH average batch norm's batch counter too
-Reproduced     by Lee-Gihun/FedNTD@be00ee5 on our batches, momentum 0.5: models 6e-07 apart
-               (results/studies/agreement.md)
+Reproduced     by Lee-Gihun/FedNTD@be00ee5 (momentum 0.5): models 6e-07 apart (results/studies/agreement.md)
 """
 
 from dataclasses import dataclass

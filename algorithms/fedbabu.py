@@ -17,8 +17,7 @@ Departs        bodies are averaged with the setting's weights (reference: unifor
 Elsewhere      PFLlib fine-tunes without sending the last average, so clients start from their own last bodies, and adds
                the result after the best accuracy is printed. FL-bench zeroes only the head's gradient, so weight decay
                or momentum would still move it. Baselines in the authors' code deviate (Ditto, Per-FedAvg)
-Reproduced     by jhoon-oh/FedBABU@e34c15b on our batches, as published: models 6e-07 apart
-               (results/studies/agreement.md)
+Reproduced     by jhoon-oh/FedBABU@e34c15b (as published): models 6e-07 apart (results/studies/agreement.md)
 """
 
 from collections.abc import Mapping

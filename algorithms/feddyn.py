@@ -17,8 +17,8 @@ Departs        gradients are remembered as the moves that they are -alpha times 
 Elsewhere      PFLlib and FedETF's copy penalise the norm itself, not its square, and divide by zero at alpha = 0.
                FL-bench omits the quadratic part of the penalty. Authors' cohorts are independent coin flips, and at
                alpha = 0 the server's step is still doubled, so that is not FedAvg
-Reproduced     by alpemreacar/FedDyn@48a19fa on our batches, as published, clients of 26 or 27 images: models 7e-04
-               apart (results/studies/agreement.md)
+Reproduced     by alpemreacar/FedDyn@48a19fa (as published, clients of 26 or 27 images): models 7e-04 apart
+               (results/studies/agreement.md)
 """
 
 from collections.abc import Mapping

@@ -21,8 +21,7 @@ Departs        the ETF is optimised at norm 0.8 and scaled exactly to `etf_norm`
 Elsewhere      the authors' code of the main tables averages with weights of a randomly permuted client list, and trains
                all clients where file names say 0.2. Most baselines start from FedAvg checkpoints and are tested without
                the mask. `--beta` is FedProx's coefficient, not sparsity. The README's mask loop alters the shared head
-Reproduced     by ZackZikaiXiao/FedLoGe@f4cac52 on our batches, our frame: models 4e-07 apart
-               (results/studies/agreement.md)
+Reproduced     by ZackZikaiXiao/FedLoGe@f4cac52 (our frame): models 4e-07 apart (results/studies/agreement.md)
 """
 
 from collections.abc import Mapping

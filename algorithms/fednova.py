@@ -13,8 +13,7 @@ Departs        all clients do the setting's epochs, so that steps differ as size
 Elsewhere      authors' optimiser adds both recursions for the number of gradients when momentum and mu are set, and its
                proximal pull lands in the momentum buffer. NIID-Bench keeps its default momentum in that number.
                FedNTD's copy adds a SCAFFOLD-like correction by default (`nova_ccvr`)
-Reproduced     by JYWa/FedNova@47b4e09 on our batches, as published, momentum 0.0: models 5e-07 apart
-               (results/studies/agreement.md)
+Reproduced     by JYWa/FedNova@47b4e09 (as published, momentum 0.0): models 5e-07 apart (results/studies/agreement.md)
 """
 
 from collections.abc import Mapping

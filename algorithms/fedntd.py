@@ -10,8 +10,7 @@ Up             body, head
 Departs        the received model is in evaluation mode when it teaches (reference: in training mode)
 Elsewhere      PFLlib averages uniformly, and turns the server's live model itself into the frozen teacher (evaluation
                mode, no gradients)
-Reproduced     by Lee-Gihun/FedNTD@be00ee5 on our batches, as published: models 6e-07 apart
-               (results/studies/agreement.md)
+Reproduced     by Lee-Gihun/FedNTD@be00ee5 (as published): models 6e-07 apart (results/studies/agreement.md)
 """
 
 from collections.abc import Mapping

@@ -16,8 +16,7 @@ Departs        the programmes are solved exactly (reference: by cvxpy, weights b
 Elsewhere      PFLlib averages prototypes without weights, gives new heads to the cohort only, and where the programme
                fails takes a head by client number instead of position in the cohort. FL-bench takes the head's epoch
                out of E. Authors' `torch.eig` is gone from newer PyTorch
-Reproduced     by JianXu95/FedPAC@5770f4f on our batches, as published: models 6e-04 apart
-               (results/studies/agreement.md)
+Reproduced     by JianXu95/FedPAC@5770f4f (as published): models 6e-04 apart (results/studies/agreement.md)
 """
 
 from dataclasses import dataclass

@@ -16,7 +16,7 @@ Departs        bodies are averaged with the setting's weights (paper: uniformly,
 Elsewhere      authors' stored models are references to the global one, so a client not yet drawn has the average of
                others' heads. FedBABU's copy freezes by a rate of 0 in one optimiser, whose momentum (0.9) makes the
                first body step after five frozen ones about 4.7 times too long. Authors' Ditto does not run
-Reproduced     by lgcollins/FedRep@d82e629 on our batches, as published, all clients: models 4e-07 apart
+Reproduced     by lgcollins/FedRep@d82e629 (as published, all clients): models 4e-07 apart
                (results/studies/agreement.md)
 """
 

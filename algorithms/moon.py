@@ -13,7 +13,7 @@ Departs        features are the body's own, those that the head reads: the proje
                (reference: none in the first round, later against a random model of the client)
 Elsewhere      PFLlib and FL-bench have no projection head, and PFLlib's temperature is 1 by default (authors: 0.5).
                FL-bench's teachers stay in training mode for batch norm
-Reproduced     by QinbinLi/MOON@8fcba3c on our batches, newcomers without a contrast, 40 %: models 9e-07 apart
+Reproduced     by QinbinLi/MOON@8fcba3c (newcomers without a contrast, 40 %): models 9e-07 apart
                (results/studies/agreement.md)
 """
 

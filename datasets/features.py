@@ -6,6 +6,7 @@ bench run --algos fedloge,creff --dataset "features(path='.../prepared/inat-resn
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -125,11 +126,9 @@ class Features(Dataset):
         folder = data_root(None) / "prepared" / self.path if self._is_name() else Path(self.path)
         store = prepared.find(folder)
         if store is None:
-            of, _, by = self.path.partition("-")
-            how = (
-                f"bench data embed {of} --model {by.rpartition('-')[0]} ..." if self._is_name() and "-" in by else None
-            )
-            how = how or "bench data embed NAME --model resnet50 --weights FILE"
+            how = "bench data embed NAME --model resnet50 --weights FILE"
+            if self._is_name() and (told := re.fullmatch(r"(\w+)-(.+)-\w+", self.path)):
+                how = f"bench data embed {told[1]} --model {told[2]} ..."
             raise DataMissing(
                 f"features: {folder} holds none, or not all; '{how}' makes them and says which path to give"
             )

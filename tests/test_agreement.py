@@ -64,9 +64,7 @@ def test_ledgers_say_how_near_the_study_found_them() -> None:
         assert (told is not None) == bool(found), name
         if told is not None:
             row = min(found, key=lambda row: max(row["apart"]))
-            assert told.startswith(
-                f"by {row['code']} on our batches, {row['case']}: models {max(row['apart']):.0e} apart"
-            )
+            assert told.startswith(f"by {row['code']} ({row['case']}): models {max(row['apart']):.0e} apart")
 
 
 def test_rows_and_their_table(tmp_path: Path) -> None:

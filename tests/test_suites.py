@@ -184,8 +184,8 @@ def test_suites_are_listed_and_shown(small: str, capsys: pytest.CaptureFixture[s
 
 
 def test_python_has_suites_and_grids_too(small: str, tmp_path: Path) -> None:
-    ways = {"out": tmp_path / "suite", "ray": "off", "tracking_uri": "off"}
-    found = bench.run("local", suite=small, alpha=0.1, seeds=[1], **ways)  # type: ignore[arg-type]
+    found = bench.run("local", suite=small, alpha=0.1, seeds=[1],
+        out=tmp_path / "suite", ray="off", tracking_uri="off")  # fmt: skip
     (record,) = records.read_all(tmp_path / "suite")[0]
     assert (record.imbalance, record.alpha, record.seed, len(found)) == (20.0, 0.1, 1, 1)
     assert suites_of(record) == [small]

@@ -90,5 +90,5 @@ def value(formula: str, names: Mapping[str, object]) -> object:
     """
     try:
         return eval(formula.replace("×", "*"), {"__builtins__": {}}, dict(names))
-    except Exception as error:
+    except Exception as error:  # of arithmetic, of a name, or of whatever else a person wrote there
         raise ValueError(f"{formula}, no formula of {', '.join(names)}: {error}") from error
