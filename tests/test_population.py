@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from bench.dataset import Labels, Splits, Streamed
 from bench.plugins.registry import ALGORITHMS
 from bench.protocol.settings import Setting
 from bench.splits.split import PartitionFailed, make_split
-from bench.training import states
+from bench.training import population, states
 from bench.training.job import Job
 from bench.training.rounds import Run
 from bench.training.states import InFile, InMemory, StatesUnwritable, Store
@@ -51,6 +52,12 @@ class Lent:
 
     def prefetch(self, rows: Tensor) -> None:
         self.announced.append(rows)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The toy problem's images are few, and would be read into memory."""
+    monkeypatch.setattr(population, "RESIDENT", 0)
 
 
 def stepped(algorithm: str, engine: str = "serial", *, lent: bool = False, **changes: Any) -> Run:
@@ -91,6 +98,23 @@ def test_a_run_from_a_file_is_the_run_from_memory(algorithm: str, engine: str) -
     memory, file = stepped(algorithm, engine), stepped(algorithm, engine, lent=True)
     assert tree.digest([toy.states(memory)]) == tree.digest([toy.states(file)])
     assert memory.outcome().metrics == file.outcome().metrics
+
+
+def test_few_images_in_a_file_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = stepped("fedavg", lent=True)
+    assert file.population.images.streamed is not None and file.population.test.streamed is not None
+    bytes_of_training, bytes_of_test = (
+        len(images) * math.prod(images.shape) for images in (file.population.images, file.population.test)
+    )
+    monkeypatch.setattr(population, "RESIDENT", min(bytes_of_training, bytes_of_test))
+    assert bytes_of_test < bytes_of_training  # so that the limit is seen from both sides
+    once = stepped("fedavg", lent=True)
+    assert once.population.images.streamed is not None and once.population.test.streamed is None
+    monkeypatch.setattr(population, "RESIDENT", bytes_of_training)
+    both = stepped("fedavg", lent=True)
+    assert both.population.images.streamed is None
+    assert isinstance(both.job.splits.train_x, Lent) and both.job.splits.train_x.read == len(both.population.images)
+    assert tree.digest([toy.states(file)]) == tree.digest([toy.states(once)]) == tree.digest([toy.states(both)])
 
 
 def test_a_cohorts_images_and_the_next_ones_are_announced_and_no_others_are_read() -> None:

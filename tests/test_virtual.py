@@ -29,7 +29,7 @@ from bench.contract import toy
 from bench.optim import Adam, Sgd
 from bench.plugins.registry import ALGORITHMS
 from bench.protocol.spelling import parse_algorithms
-from bench.training import checkpoint, evaluation, rounds, states
+from bench.training import checkpoint, evaluation, population, rounds, states
 from bench.training import engine as engines
 from bench.training.crew import visit_all
 from bench.training.population import Population
@@ -377,8 +377,11 @@ class InAFile:
 
 
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
-def test_images_in_a_file_are_waited_for_once_a_batch_at_most(engine: str, watched: Watched, device: str) -> None:
+def test_images_in_a_file_are_waited_for_once_a_batch_at_most(
+    engine: str, watched: Watched, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The device draws which they are, and the host reads them: for stacked clients all at once, before they begin."""
+    monkeypatch.setattr(population, "RESIDENT", 0)  # so few would be read into memory
     job = begun(parsed("fedavg"), engine, setting=replace(SETTING, rounds=3, eval_every=3)).job
     assert isinstance(job.splits.train_x, Tensor)
     streamed = replace(job, splits=replace(job.splits, train_x=InAFile(job.splits.train_x)))

@@ -18,6 +18,10 @@ from bench.splits.split import Split
 from bench.training.visit import Visit
 from bench.tree import Tree
 
+RESIDENT = 2**26
+"""Bytes of a part's examples in a file up to which they are read into memory at once: a long tail of features is.
+"""
+
 _KEPT = 2**22
 """Most class counts, of all clients together, that are kept: 32 MB."""
 
@@ -100,8 +104,8 @@ class Population:
         rows = used if splits.held is None else torch.searchsorted(splits.held, used)
         y, look = splits.train_y[used].to(device), (dataset.mean, dataset.std)
         taught = None if teacher is None else tree.bring(teacher[used], device)
-        self.images = Images(splits.train_x, y, *look, setting.augment, dataset.scale, rows, taught)
-        self.test = Images(splits.test_x, splits.test_y.to(device), *look, "none", dataset.scale)
+        self.images = Images(splits.train_x, y, *look, setting.augment, dataset.scale, rows, taught).resident(RESIDENT)
+        self.test = Images(splits.test_x, splits.test_y.to(device), *look, "none", dataset.scale).resident(RESIDENT)
         self.index = [tree.bring(place[rows], device) for rows in split.clients]
         self.tests = [tree.bring(rows, device) for rows in split.tests]
         self._counts: dict[int, Tensor] = {}
