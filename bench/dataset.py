@@ -187,3 +187,10 @@ class Dataset(Ranged, ABC):
         told by their contents instead, not by where they lie.
         """
         return asdict(self)  # type: ignore[call-overload, no-any-return]
+
+    @classmethod
+    def found(cls, told: Mapping[str, Any], root: Path) -> Dataset | None:
+        """Find a user's own files below `root` by what `identity` told of them; None: they are not where such files
+        are looked for. Nothing that `told` says is taken for a path.
+        """
+        return None

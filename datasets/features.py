@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -99,6 +100,17 @@ class Features(Dataset):
         """Give what they were made of, and a checksum of all features and labels, and what is not usual."""
         own = {"listing": self._facts.listing, "contents": self._facts.contents}
         return own if self.normalise == "none" else {**own, "normalise": self.normalise}
+
+    @classmethod
+    def found(cls, told: Mapping[str, Any], root: Path) -> Features | None:
+        """Look through the features that were made below `root`."""
+        normalise: Literal["standard", "none"] = "standard" if told.get("normalise") == "standard" else "none"
+        for index in sorted((root / "prepared").glob(f"*/{prepared.INDEX}")):
+            known = cls(path=str(index.parent), normalise=normalise)
+            with suppress(DataDamaged, DataMissing):
+                if known.identity() == told:
+                    return known
+        return None
 
     @cached_property
     def _moments(self) -> tuple[tuple[float, ...], tuple[float, ...]]:

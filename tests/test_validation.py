@@ -24,6 +24,7 @@ from pyarrow import parquet
 from bench.algorithm import Exchange
 from bench.dataset import DataMissing
 from bench.plugins.registry import ALGORITHMS, DATASETS, load_plugin
+from bench.preparing.embedding import Embedding
 from bench.protocol.identity import identify
 from bench.results import packed, packing, records, storage, tables
 from bench.results.content import digest
@@ -44,6 +45,7 @@ from bench.validation.rerun import candidates, draw, rerun
 from tests.answers import parted
 from tests.test_command import Bench
 from tests.test_command import bench as bench
+from tests.test_models import Watcher
 
 ROOT = Path("no data here")
 """Digits need none."""
@@ -1394,6 +1396,34 @@ def test_a_submission_tells_nothing_of_the_machine(out: Path, monkeypatch: pytes
         (here / "run.json").write_text(json.dumps({**said, **change}))
         with pytest.raises(submission.NotSubmittable, match=f"{next(iter(change))}.* tells .* of this machine"):
             submission.gather([here])
+
+
+def test_results_on_features_are_checked_where_they_were_made_too(tmp_path: Path, bench: Bench) -> None:
+    """Told by what they are: wherever they lie, and under whatever name."""
+    digits, here, there = DATASETS["digits"](), tmp_path / "here", tmp_path / "there"
+    made = [Embedding(dataset=digits, model=model, norm="group", weights=None) for model in ("linear", "mlp")]
+    other, store = (each.make(here, Watcher()) for each in made)
+    asked = Sweep(
+        algorithms=tuple(parse_algorithms("fedavg")),
+        datasets=tuple(parse_datasets(f"features(path='{store.folder}')")),
+        overrides={"rounds": 2, "clients": 4},
+        data_root=here,
+    )
+    driver.run(asked.expand(), tmp_path / "runs", pool=InProcess())
+    assert bench("submit", tmp_path / "runs", "--to", tmp_path / "results").status == 0
+    taken = tmp_path / "results"
+    write_table(taken)
+    shutil.copytree(store.folder, there / "prepared" / "of another name")
+    shutil.copytree(other.folder, tmp_path / "prepared" / store.folder.name)
+    for root, splits in ((here, 1), (there, 1), (tmp_path, 0), (ROOT, 0)):
+        report = validate(taken, root)
+        assert report.problems == () and report.splits == splits
+        assert any("own and not here" in note for note in report.notes) == (not splits)
+        known = candidates(report.inspected, root)
+        assert len(known) == splits
+        for run in known.values():
+            (record,) = (one.record for one in report.inspected)
+            assert record is not None and rerun(record, run).exact
 
 
 def test_results_on_somebodys_own_images_are_checked_as_far_as_can_be(tmp_path: Path, bench: Bench) -> None:

@@ -72,7 +72,7 @@ def _inspect(found: Inspected, root: Path) -> None:
         return
     _provenance(found, record)
     try:
-        found.asked = rebuild(record)
+        found.asked = rebuild(record, root)
     except CannotRebuild as error:
         found.add(DOCUMENT, error.key, str(error))
     if found.asked is not None:
@@ -194,7 +194,7 @@ def _times(found: Inspected, document: Mapping[str, object]) -> None:
 
 def _description(found: Inspected, record: Record, asked: Asked) -> None:
     """Compare what repeats the identity in other words."""
-    if asked.dataset is None:
+    if asked.own_images:
         _own(found, record)
     try:
         told = description(asked)
@@ -270,7 +270,7 @@ def _split(found: Inspected, record: Record, asked: Asked, root: Path) -> None:
     if "dataset" in asked.outdated:
         return
     if asked.dataset is None:
-        found.notes.append("the split cannot be made anew, as the images are somebody's own")
+        found.notes.append("the split cannot be made anew, as the images are somebody's own and not here")
         return
     if not countable(asked.trained_by, found.clients or 0):
         found.notes.append("the split is not made anew, nor are cohorts, as there are too many clients and rounds")

@@ -34,6 +34,8 @@ P = TypeVar("P")
 DEVICES = ("cpu", "cuda", "mps")
 _STAND_IN = "digits"
 """Of which every machine has the data; stands for a dataset where only the other parts of a run matter."""
+_FOUND: dict[tuple[type[Dataset], str, Path], Dataset] = {}
+"""Datasets of a user's own files, by what was told of them and where they were looked for."""
 
 
 class CannotRebuild(ValueError):
@@ -51,7 +53,7 @@ class Asked:
     record: Record
     algorithm: Algorithm
     dataset: Dataset | None
-    """None where the identity tells a user's own files by their contents: nobody else can open them."""
+    """None where the identity tells a user's own files by their contents, and none such are here."""
     setting: Setting
     lr: float | None = None
     """Learning rate of this algorithm alone, where a preset had one."""
@@ -63,6 +65,11 @@ class Asked:
     """Which of "algorithm", "dataset" and "model" this code has a later version of, that may give other numbers; in
     words.
     """
+
+    @property
+    def own_images(self) -> bool:
+        """Whether the identity tells images by their contents, wherever they lie."""
+        return self.dataset is None or type(self.dataset).identity is not Dataset.identity
 
     @property
     def own_weights(self) -> bool:
@@ -93,8 +100,12 @@ class Asked:
         )
 
 
-def rebuild(record: Record) -> Asked:
+def rebuild(record: Record, root: Path) -> Asked:
     """Make the run of an identity anew.
+
+    Args:
+        record: What was published.
+        root: Folder of datasets, in which a user's own files may be found again.
 
     Raises:
         CannotRebuild: The identity names a plug-in or a version that this code does not know, a value has the wrong
@@ -112,7 +123,7 @@ def rebuild(record: Record) -> Asked:
             raise CannotRebuild(key, f"is {getattr(record, key)!r}, and the identity says {identity[key]!r}")
     outdated: dict[str, str] = {}
     algorithm = _algorithm(identity, outdated)
-    dataset = _plugin(DATASETS, identity.get("dataset"), "dataset", outdated)
+    dataset = _plugin(DATASETS, identity.get("dataset"), "dataset", outdated, root)
     if "model" in identity:
         _, old = _known(MODELS, identity["model"], "model")
         outdated |= {} if old is None else {"model": old}
@@ -148,11 +159,13 @@ def _algorithm(identity: Mapping[str, object], outdated: dict[str, str]) -> Algo
         raise CannotRebuild("identity.algorithm.parts", f"cannot be: {error}") from error
 
 
-def _plugin(registry: Registry[P], described: object, part: str, outdated: dict[str, str]) -> P | None:
+def _plugin(
+    registry: Registry[P], described: object, part: str, outdated: dict[str, str], root: Path = Path()
+) -> P | None:
     kind, old = _known(registry, described, part)
     assert isinstance(described, dict)
     if issubclass(kind, Dataset) and kind.identity is not Dataset.identity:
-        return None
+        return _found(kind, described.get("fields"), root) if old is None else None  # type: ignore[return-value]
     outdated |= {} if old is None else {part: old}
     try:
         return _typed(kind, described.get("fields"), f"identity.{part}.fields")
@@ -160,6 +173,15 @@ def _plugin(registry: Registry[P], described: object, part: str, outdated: dict[
         if old is None:
             raise
         return kind()  # its fields were others
+
+
+def _found(kind: type[Dataset], told: object, root: Path) -> Dataset | None:
+    """Find a user's own files, once for all runs that have the same."""
+    place = kind, canonical({"told": told}), root
+    known = _FOUND.get(place) or (kind.found(told, root) if isinstance(told, dict) else None)
+    if known is not None:
+        _FOUND[place] = known
+    return known
 
 
 def _known(registry: Registry[P], described: object, part: str) -> tuple[type[P], str | None]:
@@ -290,7 +312,7 @@ def description(asked: Asked) -> dict[str, object]:
     if not asked.outdated:
         told |= {"call": call(asked.algorithm)}
         told |= {"label": run.label} if record.label is not None else {}
-        if asked.dataset is not None:
+        if not asked.own_images:
             told["dataset"] = label(asked.dataset)
             overrides = run.overrides()
             told["overrides"] = (

@@ -110,7 +110,7 @@ def obstacle(one: Inspected, root: Path) -> str | None:
     if asked is None:
         return "this code cannot tell what was run"
     if asked.dataset is None:
-        return "its images are somebody's own files"
+        return "its images are somebody's own files, and not here"
     if asked.own_weights:
         return "it starts from somebody's own file of weights"
     if asked.teacher is not None:
