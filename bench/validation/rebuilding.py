@@ -100,12 +100,12 @@ class Asked:
         )
 
 
-def rebuild(record: Record, root: Path) -> Asked:
+def rebuild(record: Record, root: Path | None = None) -> Asked:
     """Make the run of an identity anew.
 
     Args:
         record: What was published.
-        root: Folder of datasets, in which a user's own files may be found again.
+        root: Folder of datasets, in which a user's own files may be found again; None: they are not looked for.
 
     Raises:
         CannotRebuild: The identity names a plug-in or a version that this code does not know, a value has the wrong
@@ -160,12 +160,13 @@ def _algorithm(identity: Mapping[str, object], outdated: dict[str, str]) -> Algo
 
 
 def _plugin(
-    registry: Registry[P], described: object, part: str, outdated: dict[str, str], root: Path = Path()
+    registry: Registry[P], described: object, part: str, outdated: dict[str, str], root: Path | None = None
 ) -> P | None:
     kind, old = _known(registry, described, part)
     assert isinstance(described, dict)
     if issubclass(kind, Dataset) and kind.identity is not Dataset.identity:
-        return _found(kind, described.get("fields"), root) if old is None else None  # type: ignore[return-value]
+        found = None if root is None or old is not None else _found(kind, described.get("fields"), root)
+        return found  # type: ignore[return-value]
     outdated |= {} if old is None else {part: old}
     try:
         return _typed(kind, described.get("fields"), f"identity.{part}.fields")
