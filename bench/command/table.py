@@ -48,6 +48,13 @@ if TYPE_CHECKING:
     metavar="FILE.md",
     help="Write the main columns between a page's two comments.",
 )
+@click.option(
+    "--draw",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.svg",
+    help="Draw balanced accuracy, seed by seed, as a picture for such a page.",
+)
+@click.option("--best", type=click.IntRange(min=1), help="With --into and --draw: so many rows of each table.")
 def table_command(
     datasets: str | None,
     suite: str | None,
@@ -59,6 +66,8 @@ def table_command(
     shown: str | None,
     write: bool,
     into: Path | None,
+    draw: Path | None,
+    best: int | None,
 ) -> None:
     """Print the leaderboard of stored results: means over seeds and what these span, one table per protocol.
 
@@ -71,14 +80,18 @@ def table_command(
     bench table results --format csv --per-seed > runs.csv
     bench table --metrics generic,f1,personal.balanced,samples
     bench table --out results --write --into README.md
+    bench table results --suite lt-features --best 10 --into README.md --draw best.svg
     """
     from bench.results import chosen, records, table
+    from bench.results.leaderboard import RANKS_BY, suffix
     from bench.system.durable import put
 
     if per_seed and form != "csv":
         raise click.UsageError("--per-seed is for --format csv: a line a run instead of the means")
     if all_versions and (write or into is not None):
         raise click.UsageError("a published table has the newest versions alone; leave --all-versions out")
+    if best is not None and into is None and draw is None:
+        raise click.UsageError("--best is for --into and --draw; other tables have all rows")
     if shown is not None and write:
         raise click.BadParameter(
             "the README of a folder has all columns; leave one of them out", param_hint="--metrics"
@@ -96,11 +109,19 @@ def table_command(
         click.echo(f"wrote {path}", err=True)
     if into is not None:
         try:
-            put(into, table.front_page(into.read_text(encoding="utf-8"), boards).encode())
+            put(into, table.front_page(into.read_text(encoding="utf-8"), boards, best).encode())
         except (OSError, ValueError) as error:
             raise click.BadParameter(f"{into}: {error}", param_hint="--into") from error
         click.echo(f"wrote {into}", err=True)
-    if write or into is not None:
+    if draw is not None:
+        from bench.site import picture
+
+        try:
+            put(draw, picture.drawn(boards, RANKS_BY[0] + suffix(metric), best).encode())
+        except (OSError, ValueError) as error:
+            raise click.BadParameter(f"{draw}: {error}", param_hint="--draw") from error
+        click.echo(f"wrote {draw}", err=True)
+    if write or into is not None or draw is not None:
         return
     if form is not None:
         click.echo(table.render(boards, form, per_seed=per_seed), nl=False)

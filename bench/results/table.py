@@ -18,6 +18,7 @@ from bench.results.layout import (
     NO_RUNS,
     Column,
     best,
+    best_rows,
     details,
     footnotes,
     grid,
@@ -77,8 +78,13 @@ FRONT = "<!-- leaderboard -->", "<!-- end of leaderboard -->"
 """Between these lines of a front page stands the table."""
 
 
-def front_page(text: str, boards: Sequence[Leaderboard]) -> str:
+def front_page(text: str, boards: Sequence[Leaderboard], most: int | None = None) -> str:
     """Put the main columns of leaderboards between the two lines of a front page, of rows that have enough seeds.
+
+    Args:
+        text: The page as it is.
+        boards: In their order.
+        most: Rows of each, the best; None: all.
 
     Raises:
         ValueError: The text does not have the two lines of `FRONT`, each once, in this order.
@@ -87,15 +93,17 @@ def front_page(text: str, boards: Sequence[Leaderboard]) -> str:
     _, end, tail = rest.partition(FRONT[1] + "\n")
     if not begin or not end or FRONT[0] in tail or FRONT[1] in tail:
         raise ValueError(f"it must have the lines {FRONT[0]} and {FRONT[1]}, once, in this order")
-    enough = [replace(board, rows=tuple(row for row in board.rows if len(row.seeds) >= FEWEST)) for board in boards]
-    shown = [board for board in enough if board.rows]
+    enough = [(replace(board, rows=best_rows(board, most)), len(best_rows(board))) for board in boards]
+    shown = [(board, rows) for board, rows in enough if rows]
     parts = []
-    for board in shown:
+    for board, of in shown:
         chosen = main_columns(board)
         rows = [[code(row.label), *(column.show(row) for column in chosen)] for row in board.rows]
         heading, sides = ["algorithm", *(markdown(each.title) for each in chosen)], ["left", *["right"] * len(chosen)]
         seeds = " or ".join(map(str, sorted({len(row.seeds) for row in board.rows})))
-        parts += [f"**{markdown(title(board))}**, {seeds} seeds", _pipe(heading, rows, sides), order(board)]
+        best = f", the {len(rows)} best of {of} rows" if len(rows) < of else ""
+        parts += [f"**{markdown(title(board))}**, {seeds} seeds{best}", _pipe(heading, rows, sides)]
+    parts += [order(board) for board, _ in shown[:1]]
     left_out = len(boards) - len(shown)
     if left_out:
         noun, have = ("comparison", "has") if left_out == 1 else ("comparisons", "have")

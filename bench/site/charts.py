@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from bench.results import comparison
 from bench.results.layout import ABSENT, columns
 from bench.results.leaderboard import Leaderboard, Row
-from bench.results.record import Record
-from bench.results.statistics import FEWEST
+from bench.results.statistics import FEWEST, NOTHING
 from bench.site import drawing
 from bench.site.counts import Counted, Part
 from bench.site.drawing import Spec, percent
@@ -145,27 +144,34 @@ def progress(board: Leaderboard, curves: Mapping[str, Curve]) -> Figure | None:
     )
 
 
-def spread(board: Leaderboard, records: Mapping[str, Record]) -> list[Figure]:
+def seed_by_seed(rows: Sequence[Row], key: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Give the values and dots of `drawing.dots_and_bars`, of the rows that have a metric."""
+    values: list[dict[str, Any]] = []
+    dots: list[dict[str, Any]] = []
+    for row in rows:
+        estimate = row.metrics.get(key, NOTHING)
+        if estimate.mean is None:
+            continue
+        ends = {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
+        values.append({"algorithm": row.label, **{end: percent(share) for end, share in ends.items()}})
+        singles = zip(row.seeds, row.values[key], strict=True)
+        dots += [{"algorithm": row.label, "seed": seed, "value": percent(share)} for seed, share in singles]
+    return values, dots
+
+
+def spread(board: Leaderboard) -> list[Figure]:
     """Draw mean, interval and the single seeds of every algorithm: a figure for balanced, one for generic."""
     figures = []
     for name, key in GRADES.items():
-        values: list[dict[str, Any]] = []
-        dots: list[dict[str, Any]] = []
-        rows = []
-        for row in board.rows:
-            estimate = row.metrics.get(key)
-            if estimate is None or estimate.mean is None:
-                continue
-            low, high = percent(estimate.low), percent(estimate.high)
-            values.append({"algorithm": row.label, "mean": percent(estimate.mean), "low": low, "high": high})
-            singles = {
-                records[run].seed: percent(records[run].metrics.get(key))
-                for run in row.ids
-                if records[run].status == "done"
-            }
-            dots += [{"algorithm": row.label, "seed": seed, "value": singles[seed]} for seed in sorted(singles)]
-            each = "; ".join(f"{seed}: {spell(singles[seed])}" for seed in sorted(singles))
-            rows.append((row.label, spell(values[-1]["mean"]), spell(low), spell(high), each))
+        values, dots = seed_by_seed(board.rows, key)
+        rows = [
+            (
+                value["algorithm"],
+                *(spell(value[end]) for end in ("mean", "low", "high")),
+                "; ".join(f"{d['seed']}: {spell(d['value'])}" for d in dots if d["algorithm"] == value["algorithm"]),
+            )
+            for value in values
+        ]
         if values:
             order = [value["algorithm"] for value in values]
             figures.append(

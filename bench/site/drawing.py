@@ -88,16 +88,24 @@ def _by_model(names: list[str]) -> Spec:
     }
 
 
-def dots_and_bars(values: list[dict[str, Any]], dots: list[dict[str, Any]], order: list[str]) -> Spec:
+def dots_and_bars(
+    values: list[dict[str, Any]],
+    dots: list[dict[str, Any]],
+    order: list[str],
+    within: tuple[float, float] = (0.0, 100.0),
+    title: str = "accuracy, %",
+) -> Spec:
     """Draw a line an algorithm: its mean, its interval, its seeds.
 
     Args:
         values: "algorithm", "mean", "low" and "high", in percent; None for an end that there is not.
         dots: "algorithm", "seed" and "value", in percent.
         order: The algorithms from top to bottom.
+        within: The ends of the axis, in percent.
+        title: Of the axis.
     """
     y = {"field": "algorithm", "type": "nominal", "sort": order, "title": None, "axis": {"labelLimit": 190}}
-    scale = {"scale": _PERCENT, "title": "accuracy, %"}
+    scale = {"scale": {"domain": list(within), "nice": False}, "title": title}
     return {
         "data": {"values": values},
         "width": "container",

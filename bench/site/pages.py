@@ -307,7 +307,7 @@ def _comparison_page(
     ranked = {name: compare([board], key).parts for name, key in charts.GRADES.items()}
     ranks = [charts.ranks(part, name) for name, parts in ranked.items() for part in parts]
     wide = [*charts.cost(board), charts.progress(board, curves)]
-    figures: list[list[charts.Figure | None]] = [[*charts.spread(board, results.records)], ranks]
+    figures: list[list[charts.Figure | None]] = [[*charts.spread(board)], ranks]
     figures += [[figure] for figure in wide]
     protocol = [
         ("setting", " or ".join(board.names)),
