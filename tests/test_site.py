@@ -441,7 +441,7 @@ def test_the_tables_of_pictures_hold_what_is_drawn(planted: Planted) -> None:
     assert balanced is not None and abs(balanced - personal) > 0.002
     found, _ = records.read_all(planted.out)
     board = next(board for board in leaderboards(found) if board.dataset == "digits" and len(board.rows) > 2)
-    shown = {figure.name: {row[0]: row for row in figure.rows} for figure in charts.spread(board, by_id(found))}
+    shown = {figure.name: {row[0]: row for row in figure.rows} for figure in charts.spread(board)}
     assert f"2: {100 * balanced:.1f}" in shown["spread-balanced"]["beta"][4]
     assert {figure.name for figure in charts.cost(board)} == {"cost-balanced", "cost-generic"}
     followed = charts.progress(board, {each.id: charts.graded(each.rounds()) if each.tables else {} for each in found})
