@@ -118,6 +118,13 @@ def test_every_algorithm_has_a_card(name: str) -> None:
     assert name in NAMES
 
 
+def test_the_list_of_verdicts_is_that_of_the_cards() -> None:
+    listed = re.findall(
+        r"^\| \[(.+)\]\((\w+)\.md\) \| ([^|]+) \| .+ \|$", (CARDS / "README.md").read_text(), re.MULTILINE
+    )
+    assert sorted(listed) == sorted((read(name).heading, name, read(name).verdict) for name in NAMES)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_card_names_the_method_and_the_paper_of_its_ledger(name: str) -> None:
     card, text = read(name), declared.text("algorithms", name)
