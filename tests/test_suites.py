@@ -150,6 +150,11 @@ def test_a_result_is_of_a_suite_by_its_protocol(small: str, tmp_path: Path, caps
     assert typed("table", "--suite", small, "--out", str(out), "--format", "csv") == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and "fedavg" in lines[1] + lines[2] and "local" in lines[1] + lines[2]
+    assert typed("compare", "--suite", small, "--out", str(out)) == 0
+    compared = capsys.readouterr().out
+    assert "imbalance 20" in compared and "imbalance 5" not in compared and "lr = 0.01" not in compared
+    assert typed("compare", "--suite", "users", "--out", str(out)) == 2
+    assert "no suite is called 'users'; there are small" in capsys.readouterr().err
     site = tmp_path / "site"
     assert typed("site", "--out", str(out), "--to", str(site)) == 0
     page = (site / "suites" / "small.html").read_text()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bench.command.stored import all_versions_option, chosen, out_option, read_stored
+from bench.command.stored import all_versions_option, chosen, out_option, read_stored, suite_option
 
 if TYPE_CHECKING:
     from bench.face.comparing import Compared
@@ -22,6 +22,7 @@ _ENDINGS = (".svg", ".png", ".pdf")
 @out_option()
 @all_versions_option
 @click.option("--dataset", "datasets", help="Only these datasets, separated by commas.")
+@suite_option
 @click.option(
     "--metric",
     default="personal.balanced",
@@ -40,6 +41,7 @@ def compare_command(
     out: Path | None,
     all_versions: bool,
     datasets: str | None,
+    suite: str | None,
     metric: str,
     as_json: bool,
     diagram: Path | None,
@@ -54,7 +56,7 @@ def compare_command(
     \b
     bench compare fedavg fedloge
     bench compare fedavg "fedrep(head_epochs=2)" --metric generic
-    bench compare results
+    bench compare results --suite lt-features
     bench compare --dataset cifar10 --diagram ranks.svg
     """
     from bench.face.comparing import compare
@@ -67,11 +69,12 @@ def compare_command(
         raise click.BadParameter(f"{diagram}: must end in {', '.join(_ENDINGS)}", param_hint="--diagram")
     folder, algorithms = _folder(algorithms)
     place = chosen(folder, out)
-    found = read_stored(place, datasets)
+    found = read_stored(place, datasets, suite)
     measured = classes.with_derived(found) if classes.is_derived(metric) else found
     boards = leaderboards(measured, all_versions=all_versions)
     if not comparison.metrics(boards):
-        raise BadConfig(f"there are no finished runs in {place}{'' if datasets is None else f' on {datasets}'}")
+        on, of = "" if datasets is None else f" on {datasets}", "" if suite is None else f" of suite {suite}"
+        raise BadConfig(f"there are no finished runs{of} in {place}{on}")
     compared = compare(boards, split_list(",".join(algorithms)), metric)
     if diagram is not None:
         if compared.ranking is None:

@@ -66,15 +66,19 @@ def require_folder(out: Path) -> None:
         raise click.UsageError(f"{out}: there is no such folder, 'bench run' makes one")
 
 
-def read_stored(out: Path, datasets: str | None = None) -> list[Record]:
+suite_option = click.option("--suite", help="Only runs of this suite; see 'bench list suites'.")
+
+
+def read_stored(out: Path, datasets: str | None = None, suite: str | None = None) -> list[Record]:
     """Read the results of a folder; damaged ones are named on standard error and left out.
 
     Args:
         out: Where.
         datasets: Names of those that are kept, separated by commas; None: all.
+        suite: Name of the suite whose runs are kept; None: all.
 
     Raises:
-        BadParameter: There are results, and none on one of these.
+        BadParameter: There are results, and none on one of these; or there is no such suite.
     """
     from bench.results import records
 
@@ -82,6 +86,8 @@ def read_stored(out: Path, datasets: str | None = None) -> list[Record]:
     found, damaged = records.read_all(out)
     for sentence in damaged:
         click.echo(f"bench: {plain(sentence)}", err=True)
+    if suite is not None:
+        found = _of_suite(found, suite)
     if datasets is None:
         return found
     known = sorted({_name(record) for record in found})
@@ -92,6 +98,17 @@ def read_stored(out: Path, datasets: str | None = None) -> list[Record]:
             raise click.BadParameter(said, param_hint="--dataset")
     kept = {meant(name, known) for name in wanted}
     return [record for record in found if _name(record) in kept]
+
+
+def _of_suite(found: list[Record], name: str) -> list[Record]:
+    from bench.plugins.names import near
+    from bench.protocol import suites
+    from bench.results.membership import suites_of
+
+    known = meant(name, suites.names())
+    if known is None:
+        raise click.BadParameter(f"no suite is called {name!r}; {near(name, suites.names())}", param_hint="--suite")
+    return [record for record in found if known in suites_of(record)]
 
 
 def _name(record: Record) -> str:

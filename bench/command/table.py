@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bench.command.stored import all_versions_option, read_stored, stored_in
+from bench.command.stored import all_versions_option, read_stored, stored_in, suite_option
 from bench.command.typed import Choice
 
 if TYPE_CHECKING:
     from bench.results.leaderboard import Leaderboard
-    from bench.results.record import Record
 
 
 @click.command("table")
 @click.option("--dataset", "datasets", help="Only these datasets, separated by commas.")
-@click.option("--suite", help="Only runs of this suite; see 'bench list suites'.")
+@suite_option
 @stored_in()
 @all_versions_option
 @click.option(
@@ -96,9 +95,7 @@ def table_command(
         raise click.BadParameter(
             "the README of a folder has all columns; leave one of them out", param_hint="--metrics"
         )
-    found = read_stored(out, datasets)
-    if suite is not None:
-        found = _of_suite(found, suite)
+    found = read_stored(out, datasets, suite)
     if shown is None:
         boards = table.leaderboards(found, metric, all_versions=all_versions)
     else:
@@ -127,17 +124,6 @@ def table_command(
         click.echo(table.render(boards, form, per_seed=per_seed), nl=False)
     else:
         print_boards(boards)
-
-
-def _of_suite(found: Sequence[Record], name: str) -> list[Record]:
-    from bench.plugins.names import meant, near
-    from bench.protocol import suites
-    from bench.results.membership import suites_of
-
-    known = meant(name, suites.names())
-    if known is None:
-        raise click.BadParameter(f"no suite is called {name!r}; {near(name, suites.names())}", param_hint="--suite")
-    return [record for record in found if known in suites_of(record)]
 
 
 def print_boards(boards: Sequence[Leaderboard]) -> None:
