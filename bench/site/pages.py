@@ -32,6 +32,7 @@ from bench.site.rows import (
 )
 from bench.site.run_page import Drawn, Results, Shown
 from bench.site.shelves import drawn, shelves
+from bench.site.tails import tails
 
 LEAD = (
     "Every method of a comparison got the same clients, the same cohorts, rounds and batches, and the same initial "
@@ -162,7 +163,8 @@ def _comparison_page(
     shown = columns(board)
     ranked = {name: compare([board], key).parts for name, key in charts.GRADES.items()}
     ranks = [charts.ranks(part, name) for name, parts in ranked.items() for part in parts]
-    wide = [*charts.cost(board), charts.progress(board, {run: each.curve for run, each in runs.items()})]
+    wide = [tails(board, results.records, runs), *charts.cost(board)]
+    wide += [charts.progress(board, {run: each.curve for run, each in runs.items()})]
     figures: list[list[charts.Figure | None]] = [[*charts.spread(board, results.records)], ranks]
     figures += [[figure] for figure in wide]
     protocol = [
