@@ -7,15 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from bench.plugins.ledger import LETTERS
-from bench.protocol import suites
-from bench.protocol.suites import Suite
 from bench.results import table
-from bench.results.comparison import compare, part_over_datasets
+from bench.results.comparison import compare
 from bench.results.layout import LEGEND, columns
 from bench.results.leaderboard import Leaderboard
 from bench.results.membership import suites_of
 from bench.results.standing import BELIEVED, ORDER, WORDS
-from bench.site import charts, versus
+from bench.site import charts, suite_page, versus
 from bench.site.methods import Method, described, facts, pieces
 from bench.site.rendering import many, markdown, render, spell
 from bench.site.rows import (
@@ -39,8 +37,6 @@ LEAD = (
     "weights; what each spent on training, adaptation and at the server is counted beside its accuracy. The official "
     "test set never entered training; the last round is what ranks."
 )
-SUITES = "suites"
-"""Folder of the pages of suites."""
 VIEWS = ("overview", "personal", "generic", "unseen", "cost", "everything")
 """Which columns the leaderboard can show."""
 _MOST_SIBLINGS = 20
@@ -65,8 +61,8 @@ def write(results: Results, boards: Sequence[Leaderboard]) -> Iterator[tuple[str
         yield comparison.page, _comparison_page(results, comparison, runs, methods)
     for method in methods.values():
         yield method.page, _method_page(results, comparisons, method, methods)
-    for suite in _suites(comparisons):
-        yield f"{SUITES}/{suite.name}.html", _suite_page(results, comparisons, suite, methods)
+    for suite in suite_page.known(comparisons):
+        yield f"{suite_page.FOLDER}/{suite.name}.html", suite_page.page(results, comparisons, suite, methods)
     for comparison in comparisons:
         yield from versus.scripts(comparison, results.records, runs)
     for page in (RUN_PAGE, versus.PAGE):
@@ -77,14 +73,6 @@ def write(results: Results, boards: Sequence[Leaderboard]) -> Iterator[tuple[str
 def _members(results: Results, board: Leaderboard) -> tuple[str, ...]:
     runs = [results.records[run] for row in board.rows for run in row.ids]
     return tuple(sorted({name for run in runs for name in suites_of(run)}))
-
-
-def _ranks(boards: Sequence[Leaderboard]) -> list[list[charts.Figure]]:
-    """Draw the ranks of algorithms over several datasets; nothing if there are not."""
-    parts = {name: part_over_datasets(boards, key) for name, key in charts.GRADES.items()}
-    figures = [charts.ranks(part, name) for name, part in parts.items() if part is not None]
-    drawn = [figure for figure in figures if figure is not None]
-    return [drawn] if drawn else []
 
 
 def _index(results: Results, comparisons: Sequence[Comparison], methods: Mapping[str, Method]) -> str:
@@ -110,7 +98,7 @@ def _index(results: Results, comparisons: Sequence[Comparison], methods: Mapping
         entries=entries,
         boards=comparisons,
         methods=methods.values(),
-        suites=_suites(comparisons),
+        suites=suite_page.known(comparisons),
         columns=[
             {
                 "title": column.title,
@@ -122,7 +110,7 @@ def _index(results: Results, comparisons: Sequence[Comparison], methods: Mapping
         ],
         views=[{"name": view, "empty": view != "everything" and view not in used} for view in VIEWS],
         filters=_filters(entries),
-        figures=_ranks(boards),
+        figures=[ranks] if (ranks := suite_page.over_datasets(boards)) else [],
         legend=(*LEGEND, *(f"{WORDS[kind]}." for kind in ORDER), BELIEVED),
         notes=markdown(results.notes) if results.notes else None,
     )
@@ -213,29 +201,4 @@ def _method_page(
         controls=[(row, methods.get(pieces(row)[0]), answer) for row, answer in method.controls],
         columns=headings(shown),
         entries=entries,
-    )
-
-
-def _suites(comparisons: Sequence[Comparison]) -> list[Suite]:
-    """Give the suites that any comparison is of."""
-    return [suites.suite(name) for name in sorted({name for each in comparisons for name in each.suites})]
-
-
-def _suite_page(
-    results: Results, comparisons: Sequence[Comparison], suite: Suite, methods: Mapping[str, Method]
-) -> str:
-    """Show what a suite is for, and its comparisons."""
-    boards = [comparison for comparison in comparisons if suite.name in comparison.suites]
-    wanted = {"overview", "unseen"}
-    shown = [column for column, views in COLUMNS if wanted & {*views.split()} and is_measured(column, boards)]
-    words = [("shows", suite.shows), ("does not show", suite.hides), ("costs", suite.costs)]
-    words += [("needs", need) for need in suite.needs]
-    return render(
-        "suite.html",
-        "../",
-        suite=suite,
-        facts=[*words, ("run it", f"bench run --suite {suite.name}")],
-        boards=boards,
-        columns=headings(shown),
-        entries=[entry for board in boards for entry in entries_of(results, board, shown, methods)],
     )
