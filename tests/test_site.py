@@ -374,7 +374,7 @@ def test_a_method_of_ours_has_a_page_of_what_its_file_says_and_of_its_rows(tmp_p
         "index.html",
         "run.html",
         "versus.html",
-        *(f"methods/{name}.html" for name in ("fedavg", "fedrep", "topk")),
+        *(f"methods/{name}.html" for name in ("index", "fedavg", "fedrep", "topk")),
     }
     known = pages(site)
     fedrep, topk, index = (known[name] for name in ("methods/fedrep.html", "methods/topk.html", "index.html"))

@@ -13,7 +13,7 @@ from bench.results.layout import LEGEND, columns
 from bench.results.leaderboard import Leaderboard
 from bench.results.membership import suites_of
 from bench.results.standing import BELIEVED, ORDER, WORDS
-from bench.site import charts, suite_page, versus
+from bench.site import charts, family_tree, suite_page, versus
 from bench.site.methods import Method, described, facts, pieces
 from bench.site.rendering import many, markdown, render, spell
 from bench.site.rows import (
@@ -61,6 +61,7 @@ def write(results: Results, boards: Sequence[Leaderboard]) -> Iterator[tuple[str
         yield comparison.page, _comparison_page(results, comparison, runs, methods)
     for method in methods.values():
         yield method.page, _method_page(results, comparisons, method, methods)
+    yield family_tree.PAGE, family_tree.page(methods)
     for suite in suite_page.known(comparisons):
         yield f"{suite_page.FOLDER}/{suite.name}.html", suite_page.page(results, comparisons, suite, methods)
     for comparison in comparisons:

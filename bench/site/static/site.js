@@ -102,7 +102,7 @@
         const wanted = control.value.trim().toLowerCase();
         if (!wanted) return true;
         return control.name === "find"
-          ? row.querySelector("th").textContent.toLowerCase().includes(wanted)
+          ? `${row.querySelector("th").textContent} ${row.dataset.paper ?? ""}`.toLowerCase().includes(wanted)
           : row.dataset[control.name].toLowerCase() === wanted;
       });
     });
