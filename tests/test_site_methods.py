@@ -1,8 +1,10 @@
-"""The methods' family tree, and the search by paper."""
+"""The methods' family tree, the search by paper, and how a method was reproduced."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+import pytest
 
 from bench.plugins import declared
 from bench.plugins.registry import ALGORITHMS
@@ -19,7 +21,7 @@ def site_of(out: Path, *labels: str) -> Path:
     for label in labels:
         plant(out, label, label=label, evaluations=1)
     found, _ = records.read_all(out)
-    build(found, out.parent / "site")
+    build(found, out.parent / "site", reproductions=records.reproductions(out))
     return out.parent / "site"
 
 
@@ -64,3 +66,32 @@ def test_rows_are_found_by_title_and_author_of_the_paper(tmp_path: Path, browser
         assert [row[0] for row in browser.rows() if len(row) > 1] == wanted, words
     browser.open(site, "index.html#find=min")
     assert [row[0] for row in browser.rows() if len(row) > 1] == ["mine"]
+
+
+REPRODUCED = "# What came out\n\nTable 2 of the paper, *by its own code*. <script>window.wild=1</script>\n"
+
+
+def test_a_reproduction_stands_below_the_ledger_of_its_method(tmp_path: Path) -> None:
+    folder = tmp_path / "out" / "reproductions"
+    folder.mkdir(parents=True)
+    (folder / "fedrep.md").write_text(REPRODUCED)
+    (folder / "creff.md").write_text("Not here.")
+    known = pages(site_of(tmp_path / "out", "fedavg", "fedrep"))
+    page = known["methods/fedrep.html"]
+    assert '<h2 id="reproduction-title">Reproduction</h2>' in page.source
+    assert "<h3>What came out</h3>" in page.source and "<em>by its own code</em>" in page.source
+    assert "<script>window" not in page.source and "<script>window.wild=1</script>" in page.text
+    assert (
+        page.source.index("ledger-title") < page.source.index("reproduction-title") < page.source.index("table-title")
+    )
+    assert "Reproduction" not in known["methods/fedavg.html"].text
+    assert not any("Not here." in each.text for each in known.values())
+
+
+def test_a_link_is_no_reproduction(tmp_path: Path) -> None:
+    (tmp_path / "reproductions").mkdir()
+    (tmp_path / "secret").write_text("somebody's")
+    (tmp_path / "reproductions" / "fedrep.md").symlink_to(tmp_path / "secret")
+    with pytest.raises(records.DamagedResult, match=r"fedrep\.md cannot be read"):
+        records.reproductions(tmp_path)
+    assert records.reproductions(tmp_path / "nowhere") == {}

@@ -28,5 +28,6 @@ def site_command(out: Path, to: Path, all_versions: bool) -> None:
     from bench.results import records
     from bench.site.build import build
 
-    written = build(read_stored(out), to, notes=records.prose(out), all_versions=all_versions)
+    notes, reproductions = records.prose(out), records.reproductions(out)
+    written = build(read_stored(out), to, notes=notes, reproductions=reproductions, all_versions=all_versions)
     click.echo(f"wrote {len(written)} files: {to / 'index.html'}", err=True)

@@ -198,6 +198,7 @@ def _method_page(
         method=method,
         facts=facts(method, sorted({row.tier for row in rows.values()})),
         letters=LETTERS,
+        reproduction=markdown(told) if (told := results.reproductions.get(method.name)) else None,
         fields=[(f"{field.name} = {field.default}", field.doc) for field in method.text.fields],
         controls=[(row, methods.get(pieces(row)[0]), answer) for row, answer in method.controls],
         columns=headings(shown),

@@ -26,6 +26,8 @@ class Results:
     """By id."""
     notes: str | None
     """What a person says about the results, in Markdown."""
+    reproductions: Mapping[str, str]
+    """And about how methods were reproduced, by the method's name."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ def strange(out: Path) -> Iterator[Problem]:
     folders: Mapping[str, Callable[[Path], Iterator[tuple[Path, str]]]] = {
         presets.FOLDER: lambda folder: _files(folder, _preset, "presets"),
         "tuning": _studies,
+        "reproductions": lambda folder: _files(folder, _report, "reproductions"),
         "studies": lambda folder: _files(folder, _report, "studies"),
         "speed": lambda folder: _files(folder, _measurement, "speed"),
         packed.PLUGINS: _plugins,
