@@ -16,7 +16,7 @@ from bench.command.stored import all_versions_option, read_stored, stored_in
 )
 @all_versions_option
 def site_command(out: Path, to: Path, all_versions: bool) -> None:
-    """Build a static site of stored results: a table to sort and filter, a page a comparison, and one for any run.
+    """Build a static site of stored results: a table to sort and filter, a page a comparison, any run, any two rows.
 
     The pages open in a browser without a server and without a network. Damaged folders are named on standard error and
     left out. What an earlier build left is replaced; a folder that holds anything else is refused.
