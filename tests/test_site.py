@@ -247,9 +247,9 @@ class Page(html.parser.HTMLParser):
 
 
 def pages(site: Path) -> dict[str, Page]:
-    """All pages, those of runs by their addresses."""
+    """All pages, those of runs and of pairs by their addresses."""
     files = {str(file.relative_to(site)): file.read_text(encoding="utf-8") for file in sorted(site.rglob("*.html"))}
-    return {name: Page(text) for name, text in {**files, **shelved(site)}.items()}
+    return {name: Page(text) for name, text in {**files, **shelved(site), **against(site)}.items()}
 
 
 def shelved(site: Path) -> dict[str, str]:
@@ -261,6 +261,18 @@ def shelved(site: Path) -> dict[str, str]:
         for run, text in json.loads(told[1]).items():
             assert run[:2] == file.stem
             found[f"run.html?{run}"] = gzip.decompress(base64.b64decode(text)).decode()
+    return found
+
+
+def against(site: Path) -> dict[str, str]:
+    """What is shown of each pair of rows, as it lies compressed in a script, by the pair's address."""
+    found: dict[str, str] = {}
+    for file in sorted((site / "versus").glob("*/*.js")):
+        told = re.fullmatch(r"shelve\((.*)\);\n", file.read_text())
+        assert told is not None
+        if file.name != "rows.js":
+            pairs = json.loads(gzip.decompress(base64.b64decode(json.loads(told[1]))))
+            found |= {f"versus.html?{file.parent.name}&{file.stem}&{other}": text for other, text in pairs.items()}
     return found
 
 
@@ -292,7 +304,8 @@ def test_every_link_leads_to_a_file_and_nothing_is_loaded_from_elsewhere(planted
             assert not parts.scheme and not parts.netloc, f"{name} refers to {target}"
             file = home / unquote(parts.path) if parts.path else planted.site / name
             assert file.is_file(), f"{name} refers to {target}"
-            assert not parts.query or f"run.html?{parts.query}" in known
+            asked = {*parts.query.split("&")}
+            assert not parts.query or any(asked <= {*address.partition("?")[2].split("&")} for address in known), target
             if parts.fragment and file.suffix == ".html":
                 assert f'id="{parts.fragment}"' in file.read_text(), f"{name} refers to {target}"
 
@@ -314,8 +327,9 @@ def test_the_numbers_are_those_of_the_table(planted: Planted) -> None:
             and f"protocol{board.protocol}" in squeezed(page.text)
         ]
         head, *rows = [[squeezed(cell) for cell in row] for row in page.tables[0]]
-        assert head == [squeezed(name) for name in ("algorithm", "tier", "seeds", *heading[3:], "standing")]
-        assert [[row[0], row[1], *row[3:-1]] for row in rows] == [
+        compared = ["compare"] * (len(rows) > 1)
+        assert head == [squeezed(name) for name in ("algorithm", "tier", "seeds", *compared, *heading[3:], "standing")]
+        assert [[row[0], row[1], *row[3 + len(compared) : -1]] for row in rows] == [
             [squeezed(cell) for cell in (line[0], line[1], *line[3:])] for line in cells
         ]
 
@@ -356,7 +370,12 @@ def test_a_method_of_ours_has_a_page_of_what_its_file_says_and_of_its_rows(tmp_p
     plant(out, "alpha", 0, label="../bench/task")
     site = made(out, tmp_path / "site")
     files = {str(file.relative_to(site)) for file in site.rglob("*.html") if file.parent.name != "comparisons"}
-    assert files == {"index.html", "run.html", *(f"methods/{name}.html" for name in ("fedavg", "fedrep", "topk"))}
+    assert files == {
+        "index.html",
+        "run.html",
+        "versus.html",
+        *(f"methods/{name}.html" for name in ("index", "fedavg", "fedrep", "topk")),
+    }
     known = pages(site)
     fedrep, topk, index = (known[name] for name in ("methods/fedrep.html", "methods/topk.html", "index.html"))
     for told in ("Collins, Hassani, Mokhtari", "E + head_epochs", "head_epochs = 10", "FedBABU's copy"):
@@ -749,10 +768,11 @@ def browser(chromium: Browser) -> Browser:
 
 
 def kinds(planted: Planted) -> list[str]:
-    """The addresses of a page of every kind."""
+    """The addresses of a page of every kind; those of runs stand last."""
     comparisons = sorted(f"comparisons/{file.name}" for file in (planted.site / "comparisons").iterdir())
     runs = [planted.ids[name] for name in ("alpha 0", "gamma 1", "failed", "wild", "other beta 2")]
-    return ["index.html", *comparisons, *(f"run.html?{run}" for run in runs)]
+    pair = next(iter(against(planted.site)))
+    return ["index.html", pair, *comparisons, *(f"run.html?{run}" for run in runs)]
 
 
 def absent_last(values: Sequence[float | None], descending: bool) -> list[float | None]:
@@ -966,7 +986,7 @@ def test_axe_finds_nothing_that_a_screen_reader_would_miss(
 ) -> None:
     axe = (resources("axe_core_python") / "axe.min.js").read_text(encoding="utf-8")
     browser.look(width, dark)
-    for address in [*kinds(planted)[:2], *kinds(planted)[-5:-2]]:
+    for address in [*kinds(planted)[:3], *kinds(planted)[-5:-2]]:
         browser.open(planted.site, address)
         browser.run(axe)
         found = browser.driver.execute_async_script(

@@ -23,7 +23,7 @@ from bench.results.entrants import entrants
 from bench.results.layout import footnotes, remarks, title
 from bench.results.leaderboard import Leaderboard, leaderboards
 from bench.results.versions import stale, version
-from bench.site import pages
+from bench.site.rows import page_of
 from tests.test_results import document, record, store
 
 SOURCES = ("ab" * 32, "cd" * 32, "ef" * 32)
@@ -87,11 +87,11 @@ def test_titles_are_those_of_the_table_wherever_boards_are_named(tmp_path: Path)
     assert list(map(title, boards)) == titles == [part.title for part in compare(boards, "personal").parts]
     for words in (("table", tmp_path / "o"), ("compare", tmp_path / "o")):
         assert all(each in bench(*words).output for each in titles)
-    shown = [pages.page_of(board, 0) for board in boards]
+    shown = [page_of(board, 0) for board in boards]
     assert [page.title for page in shown] == titles
     alone = leaderboards([each for each in read(tmp_path / "o") if each.setting["rounds"] == 2])
     assert title(alone[0]) == BASE
-    assert pages.page_of(alone[0], 0).page == shown[0].page, "a page keeps its address"
+    assert page_of(alone[0], 0).page == shown[0].page, "a page keeps its address"
 
 
 def test_an_edited_dataset_is_told_from_the_one_before() -> None:

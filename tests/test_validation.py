@@ -1003,6 +1003,12 @@ def test_studies_may_lie_beside_the_runs(out: Path) -> None:
     assert complaints(out) == ""
 
 
+def test_reproductions_may_lie_beside_the_runs(out: Path) -> None:
+    (out / "reproductions").mkdir()
+    (out / "reproductions" / "fedrep.md").write_text("# What came out")
+    assert complaints(out) == ""
+
+
 def test_measurements_of_speed_may_lie_beside_the_runs(out: Path) -> None:
     (out / "speed").mkdir()
     for name, content in (("README.md", b"# Fast"), ("cnn.json", b"{}"), ("growth.png", b"\x89PNG...")):

@@ -255,8 +255,22 @@ def prose(out: Path) -> str | None:
         DamagedResult: It cannot be read, or is a link: what it shows may be somebody's who did not show it.
     """
     path = out / "NOTES.md"
-    if not os.path.lexists(path):
-        return None
+    return _text(path) if os.path.lexists(path) else None
+
+
+def reproductions(out: Path) -> dict[str, str]:
+    """Read what a person wrote about how methods were reproduced: reproductions/NAME.md, by the method's name.
+
+    Raises:
+        DamagedResult: One cannot be read, or is a link.
+    """
+    folder = out / "reproductions"
+    if folder.is_symlink():
+        raise DamagedResult(f"{folder} is a link; put there what it stands for")
+    return {path.stem: _text(path) for path in sorted(folder.glob("*.md"))}
+
+
+def _text(path: Path) -> str:
     try:
         return reading.contents(path, reading.TEXT, links=False).decode()
     except (OSError, ValueError) as error:

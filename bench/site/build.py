@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -25,6 +25,7 @@ def build(
     to: Path,
     *,
     notes: str | None = None,
+    reproductions: Mapping[str, str] | None = None,
     all_versions: bool = False,
 ) -> list[str]:
     """Write a site; the same records give the same bytes.
@@ -35,6 +36,7 @@ def build(
         found: Finished and failed runs.
         to: Where to: a folder that is new, empty, or holds a site.
         notes: What a person says about the results, in Markdown.
+        reproductions: And about how methods were reproduced, by the method's name.
         all_versions: Whether older versions of a plug-in have rows and pages too.
 
     Returns:
@@ -47,7 +49,7 @@ def build(
     known = {record.id: record for record in found}
     boards = leaderboards(known.values(), all_versions=all_versions)
     shown = {run: known[run] for board in boards for row in board.rows for run in row.ids}
-    results = Results(records=shown, notes=notes)
+    results = Results(records=shown, notes=notes, reproductions=reproductions or {})
     try:
         old = _earlier(to)
         contents: dict[str, bytes | Path | Callable[[], bytes]] = {**assets.static()}

@@ -1,10 +1,10 @@
-"""Stored counts, class by class and client by client, few enough to be looked at."""
+"""Stored counts, class by class and client by client, few enough to be looked at; and one by one, for pairs of runs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench.results.record import Record
 
@@ -39,6 +39,10 @@ class Counted:
     """By training images, most first."""
     clients: tuple[Part, ...]
     """By the accuracy of their own models, lowest first; empty without such models."""
+    generic: Mapping[int, float]
+    """The generic model's accuracy by class, a fraction 0-1; empty without such a model."""
+    balanced: Mapping[int, float]
+    """The balanced accuracy of a client's own model on its own test images, by client; empty without such models."""
 
 
 def count(record: Record) -> Counted:
@@ -55,18 +59,7 @@ def count(record: Record) -> Counted:
         for (model, place), correct, total in grouped.itertuples(name=None):
             if model in _NAMES:
                 tables.setdefault(_NAMES[model], {})[int(place)] = (int(correct), int(total))
-    groups = {label: name for name, members in record.groups.items() for label in members}
-    order = sorted(range(len(record.class_counts)), key=lambda label: (-record.class_counts[label], label))
-    classes = [
-        Part(
-            label=str(label),
-            members=1,
-            group=groups.get(label, ""),
-            size=record.class_counts[label],
-            accuracy=_accuracies(sums["class"], label),
-        )
-        for label in order
-    ]
+    classes = [replace(part, accuracy=_accuracies(sums["class"], int(part.label))) for part in head_to_tail([record])]
     tests = sums["client"].get("personal", {})
     ranked = sorted(tests, key=lambda client: (tests[client][0] / tests[client][1], client))
     worst = math.ceil(len(ranked) / 10)
@@ -80,7 +73,29 @@ def count(record: Record) -> Counted:
         )
         for place, client in enumerate(ranked)
     ]
-    return Counted(classes=_fewer(classes), clients=_fewer(clients))
+    own = frame[frame["model"] == "personal"]
+    balanced = (own["correct"] / own["total"]).groupby(own["client"]).mean()
+    return Counted(
+        classes=fewer(classes),
+        clients=fewer(clients),
+        generic={label: right / total for label, (right, total) in sums["class"].get("generic", {}).items()},
+        balanced={int(client): float(share) for client, share in balanced.items()},
+    )
+
+
+def head_to_tail(records: Sequence[Record]) -> list[Part]:
+    """Give the classes of runs in the order of their training images, means over the runs, most first.
+
+    Args:
+        records: Finished runs of as many classes, one at least.
+    """
+    groups = {label: name for name, members in records[0].groups.items() for label in members}
+    sizes = [math.fsum(counts) / len(records) for counts in zip(*(each.class_counts for each in records), strict=True)]
+    order = sorted(range(len(sizes)), key=lambda label: (-sizes[label], label))
+    return [
+        Part(label=str(label), members=1, group=groups.get(label, ""), size=sizes[label], accuracy={})
+        for label in order
+    ]
 
 
 def _accuracies(tables: Mapping[str, Mapping[int, tuple[int, int]]], place: int) -> dict[str, float | None]:
@@ -88,7 +103,7 @@ def _accuracies(tables: Mapping[str, Mapping[int, tuple[int, int]]], place: int)
     return {name: pair[0] / pair[1] if pair else None for name, pair in pairs.items()}
 
 
-def _fewer(parts: Sequence[Part]) -> tuple[Part, ...]:
+def fewer(parts: Sequence[Part]) -> tuple[Part, ...]:
     """Put neighbours of one group together until there are about `MOST`."""
     width = -(-len(parts) // MOST)
     if width <= 1:

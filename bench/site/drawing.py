@@ -6,7 +6,7 @@ A page's script sets fonts, colours and widths. Series differ by shape or dash, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.results.statistics import Ranking
@@ -14,7 +14,7 @@ from bench.site.counts import OTHERS, Part
 
 Spec = dict[str, Any]
 
-_PERCENT = {"domain": [0, 100], "nice": False}
+PERCENT: Mapping[str, Any] = {"domain": [0, 100], "nice": False}
 _SERIES = {
     "personal": ("circle", [1, 0]),
     "masked": ("diamond", [6, 3]),
@@ -45,7 +45,7 @@ def lines(values: list[dict[str, Any]], names: list[str], height: int) -> Spec:
         "height": height,
         "encoding": {
             "x": {"field": "round", "type": "quantitative", "title": "round", "axis": {"tickMinStep": 1}},
-            "y": {"field": "value", "type": "quantitative", "title": "accuracy, %", "scale": _PERCENT},
+            "y": {"field": "value", "type": "quantitative", "title": "accuracy, %", "scale": PERCENT},
             **_by_model(names),
             "tooltip": [{"field": "model"}, {"field": "round"}, {"field": "value", "format": ".1f"}],
         },
@@ -92,20 +92,22 @@ def dots_and_bars(
     values: list[dict[str, Any]],
     dots: list[dict[str, Any]],
     order: list[str],
-    within: tuple[float, float] = (0.0, 100.0),
+    noun: str = "algorithm",
     title: str = "accuracy, %",
+    domain: Mapping[str, Any] = PERCENT,
 ) -> Spec:
-    """Draw a line an algorithm: its mean, its interval, its seeds.
+    """Draw a line an algorithm, or something else: its mean, its interval, its seeds.
 
     Args:
-        values: "algorithm", "mean", "low" and "high", in percent; None for an end that there is not.
-        dots: "algorithm", "seed" and "value", in percent.
-        order: The algorithms from top to bottom.
-        within: The ends of the axis, in percent.
+        values: The noun, "mean", "low" and "high", in percent; None for an end that there is not.
+        dots: The noun, "seed" and "value", in percent.
+        order: The lines from top to bottom.
+        noun: What a line is.
         title: Of the axis.
+        domain: Its scale.
     """
-    y = {"field": "algorithm", "type": "nominal", "sort": order, "title": None, "axis": {"labelLimit": 190}}
-    scale = {"scale": {"domain": list(within), "nice": False}, "title": title}
+    y = {"field": noun, "type": "nominal", "sort": order, "title": None, "axis": {"labelLimit": 190}}
+    scale = {"scale": domain, "title": title}
     return {
         "data": {"values": values},
         "width": "container",
@@ -119,11 +121,7 @@ def dots_and_bars(
                 "encoding": {
                     "x": {"field": "low", "type": "quantitative", **scale},
                     "x2": {"field": "high"},
-                    "tooltip": [
-                        {"field": "algorithm"},
-                        {"field": "low", "format": ".1f"},
-                        {"field": "high", "format": ".1f"},
-                    ],
+                    "tooltip": [{"field": noun}, *({"field": end, "format": ".1f"} for end in ("low", "high"))],
                 },
             },
             {
@@ -131,14 +129,14 @@ def dots_and_bars(
                 "mark": {"type": "tick", "thickness": 1.5, "size": 11, "color": "var(--muted)"},
                 "encoding": {
                     "x": {"field": "value", "type": "quantitative", **scale},
-                    "tooltip": [{"field": "algorithm"}, {"field": "seed"}, {"field": "value", "format": ".1f"}],
+                    "tooltip": [{"field": noun}, {"field": "seed"}, {"field": "value", "format": ".1f"}],
                 },
             },
             {
                 "mark": {"type": "point", "filled": True, "size": 55, "color": "var(--series-1)", "opacity": 1},
                 "encoding": {
                     "x": {"field": "mean", "type": "quantitative", **scale},
-                    "tooltip": [{"field": "algorithm"}, {"field": "mean", "format": ".1f"}],
+                    "tooltip": [{"field": noun}, {"field": "mean", "format": ".1f"}],
                 },
             },
         ],
@@ -285,12 +283,30 @@ def scatter(points: list[dict[str, Any]], title: str, key: str) -> Spec:
     }
 
 
-_AXIS = {"minExtent": 46, "maxExtent": 46, "tickCount": 4}
+AXIS = {"minExtent": 46, "maxExtent": 46, "tickCount": 4}
 """Of pictures one above the other, so that their columns meet."""
 
 
-def _places(parts: Sequence[Part]) -> list[dict[str, Any]]:
+def places(parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """Number parts from one on."""
     return [{"place": place, "name": part.label, "group": part.group} for place, part in enumerate(parts, start=1)]
+
+
+def borders(parts: Sequence[Part]) -> list[Spec]:
+    """Draw where groups of classes or clients begin, and name them; nothing where there are no groups."""
+    begins = [
+        {"place": place - 0.5, "named": "" if part.group == OTHERS else part.group}
+        for place, part in enumerate(parts, start=1)
+        if part.group and (place == 1 or part.group != parts[place - 2].group)
+    ]
+    marks: list[Spec] = [
+        {"mark": {"type": "rule", "strokeDash": [1, 3], "color": "var(--muted)"}},
+        {
+            "mark": {"type": "text", "align": "left", "baseline": "bottom", "dx": 2, "fontStyle": "italic"},
+            "encoding": {"text": {"field": "named"}, "y": {"value": -5}, "color": {"value": "var(--muted)"}},
+        },
+    ]
+    return [{"data": {"values": begins}, **mark} for mark in marks] if begins else []
 
 
 def dots(parts: Sequence[Part], models: list[str], noun: str) -> Spec:
@@ -298,36 +314,18 @@ def dots(parts: Sequence[Part], models: list[str], noun: str) -> Spec:
     apart = 0.24 if len(parts) <= 70 else 0.0  # of models, as equal accuracies would hide each other
     values = [
         {**place, "place": place["place"] + apart * (side - (len(models) - 1) / 2), "model": name, "value": value}
-        for place, part in zip(_places(parts), parts, strict=True)
+        for place, part in zip(places(parts), parts, strict=True)
         for side, name in enumerate(models)
         if (value := percent(part.accuracy.get(name))) is not None
     ]
-    borders = [
-        {"place": place, "named": "" if part.group == OTHERS else part.group}
-        for place, part in enumerate(parts, start=1)
-        if part.group and (place == 1 or part.group != parts[place - 2].group)
-    ]
     x = {"field": "place", "type": "quantitative", "scale": {"domain": [0.5, len(parts) + 0.5], "nice": False}}
-    groups: list[Spec] = [
-        {
-            "data": {"values": borders},
-            "transform": [{"calculate": "datum.place - 0.5", "as": "place"}],
-            "mark": {"type": "rule", "strokeDash": [1, 3], "color": "var(--muted)"},
-        },
-        {
-            "data": {"values": borders},
-            "transform": [{"calculate": "datum.place - 0.5", "as": "place"}],
-            "mark": {"type": "text", "align": "left", "baseline": "bottom", "dx": 2, "fontStyle": "italic"},
-            "encoding": {"text": {"field": "named"}, "y": {"value": -5}, "color": {"value": "var(--muted)"}},
-        },
-    ]
     return {
         "width": "container",
         "autosize": {"type": "fit-x", "contains": "padding"},
         "height": 190,
         "encoding": {"x": {**x, "axis": None}},
         "layer": [
-            *(groups if borders else []),
+            *borders(parts),
             {
                 "data": {"values": values},
                 "mark": {"type": "point", "filled": True, "size": 42 if len(parts) <= 60 else 22, "opacity": 0.9},
@@ -336,8 +334,8 @@ def dots(parts: Sequence[Part], models: list[str], noun: str) -> Spec:
                         "field": "value",
                         "type": "quantitative",
                         "title": "accuracy, %",
-                        "scale": _PERCENT,
-                        "axis": _AXIS,
+                        "scale": PERCENT,
+                        "axis": AXIS,
                     },
                     **_by_model(models),
                     "tooltip": [
@@ -353,7 +351,7 @@ def dots(parts: Sequence[Part], models: list[str], noun: str) -> Spec:
 
 def bars(parts: Sequence[Part], title: str, noun: str) -> Spec:
     """Draw the images of classes or clients side by side."""
-    values = [{**place, "size": part.size} for place, part in zip(_places(parts), parts, strict=True)]
+    values = [{**place, "size": part.size} for place, part in zip(places(parts), parts, strict=True)]
     uneven = max(part.size for part in parts) > 20 * max(1.0, min(part.size for part in parts))
     return {
         "data": {"values": values},
@@ -381,7 +379,7 @@ def bars(parts: Sequence[Part], title: str, noun: str) -> Spec:
                 "type": "quantitative",
                 "title": title,
                 "scale": {"type": "log", "nice": False} if uneven else {"zero": True},
-                "axis": {**_AXIS, "tickCount": 3, "format": "~s"},
+                "axis": {**AXIS, "tickCount": 3, "format": "~s"},
             },
             "y2": {"field": "ground"},
             "tooltip": [

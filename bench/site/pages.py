@@ -2,121 +2,44 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from bench.plugins.ledger import LETTERS
-from bench.protocol import suites
-from bench.protocol.identity import identify
-from bench.protocol.suites import Suite
-from bench.protocol.words import spell_imbalance
 from bench.results import table
-from bench.results.comparison import compare, part_over_datasets
-from bench.results.layout import LEGEND, Column, best, columns, details, footnotes, remarks, title, warnings
-from bench.results.leaderboard import Leaderboard, Row
+from bench.results.comparison import compare
+from bench.results.layout import LEGEND, columns
+from bench.results.leaderboard import Leaderboard
 from bench.results.membership import suites_of
-from bench.results.standing import BELIEVED, ORDER, SIGNS, WORDS
-from bench.site import charts
+from bench.results.standing import BELIEVED, ORDER, WORDS
+from bench.site import charts, family_tree, suite_page, versus
 from bench.site.methods import Method, described, facts, pieces
 from bench.site.rendering import many, markdown, render, spell
-from bench.site.run_page import Results, Run, Shown
+from bench.site.rows import (
+    COLUMNS,
+    FILTERS,
+    RUN_PAGE,
+    Comparison,
+    Entry,
+    entries_of,
+    headings,
+    is_measured,
+    page_of,
+    runs_of,
+)
+from bench.site.run_page import Drawn, Results, Shown
 from bench.site.shelves import drawn, shelves
+from bench.site.tails import tails
 
 LEAD = (
     "Every method of a comparison got the same clients, the same cohorts, rounds and batches, and the same initial "
     "weights; what each spent on training, adaptation and at the server is counted beside its accuracy. The official "
     "test set never entered training; the last round is what ranks."
 )
-_MOST_SIBLINGS = 20
-SUITES = "suites"
-"""Folder of the pages of suites."""
-RUN_PAGE = "run.html"
-"""Shows the run whose id stands behind "?" in its address."""
 VIEWS = ("overview", "personal", "generic", "unseen", "cost", "everything")
 """Which columns the leaderboard can show."""
-_COLUMNS: tuple[tuple[Column, str], ...] = (
-    (Column("generic", "generic"), "overview generic"),
-    (Column("many", "generic.many"), "generic"),
-    (Column("medium", "generic.medium"), "generic"),
-    (Column("few", "generic.few"), "overview generic"),
-    (Column("balanced", "personal.balanced"), "overview personal cost"),
-    (Column("personal", "personal"), "overview personal"),
-    (Column("tail", "personal.few"), "overview personal"),
-    (Column("masked", "personal.masked"), "personal"),
-    (Column("drawn", "personal.drawn"), "personal"),
-    (Column("never", "personal.never"), "personal"),
-    (Column("worst decile", "personal.worst_decile"), "overview personal"),
-    (Column("after", "personal:after"), "personal"),
-    (Column("unseen", "unseen"), "unseen"),
-    (Column("unseen, balanced", "unseen.balanced"), "unseen"),
-    (Column("unseen, masked", "unseen.masked"), "unseen"),
-    (Column("k samples", "samples", 1e3), "overview cost"),
-    (Column("k training samples", "train_samples", 1e3), "cost"),
-    (Column("k adaptation samples", "adaptation_samples", 1e3), "cost"),
-    (Column("k server samples", "server_samples", 1e3), "cost"),
-    (Column("MB", "bytes", 1e6), "overview cost"),
-    (Column("TFLOP", "flops", 1e12), "cost"),
-    (Column("training TFLOP", "train_flops", 1e12), "cost"),
-    (Column("adaptation TFLOP", "adaptation_flops", 1e12), "cost"),
-    (Column("server TFLOP", "server_flops", 1e12), "cost"),
-    (Column("seconds", "wall_seconds", 1.0), "overview cost"),
-    (Column("peak MiB", "peak_memory_bytes", 2.0**20), "cost"),
-    (Column("state MiB", "client_state_bytes", 2.0**20), "cost"),
-)
-"""Of the leaderboard of all comparisons, hence in the same units for all; and the views that show them."""
-
-_FILTERS = ("dataset", "imbalance", "alpha", "setting", "tier", "standing")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """A number of a table: as people read it, and as it is sorted by ("" if there is none)."""
-
-    text: str
-    order: str
-    bold: bool
-    """Whether tests set it apart from all others of its column."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """A row of a leaderboard."""
-
-    label: str
-    marks: str
-    """Of footnotes: " [1]", or nothing."""
-    tier: str
-    cells: tuple[Cell, ...]
-    runs: tuple[Run, ...]
-    standing: str
-    """One of `bench.results.standing.ORDER`; how many of its runs are better, if some are."""
-    sign: str
-    board: Comparison
-    filters: Mapping[str, str]
-    method: Method | None
-    """What its method's file says, if it is one of ours."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """A leaderboard and its page."""
-
-    leaderboard: Leaderboard
-    place: int
-    title: str
-    details: str
-    page: str
-    warnings: tuple[str, ...]
-    remarks: tuple[str, ...]
-    suites: tuple[str, ...] = ()
-    """That any of its runs is of."""
-
-    @property
-    def warned(self) -> bool:
-        """Whether its rows did not all see the same data."""
-        return bool(self.warnings)
+_MOST_SIBLINGS = 20
 
 
 def write(results: Results, boards: Sequence[Leaderboard]) -> Iterator[tuple[str, str]]:
@@ -135,13 +58,16 @@ def write(results: Results, boards: Sequence[Leaderboard]) -> Iterator[tuple[str
     yield "leaderboard.csv", table.render(boards, "csv")
     yield "leaderboard.json", table.render(boards, "json")
     for comparison in comparisons:
-        curves = {run: each.curve for run, each in runs.items()}
-        yield comparison.page, _comparison_page(results, comparison, curves, methods)
+        yield comparison.page, _comparison_page(results, comparison, runs, methods)
     for method in methods.values():
         yield method.page, _method_page(results, comparisons, method, methods)
-    for suite in _suites(comparisons):
-        yield f"{SUITES}/{suite.name}.html", _suite_page(results, comparisons, suite, methods)
-    yield RUN_PAGE, render(RUN_PAGE, "")
+    yield family_tree.PAGE, family_tree.page(methods)
+    for suite in suite_page.known(comparisons):
+        yield f"{suite_page.FOLDER}/{suite.name}.html", suite_page.page(results, comparisons, suite, methods)
+    for comparison in comparisons:
+        yield from versus.scripts(comparison, results.records, runs)
+    for page in (RUN_PAGE, versus.PAGE):
+        yield page, render(page, "")
     yield from shelves({run: each.content for run, each in runs.items()})
 
 
@@ -150,36 +76,11 @@ def _members(results: Results, board: Leaderboard) -> tuple[str, ...]:
     return tuple(sorted({name for run in runs for name in suites_of(run)}))
 
 
-def page_of(board: Leaderboard, place: int) -> Comparison:
-    """Say what stands on the page of a leaderboard; its address stays, whatever it must be told from."""
-    named = re.sub(r"[^a-z0-9.]+", "-", board.base.lower()).strip("-.")[:80]
-    what = [board.protocol, board.imbalance, board.alpha, board.engine, board.precision, board.device]
-    what += [board.standing] * (board.standing != "self-reported")
-    own = warnings(board)
-    return Comparison(
-        leaderboard=board,
-        place=place,
-        title=title(board),
-        details=details(board),
-        page=f"comparisons/{named}-{identify({'comparison': what})[:6]}.html",
-        warnings=tuple(own),
-        remarks=tuple(line for line in remarks(board) if line not in own),
-    )
-
-
-def _ranks(boards: Sequence[Leaderboard]) -> list[list[charts.Figure]]:
-    """Draw the ranks of algorithms over several datasets; nothing if there are not."""
-    parts = {name: part_over_datasets(boards, key) for name, key in charts.GRADES.items()}
-    figures = [charts.ranks(part, name) for name, part in parts.items() if part is not None]
-    drawn = [figure for figure in figures if figure is not None]
-    return [drawn] if drawn else []
-
-
 def _index(results: Results, comparisons: Sequence[Comparison], methods: Mapping[str, Method]) -> str:
     boards = [comparison.leaderboard for comparison in comparisons]
-    known = [(column, views.split()) for column, views in _COLUMNS if _measured(column, comparisons)]
+    known = [(column, views.split()) for column, views in COLUMNS if is_measured(column, comparisons)]
     shown = tuple(column for column, _ in known)
-    entries = [entry for comparison in comparisons for entry in _entries(results, comparison, shown, methods)]
+    entries = [entry for comparison in comparisons for entry in entries_of(results, comparison, shown, methods)]
     used = {view for _, views in known for view in views}
     days = sorted(day for comparison in comparisons for day in comparison.leaderboard.finished)
     stand = Counter(entry.filters["standing"] for entry in entries)
@@ -198,7 +99,7 @@ def _index(results: Results, comparisons: Sequence[Comparison], methods: Mapping
         entries=entries,
         boards=comparisons,
         methods=methods.values(),
-        suites=_suites(comparisons),
+        suites=suite_page.known(comparisons),
         columns=[
             {
                 "title": column.title,
@@ -210,14 +111,10 @@ def _index(results: Results, comparisons: Sequence[Comparison], methods: Mapping
         ],
         views=[{"name": view, "empty": view != "everything" and view not in used} for view in VIEWS],
         filters=_filters(entries),
-        figures=_ranks(boards),
+        figures=[ranks] if (ranks := suite_page.over_datasets(boards)) else [],
         legend=(*LEGEND, *(f"{WORDS[kind]}." for kind in ORDER), BELIEVED),
         notes=markdown(results.notes) if results.notes else None,
     )
-
-
-def _measured(column: Column, comparisons: Sequence[Comparison]) -> bool:
-    return any(column.estimate(row).n for comparison in comparisons for row in comparison.leaderboard.rows)
 
 
 def _filters(entries: Sequence[Entry]) -> list[dict[str, object]]:
@@ -231,64 +128,13 @@ def _filters(entries: Sequence[Entry]) -> list[dict[str, object]]:
 
     return [
         {"name": name, "title": name, "options": sorted({entry.filters[name] for entry in entries}, key=order)}
-        for name in _FILTERS
+        for name in FILTERS
     ]
-
-
-def _entries(
-    results: Results, comparison: Comparison, shown: Sequence[Column], methods: Mapping[str, Method]
-) -> list[Entry]:
-    board = comparison.leaderboard
-    marks, _ = footnotes(board)
-    first = best(board)
-    entries = []
-    for row in board.rows:
-        runs = _runs(results, row)
-        entries.append(
-            Entry(
-                label=row.label,
-                marks=marks[row.label],
-                tier=row.tier,
-                cells=tuple(_cell(column, row, first.get(column.title) == row.label) for column in shown),
-                runs=runs,
-                standing=_standing(row),
-                sign=SIGNS.get(row.standing, ""),
-                board=comparison,
-                filters={
-                    "dataset": board.dataset,
-                    "imbalance": spell_imbalance(board.imbalance),
-                    "alpha": "none" if board.alpha is None else f"{board.alpha:g}",
-                    "setting": " or ".join(board.names),
-                    "tier": row.tier,
-                    "standing": row.standing,
-                },
-                method=methods.get(pieces(row.words)[0]),
-            )
-        )
-    return entries
-
-
-def _standing(row: Row) -> str:
-    better = sum(kind != row.standing for kind in row.standings)
-    return f"{row.standing}, {better} of {len(row.standings)} runs better" if better else row.standing
-
-
-def _cell(column: Column, row: Row, bold: bool) -> Cell:
-    mean = column.estimate(row).mean
-    return Cell(text=column.show(row), order="" if mean is None else repr(mean), bold=bold)
-
-
-def _runs(results: Results, row: Row) -> tuple[Run, ...]:
-    records = sorted((results.records[run] for run in row.ids), key=lambda record: record.seed)
-    return tuple(
-        Run(id=record.id, seed=record.seed, page=f"{RUN_PAGE}?{record.id}", failed=record.status == "failed")
-        for record in records
-    )
 
 
 def _shown(results: Results, comparison: Comparison) -> Iterator[Shown]:
     for row in comparison.leaderboard.rows:
-        runs = _runs(results, row)
+        runs = runs_of(results, row)
         for run in runs:
             yield Shown(
                 record=results.records[run.id],
@@ -300,13 +146,14 @@ def _shown(results: Results, comparison: Comparison) -> Iterator[Shown]:
 
 
 def _comparison_page(
-    results: Results, comparison: Comparison, curves: Mapping[str, charts.Curve], methods: Mapping[str, Method]
+    results: Results, comparison: Comparison, runs: Mapping[str, Drawn], methods: Mapping[str, Method]
 ) -> str:
     board = comparison.leaderboard
     shown = columns(board)
     ranked = {name: compare([board], key).parts for name, key in charts.GRADES.items()}
     ranks = [charts.ranks(part, name) for name, parts in ranked.items() for part in parts]
-    wide = [*charts.cost(board), charts.progress(board, curves)]
+    wide = [tails(board, results.records, runs), *charts.cost(board)]
+    wide += [charts.progress(board, {run: each.curve for run, each in runs.items()})]
     figures: list[list[charts.Figure | None]] = [[*charts.spread(board)], ranks]
     figures += [[figure] for figure in wide]
     protocol = [
@@ -320,24 +167,19 @@ def _comparison_page(
         "comparison.html",
         "../",
         board=comparison,
-        columns=_headings(shown),
-        entries=_entries(results, comparison, shown, methods),
+        columns=headings(shown),
+        entries=entries_of(results, comparison, shown, methods),
+        against=f"{versus.PAGE}?{comparison.name}" if len(board.rows) > 1 else "",
         figures=[[figure for figure in group if figure is not None] for group in figures],
         protocol=protocol,
     )
-
-
-def _headings(shown: Sequence[Column]) -> list[dict[str, object]]:
-    return [
-        {"title": column.title, "name": column.key, "cost": column.unit is not None, "views": ()} for column in shown
-    ]
 
 
 def _method_page(
     results: Results, comparisons: Sequence[Comparison], method: Method, methods: Mapping[str, Method]
 ) -> str:
     """Show what a method's or a part's file says, and the rows that it stands in."""
-    shown = [column for column, views in _COLUMNS if "overview" in views and _measured(column, comparisons)]
+    shown = [column for column, views in COLUMNS if "overview" in views and is_measured(column, comparisons)]
     rows = {
         (comparison.place, row.label): row
         for comparison in comparisons
@@ -347,7 +189,7 @@ def _method_page(
     entries = [
         entry
         for comparison in comparisons
-        for entry in _entries(results, comparison, shown, methods)
+        for entry in entries_of(results, comparison, shown, methods)
         if (comparison.place, entry.label) in rows
     ]
     return render(
@@ -356,33 +198,9 @@ def _method_page(
         method=method,
         facts=facts(method, sorted({row.tier for row in rows.values()})),
         letters=LETTERS,
+        reproduction=markdown(told) if (told := results.reproductions.get(method.name)) else None,
         fields=[(f"{field.name} = {field.default}", field.doc) for field in method.text.fields],
         controls=[(row, methods.get(pieces(row)[0]), answer) for row, answer in method.controls],
-        columns=_headings(shown),
+        columns=headings(shown),
         entries=entries,
-    )
-
-
-def _suites(comparisons: Sequence[Comparison]) -> list[Suite]:
-    """Give the suites that any comparison is of."""
-    return [suites.suite(name) for name in sorted({name for each in comparisons for name in each.suites})]
-
-
-def _suite_page(
-    results: Results, comparisons: Sequence[Comparison], suite: Suite, methods: Mapping[str, Method]
-) -> str:
-    """Show what a suite is for, and its comparisons."""
-    boards = [comparison for comparison in comparisons if suite.name in comparison.suites]
-    wanted = {"overview", "unseen"}
-    shown = [column for column, views in _COLUMNS if wanted & {*views.split()} and _measured(column, boards)]
-    words = [("shows", suite.shows), ("does not show", suite.hides), ("costs", suite.costs)]
-    words += [("needs", need) for need in suite.needs]
-    return render(
-        "suite.html",
-        "../",
-        suite=suite,
-        facts=[*words, ("run it", f"bench run --suite {suite.name}")],
-        boards=boards,
-        columns=_headings(shown),
-        entries=[entry for board in boards for entry in _entries(results, board, shown, methods)],
     )

@@ -61,8 +61,9 @@ def _panel(part: dict[str, Any], axis: str) -> drawing.Spec:
     values, dots = part["values"], part["dots"]
     seen = [value[end] for value in values for end in ("low", "mean", "high") if value[end] is not None]
     seen += [dot["value"] for dot in dots if dot["value"] is not None]
-    within = max(0.0, min(seen) - _ROOM), min(100.0, max(seen) + _ROOM)
-    spec = drawing.dots_and_bars(values, dots, [value["algorithm"] for value in values], within, axis)
+    scale = {"domain": [max(0.0, min(seen) - _ROOM), min(100.0, max(seen) + _ROOM)], "nice": False}
+    order = [value["algorithm"] for value in values]
+    spec = drawing.dots_and_bars(values, dots, order, title=axis, domain=scale)
     heading = {"text": part["title"], "anchor": "start", "frame": "group", "fontSize": 12, "fontWeight": "normal"}
     del spec["autosize"]  # which is for a page that may be narrow
     return {**spec, "title": heading, "width": _WIDTH}

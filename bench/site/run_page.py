@@ -26,6 +26,8 @@ class Results:
     """By id."""
     notes: str | None
     """What a person says about the results, in Markdown."""
+    reproductions: Mapping[str, str]
+    """And about how methods were reproduced, by the method's name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +85,10 @@ class Drawn:
     """HTML, with addresses as seen from the site's first folder."""
     curve: Mapping[int, Mapping[str, float | None]]
     """By round what `charts.GRADES` names, fractions 0-1; empty if the run failed."""
+    generic: Mapping[int, float]
+    """As `counts.Counted` has it; empty if the run failed."""
+    balanced: Mapping[int, float]
+    """As `counts.Counted` has it; empty if the run failed."""
 
 
 def draw(run: Shown) -> Drawn:
@@ -111,6 +117,8 @@ def draw(run: Shown) -> Drawn:
         "figures": [],
     }
     curve: dict[int, dict[str, float | None]] = {}
+    generic: Mapping[int, float] = {}
+    balanced: Mapping[int, float] = {}
     if record.status == "done":
         counted, rounds = count(record), record.rounds()
         curves = charts.curves(rounds)
@@ -127,8 +135,8 @@ def draw(run: Shown) -> Drawn:
             "lacks": older.remarks([record]),
             "cost": _cost(record),
         }
-        curve = charts.graded(rounds)
-    return Drawn(content=render("run_content.html", "", **content), curve=curve)
+        curve, generic, balanced = charts.graded(rounds), counted.generic, counted.balanced
+    return Drawn(content=render("run_content.html", "", **content), curve=curve, generic=generic, balanced=balanced)
 
 
 def _metrics(record: Record) -> list[tuple[str, ...]]:

@@ -50,9 +50,10 @@ def shelves(contents: Mapping[str, str]) -> Iterator[tuple[str, str]]:
         contents: HTML by the run's id, ascending.
     """
     for start, ids in groupby(contents, key=lambda id: id[:2]):
-        folded = {id: _folded(contents[id]) for id in ids}
-        yield f"runs/{start}.js", f"shelve({json.dumps(folded, indent=0)});\n"
+        together = {id: folded(contents[id]) for id in ids}
+        yield f"runs/{start}.js", f"shelve({json.dumps(together, indent=0)});\n"
 
 
-def _folded(text: str) -> str:
+def folded(text: str) -> str:
+    """Compress a text so that a script can hold it: the same text gives the same letters."""
     return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()

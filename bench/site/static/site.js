@@ -36,6 +36,7 @@
     const grouped = "grouped" in table.dataset;
     const columns = heads.map((head, index) => ({
       name: head.dataset.name,
+      orderable: head.dataset.name !== "against",
       visible: !(grouped && index === 0),
       ...(head.classList.contains("number")
         ? { type: "measure", orderSequence: "cost" in head.dataset ? ["asc", "desc"] : ["desc", "asc"] }
@@ -101,7 +102,7 @@
         const wanted = control.value.trim().toLowerCase();
         if (!wanted) return true;
         return control.name === "find"
-          ? row.querySelector("th").textContent.toLowerCase().includes(wanted)
+          ? `${row.querySelector("th").textContent} ${row.dataset.paper ?? ""}`.toLowerCase().includes(wanted)
           : row.dataset[control.name].toLowerCase() === wanted;
       });
     });
@@ -209,14 +210,14 @@
     chart.dataset.drawn = "";
   }
 
-  /* Runs lie compressed in scripts, a few in each: a page that was opened as a file may load nothing else. */
-  function shelved(id) {
+  /* Runs and pairs lie compressed in scripts, a few in each: a page that was opened as a file may load nothing else. */
+  function shelved(address) {
     return new Promise((resolve) => {
       const script = document.createElement("script");
       let found;
-      window.shelve = (runs) => { found = runs[id]; };
+      window.shelve = (content) => { found = content; };
       script.onload = script.onerror = () => resolve(found);
-      script.src = `runs/${id.slice(0, 2)}.js`;
+      script.src = address;
       document.head.append(script);
     });
   }
@@ -226,23 +227,64 @@
     return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
   }
 
-  /* The page of a run shows the one whose id stands behind "?". */
-  async function run(place) {
-    const id = location.search.slice(1);
-    const content = /^[0-9a-f]{12}$/.test(id) ? await shelved(id) : undefined;
-    if (content === undefined) {
-      place.innerHTML = "<h1>No such run</h1><p>The leaderboard's seeds lead to the runs that there are.</p>";
-    } else {
-      place.innerHTML = await unfolded(content);
-    }
-    document.title = document.title.replace("A run", place.querySelector("h1").textContent);
+  /* The content of a page that shows one of many, or a sentence where there is no such one. */
+  function fill(place, content, absent) {
+    place.innerHTML = content ?? absent;
     place.removeAttribute("aria-busy");
     if (location.hash) document.getElementById(location.hash.slice(1))?.scrollIntoView();
   }
 
+  /* The page of a run shows the one whose id stands behind "?". */
+  async function run(place) {
+    const id = location.search.slice(1);
+    const runs = /^[0-9a-f]{12}$/.test(id) ? await shelved(`runs/${id.slice(0, 2)}.js`) : undefined;
+    const content = runs?.[id] && await unfolded(runs[id]);
+    fill(place, content, "<h1>No such run</h1><p>The leaderboard's seeds lead to the runs that there are.</p>");
+    document.title = document.title.replace("A run", place.querySelector("h1").textContent);
+  }
+
+  /* The page of two rows shows those whose ids stand behind "?" and the comparison's name; of one row, and the best of
+     the others. The row that stands higher comes first, whichever was named first. */
+  async function versus(place, form) {
+    const [name, ...asked] = location.search.slice(1).split("&");
+    const known = /^[a-z0-9][a-z0-9.-]*$/.test(name) ? await shelved(`versus/${name}/rows.js`) : undefined;
+    if (known === undefined) {
+      fill(place, undefined, "<h1>No such comparison</h1><p>Those that there are stand on the leaderboard.</p>");
+      return;
+    }
+    const ids = known.rows.map(([id]) => id);
+    const chosen = [asked[0] ?? ids[0], asked[1] ?? ids.find((id) => id !== (asked[0] ?? ids[0]))];
+    const [first, second] = [...chosen].sort((one, other) => ids.indexOf(one) - ids.indexOf(other));
+    const pairs = chosen.every((id) => ids.includes(id)) ? await shelved(`versus/${name}/${first}.js`) : undefined;
+    const content = pairs && JSON.parse(await unfolded(pairs))[second];
+    fill(place, content, first === second && ids.includes(first)
+      ? "<h1>One row twice</h1><p>There is nothing to pair: choose two different rows.</p>"
+      : "<h1>No such rows</h1><p>The comparison does not have both: choose two of those that it has.</p>");
+    document.title = document.title.replace("Two rows", place.querySelector("h1").textContent.replace(/\s+/g, " "));
+    form.dataset.address = `versus.html?${name}`;
+    for (const [index, select] of form.querySelectorAll("select").entries()) {
+      select.replaceChildren(...known.rows.map(([id, label]) => new Option(label, id, false, id === chosen[index])));
+    }
+    choose(form);
+    place.querySelector("h1").after(form);
+  }
+
+  /* Two rows are chosen by name, and shown when asked for. */
+  function choose(form) {
+    form.hidden = false;
+    form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      const ids = [...form.querySelectorAll("select")].map((select) => select.value);
+      location.href = [form.dataset.address, ...ids].join("&");
+    });
+  }
+
   document.addEventListener("DOMContentLoaded", async () => {
-    const place = document.getElementById("run");
-    if (place) await run(place);
+    const place = document.querySelector("#run, #versus");
+    const choice = document.getElementById("choice");
+    if (place?.id === "run") await run(place);
+    else if (place) await versus(place, choice);
+    else if (choice) choose(choice);
     if (window.DataTable) {
       for (const table of document.querySelectorAll("table.ranking")) {
         const board = leaderboard(table);
