@@ -32,8 +32,9 @@ from bench.splits import auxiliary
 from bench.splits.longtail import subsample
 from bench.splits.split import make_split
 from bench.sweep import driver, execution, forecast
-from bench.sweep.config import Run, Sweep
+from bench.sweep.config import Sweep
 from bench.sweep.pool import InProcess
+from bench.sweep.run import Run
 from bench.sweep.schedule import cell
 from bench.tracking.described import of_record, of_run
 from bench.training.crew import Surroundings

@@ -20,6 +20,7 @@ from bench.results import records
 from bench.sweep import config, driver, execution, watch
 from bench.sweep.config import parse_algorithms, parse_datasets
 from bench.sweep.pool import InProcess
+from bench.sweep.run import Run as Cell
 from bench.system import durable
 from bench.training import checkpoint, rounds, states
 from bench.training.job import Job
@@ -366,7 +367,7 @@ def test_a_loss_of_power_at_any_moment_changes_no_number_and_costs_no_round_that
 # A sweep ----------------------------------------------------------------------------------------------------
 
 
-def asked(rounds: int = 2) -> config.Run:
+def asked(rounds: int = 2) -> Cell:
     [run] = config.Sweep(
         algorithms=tuple(parse_algorithms("fedper")), datasets=tuple(parse_datasets("digits")),
         overrides={"rounds": rounds, "epochs": 1}, data_root=Path("data"),

@@ -18,7 +18,8 @@ from bench.protocol.identity import canonical
 from bench.protocol.presets import DEFAULT, PAPER, Choice, Preset
 from bench.protocol.settings import FIELDS, LATER, BadConfig
 from bench.sweep import config
-from bench.sweep.config import Run, Sweep
+from bench.sweep.config import Sweep
+from bench.sweep.run import Run
 from bench.training import engine as engines
 
 

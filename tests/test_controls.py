@@ -22,9 +22,10 @@ from bench.protocol.spelling import parse_algorithms, parse_datasets
 from bench.results import comparison, records
 from bench.results.compared import terminal
 from bench.results.leaderboard import leaderboards
-from bench.sweep import config, driver
+from bench.sweep import driver
 from bench.sweep.config import Sweep
 from bench.sweep.pool import InProcess
+from bench.sweep.run import Run as Cell
 from bench.training.rounds import Run
 from bench.validation import rebuilding
 from tests.by_hand import data_of
@@ -50,7 +51,7 @@ def metrics(run: Run) -> dict[str, float | None]:
     return run.outcome().metrics
 
 
-def run_of(text: str) -> config.Run:
+def run_of(text: str) -> Cell:
     asked = Sweep(algorithms=(made(text),), datasets=tuple(parse_datasets("digits")), data_root=Path("data"))
     (run,) = asked.expand()
     return run

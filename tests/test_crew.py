@@ -34,6 +34,7 @@ from bench.protocol.settings import BadConfig, Setting
 from bench.sweep import actors, cluster, config, on_ray
 from bench.sweep.actors import OnActors
 from bench.sweep.cluster import Session, WorkersDied
+from bench.sweep.run import Run as Cell
 from bench.sweep.schedule import Schedule
 from bench.training import crew, engine
 from bench.training.crew import Surroundings
@@ -623,7 +624,7 @@ def test_memory_and_device_time_of_all_processes_count() -> None:
 # What a run is
 
 
-def digits(**more: Any) -> list[config.Run]:
+def digits(**more: Any) -> list[Cell]:
     return config.Sweep(
         algorithms=tuple(config.parse_algorithms("fedavg")),
         datasets=tuple(config.parse_datasets("digits")),

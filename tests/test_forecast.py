@@ -21,7 +21,7 @@ from bench.plugins.registry import load_plugin
 from bench.protocol import provenance
 from bench.protocol.settings import BadConfig
 from bench.sweep import config, execution, forecast
-from bench.sweep.config import Run
+from bench.sweep.run import Run
 from bench.sweep.schedule import Budget, Forecast, Outlook, Schedule, cell, order, parse_duration, wall_seconds
 from bench.task import Task
 from bench.training import rounds

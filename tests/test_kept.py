@@ -30,8 +30,9 @@ from bench.results.kept import Kept, Module, NotKept
 from bench.results.record import DamagedResult, Record
 from bench.results.retest import retest
 from bench.sweep import config, driver, execution
-from bench.sweep.config import Run, parse_algorithms, parse_datasets
+from bench.sweep.config import parse_algorithms, parse_datasets
 from bench.sweep.pool import InProcess
+from bench.sweep.run import Run
 from bench.training import keeping, rounds
 from bench.training.outcome import Report
 from bench.training.rounds import train

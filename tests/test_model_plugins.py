@@ -21,7 +21,8 @@ from bench.models import BUILT_IN, MODELS, build, layers
 from bench.plugins.registry import ALGORITHMS, DATASETS, BadPlugin, load_plugin, register
 from bench.protocol.settings import BadConfig
 from bench.sweep.cluster import packed, unpacked
-from bench.sweep.config import Run, Sweep
+from bench.sweep.config import Sweep
+from bench.sweep.run import Run
 from tests.test_plugins import OFF, Bench, bench, digest
 
 __all__ = ["bench"]

@@ -14,10 +14,10 @@ import pytest
 
 from bench.sweep import cluster, config, on_ray
 from bench.sweep.cluster import DEATHS_OF_RAY, RayDied, Session
-from bench.sweep.config import Run
 from bench.sweep.local_ray import Home
 from bench.sweep.on_ray import OnRay
 from bench.sweep.pool import Failure
+from bench.sweep.run import Run
 from bench.sweep.schedule import Forecast, Schedule
 from bench.sweep.watch import append, progress_file
 from bench.training.outcome import Report

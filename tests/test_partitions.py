@@ -20,9 +20,10 @@ from bench.protocol.settings import LATER, READ_BY, BadConfig, Setting
 from bench.splits.dealing import PartitionFailed, Pool
 from bench.splits.partition import PARTITIONS
 from bench.splits.split import Split, describe, make_split
-from bench.sweep.config import Run, Sweep
+from bench.sweep.config import Sweep
 from bench.sweep.driver import check_data
 from bench.sweep.resolving import resolve_setting
+from bench.sweep.run import Run
 
 
 def setting(**fields: Any) -> Setting:

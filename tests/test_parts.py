@@ -48,9 +48,10 @@ from bench.protocol.settings import BadConfig
 from bench.protocol.spelling import parse_algorithms
 from bench.results import entrants, records
 from bench.results.leaderboard import leaderboards
-from bench.sweep import config, driver
+from bench.sweep import driver
 from bench.sweep.config import Sweep, parse_datasets
 from bench.sweep.pool import InProcess
+from bench.sweep.run import Run
 from bench.tracking import described
 from bench.training import engine as engines
 from bench.training import evaluation, rounds
@@ -738,7 +739,7 @@ def test_a_correction_says_what_the_model_lacks() -> None:
 # Identity
 
 
-def run_of(text: str, dataset: str = "digits", **more: Any) -> config.Run:
+def run_of(text: str, dataset: str = "digits", **more: Any) -> Run:
     asked = Sweep(
         algorithms=tuple(parse_algorithms(text)),
         datasets=tuple(parse_datasets(dataset)),

@@ -25,8 +25,8 @@ from bench.face.progress import Display
 from bench.face.wording import duration
 from bench.results.claims import claim
 from bench.sweep import execution, journal
-from bench.sweep.config import Run
 from bench.sweep.journal import Journal
+from bench.sweep.run import Run
 from bench.sweep.schedule import Forecast
 from bench.sweep.watch import append, progress_file
 from bench.training.outcome import Report

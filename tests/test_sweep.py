@@ -22,7 +22,7 @@ from bench.results import records
 from bench.results.claims import claim
 from bench.sweep import config, driver, execution, pool, watch
 from bench.sweep.cluster import WorkersDied
-from bench.sweep.config import Run
+from bench.sweep.run import Run
 from bench.sweep.schedule import Schedule
 from bench.training.outcome import Report
 from bench.training.rounds import Diverged

@@ -27,8 +27,9 @@ from bench.results import records
 from bench.results.entrants import entrants
 from bench.results.leaderboard import leaderboards
 from bench.sweep import driver, execution, forecast
-from bench.sweep.config import Run, Sweep
+from bench.sweep.config import Sweep
 from bench.sweep.pool import InProcess
+from bench.sweep.run import Run
 from bench.tracking.described import of_record, of_run
 from bench.training.crew import Surroundings
 from bench.training.job import Job, surroundings

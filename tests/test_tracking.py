@@ -27,7 +27,7 @@ import pytest
 from bench import tracking
 from bench.results import records
 from bench.sweep import config, execution, journal
-from bench.sweep.config import Run
+from bench.sweep.run import Run
 from bench.tracking import described, importing, mirror
 from bench.tracking.described import Point
 from bench.tracking.server import Server, Shown, Status

@@ -13,9 +13,9 @@ from bench.face.progress import Display
 from bench.face.wording import accuracy
 from bench.results import records
 from bench.sweep import driver, execution, pool
-from bench.sweep.config import Run
 from bench.sweep.journal import Journal
 from bench.sweep.pool import Failure, InProcess
+from bench.sweep.run import Run
 from bench.sweep.watch import Watcher
 from bench.tracking.mirror import _Sweep
 from bench.training.outcome import Report

@@ -14,8 +14,8 @@ from bench.command.options import Options
 from bench.face.wording import duration
 
 if TYPE_CHECKING:
-    from bench.sweep.config import Run
     from bench.sweep.forecast import Total
+    from bench.sweep.run import Run
     from bench.sweep.schedule import Forecast
 
 

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
     from bench.algorithm import Algorithm
     from bench.dataset import Dataset
-    from bench.sweep.config import Grid, Run, Sweep
+    from bench.sweep.config import Grid, Sweep
     from bench.sweep.pool import Pool
+    from bench.sweep.run import Run
     from bench.sweep.schedule import Budget
     from bench.tracking import Mirror
 

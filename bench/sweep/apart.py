@@ -13,8 +13,8 @@ from typing import Any
 
 from bench.plugins.registry import load_plugin
 from bench.sweep import limits
-from bench.sweep.config import Run
 from bench.sweep.execution import execute
+from bench.sweep.run import Run
 
 
 class NotToItsEnd(RuntimeError):

@@ -15,9 +15,9 @@ from bench.files import source
 from bench.results import records
 from bench.results.claims import Claimed, claim, is_claimed
 from bench.splits.split import make_split
-from bench.sweep.config import Run
 from bench.sweep.execution import document, execute, finished, forget_checkpoint
 from bench.sweep.pool import Pool
+from bench.sweep.run import Run
 from bench.sweep.schedule import Schedule
 from bench.sweep.watch import Watcher, progress_file
 from bench.system import durable

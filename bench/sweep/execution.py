@@ -25,8 +25,8 @@ from bench.results.claims import Claimed, claim
 from bench.splits.split import Split, describe, group_classes, make_split
 from bench.sweep.actors import hire
 from bench.sweep.cluster import RayDied, WorkersDied
-from bench.sweep.config import Run
 from bench.sweep.pool import Failure
+from bench.sweep.run import Run
 from bench.sweep.watch import append, progress_file
 from bench.system import durable
 from bench.training.crew import Surroundings

@@ -35,7 +35,7 @@ from bench.protocol.identity import identify
 from bench.results.record import stored
 from bench.splits.split import make_split
 from bench.sweep.apart import begin, told
-from bench.sweep.config import Run
+from bench.sweep.run import Run
 from bench.sweep.schedule import Forecast, average, cell, cell_of, order, wall_seconds
 from bench.system.durable import put
 from bench.training import memory, rounds

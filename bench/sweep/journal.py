@@ -28,7 +28,7 @@ from bench.system.durable import put
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-    from bench.sweep.config import Run
+    from bench.sweep.run import Run
     from bench.training.outcome import Report
 
 FOLDER = "sweeps"

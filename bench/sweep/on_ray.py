@@ -24,7 +24,7 @@ from bench.sweep.schedule import Schedule
 from bench.sweep.watch import Tail, Watcher, progress_file
 
 if TYPE_CHECKING:
-    from bench.sweep.config import Run
+    from bench.sweep.run import Run
 
 _SPARE = 1.1
 """Of the measured memory of a run's tensors: what a GPU sets aside for them is more than they are."""

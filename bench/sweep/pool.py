@@ -18,7 +18,7 @@ from bench.sweep.watch import Watcher
 from bench.training.outcome import Report
 
 if TYPE_CHECKING:
-    from bench.sweep.config import Run
+    from bench.sweep.run import Run
 
 Execute = Callable[["Run", Path, Callable[[Report], None] | None], "Failure | None"]
 """What is done with a run: (run, output directory, report) -> why it failed. It writes the run's folder."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from bench.training.outcome import Report
 
 if TYPE_CHECKING:
-    from bench.sweep.config import Run
+    from bench.sweep.run import Run
 
 
 class Watcher(Protocol):

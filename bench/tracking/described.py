@@ -16,7 +16,7 @@ from bench.results.record import DOCUMENT, Record
 from bench.system.text import plain
 
 if TYPE_CHECKING:
-    from bench.sweep.config import Run
+    from bench.sweep.run import Run
 
 RUN_TAG, PROTOCOL_TAG, RECORD_TAG, FOLDER_TAG = "bench.run_id", "bench.protocol", "bench.record", "bench.folder"
 """RECORD_TAG is logged last: an MLflow run that has it shows all of the record with that key."""

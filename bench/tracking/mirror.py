@@ -36,7 +36,7 @@ from bench.training.outcome import Report
 
 if TYPE_CHECKING:
     from bench.results.record import Record
-    from bench.sweep.config import Run
+    from bench.sweep.run import Run
 
 _GATHER_SECONDS = 5.0
 """How old a round may get before it is sent."""

@@ -17,7 +17,7 @@ from bench.protocol.settings import BadConfig
 from bench.results.claims import Claimed, claim
 from bench.results.storage import place, prepare
 from bench.splits import selection
-from bench.sweep.config import Run
+from bench.sweep.run import Run
 from bench.system import reading
 from bench.tuning.study import Study, Trial
 

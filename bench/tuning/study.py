@@ -16,7 +16,7 @@ from bench.algorithm import Algorithm
 from bench.plugins.registry import label
 from bench.protocol.composition import values_of, with_values
 from bench.protocol.identity import identify
-from bench.sweep.config import Run
+from bench.sweep.run import Run
 from bench.tuning.space import LR, rounded
 
 WORST = 0.0

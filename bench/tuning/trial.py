@@ -16,9 +16,9 @@ from bench.files import source
 from bench.protocol.settings import BadConfig, Setting
 from bench.splits import selection
 from bench.splits.auxiliary import Reserve
-from bench.sweep.config import Run
 from bench.sweep.execution import reason_of
 from bench.sweep.matching import matched_rounds
+from bench.sweep.run import Run
 from bench.training.job import Job
 from bench.training.outcome import Report
 from bench.training.rounds import Diverged

@@ -14,8 +14,8 @@ from bench.results.kept import NotKept
 from bench.results.record import DamagedResult
 from bench.results.standing import ORDER, Standing
 from bench.sweep.apart import NotToItsEnd
-from bench.sweep.config import Run
 from bench.sweep.driver import verify_data
+from bench.sweep.run import Run
 from bench.validation import rerun as reruns
 from bench.validation.found import Inspected
 from bench.validation.recount import recount

@@ -24,8 +24,8 @@ from bench.protocol.spelling import label, name
 from bench.ranges import checked, hints, shown
 from bench.results.record import Record
 from bench.splits import auxiliary
-from bench.sweep.config import Run
 from bench.sweep.matching import matched_rounds
+from bench.sweep.run import Run
 from bench.training import engine as engines
 from bench.training.job import PRECISIONS
 

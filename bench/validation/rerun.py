@@ -27,7 +27,8 @@ from bench.results.record import Record
 from bench.results.standing import Standing
 from bench.sweep import execution
 from bench.sweep.apart import execute_apart
-from bench.sweep.config import Run, resolve_device
+from bench.sweep.config import resolve_device
+from bench.sweep.run import Run
 from bench.validation.found import Inspected
 from bench.validation.tolerance import allowed, outside
 

@@ -26,9 +26,10 @@ import torch
 from bench import DataDamaged, DataMissing
 from bench.results import packing, records
 from bench.sweep import driver, execution
-from bench.sweep.config import Run, Sweep, parse_algorithms, parse_datasets
+from bench.sweep.config import Sweep, parse_algorithms, parse_datasets
 from bench.sweep.journal import Journal
 from bench.sweep.pool import InProcess
+from bench.sweep.run import Run
 from bench.training import rounds, states
 from tests.attack.verdict import bench, require
 from tests.power import Disk, restore
