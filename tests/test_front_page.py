@@ -30,7 +30,6 @@ def test_the_front_page_is_what_its_command_writes(
 ) -> None:
     shutil.copytree(ROOT / "results", tmp_path / "results")
     shutil.copy(ROOT / "README.md", tmp_path)
-    (tmp_path / "docs").mkdir()
     monkeypatch.chdir(tmp_path)
     said = command()
     assert bench(*said).status == 0

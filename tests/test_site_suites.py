@@ -72,8 +72,13 @@ def board_of(out: Path, methods: int, seeds: int) -> Leaderboard:
 
     def made(place: int) -> Row:
         values = tuple(0.9 - 0.01 * place - 0.0001 * seed for seed in range(seeds))
-        known = {"seeds": tuple(range(seeds)), "splits": ("",) * seeds, "values": {"personal.balanced": values}}
-        return replace(row, label=f"m{place:02}", **known)  # type: ignore[arg-type]
+        return replace(
+            row,
+            label=f"m{place:02}",
+            seeds=tuple(range(seeds)),
+            splits=("",) * seeds,
+            values={"personal.balanced": values},
+        )
 
     return replace(board, rows=tuple(map(made, range(methods))))
 

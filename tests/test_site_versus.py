@@ -171,9 +171,10 @@ def test_two_rows_of_one_seed_are_drawn_without_an_interval(tmp_path: Path, brow
 
 
 def chosen(browser: Browser) -> list[Any]:
-    return browser.run(  # type: ignore[no-any-return]
+    found: list[Any] = browser.run(
         "return [...document.querySelectorAll('#choice select')].map(s => s.selectedOptions[0].text)"
     )
+    return found
 
 
 def test_an_address_names_two_rows_in_either_order_and_nonsense_is_told(two: Planted, browser: Browser) -> None:

@@ -32,6 +32,7 @@ from bench.results.curves import curves
 from bench.results.leaderboard import leaderboards
 from bench.results.record import check
 from bench.results.table import results_readme
+from bench.site import picture
 from bench.sweep import driver, execution
 from bench.sweep.config import Sweep, parse_algorithms, parse_datasets
 from bench.sweep.pool import InProcess
@@ -46,6 +47,7 @@ from tests.answers import parted
 from tests.test_command import Bench
 from tests.test_command import bench as bench
 from tests.test_models import Watcher
+from tests.test_results import record as result
 
 ROOT = Path("no data here")
 """Digits need none."""
@@ -1007,6 +1009,32 @@ def test_reproductions_may_lie_beside_the_runs(out: Path) -> None:
     (out / "reproductions").mkdir()
     (out / "reproductions" / "fedrep.md").write_text("# What came out")
     assert complaints(out) == ""
+
+
+def test_pictures_may_lie_beside_the_runs_and_nothing_that_acts(out: Path) -> None:
+    (out / "pictures").mkdir()
+    svg = picture.drawn(leaderboards(result("fedavg", seed=seed) for seed in range(5)), "personal.balanced")
+    place = out / "pictures" / "best.svg"
+    place.write_text(svg)
+    assert complaints(out) == ""
+    for added, said in (
+        ("<script>alert(1)</script>", "has 'script', which none of ours has"),
+        ("<g onload='alert(1)'/>", "has 'onload', which none of ours has"),
+        ("<a/>", "has 'a', which none"),
+        ("<image/>", "has 'image', which none"),
+        ("<g xlink:href='https://example.org'/>", "href', which none of ours has"),
+        ("<style>@import 'x';</style>", "fetches something"),
+        ("<path fill='URL(https://example.org)'/>", "fetches something"),
+        ("<x:g xmlns:x='http://www.w3.org/1999/xhtml'/>", "which none of ours has"),
+        ("<!-- -->", "has more than elements"),
+        ("<g>", "cannot be read"),
+    ):
+        place.write_text(svg.replace("</svg>", f"{added}</svg>"))
+        assert said in complaints(out), added
+    place.write_text('<!DOCTYPE svg [<!ENTITY a "b">]>' + svg)
+    assert "has more than elements" in complaints(out)
+    place.rename(place.with_suffix(".png"))
+    assert "is no drawing" in complaints(out)
 
 
 def test_measurements_of_speed_may_lie_beside_the_runs(out: Path) -> None:

@@ -1,15 +1,20 @@
-"""How far the best rows of a leaderboard are told apart: a sentence."""
+"""The best rows of a leaderboard: which they are, and how far they are told apart."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 
 from bench.results.layout import resolution
-from bench.results.leaderboard import RANKS_BY, Leaderboard, measured
-from bench.results.statistics import pairwise
+from bench.results.leaderboard import RANKS_BY, Leaderboard, Row, measured
+from bench.results.statistics import FEWEST, pairwise
 
 BEST = 10
 """Rows among which pairs are tested: twelve seeds separate some of their 45 pairs, and none of all pairs of 25 rows."""
+
+
+def best_rows(board: Leaderboard, most: int | None = None) -> tuple[Row, ...]:
+    """Choose the first rows of a leaderboard, of those that have enough seeds for an interval; None: all of these."""
+    return tuple(row for row in board.rows if len(row.seeds) >= FEWEST)[:most]
 
 
 def separated_among_best(board: Leaderboard) -> str:

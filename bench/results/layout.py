@@ -172,11 +172,6 @@ def main_columns(board: Leaderboard) -> tuple[Column, ...]:
     return tuple(column for column in columns(board) if board.shown or column.key.partition("@")[0] in _MAIN)
 
 
-def best_rows(board: Leaderboard, most: int | None = None) -> tuple[Row, ...]:
-    """Choose the first rows of a leaderboard, of those that have enough seeds for an interval; None: all of these."""
-    return tuple(row for row in board.rows if len(row.seeds) >= FEWEST)[:most]
-
-
 def _scaled(board: Leaderboard, title: str, place: int) -> list[Column]:
     """Count in thousands, millions and so on, as far as the largest total of the leaderboard has one."""
     largest = max((row.cost.get(_WORK[0][place], NOTHING).mean or 0.0 for row in board.rows), default=0.0)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
+from bench.results.among import best_rows
 from bench.results.comparison import part_over_datasets
 from bench.results.layout import (
     ABSENT,
@@ -18,7 +19,6 @@ from bench.results.layout import (
     NO_RUNS,
     Column,
     best,
-    best_rows,
     details,
     footnotes,
     grid,
@@ -94,7 +94,7 @@ def front_page(text: str, boards: Sequence[Leaderboard], most: int | None = None
     if not begin or not end or FRONT[0] in tail or FRONT[1] in tail:
         raise ValueError(f"it must have the lines {FRONT[0]} and {FRONT[1]}, once, in this order")
     enough = [(replace(board, rows=best_rows(board, most)), len(best_rows(board))) for board in boards]
-    shown = [(board, rows) for board, rows in enough if rows]
+    shown = [(board, of) for board, of in enough if of]
     parts = []
     for board, of in shown:
         chosen = main_columns(board)

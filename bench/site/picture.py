@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from importlib.resources import files as resources
 from typing import Any
 
-from bench.results.layout import best_rows, title
+from bench.results.among import best_rows
+from bench.results.layout import title
 from bench.results.leaderboard import Leaderboard
 from bench.site import drawing
 from bench.site.charts import seed_by_seed

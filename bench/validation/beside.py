@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from xml.etree import ElementTree
 
 from bench.protocol import presets
 from bench.protocol.settings import BadConfig
@@ -19,6 +20,15 @@ _TEXTS = (TABLE, PROSE, standing.FILE, ".gitignore")
 """Not .gitattributes: it can hide what a pull request changes."""
 _ID = re.compile("[0-9a-f]{12}")
 _PICTURE = b"\x89PNG"
+_SVG = "{http://www.w3.org/2000/svg}"
+_ELEMENTS = frozenset(("svg", "metadata", "style", "g", "path", "line", "text"))
+_ATTRIBUTES = frozenset((
+    "version", "class", "width", "height", "viewBox", "fill", "stroke", "stroke-miterlimit", "stroke-width",
+    "stroke-dasharray", "stroke-dashoffset", "stroke-linecap", "opacity", "d", "transform", "x2", "y2", "text-anchor",
+    "font-family", "font-size", "font-weight", "role", "display", "pointer-events", "aria-roledescription",
+    "aria-hidden", "aria-label",
+))  # fmt: skip
+"""Of a drawing."""
 _HOME = "a folder of published results, which holds packs and folders of runs"
 
 
@@ -28,6 +38,7 @@ def strange(out: Path) -> Iterator[Problem]:
         presets.FOLDER: lambda folder: _files(folder, _preset, "presets"),
         "tuning": _studies,
         "reproductions": lambda folder: _files(folder, _report, "reproductions"),
+        "pictures": lambda folder: _files(folder, _drawing, "pictures"),
         "studies": lambda folder: _files(folder, _report, "studies"),
         "speed": lambda folder: _files(folder, _measurement, "speed"),
         packed.PLUGINS: _plugins,
@@ -90,6 +101,27 @@ def _report(path: Path) -> str | None:
     if path.suffix not in (".md", ".py"):
         return "is neither a text (.md) nor what wrote it (.py)"
     return next((what for _, what in _text(path)), None)
+
+
+def _drawing(path: Path) -> str | None:
+    """Look at what `bench table --draw` wrote: lines and letters, and nothing that runs, leads on or is fetched."""
+    if path.suffix != ".svg":
+        return "is no drawing, which is called NAME.svg"
+    try:
+        text = reading.contents(path, reading.TEXT, links=False).decode()
+        if "<!" in text or "<?" in text:  # entities, and what names another file
+            return "has more than elements"
+        for element in ElementTree.fromstring(text).iter():
+            tag = element.tag.removeprefix(_SVG)
+            attributes = [name for name in element.attrib if name not in _ATTRIBUTES]
+            if tag not in _ELEMENTS or attributes:
+                return f"has {tag if tag not in _ELEMENTS else attributes[0]!r}, which none of ours has"
+            style = element.text or "" if tag == "style" else ""
+            if re.search(r"url\(|@import", " ".join((style, *element.attrib.values())), re.IGNORECASE):
+                return "fetches something"
+    except (OSError, ValueError, ElementTree.ParseError) as error:
+        return f"cannot be read: {reading.why(error)}"
+    return None
 
 
 def _measurement(path: Path) -> str | None:

@@ -123,7 +123,7 @@ def rebuild(record: Record, root: Path | None = None) -> Asked:
             raise CannotRebuild(key, f"is {getattr(record, key)!r}, and the identity says {identity[key]!r}")
     outdated: dict[str, str] = {}
     algorithm = _algorithm(identity, outdated)
-    dataset = _plugin(DATASETS, identity.get("dataset"), "dataset", outdated, root)
+    dataset = _dataset(identity.get("dataset"), outdated, root)
     if "model" in identity:
         _, old = _known(MODELS, identity["model"], "model")
         outdated |= {} if old is None else {"model": old}
@@ -146,7 +146,6 @@ def rebuild(record: Record, root: Path | None = None) -> Asked:
 def _algorithm(identity: Mapping[str, object], outdated: dict[str, str]) -> Algorithm:
     """Make the method, and put its parts on it."""
     method = _plugin(ALGORITHMS, identity.get("algorithm"), "algorithm", outdated)
-    assert method is not None  # only a dataset may stand for a user's own files
     described = identity["algorithm"].get("parts", [])  # type: ignore[attr-defined]
     if not isinstance(described, list):
         raise CannotRebuild("identity.algorithm.parts", "is no list")
@@ -154,19 +153,24 @@ def _algorithm(identity: Mapping[str, object], outdated: dict[str, str]) -> Algo
     parts = [_plugin(PARTS, each, f"algorithm.parts.{place}", old) for place, each in enumerate(described)]
     outdated |= {"algorithm": ", ".join((*outdated.values(), *old.values()))} if old else {}
     try:
-        return compose(method, [part for part in parts if part is not None])
+        return compose(method, parts)
     except BadConfig as error:
         raise CannotRebuild("identity.algorithm.parts", f"cannot be: {error}") from error
 
 
-def _plugin(
-    registry: Registry[P], described: object, part: str, outdated: dict[str, str], root: Path | None = None
-) -> P | None:
+def _dataset(described: object, outdated: dict[str, str], root: Path | None) -> Dataset | None:
+    """Make the dataset; of a user's own files find it below `root`, None: they are not there."""
+    kind, old = _known(DATASETS, described, "dataset")
+    if kind.identity is Dataset.identity:
+        dataset: Dataset = _plugin(DATASETS, described, "dataset", outdated)
+        return dataset
+    assert isinstance(described, dict)
+    return None if root is None or old is not None else _found(kind, described.get("fields"), root)
+
+
+def _plugin(registry: Registry[P], described: object, part: str, outdated: dict[str, str]) -> P:
     kind, old = _known(registry, described, part)
     assert isinstance(described, dict)
-    if issubclass(kind, Dataset) and kind.identity is not Dataset.identity:
-        found = None if root is None or old is not None else _found(kind, described.get("fields"), root)
-        return found  # type: ignore[return-value]
     outdated |= {} if old is None else {part: old}
     try:
         return _typed(kind, described.get("fields"), f"identity.{part}.fields")
