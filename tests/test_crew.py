@@ -712,6 +712,7 @@ import torch
 
 torch.set_num_threads(1)
 
+from bench.protocol.spelling import label
 from bench.sweep import config
 from bench.training import engine
 from bench.sweep import execution
@@ -738,7 +739,7 @@ for kind, model in (("serial", "small_cnn"), ("stacked", "mlp")):
                 crew.brief(partial(execution._surroundings, run))
             outcome = train(execution.job(run), crew=crew)
             counts = [(tally.model, tally.rows.tolist()) for tally in outcome.counts]
-            printed.append([kind, config.label(run.algorithm), size, outcome.digest, outcome.metrics, counts])
+            printed.append([kind, label(run.algorithm), size, outcome.digest, outcome.metrics, counts])
 for crew in crews.values():
     crew.dismiss()
 opened.__exit__(None, None, None)

@@ -18,13 +18,7 @@ from bench.part import Part
 from bench.plugins.registry import source_digest, told
 from bench.protocol.identity import identify
 from bench.protocol.settings import LATER, Setting, named
-from bench.protocol.spelling import label
-from bench.protocol.spelling import name as name
-from bench.protocol.spelling import parse_algorithms as parse_algorithms
-from bench.protocol.spelling import parse_dataset as parse_dataset
-from bench.protocol.spelling import parse_datasets as parse_datasets
-from bench.protocol.spelling import parse_imbalance as parse_imbalance
-from bench.protocol.spelling import parse_seeds as parse_seeds
+from bench.protocol.spelling import label, name
 from bench.protocol.words import spell_imbalance
 from bench.splits import auxiliary
 from bench.splits.auxiliary import Reserve
