@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from collections import Counter
 from pathlib import Path
 from statistics import median
@@ -15,6 +17,7 @@ from bench.results.compared import difference
 from bench.results.comparison import spell_p
 from bench.results.leaderboard import Leaderboard, leaderboards, measured
 from bench.results.statistics import pairwise
+from bench.site import versus
 from bench.site.rows import id_of, page_of
 from bench.site.versus import MEASURES
 from tests.test_site import GROUPS, Browser, Page, Planted, against, made, plant, squeezed
@@ -135,6 +138,25 @@ def test_every_two_rows_of_a_comparison_have_a_page_and_a_lone_row_has_none(two:
     site = made(tmp_path / "out", tmp_path / "site")
     (alone,) = (site / "comparisons").iterdir()
     assert not (site / "versus").exists() and "versus.html" not in alone.read_text()
+
+
+def test_of_very_many_rows_the_highest_are_paired(
+    two: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versus, "MOST", 3)
+    site, board = made(two.out, tmp_path / "site"), board_of(two.out)
+    best = [id_of(row) for row in board.rows[:3]]
+    (comparison,) = (site / "comparisons").iterdir()
+    assert {address.split("?")[1].split("&", 1)[1] for address in against(site)} == {
+        f"{first}&{second}" for first, second in itertools.combinations(best, 2)
+    }
+    text = comparison.read_text()
+    assert (
+        "Any two of the 3 highest rows" in text
+        and "highest rows" not in (two.site / "comparisons" / comparison.name).read_text()
+    )
+    assert [each for each in re.findall(r'versus.html\?[^"]*&amp;(\w+)"', text)] == best
+    assert re.findall(r'<option value="(\w+)"', text) == 2 * best
 
 
 def test_two_rows_are_chosen_by_the_keyboard_and_a_row_leads_to_the_choice(two: Planted, browser: Browser) -> None:

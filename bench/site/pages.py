@@ -169,7 +169,8 @@ def _comparison_page(
         board=comparison,
         columns=headings(shown),
         entries=entries_of(results, comparison, shown, methods),
-        against=f"{versus.PAGE}?{comparison.name}" if len(board.rows) > 1 else "",
+        against=f"{versus.PAGE}?{comparison.name}",
+        compared=len(versus.compared(board)),
         figures=[[figure for figure in group if figure is not None] for group in figures],
         protocol=protocol,
     )

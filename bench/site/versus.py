@@ -40,6 +40,8 @@ MEASURES = {
     "tail": "personal.few",
 }
 """What pairs are compared by: title to key."""
+MOST = 60
+"""Rows of a comparison that have such pages, the highest; pairs grow with the square of rows, and so would a site."""
 HEADING = ("accuracy", "difference", "better, equal, worse", "p", "corrected")
 _Block = tuple[int, str]
 """A seed, and the fingerprint of its split."""
@@ -60,6 +62,11 @@ class _Known:
     records: Mapping[str, Record]
 
 
+def compared(board: Leaderboard) -> Sequence[Row]:
+    """Give the rows of which any two have a page; none where there is nothing to compare."""
+    return board.rows[:MOST] if len(board.rows) > 1 else ()
+
+
 def scripts(
     comparison: Comparison, records: Mapping[str, Record], drawn: Mapping[str, Drawn]
 ) -> Iterator[tuple[str, str]]:
@@ -71,13 +78,14 @@ def scripts(
         drawn: The same runs, by id.
     """
     board, folder = comparison.leaderboard, f"{FOLDER}/{comparison.name}"
-    if len(board.rows) < 2:
+    rows = compared(board)
+    if not rows:
         return
     known = _known(board, records, drawn)
-    told = {"title": comparison.title, "page": comparison.page, "rows": [[id_of(row), row.label] for row in board.rows]}
+    told = {"title": comparison.title, "page": comparison.page, "rows": [[id_of(row), row.label] for row in rows]}
     yield f"{folder}/rows.js", f"shelve({json.dumps(told)});\n"
-    for place, first in enumerate(board.rows[:-1], start=1):
-        contents = {id_of(second): _content(comparison, known, first, second) for second in board.rows[place:]}
+    for place, first in enumerate(rows[:-1], start=1):
+        contents = {id_of(second): _content(comparison, known, first, second) for second in rows[place:]}
         yield f"{folder}/{id_of(first)}.js", f"shelve({json.dumps(folded(json.dumps(contents)))});\n"
 
 
