@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -131,6 +132,20 @@ def test_a_suite_that_is_none_is_a_sentence(small: str, words: list[str], said: 
 def test_ones_own_suite_is_a_file(small: str, tmp_path: Path) -> None:
     (tmp_path / "own.toml").write_text(SMALL)
     assert cells("--from", str(tmp_path / "own.toml")) == cells("--suite", small)
+
+
+def test_rows_of_a_suite_are_tuned_in_a_cell_of_it(
+    small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path / "runs"), "--ray", "off"]
+    tuned = ["tune", "--suite", small, "--imbalance", "20", "--algos", "fedavg", "--seeds", "1", "--trials", "2", *out]
+    assert typed(*tuned) == 2
+    assert "one alpha are wanted" in capsys.readouterr().err
+    assert typed(*tuned, "--alpha", "0.1", "--json") == 0
+    preset = json.loads(capsys.readouterr().out)["preset"]
+    cell = ["--suite", small, "--alpha", "0.1", "--algos", "fedavg", "--preset", preset, "--tracking-uri", "off"]
+    assert typed("run", *cell, *out) == 0
+    assert [suites_of(record) for record in records.read_all(tmp_path / "runs")[0]] == [["small"], ["small"]]
 
 
 def test_a_result_is_of_a_suite_by_its_protocol(small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 _OF_RUN = (
     "--algos", "--dataset", "--imbalance", "--alpha", "--seeds", "--plugin", "--setting", "--partition", "--clients",
     "--participation", "--rounds", "--match", "--epochs", "--batch-size", "--lr", "--model", "--eval-clients",
-    "--auxiliary", "--weights", "--teacher",
-    "--set", "--engine", "--precision", "--device", "--jobs", "--ray", "--out", "--data-root", "--from", "--json",
+    "--auxiliary", "--weights", "--teacher", "--set", "--engine", "--precision", "--device", "--jobs",
+    "--ray", "--out", "--data-root", "--from", "--suite", "--json",
 )  # fmt: skip
 
 
@@ -72,6 +72,7 @@ def tune_command(trials: int, target: str, fields: str | None, validation: float
     \b
     bench tune --algos fedavg,fedrep --trials 20
     bench run --algos fedavg,fedrep --preset default,tuned
+    bench tune --suite lt-small --imbalance 100 --algos ditto,fedloge --seeds 1
     bench tune --algos "fedrep(head_epochs=2),ditto" --fields lr,pull --for generic --seeds 2
     """
     sys.exit(_tune(Options(**{**defaults(), **values}), trials, target, fields, validation, name))
