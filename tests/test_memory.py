@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from bench import tree
 from bench.contract import toy
 from bench.plugins.registry import ALGORITHMS
+from bench.system import collector
 
 CLIENTS = 500
 SETTING = replace(toy.SETTING, clients=CLIENTS, participation=0.02, rounds=60, epochs=1, eval_every=60)
@@ -46,3 +48,14 @@ def test_after_some_rounds_only_what_clients_keep_grows(name: str, kept: str, en
     new = len(run.store.clients()) - clients
     assert new > 200
     assert living() - before == new * sum(tree.nbytes(model[key]) for key in kept.split(", ") if key)
+
+
+@pytest.mark.parametrize("engine", ["serial", "stacked"])
+@pytest.mark.parametrize("name", ["fedavg", "fedbabu", "creff"])
+def test_a_run_that_is_over_leaves_nothing_for_the_collector(name: str, engine: str) -> None:
+    with collector.paused():
+        run = toy.run(ALGORITHMS[name](), engine, setting=replace(toy.SETTING, rounds=2))
+        assert toy.finish(run).outcome().metrics
+        kept = [weakref.ref(each) for each in (run, run.population, run.population.images, run.evaluator)]
+        del run
+        assert [each() for each in kept] == [None] * len(kept)

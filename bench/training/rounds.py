@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import partial
@@ -121,7 +122,8 @@ class Run:
         self.crew.join(here)
         self.groups = group_classes(job.split.class_counts, setting.groups)
         self.own_statistics = setting.norm == "batch" and setting.statistics == "personal"
-        self.evaluator = Evaluator(here, self.crew, partial(self.work, "adaptation"))
+        # Weakly: in a circle, the images of a run that is over would stay until the collector comes, many runs later.
+        self.evaluator = Evaluator(here, self.crew, partial(Run.work, weakref.proxy(self), "adaptation"))
         if self.own_statistics:
             self.evaluator.wrap = with_own_statistics
         versions = " ".join(str(piece.version) for piece in algorithm.pieces)
