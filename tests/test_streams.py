@@ -104,6 +104,8 @@ def test_results_of_a_dataset_that_are_not_there_are_answered_with_those_that_ar
         assert (status, said) == (2, "") and f"no results on 'mnist' in {out}; there are some on digits" in err
     status, said, _ = written("utf-8", "table", "--out", out, "--dataset", "DIGITS", "--format", "json")
     assert status == 0 and len(json.loads(said)["leaderboards"]) == 1
+    status, _, err = written("utf-8", "table", "--out", out, "--dataset", "digits,features(path='mine, too')")
+    assert status == 2 and f"no results on \"features(path='mine, too')\" in {out}" in err
     (tmp_path / "empty").mkdir()
     status, said, _ = written("utf-8", "table", "--out", "empty", "--dataset", "mnist")
     assert status == 0 and "There are no finished runs" in said

@@ -94,6 +94,29 @@ def test_titles_are_those_of_the_table_wherever_boards_are_named(tmp_path: Path)
     assert page_of(alone[0], 0).page == shown[0].page, "a page keeps its address"
 
 
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ("features(path='cifar100-tf_efficientnet_lite0-96eb4235')", "cifar100 features of tf_efficientnet_lite0"),
+        ("features(path='/data/prepared/inat-resnet50.a1-0123abcd')", "inat features of resnet50.a1"),
+        ("features(path='mine')", "features(path='mine')"),
+        ("folder(path='cats-dogs-0123abcd')", "folder(path='cats-dogs-0123abcd')"),
+    ],
+)
+def test_embedded_images_are_called_by_what_they_are_of(call: str, words: str) -> None:
+    (board,) = leaderboards([record("fedavg", dataset=call)])
+    assert board.base == f"{words}, imbalance 10, alpha 0.5, setting quick" and board.dataset == call
+
+
+def test_one_of_several_datasets_of_a_name_is_chosen_as_it_is_typed(tmp_path: Path) -> None:
+    calls = [f"features(path='{path}')" for path in ("cats, dogs", "birds")]
+    for number, call in enumerate([*calls, "digits"]):
+        store(tmp_path, document("fedavg", seed=number, dataset=call, protocol=f"{number:012x}"))
+    for asked, expected in (("features", calls), (calls[0], calls[:1]), (f"{calls[1]},Digits", [calls[1], "digits"])):
+        found = json.loads(bench("table", tmp_path, "--dataset", asked, "--format", "json").stdout)
+        assert sorted(each["dataset"] for each in found["leaderboards"]) == sorted(expected)
+
+
 def test_an_edited_dataset_is_told_from_the_one_before() -> None:
     found = []
     for edit, name in enumerate(("old", "new")):

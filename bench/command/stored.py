@@ -11,6 +11,7 @@ import click
 
 from bench.command.typed import Place
 from bench.plugins.names import meant
+from bench.protocol.words import split_list
 from bench.system.text import plain
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def read_stored(out: Path, datasets: str | None = None, suite: str | None = None
 
     Args:
         out: Where.
-        datasets: Names of those that are kept, separated by commas; None: all.
+        datasets: Those that are kept, separated by commas, `features` or `features(path='mine')`; None: all.
         suite: Name of the suite whose runs are kept; None: all.
 
     Raises:
@@ -90,14 +91,15 @@ def read_stored(out: Path, datasets: str | None = None, suite: str | None = None
         found = _of_suite(found, suite)
     if datasets is None:
         return found
-    known = sorted({_name(record) for record in found})
-    wanted = [name.strip() for name in datasets.split(",") if name.strip()]
-    for name in wanted:
-        if known and meant(name, known) is None:
-            said = f"there are no results on {name!r} in {out}; there are some on {', '.join(known)}"
+    kept = set()
+    for asked in split_list(datasets):
+        known = sorted({record.dataset if "(" in asked else _name(record) for record in found})
+        called = meant(asked, known)
+        if called is None and known:
+            said = f"there are no results on {asked!r} in {out}; there are some on {', '.join(known)}"
             raise click.BadParameter(said, param_hint="--dataset")
-    kept = {meant(name, known) for name in wanted}
-    return [record for record in found if _name(record) in kept]
+        kept.add(called)
+    return [record for record in found if not kept.isdisjoint((record.dataset, _name(record)))]
 
 
 def _of_suite(found: list[Record], name: str) -> list[Record]:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
+_EMBEDDED = re.compile(r"features\(path='(?:[^']*/)?(\w+)-([\w.]+)-[0-9a-f]{8}'\)")
+"""Features in the folder that `bench data embed` names: of what, by which network, and the digest of its listing."""
+
 
 def split_list(text: str) -> list[str]:
     """Split at commas that stand in no bracket and no quotes; empty items are left out."""
@@ -31,3 +36,8 @@ def split_at(separator: str, text: str) -> list[str]:
 def spell_imbalance(factor: float | None) -> str:
     """Write an imbalance factor as on the command line."""
     return "natural" if factor is None else f"{factor:g}"
+
+
+def dataset_in_words(call: str) -> str:
+    """Name a dataset in a heading: embedded images are `cifar10 features of resnet18`, all else is as it is typed."""
+    return _EMBEDDED.sub(r"\1 features of \2", call)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.protocol.identity import canonical, identify
-from bench.protocol.words import spell_imbalance
+from bench.protocol.words import dataset_in_words, spell_imbalance
 from bench.results import older
 from bench.results.groups import Group, groups_of, stands, submission_of
 from bench.results.record import Record
@@ -135,7 +135,7 @@ class Leaderboard:
     def base(self) -> str:
         """What it compares on; several leaderboards may be called so."""
         alpha = [] if self.alpha is None else [f"alpha {self.alpha:g}"]
-        known = (self.dataset, f"imbalance {spell_imbalance(self.imbalance)}", *alpha)
+        known = (dataset_in_words(self.dataset), f"imbalance {spell_imbalance(self.imbalance)}", *alpha)
         return ", ".join((*known, f"setting {' or '.join(self.names)}"))
 
 
