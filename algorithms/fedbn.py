@@ -10,8 +10,8 @@ Up             body, head
 Newcomers      never drawn or held out, norm layers of its own, trained under what the server has (paper: the average of
                norm layers with statistics of its own; but the server has none)
 Departs        of the body clients keep the norm layers, and the server all else: on a network without norm layers this
-               is FedAvg, without its generic model; weights and biases of group norm stay too (paper: batch norm only);
-               clients are averaged with the setting's weights (paper: uniformly)
+               is FedAvg, without its generic model; weights and biases of group and layer norm stay too (paper: batch
+               norm only); clients are averaged with the setting's weights (paper: uniformly)
 Elsewhere      authors' code, PFLlib and FL-bench find norm layers by their name, so `downsample.1` of torchvision's
                ResNets is missed and shared
 """

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import Algorithm, Batch, LocalData, Task, Tree, evaluating, keys, register, tree
-from bench.models.layers import apply_linear, linear, norm_layer
+from bench.models.layers import apply_linear, layer_norm, linear, norm_layer
 from bench.ranges import Strength
 
 WIDTHS = (10.0, 15.0, 20.0, 50.0)
@@ -54,7 +54,7 @@ class FedCP(Algorithm):
         """Draw a policy: a linear layer with two outputs for each feature, and a layer norm."""
         d = task.model.feature_size
         layer = linear(keys.fold(task.server_key("policy"), "linear"), 2 * d, d)
-        return {**task.init(), "policy": {"linear": layer, "norm": norm_layer("group", 2 * d, task.key.device)}}
+        return {**task.init(), "policy": {"linear": layer, "norm": norm_layer("layer", 2 * d, task.key.device)}}
 
     def init_client(self, task: Task) -> Tree:
         """Start from the initial head."""
@@ -108,7 +108,7 @@ def mask(policy: Tree, z: Tensor, own: Tree, noise: Tensor | float) -> Tensor:
     """
     context = F.normalize(own["weight"].detach().sum(0), dim=0)
     out = apply_linear(policy["linear"], z * context).float()
-    personal, general = F.group_norm(out, 1, **policy["norm"]).relu().chunk(2, 1)  # of one group: a layer norm
+    personal, general = layer_norm(policy["norm"], out).relu().chunk(2, 1)
     return torch.sigmoid(personal - general + noise)
 
 

@@ -51,7 +51,7 @@ class GPFL(Algorithm):
         key, d = task.server_key("valve"), task.model.feature_size
 
         def layer(name: str) -> Tree:
-            return {"linear": linear(keys.fold(key, name), d, d), "norm": norm_layer("group", d, key.device)}
+            return {"linear": linear(keys.fold(key, name), d, d), "norm": norm_layer("layer", d, key.device)}
 
         embeddings = keys.normal(keys.fold(key, "embeddings"), task.num_classes, d)
         valve = {"gamma": layer("gamma"), "beta": layer("beta")}

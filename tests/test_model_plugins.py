@@ -35,9 +35,13 @@ class Good(Network):
 
     feature_size: ClassVar[int] = 16
 
+    @property
+    def filters(self) -> layers.NormedConvolution:
+        return layers.NormedConvolution("conv", self.norm, self.shape[0], 32, 3)
+
     def init_body(self, key: Tensor) -> Tree:
         return {
-            "conv": layers.NormedConvolution("conv", self.shape[0], 32, 3).init(keys.fold(key, 1), self.norm),
+            "conv": self.filters.init(keys.fold(key, 1)),
             "hidden": layers.linear(keys.fold(key, 2), 16, 32),
         }
 
@@ -46,7 +50,7 @@ class Good(Network):
         return Block("conv", ("conv",), self.convolve), Block("hidden", ("hidden",), self.hide)
 
     def convolve(self, body: Tree, x: Tensor) -> Tensor:
-        return F.relu(layers.NormedConvolution("conv", self.shape[0], 32, 3)(body, x)).mean((2, 3))
+        return F.relu(self.filters(body, x)).mean((2, 3))
 
     def hide(self, body: Tree, x: Tensor) -> Tensor:
         return F.relu(layers.apply_linear(body["hidden"], x))
@@ -96,15 +100,21 @@ class Twisted(Good):
 class Still(Good):
     def convolve(self, body: Tree, x: Tensor) -> Tensor:
         y = layers.convolve(body["conv"]["conv"], x, padding=1)
-        if self.norm == "group":
-            return F.relu(layers.group_norm(body["conv"]["norm"], y)).mean((2, 3))
+        if self.norm != "batch":
+            return F.relu(layers.norm(self.norm, body["conv"]["norm"], y)).mean((2, 3))
         scale, stats = body["conv"]["norm"], body["conv"]["norm"]["stats"]
         return F.relu(F.batch_norm(y, stats["mean"], stats["var"], scale["weight"], scale["bias"])).mean((2, 3))
 
 
+class Deaf(Good):
+    def convolve(self, body: Tree, x: Tensor) -> Tensor:
+        kind = "batch" if self.norm == "batch" else "group"
+        return F.relu(self.filters._replace(norm=kind)(body, x)).mean((2, 3))
+
+
 class Unasked(Good):
     def init_body(self, key: Tensor) -> Tree:
-        conv = layers.NormedConvolution("conv", self.shape[0], 32, 3).init(keys.fold(key, 1), "batch")
+        conv = self.filters._replace(norm="batch").init(keys.fold(key, 1))
         return {**super().init_body(key), "conv": conv}
 
 
@@ -153,6 +163,7 @@ BROKEN: dict[type[Network], set[str]] = {
     Short: {"blocks are the body, a head is on top"},
     Twisted: {"blocks are the body, a head is on top"},
     Still: {"norm layers are explicit"},
+    Deaf: {"norm layers are explicit"},
     Unasked: {"norm layers are explicit"},
     Mixing: {"images are apart"},
     Idle: {"gradients are everywhere"},

@@ -314,14 +314,17 @@ def _describe_model(name: str) -> dict[str, Any]:
     texts = (network.__doc__,) if name in BUILT_IN else (inspect.getmodule(network).__doc__, network.__doc__)
     documentation = "\n\n".join(inspect.cleandoc(text) for text in texts if text)
     version = {} if name in BUILT_IN else {"version": network.version}
-    said = {"images": f"of at least {network.smallest} pixels", "parameters": _count_parameters(name), **version}
+    said = {"images": f"of at least {network.smallest} pixels", **_count_parameters(name), **version}
     return {"name": name, "kind": "models", "documentation": documentation, **said}
 
 
-def _count_parameters(name: str) -> dict[str, int]:
-    """Count them for ten classes and colour images of 32 pixels, or as large ones as the network needs."""
+def _count_parameters(name: str) -> dict[str, Any]:
+    """Count parameters for ten classes and colour images of 32 pixels, or as large ones as the network needs, and norm
+    layers.
+    """
     from bench import keys, tree
-    from bench.models import build
+    from bench.models import build, is_norm
+    from bench.models.layers import NORMS
 
     side = max(32, MODELS[name].smallest)
     model = build(name, 10, (3, side, side))
@@ -329,7 +332,12 @@ def _count_parameters(name: str) -> dict[str, int]:
     leaves = tree.flatten(tree.parameters(initial))
     body = sum(leaf.numel() for path, leaf in leaves.items() if path.startswith("body/"))
     total = sum(leaf.numel() for leaf in leaves.values())
-    return {"total": total, "body": body, "head": total - body, "features": model.feature_size}
+    count = len({path.rpartition("/")[0] for path in leaves if is_norm(path)})
+    kinds = f"{count}, of the setting's kind: --set norm={' or '.join(NORMS)}"
+    return {
+        "parameters": {"total": total, "body": body, "head": total - body, "features": model.feature_size},
+        "norm layers": kinds if count else "none: --set norm changes nothing here",
+    }
 
 
 def _doc(documented: object) -> str:

@@ -16,6 +16,7 @@ _WEIGHTS = (
     "timm's networks are found without."
 )
 _PIXELS = "Side that images are scaled to, for timm's networks; default: what the weights were trained with."
+_NORMS = ("group", "layer", "batch")  # of `bench.models.layers`, which loads torch
 _NORM = "Default: batch, as pre-trained networks have it; group with --random-weights."
 _ROOT = "Folder of all datasets; else $BENCH_DATA, else the user's cache."
 
@@ -25,7 +26,7 @@ _ROOT = "Folder of all datasets; else $BENCH_DATA, else the user's cache."
 @click.option("--model", required=True, help=_MODEL)
 @click.option("--weights", type=click.Path(path_type=Path), metavar="FILE", help=_WEIGHTS)
 @click.option("--random-weights", is_flag=True, help="Take the weights that a run would start from: for tests.")
-@click.option("--norm", type=Choice(["group", "batch"]), help=_NORM)
+@click.option("--norm", type=Choice(_NORMS), help=_NORM)
 @click.option("--pixels", type=click.IntRange(8, 1024), help=_PIXELS)
 @click.option("--batch-size", type=click.IntRange(1, 256), default=64, show_default=True, help="Images at once.")
 @click.option("--device", type=Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)

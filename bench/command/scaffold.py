@@ -130,6 +130,7 @@ _MODEL = '''"""{Class}: one line on what it is made of.
 Authors. Title. Venue year. https://link (table or section)
 """
 
+from functools import partial
 from typing import ClassVar
 
 import torch.nn.functional as F
@@ -138,33 +139,35 @@ from torch import Tensor
 from bench import Block, Network, Tree, keys, register
 from bench.models.layers import NormedConvolution, apply_linear, linear
 
-FILTERS = NormedConvolution("conv", inputs=1, outputs=32, size=3, stride=2)
-
 
 @register("{name}")
 class {Class}(Network):
-    """A convolution of grey images with a norm layer, averaged, and 64 ReLU units; a linear head is on top of all."""
+    """A convolution with a norm layer, averaged, and 64 ReLU units; a linear head is on top of all."""
 
     feature_size: ClassVar[int] = 64
     smallest: ClassVar[int] = 4
 
+    @property
+    def filters(self) -> NormedConvolution:
+        """The convolution, for images of `self.shape`; which kind of norm layer follows it is the setting's choice."""
+        return NormedConvolution("conv", self.norm, inputs=self.shape[0], outputs=32, size=3, stride=2)
+
     def init_body(self, key: Tensor) -> Tree:
-        """Draw the body's weights, each layer's from a key of its own, for images of `self.shape`."""
-        filters = FILTERS._replace(inputs=self.shape[0])
+        """Draw the body's weights, each layer's from a key of its own."""
         return {{
-            "conv": filters.init(keys.fold(key, "conv"), self.norm),
+            "conv": self.filters.init(keys.fold(key, "conv")),
             "hidden": linear(keys.fold(key, "hidden"), 64, 32 * 4 * 4),
         }}
 
     @property
     def blocks(self) -> tuple[Block, ...]:
         """Name the stages one after the other, the keys that each reads, and what it does."""
-        return Block("conv", ("conv",), filtered), Block("hidden", ("hidden",), hidden)
+        return Block("conv", ("conv",), partial(filtered, self.filters)), Block("hidden", ("hidden",), hidden)
 
 
-def filtered(body: Tree, x: Tensor) -> Tensor:
+def filtered(filters: NormedConvolution, body: Tree, x: Tensor) -> Tensor:
     """(B, channels, height, width) -> (B, 32, 4, 4)."""
-    return F.adaptive_avg_pool2d(F.relu(FILTERS(body, x)), 4)
+    return F.adaptive_avg_pool2d(F.relu(filters(body, x)), 4)
 
 
 def hidden(body: Tree, x: Tensor) -> Tensor:

@@ -111,8 +111,8 @@ def parts_are_body_and_head(network: type[Network]) -> None:
 
 
 def norms_are_explicit(network: type[Network]) -> None:
-    """Norm layers are called `norm`; with norm=batch they hold statistics, which training moves and testing reads, with
-    norm=group none.
+    """Norm layers are called `norm`; with norm=batch they hold statistics, which training moves and testing reads; with
+    norm=group and norm=layer they hold none, and are of that kind.
     """
     for norm in NORMS:
         model = _model(network, norm)
@@ -128,6 +128,10 @@ def norms_are_explicit(network: type[Network]) -> None:
         moved = tree.flatten(recorder.following(tree.split(body, tree.is_statistic)[0]))
         still = [path for path, leaf in moved.items() if torch.equal(leaf, tree.flatten(body)[path])]
         require(not still, f"training does not move {_listed(still)}; use bench.models.layers.norm")
+    group, layer = (_model(network, norm) for norm in ("group", "layer"))
+    body = group.init(keys.key(1))["body"]
+    deaf = layers and torch.equal(group.features(body, x), layer.features(body, x))
+    require(not deaf, "norm=layer gives what norm=group does; use bench.models.layers.norm, with self.norm")
 
 
 def examples_are_apart(network: type[Network]) -> None:

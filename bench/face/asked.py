@@ -155,9 +155,9 @@ def _grid(text: str) -> Grid:
 
 
 def expand(read: Sweep) -> list[Run]:
-    """List the runs of a sweep, and tell standard error which algorithms of a set are in none."""
+    """List the runs of a sweep; tell standard error which algorithms of a set are in none, and what nothing reads."""
     runs = read.expand()
-    for sentence in read.left_out():
+    for sentence in (*read.left_out(), *read.unread()):
         print(sentence, file=sys.stderr)
     return runs
 

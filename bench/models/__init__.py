@@ -13,11 +13,13 @@ tells norm layers from the others: `tree.split(params, is_norm)`. Keys of a body
 A hidden layer and a convolution of the small networks hold `weight` and `bias`. The stem holds `conv` (no bias) and
 `norm`; a residual unit holds such layers: `first`, `second`, `third` in resnet50, `shortcut` where its shape changes,
 and `expand`, `depthwise`, `project` in mobilenet_v2. A `norm` holds `weight`, `bias` and, for batch norm, `stats`
-(`mean`, `var`).
+(`mean`, `var`); the trees of group and layer norm are alike, and `model.norm` tells them apart. Networks without a stem
+have no norm layers: `--set norm=...` changes nothing there.
 """
 
 from __future__ import annotations
 
+from bench import keys, tree
 from bench.models.layers import is_norm as is_norm
 from bench.models.mobilenets import MobileNetV2
 from bench.models.networks import MLP, Adapter, FedAvgCNN, Frozen, LeNet5, Linear, SmallCNN
@@ -82,6 +84,11 @@ def build(name: str, num_classes: int, shape: tuple[int, ...], norm: str = "grou
     if min(shape[1:], default=1) < network.smallest:
         raise BadModel(f"{name} needs images of at least {network.smallest} pixels, these have {shape[1]}×{shape[2]}")
     return network(name, num_classes, shape, norm)
+
+
+def has_norm(model: Model) -> bool:
+    """Tell whether a model has norm layers."""
+    return any(map(is_norm, tree.flatten(model.init(keys.key(0, "meta")))))  # shapes only: nothing is drawn
 
 
 def has_body(model: Model) -> bool:

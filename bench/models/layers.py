@@ -11,7 +11,7 @@ training step, and in evaluation mode elsewhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -24,7 +24,8 @@ from torch import Tensor
 from bench import keys, tree
 from bench.tree import STATISTICS, Tree
 
-NORMS = ("group", "batch")
+NORMS = ("group", "layer", "batch")
+"""Each image over groups of its channels; over all of it, which is one group; or channels over the batch."""
 STATISTICS_POLICIES = ("shared", "personal", "frozen")
 """Running statistics of norm layers are averaged with the model, stay at each client, or keep their first values."""
 
@@ -136,18 +137,32 @@ def batch_norm(layer: Tree, x: Tensor, momentum: float = 0.1, eps: float = 1e-5)
     return y
 
 
-def group_norm(layer: Tree, x: Tensor, eps: float = 1e-5) -> Tensor:
-    """Normalise each image over groups of channels: 8 groups, or 2 where channels are few.
+def group_norm(layer: Tree, x: Tensor, groups: int | None = None, eps: float = 1e-5) -> Tensor:
+    """Normalise each image, (B, c, ...), over groups of channels: 8 by default, or 2 where channels are few.
 
     Source: Wu, He 2018, https://arxiv.org/abs/1803.08494.
     """
-    groups = 8 if x.shape[1] % 8 == 0 and x.shape[1] > 16 else 2
-    return F.group_norm(x, groups, layer["weight"], layer["bias"], eps)
+    usual = 8 if x.shape[1] % 8 == 0 and x.shape[1] > 16 else 2
+    return F.group_norm(x, usual if groups is None else groups, layer["weight"], layer["bias"], eps)
 
 
-def norm(layer: Tree, x: Tensor) -> Tensor:
-    """Apply the norm layer that the tree holds: batch norm where there are running statistics."""
-    return batch_norm(layer, x) if STATISTICS in layer else group_norm(layer, x)
+def layer_norm(layer: Tree, x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Normalise each image, (B, c, ...), over all of it: group norm of one group.
+
+    Weight and bias are of a channel; the paper has some for each unit, whose number would grow with the image.
+    Source: Ba, Kiros, Hinton 2016, https://arxiv.org/abs/1607.06450.
+    """
+    return group_norm(layer, x, groups=1, eps=eps)
+
+
+def norm(kind: str, layer: Tree, x: Tensor) -> Tensor:
+    """Apply a norm layer of a kind, one of `NORMS`: (B, c, h, w) -> (B, c, h, w).
+
+    Its tree does not tell: that of layer norm is that of group norm.
+    """
+    kinds: Mapping[str, Callable[[Tree, Tensor], Tensor]]
+    kinds = {"group": group_norm, "layer": layer_norm, "batch": batch_norm}
+    return kinds[kind](layer, x)
 
 
 # Layers' initial weights --------------------------------------------------------------------------
@@ -187,7 +202,7 @@ def simplex(key: Tensor, outputs: int, inputs: int) -> Tensor:
 
 
 def norm_layer(kind: str, channels: int, device: torch.device) -> Tree:
-    """Make a norm layer: weight 1, bias 0, and for batch norm running mean 0 and variance 1."""
+    """Make a norm layer of a kind, one of `NORMS`: weight 1, bias 0; for batch norm running mean 0 and variance 1."""
     layer: Tree = {
         "weight": torch.ones(channels, device=device),
         "bias": torch.zeros(channels, device=device),
@@ -215,18 +230,20 @@ class NormedConvolution(NamedTuple):
 
     name: str
     """Of its sub-tree, {"conv": ..., "norm": ...}."""
+    norm: str
+    """Kind of the norm layer, one of `NORMS`: the network's."""
     inputs: int
     outputs: int
     size: int
     stride: int = 1
     groups: int = 1
 
-    def init(self, key: Tensor, kind: str) -> Tree:
-        """Draw the sub-tree, for a kind of norm layer."""
+    def init(self, key: Tensor) -> Tree:
+        """Draw the sub-tree."""
         conv = convolution(key, self.outputs, self.inputs, self.size, groups=self.groups)
-        return {"conv": conv, "norm": norm_layer(kind, self.outputs, key.device)}
+        return {"conv": conv, "norm": norm_layer(self.norm, self.outputs, key.device)}
 
     def __call__(self, layers: Tree, x: Tensor) -> Tensor:
         """Convolve and normalise by the sub-tree of that name: (B, inputs, h, w) -> (B, outputs, h', w')."""
         layer = layers[self.name]
-        return norm(layer["norm"], convolve(layer["conv"], x, self.stride, self.size // 2, self.groups))
+        return norm(self.norm, layer["norm"], convolve(layer["conv"], x, self.stride, self.size // 2, self.groups))

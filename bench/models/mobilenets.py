@@ -63,10 +63,10 @@ class MobileNetV2(Network):
         return min(self.shape[1:]) < 64
 
     def _stem(self) -> NormedConvolution:
-        return NormedConvolution("stem", self.shape[0], 32, 3, 1 if self._small else 2)
+        return NormedConvolution("stem", self.norm, self.shape[0], 32, 3, 1 if self._small else 2)
 
     def _last(self) -> NormedConvolution:
-        return NormedConvolution("last", _STAGES[-1][1], self.feature_size, 1)
+        return NormedConvolution("last", self.norm, _STAGES[-1][1], self.feature_size, 1)
 
     def _stages(self) -> Iterator[tuple[str, list[_Unit]]]:
         """Give each stage's name and units."""
@@ -76,9 +76,9 @@ class MobileNetV2(Network):
             for unit in range(1, depth + 1):
                 step = 1 if unit > 1 or (stage == 2 and self._small) else stride
                 inside = wider * inputs
-                expand = NormedConvolution("expand", inputs, inside, 1)
-                filtered = NormedConvolution("depthwise", inside, inside, 3, step, groups=inside)
-                project = NormedConvolution("project", inside, outputs, 1)
+                expand = NormedConvolution("expand", self.norm, inputs, inside, 1)
+                filtered = NormedConvolution("depthwise", self.norm, inside, inside, 3, step, groups=inside)
+                project = NormedConvolution("project", self.norm, inside, outputs, 1)
                 convolutions = (filtered, project) if wider == 1 else (expand, filtered, project)
                 units.append(_Unit(f"stage{stage}_{unit}", convolutions, step == 1 and inputs == outputs))
                 inputs = outputs
@@ -86,13 +86,13 @@ class MobileNetV2(Network):
 
     def init_body(self, key: Tensor) -> Tree:
         """Draw stem, units and the last convolution."""
-        body: Tree = {"stem": self._stem().init(keys.fold(key, "stem"), self.norm)}
+        body: Tree = {"stem": self._stem().init(keys.fold(key, "stem"))}
         for _, units in self._stages():
             for unit in units:
                 body[unit.key] = {
-                    made.name: made.init(keys.fold(key, unit.key + made.name), self.norm) for made in unit.convolutions
+                    made.name: made.init(keys.fold(key, unit.key + made.name)) for made in unit.convolutions
                 }
-        return {**body, "last": self._last().init(keys.fold(key, "last"), self.norm)}
+        return {**body, "last": self._last().init(keys.fold(key, "last"))}
 
     @property
     def blocks(self) -> tuple[Block, ...]:

@@ -2,8 +2,9 @@
 
 A model is `{"body": ..., "head": {"weight": (C, d), "bias": (C,)}}`. Initial weights are a function of a key. Features
 are non-negative (the body ends in a ReLU and, for residual networks, average pooling), except for `linear` and
-`frozen`, which pass on what they are given. Normalisation is GroupNorm unless batch norm is asked for. A network of
-tokens would give features (B, tokens, d), of which `logits` makes (B, tokens, C) as it is; there is none yet.
+`frozen`, which pass on what they are given. None of the plain ones here has norm layers; where there are some, they are
+GroupNorm unless layer or batch norm is asked for. A network of tokens would give features (B, tokens, d), of which
+`logits` makes (B, tokens, C) as it is; there is none yet.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Model(Protocol):
 
     @property
     def norm(self) -> str:
-        """One of `bench.models.layers.NORMS`."""
+        """One of `bench.models.layers.NORMS`; of a network without norm layers it says nothing."""
 
     @property
     def feature_size(self) -> int:

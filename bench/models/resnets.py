@@ -49,14 +49,17 @@ class ResNet(Network):
         return self.widths[-1]
 
     def _stem(self) -> NormedConvolution:
-        return NormedConvolution("stem", self.shape[0], self.widths[0], 3, 1)
+        return NormedConvolution("stem", self.norm, self.shape[0], self.widths[0], 3, 1)
 
     def _pool(self, x: Tensor) -> Tensor:
         """Follow the stem."""
         return x
 
     def _convolutions(self, inputs: int, width: int, stride: int) -> list[NormedConvolution]:
-        return [NormedConvolution("first", inputs, width, 3, stride), NormedConvolution("second", width, width, 3, 1)]
+        return [
+            NormedConvolution("first", self.norm, inputs, width, 3, stride),
+            NormedConvolution("second", self.norm, width, width, 3, 1),
+        ]
 
     def _stages(self) -> Iterator[tuple[str, list[_Unit]]]:
         """Give each stage's name and units."""
@@ -68,7 +71,7 @@ class ResNet(Network):
                 convolutions = self._convolutions(inputs, width, stride)
                 outputs = convolutions[-1].outputs
                 changes = stride != 1 or inputs != outputs
-                shortcut = NormedConvolution("shortcut", inputs, outputs, 1, stride) if changes else None
+                shortcut = NormedConvolution("shortcut", self.norm, inputs, outputs, 1, stride) if changes else None
                 units.append(_Unit(f"stage{stage}_{unit}", convolutions, shortcut))
                 inputs = outputs
             yield f"stage{stage}", units
@@ -76,11 +79,11 @@ class ResNet(Network):
     def init_body(self, key: Tensor) -> Tree:
         """Draw stem and units."""
 
-        body: Tree = {"stem": self._stem().init(keys.fold(key, "stem"), self.norm)}
+        body: Tree = {"stem": self._stem().init(keys.fold(key, "stem"))}
         for _, units in self._stages():
             for unit in units:
                 made = unit.convolutions if unit.shortcut is None else [*unit.convolutions, unit.shortcut]
-                drawn = [each.init(keys.fold(key, unit.key + each.name), self.norm) for each in made]
+                drawn = [each.init(keys.fold(key, unit.key + each.name)) for each in made]
                 body[unit.key] = {each.name: layer for each, layer in zip(made, drawn, strict=True)}
         return body
 
@@ -207,14 +210,14 @@ class ResNet50(ResNet):
         return 4 * self.widths[-1]
 
     def _stem(self) -> NormedConvolution:
-        return NormedConvolution("stem", self.shape[0], self.widths[0], 7, 2)
+        return NormedConvolution("stem", self.norm, self.shape[0], self.widths[0], 7, 2)
 
     def _pool(self, x: Tensor) -> Tensor:
         return F.max_pool2d(x, 3, 2, 1)
 
     def _convolutions(self, inputs: int, width: int, stride: int) -> list[NormedConvolution]:
         return [
-            NormedConvolution("first", inputs, width, 1, 1),
-            NormedConvolution("second", width, width, 3, stride),
-            NormedConvolution("third", width, 4 * width, 1, 1),
+            NormedConvolution("first", self.norm, inputs, width, 1, 1),
+            NormedConvolution("second", self.norm, width, width, 3, stride),
+            NormedConvolution("third", self.norm, width, 4 * width, 1, 1),
         ]

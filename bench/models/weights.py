@@ -53,9 +53,9 @@ def read(path: Path, model: Model) -> Tree:
     names = {place: f"body/{place}" if own else model.torchvision(place) for place in expected}
     known = set(names.values())
     superfluous = [name for name in found if name not in known and not _LEFT_OUT.fullmatch(name)]
-    of_groups = any(map(is_norm, expected)) and not any(map(tree.is_statistic, expected))
-    if of_groups and any(re.search(r"\.running_|/stats/", name) for name in superfluous):
-        statistics = f"{path} holds statistics of batch norm, and {model.name} has group norm here"
+    of_images = any(map(is_norm, expected)) and not any(map(tree.is_statistic, expected))
+    if of_images and any(re.search(r"\.running_|/stats/", name) for name in superfluous):
+        statistics = f"{path} holds statistics of batch norm, and {model.name} has {model.norm} norm here"
         raise BadWeights(f"{statistics}; ask for batch norm with --set norm=batch ('bench data embed': --norm batch)")
     misfit, advice = f"{path} is not for {model.name}", "choose the --model and norm that it was made with"
     for name in names.values():

@@ -33,7 +33,7 @@ class Embedding:
     model: str
     """Name in `bench.models.MODELS`, or of a network in timm."""
     norm: str
-    """"group" or "batch", of a network of ours."""
+    """"group", "layer" or "batch", of a network of ours."""
     weights: Path | None
     """File of the body's weights; None: random ones of a network of ours, always the same; of timm's those found."""
     device: str = "cpu"

@@ -59,7 +59,7 @@ def encoder(dataset: Dataset, model: str, norm: str, file: Path | None, pixels: 
     Args:
         dataset: Whose images.
         model: Name in `bench.models.MODELS`, or of a network in timm.
-        norm: "group" or "batch", of a network of ours.
+        norm: "group", "layer" or "batch", of a network of ours.
         file: Of the weights; None: random ones of a network of ours, of timm's those that are found.
         pixels: That images are scaled to, for a network of timm's; None: what it was trained with.
         device: "cpu", "cuda" or "mps".

@@ -62,7 +62,7 @@ class Setting:
     model: str
     """Name in `bench.models.MODELS`."""
     norm: str = "group"
-    """"group" or "batch"."""
+    """"group", "layer" or "batch", of networks that have norm layers."""
     statistics: str = "shared"
     """What happens to batch norm's running statistics: "shared", "personal" or "frozen"."""
     clients: _Many | None

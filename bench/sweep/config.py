@@ -13,7 +13,7 @@ import torch
 
 from bench.algorithm import Algorithm
 from bench.dataset import Dataset
-from bench.models import MODELS, build, has_body
+from bench.models import MODELS, Model, build, has_body, has_norm
 from bench.models import teacher as teachers
 from bench.models.teacher import Teacher
 from bench.protocol.presets import DEFAULT, Preset
@@ -93,6 +93,15 @@ class Sweep:
         """Say which optional algorithms are left out, and why, once each; errors as of `expand`."""
         return [f"left out of the set: {why}" for why in dict.fromkeys(map(str, self._expanded[1]))]
 
+    def unread(self) -> list[str]:
+        """Say where a field that was given changes no number: the kind of norm layers of a network that has none."""
+        if "norm" not in self.overrides:
+            return []
+        models = {run.setting.model: run for run in self.expand()}
+        without = [name for name, run in models.items() if not has_norm(_model(run.dataset, run.setting))]
+        said = "has no norm layers, so this changes no number"
+        return [f"norm = {self.overrides['norm']}: {name} {said} ('bench show {name}')" for name in without]
+
     @cached_property
     def _expanded(self) -> tuple[dict[str, Run], list[BadConfig]]:
         """The runs by their ids, and why others are none."""
@@ -141,7 +150,7 @@ class Sweep:
     def _run(self, asked: Algorithm, preset: Preset, dataset: Dataset, setting: Setting, seed: int) -> Run:
         algorithm, lr = preset.choose(asked)
         lr = None if lr in (None, setting.lr) else replace(setting, lr=lr).lr  # checked
-        model = build(setting.model, dataset.num_classes, dataset.image_shape, setting.norm)
+        model = _model(dataset, setting)
         if "body" in algorithm.needs and not has_body(model):
             others = ", ".join(known for known in MODELS if known != setting.model)
             needs = f"{name(algorithm)} needs a model with a body and a head"
@@ -184,6 +193,10 @@ class Sweep:
     @cached_property
     def _teacher(self) -> Teacher | None:
         return None if self.teacher is None else teachers.named(self.teacher)
+
+
+def _model(dataset: Dataset, setting: Setting) -> Model:
+    return build(setting.model, dataset.num_classes, dataset.image_shape, setting.norm)
 
 
 def _both(asked: tuple[P, ...], grid: tuple[P, ...]) -> tuple[P, ...] | None:
