@@ -43,7 +43,8 @@ class Part(Ranged, ABC):
     later: ClassVar[Mapping[str, object]] = {}
     """As an algorithm's."""
     aliases: ClassVar[Mapping[str, str]] = {}
-    """Names that papers have for rows with it, and these as on the command line: {"fedlc": "fedavg+calibrated"}."""
+    """Names that papers have for rows with it, and these as on the command line: {"fedlc": "fedavg+calibrated"}. Where
+    one name stands for several parts' rows, one parameter says which: {"score(kind='gc')": "fedavg+graph_cut"}."""
 
     @property
     def tier(self) -> str:
@@ -64,6 +65,13 @@ class Loss(Part):
     """Takes the place of cross-entropy, or of what the method's paper has there, in local training."""
 
     kind: ClassVar[str] = "loss"
+
+    @property
+    def views(self) -> int:
+        """How often a batch has each example, each time augmented anew, wherever a method asks for batches and does not
+        say; B of `loss` is then so many times as large. To be overridden by a field.
+        """
+        return 1
 
     @abstractmethod
     def loss(self, task: Task, logits: Tensor, features: Tensor | None, batch: Batch, counts: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import pytest
 from torch import Tensor
 
 from bench import Batch, Loss, Task
+from bench.command import catalogue
 from bench.contract import parts, toy
 from bench.contract.promises import ContractBroken
 from bench.losses import cross_entropy
@@ -26,7 +27,14 @@ from tests.test_command import Bench
 from tests.test_command import bench as bench
 from tests.test_results import record
 
-ALIASES = {"fedlc": "fedavg+calibrated", "fedrs": "fedavg+restricted_softmax"}
+ALIASES = {
+    "fedlc": "fedavg+calibrated",
+    "score": "fedavg+facility_location",
+    "score(kind='fl')": "fedavg+facility_location",
+    "score(kind='gc')": "fedavg+graph_cut",
+    "score(kind='logdet')": "fedavg+log_determinant",
+    "fedrs": "fedavg+restricted_softmax",
+}
 
 
 def run_of(call: str, engine: str) -> Run:
@@ -42,7 +50,7 @@ def test_they_are_read_of_parts_files_without_importing_these(monkeypatch: pytes
 
 @pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
-@pytest.mark.parametrize("alias", ALIASES)
+@pytest.mark.parametrize("alias", ["fedlc", "fedrs", "score(kind='gc')"])
 def test_an_alias_is_its_row_bit_for_bit_and_not_fedavg(alias: str, engine: str) -> None:
     run, row, fedavg = (run_of(call, engine) for call in (alias, ALIASES[alias], "fedavg"))
     assert run.outcome().digest == row.outcome().digest
@@ -52,7 +60,7 @@ def test_an_alias_is_its_row_bit_for_bit_and_not_fedavg(alias: str, engine: str)
 
 @pytest.mark.equivalence
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
-@pytest.mark.parametrize("off", ["fedlc(tau=0)", "fedrs(alpha=1)"])
+@pytest.mark.parametrize("off", ["fedlc(tau=0)", "fedrs(alpha=1)", "score(weight=0)", "score(kind='gc', weight=0)"])
 def test_switched_off_it_is_fedavg(off: str, engine: str) -> None:
     run, fedavg = (run_of(call, engine) for call in (off, "fedavg"))
     assert run.outcome().digest == fedavg.outcome().digest and label(run.algorithm) == "fedavg"
@@ -66,11 +74,25 @@ def test_switched_off_it_is_fedavg(off: str, engine: str) -> None:
         ("fedlc(tau=0.5)", "fedavg+calibrated(tau=0.5)"),
         ("fedrs (alpha=0.1)+topk", "fedavg+restricted_softmax(alpha=0.1)+topk"),
         ("fedlc+topk+tau_norm", "fedavg+calibrated+topk+tau_norm"),
+        ("score+topk", "fedavg+facility_location+topk"),
+        ("score(weight=1, views=2)", "fedavg+facility_location(weight=1.0, views=2)"),
+        (
+            'SCoRe(weight=1, Kind = "GC", form="information")+topk(share=0.5)',
+            "fedavg+graph_cut(weight=1.0, form='information')+topk(share=0.5)",
+        ),
+        ("score(kind='logdet')", "fedavg+log_determinant"),
+        ("score(kind='logdet')+topk", "fedavg+log_determinant+topk"),
+        ("score(kind='fl', views=2)", "fedavg+facility_location(views=2)"),
     ],
 )
 def test_fields_behind_it_are_the_parts_and_further_parts_follow(typed: str, meant: str) -> None:
     (algorithm,) = parse_algorithms(typed)
     assert label(algorithm) == respell(typed) == meant
+
+
+def test_each_is_read_as_its_row() -> None:
+    for alias, row in ALIASES.items():
+        assert parse_algorithms(alias) == parse_algorithms(row)
 
 
 def test_one_that_is_named_twice_is_one_run() -> None:
@@ -85,6 +107,15 @@ def test_what_cannot_be_is_said_of_the_row() -> None:
         parse_algorithms("fedlc+focal")
     with pytest.raises(UnknownPlugin):
         parse_algorithms("fedlq")
+    known = r"score, score\(kind='fl'\), score\(kind='gc'\), score\(kind='logdet'\)"
+    with pytest.raises(BadConfig, match=rf"^score\(kind='cut'\)\+topk: there is no such row; there are {known}$"):
+        parse_algorithms("score(kind='cut')+topk")
+    with pytest.raises(
+        BadConfig, match=r"graph_cut\(ridge=1\): no such parameter; graph_cut takes weight, views, form"
+    ):
+        parse_algorithms("score(kind='gc', ridge=1)")
+    with pytest.raises(BadConfig, match=r"^facility_location\(kind='gc'\): no such parameter"):
+        parse_algorithms("score(kind='gc', kind='fl')")
 
 
 def test_an_algorithm_of_that_name_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +132,10 @@ def test_they_are_listed_and_shown(bench: Bench) -> None:
     listed = [line.split() for line in bench("list", "aliases").out.splitlines() if line]
     assert listed == [[*pair] for pair in ALIASES.items()]
     assert json.loads(bench("list", "--json").out)["aliases"] == list(ALIASES)
-    assert "fedlc  fedavg+calibrated" in bench("list").out
+    assert "fedlc                 fedavg+calibrated" in bench("list").out
+    for alias in ("SCoRe", "score(kind='gc')"):
+        assert catalogue.find(alias) == ["aliases"]
+        assert catalogue.describe("aliases", alias, "digits")["name"] == ALIASES[alias.lower()]
     shown, row = bench("show", "FedLC"), bench("show", "fedavg+calibrated")
     assert shown.out == row.out and "Federated Learning with Label Distribution Skew via Logits Calibration" in row.out
 
@@ -124,7 +158,7 @@ class Another(Plain):
 class Taken(Plain):
     """Has the name of a method."""
 
-    aliases: ClassVar[dict[str, str]] = {"fedprox": "fedavg+focal"}
+    aliases: ClassVar[dict[str, str]] = {"fedprox(kind='focal')": "fedavg+focal"}
 
 
 @pytest.mark.parametrize(

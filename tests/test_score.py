@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,15 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import Loss, Task, Tree, keys, losses, tree
+from bench import Algorithm, LocalData, Loss, Task, Tree, keys, losses, tree
 from bench.contract import toy
 from bench.data import Batch
 from bench.part import Part
-from bench.plugins.registry import PARTS, label
+from bench.plugins.registry import PARTS, label, told
 from bench.protocol.composed import Composed
+from bench.protocol.presets import PAPER
 from bench.protocol.spelling import parse_algorithms
+from bench.training.engine import TOLERANCE
 from bench.training.rounds import Run
 from tests import virtual
+from tests.test_adaptation import data_of
 
 SETTING = replace(toy.SETTING, rounds=2)
 ENGINES = ("serial", "stacked")
@@ -288,6 +291,24 @@ def test_on_the_device_nobody_waits_for_them(name: str) -> None:
         assert torch.equal(value.cpu(), again) and torch.equal(slope.cpu(), torch.autograd.grad(again, here)[0])
 
 
+@pytest.mark.parametrize(("name", "fields"), EVERY)
+def test_of_an_example_that_is_alone_in_its_class_two_views_have_each_other(name: str, fields: dict[str, Any]) -> None:
+    """Whatever draws a class together, or keeps it from spreading, then has something to act on."""
+    y, z = [0, 1, 2, 3], random(4, 6)
+    seen = torch.cat([z, z + random(4, 6, "view")])
+    part, within = part_of(name, views=2, **fields), seen.reshape(2, 4, 6)
+    closer = torch.cat([within.mean(0), within.mean(0)])
+    apart = [float(term(part, rows, [*y, *y])) for rows in (seen, closer)]
+    wanted = [by_hand(name, rows, [*y, *y], fields.get("form", "")) for rows in (seen, closer)]
+    assert apart == pytest.approx(wanted, rel=1e-5)
+    if "information" in fields.values():
+        assert apart[1] < apart[0]
+    if name != "facility_location":  # the same image twice is not more than the image, and graph cut sums over pairs
+        return
+    twice = float(term(part, torch.cat([z, z]), [*y, *y]))
+    assert twice == pytest.approx(float(term(part, z, y)), rel=1e-5)
+
+
 # On a method ------------------------------------------------------------------------------------------------
 
 
@@ -358,3 +379,74 @@ def test_features_of_classes_come_to_lie_further_apart(name: str) -> None:
         unlike = images.y[rows][:, None] != images.y[rows]
         across.append(float((unit @ unit.T)[unlike].mean()))
     assert across[1] < 0.9 * across[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoViews(Algorithm):
+    """FedAvg with a loss beside cross-entropy, written out, on two views of each example."""
+
+    part: Loss
+
+    def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
+        task = bound(self.part, task)
+        return task.sgd(task.loss, shared, data.batches(task.epochs, views=2)), private
+
+
+@pytest.mark.equivalence
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_views_are_those_that_a_method_would_ask_for(engine: str) -> None:
+    part = part_of("facility_location", weight=1.0, views=2)
+    (fedavg,) = parse_algorithms("fedavg")
+    views = {"augment": "crop_flip", "rounds": 1}
+    mine, written = (ran(row, engine, **views) for row in (Composed(fedavg, (part,)), TwoViews(part=part)))
+    one = ran("fedavg+facility_location(weight=1)", engine, **views)
+    assert tree.digest([mine.progress.server]) == tree.digest([written.progress.server])
+    assert tree.largest_difference(mine.progress.server, one.progress.server) > 1e-4
+    samples = [run.outcome().cost["train_samples"] for run in (mine, written, one)]
+    assert samples[0] == samples[1] == 2 * (samples[2] or 0)
+
+
+@pytest.mark.equivalence
+@pytest.mark.parametrize("engine", ENGINES)
+def test_in_batches_of_one_example_two_of_them_are_fedavg(engine: str) -> None:
+    setting = replace(SETTING, batch_size=1, rounds=1, epochs=1, participation=1.0)
+    rows = parse_algorithms("fedavg,fedavg+facility_location(weight=5),fedavg+graph_cut(weight=5)")
+    runs = [toy.run(row, engine, setting=setting, sizes=(9, 4, 0, 0, 0, 0, 0, 0)) for row in rows]
+    plain, *others = (toy.finish(run).progress.server for run in runs)
+    assert [tree.largest_difference(other, plain) for other in others] == [0.0, 0.0]
+    assert tree.largest_difference(plain, runs[0].task.init()) > 1e-4
+
+
+def test_two_views_alone_are_a_row_and_the_control_of_two_views_with_a_term() -> None:
+    """At weight 0 nothing is left out but the term: cross-entropy of both views is not FedAvg."""
+    (row,) = parse_algorithms("fedavg+facility_location(weight=0, views=2)")
+    assert label(row) == "fedavg+facility_location(weight=0.0, views=2)"
+    controls = [ran(f"fedavg+{name}(weight=0, views=2)", rounds=1, augment="crop_flip") for name in list(FORMS)[:2]]
+    assert len({tree.digest([run.progress.server]) for run in controls}) == 1
+    plain = ran("fedavg", rounds=1, augment="crop_flip")
+    assert tree.largest_difference(controls[0].progress.server, plain.progress.server) > 1e-4
+
+
+def test_runs_of_one_view_are_those_of_before_there_were_two() -> None:
+    for name in FORMS:
+        assert "views" not in told(part_of(name)) and told(part_of(name, views=2))["views"] == 2
+        (paper,) = PAPER.choose(parse_algorithms(f"fedavg+{name}")[0])[0].pieces[1:]
+        assert paper == part_of(name, views=2)
+
+
+def test_a_method_that_asks_for_views_itself_keeps_its_number() -> None:
+    own = replace(data_of(toy.run(toy.Host()), 0), views=2)
+    count = {asked: len(next(own.batches(1, batch_size=4, views=asked)).y) for asked in (None, 1, 2, 3)}
+    assert count == {None: 8, 1: 4, 2: 8, 3: 12}
+    rest, aside = own.part(0.5, "validation")
+    assert (rest.views, aside.views, own.unlabelled().views) == (2, 2, 2)
+    assert all(part_of(name).views == 1 for name in FORMS) and PARTS["focal"]().views == 1
+
+
+@pytest.mark.parametrize(("name", "fields"), EVERY)
+def test_engines_agree_on_two_views(name: str, fields: dict[str, Any]) -> None:
+    (fedavg,) = parse_algorithms("fedavg")
+    row = Composed(fedavg, (part_of(name, weight=2.0, views=2, **fields),))
+    runs = [ran(row, engine, augment="crop_flip", rounds=1) for engine in ENGINES]
+    assert tree.largest_difference(*map(toy.states, runs)) < TOLERANCE
+    assert runs[0].outcome().cost["train_samples"] == runs[1].outcome().cost["train_samples"]

@@ -83,6 +83,8 @@ class LocalData:
     """Whether n may be less than L: no shape may then depend on it. Otherwise all L are real."""
     labelled: bool = True
     """Whether labels are known."""
+    views: int = 1
+    """How often a batch has each example where nobody says: more than once for a loss part that compares views."""
 
     @property
     def y(self) -> Tensor:
@@ -112,7 +114,7 @@ class LocalData:
         *,
         steps: int | None = None,
         weights: Tensor | None = None,
-        views: int = 1,
+        views: int | None = None,
         batch_size: int | None = None,
     ) -> Iterator[Batch]:
         """Shuffle anew in each epoch and give augmented batches; the last of an epoch may be smaller.
@@ -128,7 +130,7 @@ class LocalData:
             weights: (L,), one for each example, ≥ 0, any scale: an epoch is then n draws with replacement, such as
                 balanced ones by `(1 / data.class_counts.clamp(min=1))[data.y]`. All zero is all equal.
             views: How often each example is augmented: x, y and so on are (views · B, ...), the first B of them the
-                batch of one view. A sample is counted for each.
+                batch of one view. A sample is counted for each. By default once, or as often as a loss part asks.
             batch_size: B; the setting's by default.
 
         Raises:
@@ -140,6 +142,7 @@ class LocalData:
             shape = f"{tuple(weights.shape)}, and there are {len(self.index)} examples"
             raise ValueError(f"data.batches: weights are {shape}; give one for each, by class as in weights[data.y]")
         size = self.batch_size if batch_size is None else batch_size
+        views = self.views if views is None else views
         if epochs is not None:
             return self._epochs(range(epochs), salt, weights, views, size)
         assert steps is not None

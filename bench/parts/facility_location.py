@@ -7,8 +7,9 @@ Kind           loss
 Learns         nothing beyond updates
 Departs        a term beside cross-entropy (paper: alone, and the head afterwards), divided by the batch's examples as
                that is (paper: the sum, which grows with them and with classes), of the features that the head reads
-               (paper: of a projection) and of one view (paper: two); by the paper's formula (code: a logarithm of sums
-               over all columns, not 0 for a batch of one class, and no division by a class's size)
+               (paper: of a projection) and of one view unless `views` is 2, as in the paper; by the paper's formula
+               (code: a logarithm of sums over all columns, not 0 for a batch of one class, and no division by a class's
+               size)
 Elsewhere      authors' class has a temperature of 0.7, which scales the loss by 10; their script passes 0.07, factor 1.
                Its default metric is a Euclidean one, scaled to each batch, while training uses cosines. In their GLMC
                variant pairs of one class keep weight 1 - w in the repulsion, and the sum is divided by the batch size
@@ -17,7 +18,7 @@ Elsewhere      authors' class has a temperature of 0.7, which scales the loss by
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -32,11 +33,23 @@ class FacilityLocation(Loss):
     """Sum over classes A of 1/|A| sum over examples i outside A of the largest cosine of i with an example of A."""
 
     version: ClassVar[int] = 2
-    neutral: ClassVar[Mapping[str, object]] = {"weight": 0.0}
+    later: ClassVar[Mapping[str, object]] = {"views": 1}
+    paper: ClassVar[Mapping[str, object]] = {"views": 2}
+    neutral: ClassVar[Mapping[str, object]] = {"weight": 0.0, "views": 1}
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]] | None] = {"weight": (0.05, 2.0)}
+    aliases: ClassVar[Mapping[str, str]] = {
+        "score": "fedavg+facility_location",
+        "score(kind='fl')": "fedavg+facility_location",
+    }
+    """SCoRe's losses stand beside any method's. An algorithm `score`, FedAvg with one of them, would be a second place
+    for the same arithmetic, and the same bits under another identity: so it is a name for rows, the other two losses'
+    too."""
 
     weight: Strength = 0.5
     """Of the term's share of an example, beside cross-entropy (paper: of the batch's sum, which stands alone)."""
+    views: Literal[1, 2] = 1
+    """How often a batch has an example, each time augmented anew (paper: 2); each is one of its class, and is paid for.
+    """
 
     def loss(self, task: Task, logits: Tensor, features: Tensor | None, batch: Batch, counts: Tensor) -> Tensor:
         """Add the term; it is 0 where the batch has one class."""

@@ -7,9 +7,9 @@ Kind           loss
 Learns         nothing beyond updates
 Departs        a term beside cross-entropy (paper: alone, and the head afterwards), divided by the batch's examples as
                that is (paper: the sum, which grows with them and with classes), of the features that the head reads
-               (paper: of a projection) and of one view (paper: two); by the paper's formulas (code: information is the
-               logarithm of a ratio, and no number where a sum of cosines is negative; correlation divides by the other
-               examples of a class, of which there may be none)
+               (paper: of a projection) and of one view unless `views` is 2, as in the paper; by the paper's formulas
+               (code: information is the logarithm of a ratio, and no number where a sum of cosines is negative;
+               correlation divides by the other examples of a class, of which there may be none)
 Elsewhere      in authors' code `gc_rbf` passes a metric that the kernel function does not know, and raises. Graph cut
                in their GLMC variant raises for a variable that does not exist, so that it cannot have been run. The
                class's default temperature of 0.7 scales the loss by 10, their script's 0.07 by 1
@@ -33,14 +33,20 @@ class GraphCut(Loss):
     """
 
     version: ClassVar[int] = 2
-    neutral: ClassVar[Mapping[str, object]] = {"weight": 0.0}
+    later: ClassVar[Mapping[str, object]] = {"views": 1}
+    paper: ClassVar[Mapping[str, object]] = {"views": 2}
+    neutral: ClassVar[Mapping[str, object]] = {"weight": 0.0, "views": 1}
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]] | None] = {
         "weight": (0.05, 2.0),
         "form": ["information", "correlation"],
     }
+    aliases: ClassVar[Mapping[str, str]] = {"score(kind='gc')": "fedavg+graph_cut"}
 
     weight: Strength = 0.5
     """Of the term's share of an example, beside cross-entropy (paper: of the batch's sum, which stands alone)."""
+    views: Literal[1, 2] = 1
+    """How often a batch has an example, each time augmented anew (paper: 2); each is one of its class, and is paid for.
+    """
     form: Literal["information", "correlation"] = "correlation"
     """Total information, of each class, or total correlation, of the classes less that of the whole batch."""
     diversity: Strength = 1.0

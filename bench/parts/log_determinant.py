@@ -7,9 +7,9 @@ Kind           loss
 Learns         nothing beyond updates
 Departs        a term beside cross-entropy (paper: alone, and the head afterwards), divided by the batch's examples as
                that is (paper: the sum, which grows with them and with classes), of the features that the head reads
-               (paper: of a projection) and of one view (paper: two); by the paper's formulas (code: no division by a
-               class's size, and information with the opposite sign); a ridge below 0.5 is refused: there are more
-               examples than features, and float32 has few digits
+               (paper: of a projection) and of one view unless `views` is 2, as in the paper; by the paper's formulas
+               (code: no division by a class's size, and information with the opposite sign); a ridge below 0.5 is
+               refused: there are more examples than features, and float32 has few digits
 Elsewhere      authors' code declares lambda = 0.1 and uses 0.5. The class's default metric is a Euclidean one, scaled
                to the minimum and maximum of each batch, while their training uses cosines
 """
@@ -34,14 +34,20 @@ class LogDeterminant(Loss):
     """
 
     version: ClassVar[int] = 2
-    neutral: ClassVar[Mapping[str, object]] = {"weight": 0.0}
+    later: ClassVar[Mapping[str, object]] = {"views": 1}
+    paper: ClassVar[Mapping[str, object]] = {"views": 2}
+    neutral: ClassVar[Mapping[str, object]] = {"weight": 0.0, "views": 1}
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]] | None] = {
         "weight": (0.05, 2.0),
         "form": ["information", "correlation"],
     }
+    aliases: ClassVar[Mapping[str, str]] = {"score(kind='logdet')": "fedavg+log_determinant"}
 
     weight: Strength = 0.5
     """Of the term's share of an example, beside cross-entropy (paper: of the batch's sum, which stands alone)."""
+    views: Literal[1, 2] = 1
+    """How often a batch has an example, each time augmented anew (paper: 2); each is one of its class, and is paid for.
+    """
     form: Literal["information", "correlation"] = "correlation"
     """Total information, of each class, or total correlation, of the classes less that of the whole batch."""
     ridge: Annotated[float, Interval(ge=0.5, le=1_000_000)] = 1.0

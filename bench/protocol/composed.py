@@ -177,9 +177,7 @@ class Composed(Algorithm):
     def _require_nothing_else(self, task: Task, shared: Tree, upload: Tree) -> None:
         """Refuse a method whose clients send what noise does not hide."""
         hidden, frozen = _moves(shared), task.frozen_statistics
-        besides = [
-            path for path in tree.flatten(upload) if not hidden(path) and not (frozen and tree.is_statistic(path))
-        ]
+        besides = [leaf for leaf in tree.flatten(upload) if not (hidden(leaf) or (frozen and tree.is_statistic(leaf)))]
         besides += ["class counts"] * self._estimates + ["a second update"] * (len(self.method.exchanges(task)) > 1)
         if besides:
             hides = "noise hides one update of body and head a round"
@@ -225,14 +223,14 @@ class Composed(Algorithm):
         """Put the loss before the method's verb, and the channels after it."""
         return partial(_learn if name.startswith(_EPILOGUE) else _do, name, self)
 
-    def _bind(self, task: Task, given: Tree, data: LocalData) -> Task:
-        """Have `task.criterion` give the loss part, with this client's counts."""
-        for part in self.parts:
-            if isinstance(part, Loss):
-                counts = part.counts(task, data.class_counts.float(), given.get("counts"))
-                assert counts is not None  # only the server has none
-                return replace(task, objective=partial(part.loss, task, counts=counts))
-        return task
+    def _bind(self, task: Task, given: Tree, data: LocalData) -> tuple[Task, LocalData]:
+        """Have `task.criterion` give the loss part, with this client's counts, and batches the views that it wants."""
+        for part in (each for each in self.parts if isinstance(each, Loss)):
+            counts = part.counts(task, data.class_counts.float(), given.get("counts"))
+            assert counts is not None  # only the server has none
+            objective = partial(part.loss, task, counts=counts)
+            task, data = replace(task, objective=objective), replace(data, views=part.views)
+        return task, data
 
     def _encode(self, task: Task, shared: Tree, upload: Tree, kept: Tree, key: Tensor) -> tuple[Tree, Tree, Tree]:
         """Send an update through the channels: the upload without it, what travels, and what is kept."""
@@ -257,7 +255,8 @@ class Composed(Algorithm):
     def after_training(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
         """Give the method's, by the loss of its part; nothing passes a channel."""
         (own, given), (kept, parts) = _part(shared), _part(private)
-        seen, following = self.method.after_training(self._bind(task, given, data), own, kept, data)
+        task, data = self._bind(task, given, data)
+        seen, following = self.method.after_training(task, own, kept, data)
         return _join(seen, given), _join(following, parts)
 
     def personal_variants(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> dict[str, Tree]:
@@ -271,8 +270,8 @@ class Composed(Algorithm):
     def newcomer(self, task: Task, shared: Tree, data: LocalData) -> Tree:
         """Make the method's, by the loss of its part if labels are known; its channels have carried nothing yet."""
         (own, given), kept = _part(shared), _part(self.init_client(task))[1]
-        bound = self._bind(task, given, data) if data.labelled else task
-        return _join(self.method.newcomer(bound, own, data), kept)
+        task, data = self._bind(task, given, data) if data.labelled else (task, data)
+        return _join(self.method.newcomer(task, own, data), kept)
 
     def newcomer_adaptation(self, task: Task) -> Stages:
         """Give the method's."""
@@ -329,8 +328,8 @@ class Composed(Algorithm):
 def _do(verb: str, composed: Composed, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:
     """Do the client's work of an exchange."""
     (shared, given), (private, kept) = _part(shared), _part(private)
-    method = composed.method.client_verb(verb)
-    upload, private = method(composed._bind(task, given, data), shared, private, data)
+    bound, data = composed._bind(task, given, data)
+    upload, private = composed.method.client_verb(verb)(bound, shared, private, data)
     sent: Tree = {"counts": data.class_counts.float()} if composed._estimates else {}
     if composed._channels:
         key = keys.fold(data.key, "channel", verb)
