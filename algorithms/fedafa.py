@@ -89,7 +89,8 @@ class FedAFA(Algorithm):
             return self.generate * taught(mixed) + (1 - self.generate) * taught(plain)
 
         balanced = (1 / data.class_counts.clamp(min=1))[data.y]
-        own = task.sgd(loss, self.moving(task, shared), data.batches(self.epochs, weights=balanced))
+        batches = data.batches(self.epochs, weights=balanced, views=1)  # seeds are drawn by their places in a batch
+        own = task.sgd(loss, self.moving(task, shared), batches)
         return {}, {"own": own, "done": torch.ones_like(private["done"])}
 
     def generated(self, task: Task, model: Tree, f: Tensor, batch: Batch, counts: Tensor) -> tuple[Tensor, Tensor]:

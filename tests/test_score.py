@@ -450,3 +450,11 @@ def test_engines_agree_on_two_views(name: str, fields: dict[str, Any]) -> None:
     runs = [ran(row, engine, augment="crop_flip", rounds=1) for engine in ENGINES]
     assert tree.largest_difference(*map(toy.states, runs)) < TOLERANCE
     assert runs[0].outcome().cost["train_samples"] == runs[1].outcome().cost["train_samples"]
+
+
+def test_what_is_drawn_by_places_in_a_batch_is_of_one_view_whatever_a_part_asks() -> None:
+    """Padding stands between the views of stacked clients: a place of the second is another one there."""
+    (row,) = parse_algorithms("fedafa+facility_location(weight=0, views=2)")
+    setting = replace(SETTING, rounds=1, epochs=1)
+    runs = [toy.finish(toy.run(row, engine, setting=setting)) for engine in ENGINES]
+    assert tree.largest_difference(*map(toy.states, runs)) < TOLERANCE

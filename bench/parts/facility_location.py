@@ -48,8 +48,8 @@ class FacilityLocation(Loss):
     weight: Strength = 0.5
     """Of the term's share of an example, beside cross-entropy (paper: of the batch's sum, which stands alone)."""
     views: Literal[1, 2] = 1
-    """How often a batch has an example, each time augmented anew (paper: 2); each is one of its class, and is paid for.
-    """
+    """How often a batch has an example (paper: 2), augmented anew each time; alike where the setting augments nothing.
+    Each is one of its class, and is paid for."""
 
     def loss(self, task: Task, logits: Tensor, features: Tensor | None, batch: Batch, counts: Tensor) -> Tensor:
         """Add the term; it is 0 where the batch has one class."""

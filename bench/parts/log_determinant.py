@@ -46,8 +46,8 @@ class LogDeterminant(Loss):
     weight: Strength = 0.5
     """Of the term's share of an example, beside cross-entropy (paper: of the batch's sum, which stands alone)."""
     views: Literal[1, 2] = 1
-    """How often a batch has an example, each time augmented anew (paper: 2); each is one of its class, and is paid for.
-    """
+    """How often a batch has an example (paper: 2), augmented anew each time; alike where the setting augments nothing.
+    Each is one of its class, and is paid for."""
     form: Literal["information", "correlation"] = "correlation"
     """Total information, of each class, or total correlation, of the classes less that of the whole batch."""
     ridge: Annotated[float, Interval(ge=0.5, le=1_000_000)] = 1.0
