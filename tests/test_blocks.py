@@ -27,7 +27,7 @@ SEVEN = f"{FOUR} stage5 stage6 stage7 last"
 BLOCKS = {
     **{"linear": "flat", "frozen": "flat", "mlp": HIDDEN, "adapter": HIDDEN},
     **{"small_cnn": f"conv1 conv2 {HIDDEN}", "fedavg_cnn": f"conv1 conv2 {HIDDEN}"},
-    **{"lenet5": "conv1 conv2 hidden1 hidden2", "mobilenet_v2": SEVEN},
+    **{"lenet5": "conv1 conv2 hidden1 hidden2", "mobilenet_v2": SEVEN, "light_cnn": "branches fusion"},
     **{"resnet8": THREE, "resnet20": THREE, "resnet32": THREE, "resnet56": THREE},
     **{"resnet10": FOUR, "resnet18": FOUR, "resnet34": FOUR, "resnet18_64": FOUR, "resnet50": FOUR},
 }

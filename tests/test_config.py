@@ -310,6 +310,8 @@ def test_the_engine_is_resolved_and_recorded() -> None:
         ("small_cnn", 10, (1, 8, 8), 10, "stacked"),  # 13,706
         ("small_cnn", 10, (1, 12, 12), 64, "serial"),  # 23,946
         ("lenet5", 10, (1, 28, 28), 10, "serial"),
+        ("light_cnn", 10, (1, 28, 28), 64, "stacked"),  # 14,862
+        ("light_cnn", 10, (3, 32, 32), 10, "serial"),  # 19,622
     ],
 )
 def test_auto_stacks_networks_of_few_weights(

@@ -69,6 +69,7 @@ def fingerprint(model: models.Model) -> str:
         ("resnet20", "batch", "f31f045417494051"),
         ("mobilenet_v2", "group", "37c0e30e4d5bf681"),
         ("adapter", "group", "c5f7349203b12fcb"),
+        ("light_cnn", "group", "2cedd4b419ad16ca"),
     ],
 )
 def test_initial_weights_are_those_of_the_stored_results(name: str, norm: str, expected: str) -> None:
@@ -117,6 +118,9 @@ def size(name: str, classes: int, shape: tuple[int, int, int], norm: str = "batc
         ("mobilenet_v2", 1000, (3, 224, 224), 3_504_872),
         ("mobilenet_v2", 10, (3, 32, 32), 2_236_682),
         ("adapter", 100, (1280, 1, 1), 1280 * 256 + 256 + 256 * 100 + 100),
+        ("light_cnn", 10, (1, 28, 28), 14_862),  # 2 × (100 + 1,820 + 5,010) + 672 + 330
+        ("light_cnn", 10, (3, 32, 32), 19_622),  # 2 × (280 + 1,820 + 7,210) + 672 + 330: "under 20,000"
+        ("light_cnn", 100, (3, 32, 40), 2 * (280 + 1_820 + 100 * (20 * 6 * 8 + 1)) + 32 * 201 + 100 * 33),
     ],
 )
 def test_networks_have_the_published_sizes(
@@ -143,7 +147,8 @@ def test_a_mobilenet_keeps_the_pixels_of_small_images() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "least"), [("resnet18_64", 16), ("resnet50", 32), ("small_cnn", 8), ("lenet5", 16), ("resnet10", 8)]
+    ("name", "least"),
+    [("resnet18_64", 16), ("resnet50", 32), ("small_cnn", 8), ("lenet5", 16), ("resnet10", 8), ("light_cnn", 10)],
 )
 def test_images_that_are_too_small_for_a_network_are_refused(name: str, least: int) -> None:
     with pytest.raises(models.BadModel, match=f"{name} needs images of at least {least} pixels"):
@@ -151,6 +156,40 @@ def test_images_that_are_too_small_for_a_network_are_refused(name: str, least: i
     model = models.build(name, 10, (3, least, least))
     z = model.features(model.init(keys.key(0, "meta"))["body"], torch.empty(2, 3, least, least, device="meta"))
     assert z.shape == (2, model.feature_size)
+
+
+# Branches ---------------------------------------------------------------------------------------------------
+
+
+def test_a_light_cnn_joins_two_branches_that_score_images_by_themselves() -> None:
+    model = models.build("light_cnn", 10, (3, 32, 32))
+    params = model.init(keys.key(1))
+    body, x = params["body"], keys.normal(keys.key(2), 4, 3, 32, 32)
+    scores = []
+    for branch in model.branches:
+        (name,) = branch.keys
+        own, seen = body[name], x
+        for layer in ("conv1", "conv2"):
+            seen = F.conv2d(seen, own[layer]["weight"], own[layer]["bias"]).relu()
+            seen = F.max_pool2d(seen, 2)
+        scores.append(F.linear(seen.flatten(1), own["scores"]["weight"], own["scores"]["bias"]))
+        assert torch.equal(branch.run({name: own}, x), scores[-1])  # it needs nothing else
+    joined = F.linear(torch.cat(scores, 1), body["fusion"]["weight"], body["fusion"]["bias"]).relu()
+    assert torch.equal(model.features(body, x), joined)
+    assert [branch.name for branch in model.branches] == ["raw", "augmented"]
+    assert bool((torch.cat(scores, 1) < 0).any()), "scores are joined as they are"
+    assert float((scores[0] - scores[1]).abs().max()) > 0.1, "each is drawn by itself"
+
+
+def test_with_adams_moments_a_light_cnn_takes_the_published_bytes() -> None:
+    params = models.build("light_cnn", 10, (1, 28, 28)).init(keys.key(0, "meta"))
+    assert f"{3 * tree.nbytes(params) / 2**20:.2f}" == "0.17"
+    assert tree.nbytes(params["head"]) == 330 * 4
+
+
+@pytest.mark.parametrize("name", [name for name in models.BUILT_IN if name != "light_cnn"])
+def test_other_networks_have_no_branches(name: str) -> None:
+    assert models.build(name, 10, (3, 32, 32)).branches == ()
 
 
 TINY: type[Network] = type("Tiny", (ResNet50,), {"depths": (1, 1), "widths": (8, 16)})

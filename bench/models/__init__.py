@@ -7,10 +7,12 @@ tells norm layers from the others: `tree.split(params, is_norm)`. Keys of a body
     mlp, adapter            hidden
     small_cnn, fedavg_cnn   conv1, conv2, hidden
     lenet5                  conv1, conv2, hidden1, hidden2
+    light_cnn               raw, augmented (block `branches`); fusion
     resnet...               stem; stage1_1, stage1_2, ... (block `stage1`); stage2_1, ... (`stage2`); ...
     mobilenet_v2            stem; stage1_1; stage2_1, stage2_2 (`stage2`); ... stage7_1; last
 
-A hidden layer and a convolution of the small networks hold `weight` and `bias`. The stem holds `conv` (no bias) and
+A hidden layer and a convolution of the small networks hold `weight` and `bias`; a branch holds such layers: `conv1`,
+`conv2`, `scores`, and `model.branches` lists those that score images by themselves. The stem holds `conv` (no bias) and
 `norm`; a residual unit holds such layers: `first`, `second`, `third` in resnet50, `shortcut` where its shape changes,
 and `expand`, `depthwise`, `project` in mobilenet_v2. A `norm` holds `weight`, `bias` and, for batch norm, `stats`
 (`mean`, `var`); the trees of group and layer norm are alike, and `model.norm` tells them apart. Networks without a stem
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 from bench import keys, tree
 from bench.models.layers import is_norm as is_norm
+from bench.models.light import LightCNN
 from bench.models.mobilenets import MobileNetV2
 from bench.models.networks import MLP, Adapter, FedAvgCNN, Frozen, LeNet5, Linear, SmallCNN
 from bench.models.networks import Block as Block
@@ -52,6 +55,7 @@ BUILT_IN: dict[str, type[Network]] = {
     "small_cnn": SmallCNN,
     "lenet5": LeNet5,
     "fedavg_cnn": FedAvgCNN,
+    "light_cnn": LightCNN,
     "resnet8": ResNet8,
     "resnet10": ResNet10,
     "resnet18": ResNet18,

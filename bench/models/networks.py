@@ -65,6 +65,10 @@ class Model(Protocol):
     def blocks(self) -> tuple[Block, ...]:
         """Stages of the body, from the images on, at least one."""
 
+    @property
+    def branches(self) -> tuple[Block, ...]:
+        """As `Network` has them; mostly none."""
+
     def init(self, key: Tensor) -> Tree:
         """Draw initial weights: {"body": ..., "head": {"weight": (C, d), "bias": (C,)}}, float32."""
 
@@ -108,6 +112,13 @@ class Network(ABC):
     @abstractmethod
     def blocks(self) -> tuple[Block, ...]:
         """Stages of the body, made anew whenever they are asked for: pickles of a network stay small."""
+
+    @property
+    def branches(self) -> tuple[Block, ...]:
+        """Parts of the body side by side that score images by themselves, (B, C) each: the first is meant for images as
+        they are, the second for augmented ones. By default there are none.
+        """
+        return ()
 
     def features(self, body: Tree, x: Tensor) -> Tensor:
         """(B, channels, height, width) -> (B, d)."""
