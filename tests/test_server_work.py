@@ -22,6 +22,7 @@ from bench.sweep import driver
 from bench.sweep.config import Sweep, parse_algorithms, parse_datasets
 from bench.sweep.pool import InProcess
 from bench.training.engine import counted
+from bench.training.footprint import OF_THE_NETWORK
 from bench.training.rounds import WORK, Run
 from bench.validation.report import validate
 from bench.validation.rerun import candidates, rerun
@@ -112,7 +113,7 @@ def test_a_server_that_only_averages_does_no_work() -> None:
     assert cost["server_flops"] == cost["server_samples"] == 0.0
     assert set(cost) == {
         *("bytes_down", "bytes_up", *WORK, "device_seconds", "wall_seconds"),
-        *("peak_memory_bytes", "client_state_bytes"),
+        *("peak_memory_bytes", "client_state_bytes", "client_rounds", *OF_THE_NETWORK),
     }
 
 

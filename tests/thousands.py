@@ -32,6 +32,8 @@ from tests.answers import from_rows
 
 Rates = dict[tuple[str, int], dict[int, float]]
 """By model and round: how often it was right about each class."""
+FOLLOWS = ("bytes_down", "client_state_bytes", "client_rounds")
+"""Costs that are told by cohorts and shapes."""
 TEMPLATES = Path(__file__).parents[1] / "results"
 
 
@@ -70,7 +72,7 @@ def _store(out: Path, template: Record, rates: Rates, seed: int) -> str:
     }
     cost = {
         **{key: value and value * scales.get(key, 1) for key, value in template.cost.items()},
-        **({} if known is None else {"bytes_down": known.bytes_down, "client_state_bytes": known.client_state_bytes}),
+        **({} if known is None else {key: getattr(known, key) for key in FOLLOWS if key in template.cost}),
     }
     document = {
         **{key: value for key, value in template.document.items() if key not in ("files", "tables", "format")},

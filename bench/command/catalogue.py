@@ -23,8 +23,11 @@ from bench.protocol import suites
 from bench.ranges import hints, words
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from bench.algorithm import Adaptation, Algorithm
     from bench.dataset import Dataset
+    from bench.models import Model
 
 KINDS = ("algorithms", "sets", "aliases", "parts", "datasets", "models", "settings", "partitions", "suites")
 PLUGINS: Mapping[str, Registry[Any]] = {
@@ -52,7 +55,8 @@ def summaries(kind: str) -> dict[str, str]:
 
 def entries(kind: str) -> list[dict[str, object]]:
     """Give what there is of a kind, in JSON's types: "name" and "summary"; of algorithms and parts besides "family" (of
-    a part "kind"), "tier", and "year" of their paper, None where there is none.
+    a part "kind"), "tier", and "year" of their paper, None where there is none; of models "parameters", "model_bytes"
+    and "forward_flops", for ten classes and colour images of 32 pixels, or as large ones as a network needs.
 
     Args:
         kind: One of `KINDS`.
@@ -64,6 +68,8 @@ def entries(kind: str) -> list[dict[str, object]]:
             plugin = PLUGINS[kind][name]()
             entry |= {_GROUPS[kind]: getattr(plugin, _GROUPS[kind]), "tier": plugin.tier}
             entry |= {"year": _year(inspect.getdoc(inspect.getmodule(plugin)) or "")}
+        if kind == "models":
+            entry |= {"parameters": _count_parameters(name)["total"], **_footprint(name)}
         listed.append(entry)
     return listed
 
@@ -314,30 +320,51 @@ def _describe_model(name: str) -> dict[str, Any]:
     texts = (network.__doc__,) if name in BUILT_IN else (inspect.getmodule(network).__doc__, network.__doc__)
     documentation = "\n\n".join(inspect.cleandoc(text) for text in texts if text)
     version = {} if name in BUILT_IN else {"version": network.version}
-    said = {"images": f"of at least {network.smallest} pixels", **_count_parameters(name), **version}
-    return {"name": name, "kind": "models", "documentation": documentation, **said}
+    said = {
+        "images": f"of at least {network.smallest} pixels",
+        "parameters": _count_parameters(name),
+        "norm layers": _norm_layers(name),
+        **version,
+    }
+    return {"name": name, "kind": "models", "documentation": documentation, **said, **_footprint(name)}
 
 
-def _count_parameters(name: str) -> dict[str, Any]:
-    """Count parameters for ten classes and colour images of 32 pixels, or as large ones as the network needs, and norm
-    layers.
-    """
+def _leaves(name: str) -> Mapping[str, Tensor]:
+    """Give the parameters of a network by their paths: shapes only, for nothing is drawn."""
     from bench import keys, tree
-    from bench.models import build, is_norm
-    from bench.models.layers import NORMS
 
-    side = max(32, MODELS[name].smallest)
-    model = build(name, 10, (3, side, side))
-    initial = model.init(keys.key(0, "meta"))  # shapes only: nothing is drawn
-    leaves = tree.flatten(tree.parameters(initial))
+    return tree.flatten(tree.parameters(_example(name).init(keys.key(0, "meta"))))
+
+
+def _count_parameters(name: str) -> dict[str, int]:
+    leaves = _leaves(name)
     body = sum(leaf.numel() for path, leaf in leaves.items() if path.startswith("body/"))
     total = sum(leaf.numel() for leaf in leaves.values())
-    count = len({path.rpartition("/")[0] for path in leaves if is_norm(path)})
+    return {"total": total, "body": body, "head": total - body, "features": _example(name).feature_size}
+
+
+def _norm_layers(name: str) -> str:
+    """Say how many norm layers a network has, and of which kinds they may be."""
+    from bench.models import is_norm
+    from bench.models.layers import NORMS
+
+    count = len({path.rpartition("/")[0] for path in _leaves(name) if is_norm(path)})
     kinds = f"{count}, of the setting's kind: --set norm={' or '.join(NORMS)}"
-    return {
-        "parameters": {"total": total, "body": body, "head": total - body, "features": model.feature_size},
-        "norm layers": kinds if count else "none: --set norm changes nothing here",
-    }
+    return kinds if count else "none: --set norm changes nothing here"
+
+
+def _footprint(name: str) -> dict[str, int]:
+    from bench.training.footprint import footprint
+
+    return {key: int(number) for key, number in footprint(_example(name)).costs.items() if key != "parameters"}
+
+
+def _example(name: str) -> Model:
+    """Build a network for ten classes and colour images of 32 pixels, or as large ones as it needs."""
+    from bench.models import build
+
+    side = max(32, MODELS[name].smallest)
+    return build(name, 10, (3, side, side))
 
 
 def _doc(documented: object) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,9 @@ def list_command(kind: str | None, as_json: bool) -> None:
         names = {each: list(catalogue.summaries(each)) for each in catalogue.KINDS if kind is None}
         click.echo(json.dumps(catalogue.entries(kind) if kind else names, indent=2))
         return
+    if kind == "models":
+        _list_models(catalogue.entries(kind))
+        return
     listed = {each: catalogue.summaries(each) for each in ((kind,) if kind else catalogue.KINDS)}
     for each, summaries in listed.items():
         click.echo("" if kind else f"{each}:")
@@ -47,6 +50,15 @@ def list_command(kind: str | None, as_json: bool) -> None:
         for name, summary in summaries.items():
             kept = f"{catalogue.family(name) or '–':10}  " if each == "algorithms" else ""
             click.echo(text.plain(f"  {name:{width}}  {kept}{summary}"))
+
+
+def _list_models(known: Sequence[Mapping[str, Any]]) -> None:
+    """List networks with their size, and the work of a forward pass of one image, so that a small one is found."""
+    width = max(len(entry["name"]) for entry in known)
+    click.echo(f"  {'':{width}}  {'parameters':>10}  {'MB':>6}  {'MFLOP':>8}  for 10 classes and images of 3×32×32")
+    for entry in known:
+        sizes = f"{entry['parameters']:>10,}  {entry['model_bytes'] / 1e6:>6.2f}  {entry['forward_flops'] / 1e6:>8,.2f}"
+        click.echo(text.plain(f"  {entry['name']:{width}}  {sizes}  {entry['summary']}"))
 
 
 def _list_controls(known: Mapping[str, Mapping[str, str]], as_json: bool) -> None:
@@ -120,6 +132,8 @@ def _prose(described: Mapping[str, Any]) -> str:
     rest = {key: value for key, value in described.items() if key not in known}
     if "tier" in rest:
         rest["tier"] = f"{rest['tier']}, the server learns or needs {TIERS[rest['tier']]}"
+    if "forward_flops" in rest:
+        rest["takes"] = {"bytes": rest.pop("model_bytes"), "FLOP to look at an image": rest.pop("forward_flops")}
     if "Up" in described.get("ledger", ()) and "Reproduced" not in described["ledger"]:
         rest["reproduced"] = "not held against its authors' code yet"
     lines += ["", *(_hanging(key, _value(value)) for key, value in rest.items())]

@@ -52,6 +52,8 @@ def _resolved(plain: Sequence[Leaderboard], word: str, metric: str) -> str:
         return word
     if word in titles:
         return titles[word]
+    if (key := layout.to_be_asked(word)) is not None:
+        return key
     if word in metrics:
         raise BadConfig(f"--metrics {word}: it is known of the last round alone; leave --metric {metric} out")
     raise BadConfig(f"--metrics {word}: the results have none of this name; {known(word, (*metrics, *costs))}")

@@ -148,6 +148,20 @@ _TIME_AND_MEMORY = (
     Column("peak MiB", "peak_memory_bytes", 2.0**20),
     Column("state MiB", "client_state_bytes", 2.0**20),
 )
+_ASKED = (
+    Column("k parameters", "parameters", 1e3),
+    Column("model kB", "model_bytes", 1e3),
+    Column("MFLOP an image", "forward_flops", 1e6),
+    Column("client rounds", "client_rounds", 1.0),
+    Column("kB down", "payload_bytes_down", 1e3),
+    Column("kB up", "payload_bytes_up", 1e3),
+)
+"""That a table has if it is asked for them."""
+_ASKED_SAYS = (
+    "parameters, bytes (running statistics included) and FLOP of a forward pass are the network's, whatever a method "
+    "makes of it; client rounds are how often clients took part in rounds, and kB down and up what a client is sent, "
+    "and sends, in one of them, on average."
+)
 _MAIN = (
     "generic", "generic.few", "personal.balanced", "personal", "personal.few", "personal.worst_decile",
     "samples", "bytes", "wall_seconds",
@@ -162,9 +176,15 @@ def columns(board: Leaderboard) -> tuple[Column, ...]:
     samples, flops = (_scaled(board, title, place) for place, title in ((1, "{0} {1} samples"), (2, "{1} {0}FLOP")))
     known = (*accuracy, *samples, Column("MB", "bytes", 1e6), *flops, *_TIME_AND_MEMORY)
     if board.shown:
-        named, costs = {column.key: column for column in known}, {key for row in board.rows for key in row.cost}
+        named = {column.key: column for column in (*known, *_ASKED)}
+        costs = {key for row in board.rows for key in row.cost}
         return tuple(named.get(key, Column(key, key, 1.0 if key in costs else None)) for key in board.shown)
     return tuple(column for column in known if any(column.estimate(row).n for row in board.rows))
+
+
+def to_be_asked(word: str) -> str | None:
+    """Find the key of a column that only those tables have that are asked for it, by its key or title."""
+    return next((column.key for column in _ASKED if word in (column.key, column.title)), None)
 
 
 def main_columns(board: Leaderboard) -> tuple[Column, ...]:
@@ -290,7 +310,9 @@ def _standing(board: Leaderboard) -> list[str]:
 
 
 def _derived(board: Leaderboard) -> list[str]:
-    return [classes.SAYS] if any(map(classes.is_derived, board.shown)) else []
+    """Say what columns mean that stand there only because they were asked for."""
+    asked = {column.key for column in _ASKED}.intersection(board.shown)
+    return [classes.SAYS] * any(map(classes.is_derived, board.shown)) + [_ASKED_SAYS] * bool(asked)
 
 
 def order(board: Leaderboard) -> str:

@@ -14,6 +14,7 @@ from bench.protocol.words import dataset_in_words, spell_imbalance
 from bench.results import older
 from bench.results.groups import Group, groups_of, stands, submission_of
 from bench.results.record import Record
+from bench.results.spent import with_derived
 from bench.results.standing import RANKED, ranked_with
 from bench.results.statistics import NOTHING, Estimate, estimates
 from bench.results.versions import lasting, stale, variant, version
@@ -338,7 +339,7 @@ def _row(words: str, apart: str, records: Group, old: Set[str], hidden: Mapping[
     failed = sorted((each.seed, _sentence(each.reason)) for each in records if each.status == "failed")
     method: Any = records[0].identity.get("algorithm")
     values = _by_key([record.metrics for record in done])
-    spent = _by_key([{**record.cost, **_totals(record.cost)} for record in done])
+    spent = _by_key([with_derived(record.cost) for record in done])
     return Row(
         label=words + apart,
         words=words,
@@ -373,19 +374,3 @@ def _sentence(reason: str | None) -> str:
 
 def _by_key(runs: Sequence[Mapping[str, float | None]]) -> dict[str, tuple[float | None, ...]]:
     return {key: tuple(run.get(key) for run in runs) for key in sorted({key for run in runs for key in run})}
-
-
-_TOTALS = {
-    "bytes": ("bytes_down", "bytes_up"),
-    "samples": ("train_samples", "adaptation_samples", "server_samples"),
-    "flops": ("train_flops", "adaptation_flops", "server_flops"),
-}
-
-
-def _totals(cost: Mapping[str, float | None]) -> dict[str, float | None]:
-    """Add costs up; a sum of which a part is absent is absent."""
-    parts = {total: [cost.get(key) for key in keys] for total, keys in _TOTALS.items()}
-    return {
-        total: None if None in amounts else math.fsum(amount or 0.0 for amount in amounts)
-        for total, amounts in parts.items()
-    }

@@ -44,6 +44,11 @@ COLUMNS: tuple[tuple[Column, str], ...] = (
     (Column("seconds", "wall_seconds", 1.0), "overview cost"),
     (Column("peak MiB", "peak_memory_bytes", 2.0**20), "cost"),
     (Column("state MiB", "client_state_bytes", 2.0**20), "cost"),
+    (Column("k parameters", "parameters", 1e3), "cost"),
+    (Column("model kB", "model_bytes", 1e3), "cost"),
+    (Column("MFLOP an image", "forward_flops", 1e6), "cost"),
+    (Column("kB down a client and round", "payload_bytes_down", 1e3), "cost"),
+    (Column("kB up a client and round", "payload_bytes_up", 1e3), "cost"),
 )
 """Of the leaderboard of all comparisons, hence in the same units for all; and the views that show them."""
 

@@ -11,6 +11,7 @@ from bench.results import older
 from bench.results.layout import ABSENT
 from bench.results.packing import packable
 from bench.results.record import DOCUMENT, Record
+from bench.results.spent import with_derived
 from bench.results.standing import SIGNS
 from bench.site import charts
 from bench.site.counts import count
@@ -168,6 +169,11 @@ def _cost(record: Record) -> list[tuple[str, str]]:
     units = (
         ("sent to clients", "bytes_down", 1e6, "MB"),
         ("sent to the server", "bytes_up", 1e6, "MB"),
+        ("to a client in a round", "payload_bytes_down", 1e3, "kB"),
+        ("from a client in a round", "payload_bytes_up", 1e3, "kB"),
+        ("parameters of the network", "parameters", 1e3, "thousand"),
+        ("bytes of the network", "model_bytes", 1e3, "kB"),
+        ("its work for an image", "forward_flops", 1e6, "MFLOP"),
         *(
             (f"{what}, {unit}", f"{key}_{kind}", scale, spelt)
             for unit, kind, scale, spelt in (("samples", "samples", 1e3, "thousand"), ("work", "flops", 1e9, "GFLOP"))
@@ -178,8 +184,9 @@ def _cost(record: Record) -> list[tuple[str, str]]:
         ("peak memory", "peak_memory_bytes", 2.0**20, "MiB"),
         ("state at all clients", "client_state_bytes", 2.0**20, "MiB"),
     )
+    spent = with_derived(record.cost)
     return [
-        (name, ABSENT if (amount := record.cost.get(key)) is None else f"{amount / unit:,.4g} {spelt}")
+        (name, ABSENT if (amount := spent.get(key)) is None else f"{amount / unit:,.4g} {spelt}")
         for name, key, unit, spelt in units
     ]
 

@@ -28,6 +28,7 @@ from bench.training import metrics
 from bench.training.counting import Answers, right
 from bench.training.crew import Alone, Crew, visit_all
 from bench.training.evaluation import Evaluator
+from bench.training.footprint import footprint
 from bench.training.job import Job, surroundings
 from bench.training.keeping import Keeper, holds
 from bench.training.memory import peak_memory, reset_peak_memory
@@ -39,6 +40,8 @@ from bench.tree import Tree
 
 WORK = tuple(f"{whose}_{what}" for what in ("samples", "flops") for whose in ("train", "adaptation", "server"))
 """Costs of computing: in training, in making the tested models of trained states, and at the server."""
+CLIENT_ROUNDS = "client_rounds"
+"""How often clients took part in rounds, all together; a final visit is a round."""
 _RATE = "flops of "
 """Begins the operations a sample, or of one time at the server, among what a checkpoint knows of costs."""
 
@@ -147,6 +150,8 @@ class Run:
             self._spend("server_samples", float(self.task.samples()))
         self.saved = time.perf_counter()
         self.saving = 0.0
+        self.present: set[int] = set()
+        """Clients of the round under way, whichever trip they are on."""
 
     def step(self) -> dict[str, float | None] | None:
         """Run the next round; give its metrics if it was evaluated."""
@@ -154,7 +159,9 @@ class Run:
         started = time.perf_counter()
         task = self.task_at(r)
         self.population.prefetch(r, min(r + 1, self.setting.rounds - 1))
+        self.present.clear()
         finite = all([self.exchange(task, exchange) for exchange in self.algorithm.exchanges(task)])
+        self._spend(CLIENT_ROUNDS, len(self.present))
         self._spend("server_samples", float(task.samples()))
         self._synchronise()
         self._spend("device_seconds", (time.perf_counter() - started) * self.crew.size)
@@ -175,15 +182,16 @@ class Run:
         for key in metrics.FOLLOWED:
             final[f"{key}@last10"] = metrics.last_mean(rows, key)
             final[f"{key}@best"] = metrics.best(rows, key)
-        cost: dict[str, float | None] = {**dict.fromkeys(WORK, 0.0), **self.progress.cost}
+        cost: dict[str, float | None] = {**dict.fromkeys((*WORK, CLIENT_ROUNDS), 0.0), **self.progress.cost}
         for key in self.progress.cost:
             if key.startswith(_RATE):
                 del cost[key]
         if "pooled" in self.algorithm.needs:
-            cost["bytes_down"] = cost["bytes_up"] = None  # nothing is sent: there is one place
+            cost |= dict.fromkeys(("bytes_down", "bytes_up", CLIENT_ROUNDS))  # nothing is sent: there is one place
         peak = peak_memory(self.device)
         cost["peak_memory_bytes"] = None if peak is None else peak + self.crew.peak_memory()
         cost["client_state_bytes"] = float(self.store.nbytes())
+        cost |= footprint(self.task.model).costs
         digest = tree.digest([self.progress.server, *self.store.all()])
         counts, predictions = self.progress.counts, self.progress.predictions
         return Outcome(final, rows, counts, predictions, cost, digest, self._tested(), self.progress.models)
@@ -216,6 +224,7 @@ class Run:
         else:
             visits = [population.visit(k, task.round, store[k], own) for k, own in zip(clients, sent, strict=True)]
             self._spend("bytes_down", self._bytes_down(task, shared, clients, sent))
+            self.present.update(clients)
         verb: Verb = algorithm.client_verb(exchange.client)
         wrapped = with_own_statistics(verb) if self.own_statistics else verb
         results = self.work("train", exchange.client, wrapped, task, shared, visits)
@@ -302,6 +311,7 @@ class Run:
         verb: Verb = algorithm.client_verb("local_update")
         verb = with_own_statistics(verb) if self.own_statistics else verb
         everyone, then = range(population.training), self.setting.rounds
+        self._spend(CLIENT_ROUNDS, len(everyone))
         for start in everyone[::_VISITED_AT_ONCE]:
             clients = everyone[start : start + _VISITED_AT_ONCE]
             sent = [algorithm.send(task, server, k) for k in clients]

@@ -204,6 +204,8 @@ class Sent:
     client_state_bytes: int | None
     """Kept at all clients that ever took part; None where clients keep statistics of norm layers besides, or the
     algorithm chooses them."""
+    client_rounds: int | None
+    """How often a client took part in a round; None where nothing is sent, or the algorithm chooses clients."""
 
 
 def sent(asked: Asked, clients: int) -> Sent | None:
@@ -226,17 +228,20 @@ def sent(asked: Asked, clients: int) -> Sent | None:
     own_statistics = setting.norm == "batch" and setting.statistics == "personal"
     down, known, everyone = 0, np.zeros(clients, dtype=bool), np.arange(setting.training_clients(clients))
     visit = [trip for trip in shapes.trips if not trip.aside][-1:] if setting.final_visit and not pooled else []
-    final = [replace(trip, everyone=True) for trip in visit]
+    final = [replace(trip, everyone=True, round=setting.rounds) for trip in visit]
+    present: dict[int, Numbers] = {}
     for trip in (*shapes.trips, *final):
         cohort = everyone if trip.everyone else _cohort(setting, clients, asked.record.seed, trip.round)
         down += len(cohort) * trip.changing + int((~known[cohort]).sum()) * trip.constant
         known[cohort] |= not trip.aside
+        present.setdefault(trip.round, np.zeros(clients, dtype=bool))[cohort] = True
     chosen = any(trip.chosen for trip in shapes.trips)
     kept = shapes.private * (1 if pooled else int(known.sum()))
     return Sent(
         pooled=pooled,
         bytes_down=None if pooled or chosen or shapes.packed else down,
         client_state_bytes=None if own_statistics or chosen else kept,
+        client_rounds=None if pooled or chosen else sum(int(there.sum()) for there in present.values()),
     )
 
 

@@ -20,17 +20,20 @@ from bench.splits.auxiliary import NEEDS
 from bench.splits.longtail import group_classes
 from bench.splits.split import PartitionFailed
 from bench.system import reading
+from bench.training.footprint import OF_THE_NETWORK
 from bench.training.population import rests_on
-from bench.training.rounds import WORK
+from bench.training.rounds import CLIENT_ROUNDS, WORK
 from bench.validation import beside, counted
 from bench.validation.expected import countable, dealt, ever_drawn, sent
 from bench.validation.found import Inspected, brief, close
-from bench.validation.plausible import implausible
+from bench.validation.plausible import implausible, network
 from bench.validation.rebuilding import Asked, CannotRebuild, description, rebuild
 from bench.validation.wording import unfit
 
 COSTS = ("bytes_down", "bytes_up", *WORK, "device_seconds", "wall_seconds", "peak_memory_bytes", "client_state_bytes")
-_WHOLE = ("bytes_down", "bytes_up", "client_state_bytes", "peak_memory_bytes")
+_LATER = (*OF_THE_NETWORK, CLIENT_ROUNDS)
+"""Costs that came when results were stored already: a run has all of them, or none."""
+_WHOLE = ("bytes_down", "bytes_up", "client_state_bytes", "peak_memory_bytes", *_LATER)
 _VERSION = re.compile(VERSION_PATTERN, re.VERBOSE | re.IGNORECASE)
 _PRESET = re.compile(r"[\w.-]{1,40}")
 """A preset's name, which stands in a row's label."""
@@ -308,8 +311,8 @@ def _cost(found: Inspected, record: Record, asked: Asked) -> None:
         if value is not None and value < 0:
             found.add(DOCUMENT, f"cost.{key}", f"is {value}, and no cost is below 0")
         elif value is not None and key in _WHOLE and value != int(value):
-            found.add(DOCUMENT, f"cost.{key}", f"is {value}, and bytes are whole")
-    for key in COSTS:
+            found.add(DOCUMENT, f"cost.{key}", f"is {value}, and bytes and counts are whole")
+    for key in (*COSTS, *(_LATER if any(key in cost for key in _LATER) else ())):
         if key not in cost:
             found.add(DOCUMENT, f"cost.{key}", "is not there")
         elif key in _ALWAYS and not cost[key]:
@@ -317,7 +320,7 @@ def _cost(found: Inspected, record: Record, asked: Asked) -> None:
     for key in WORK:
         if key in cost and cost[key] is None:
             found.add(DOCUMENT, f"cost.{key}", "is absent, and what was not done counts 0")
-    for key in set(cost) - set(COSTS):
+    for key in set(cost) - {*COSTS, *_LATER}:
         found.add(DOCUMENT, f"cost.{key}", "is no cost")
     if cost.get("server_samples") and not asked.algorithm.needs & NEEDS:
         found.add(DOCUMENT, "cost.server_samples", "is of algorithms that need images at the server, and of no other")
@@ -325,21 +328,31 @@ def _cost(found: Inspected, record: Record, asked: Asked) -> None:
     if set(COSTS) <= set(cost):
         for key, what in implausible(asked, cost, clients, None if found.dealt is None else found.dealt.visited):
             found.add(DOCUMENT, f"cost.{key}", what)
+    measured = None if asked.outdated else network(asked)
+    if measured is not None and set(_LATER) <= set(cost):
+        for key, number in measured.costs.items():
+            _compare(found, cost, key, number)
     known = None if clients is None or asked.outdated else sent(asked, clients)
     if known is None:
         return
-    derived = {"bytes_down": known.bytes_down, "client_state_bytes": known.client_state_bytes}
     pooled = known.pooled
-    for key, number in derived.items():
-        if (number is not None or (pooled and key == "bytes_down")) and cost.get(key) != number:
-            found.add(
-                DOCUMENT, f"cost.{key}", f"is {_count(cost.get(key))}, and by setting and model it is {_count(number)}"
-            )
+    if known.bytes_down is not None or pooled:
+        _compare(found, cost, "bytes_down", known.bytes_down)
+    if known.client_state_bytes is not None:
+        _compare(found, cost, "client_state_bytes", known.client_state_bytes)
+    if (known.client_rounds is not None or pooled) and CLIENT_ROUNDS in cost:
+        _compare(found, cost, CLIENT_ROUNDS, known.client_rounds)
     up = cost.get("bytes_up")
     if (up is None) != pooled:
         found.add(
             DOCUMENT, "cost.bytes_up", f"is {_count(up)}, and " + ("nothing is sent" if pooled else "clients send")
         )
+
+
+def _compare(found: Inspected, cost: Mapping[str, float | None], key: str, number: float | None) -> None:
+    if cost.get(key) != number:
+        told = f"is {_count(cost.get(key))}, and by setting and model it is {_count(number)}"
+        found.add(DOCUMENT, f"cost.{key}", told)
 
 
 def _count(number: float | None) -> str:

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
-from bench import keys, models, tree
+from bench import models
 from bench.algorithm import Algorithm
 from bench.contract import toy
-from bench.training.operations import Operations
+from bench.training.footprint import Footprint, footprint
 from bench.validation.expected import drawn
 from bench.validation.rebuilding import Asked
 
@@ -48,11 +48,7 @@ def implausible(
         wanted = known.passes * visited
         if abs(samples - wanted) > 1e-6 * wanted:
             yield "train_samples", f"is {samples:.10g}, and cohorts of {visited:,} images make it {wanted:.10g}"
-    forward = (
-        None
-        if asked.dataset is None
-        else _forward(setting.model, asked.dataset.num_classes, asked.dataset.image_shape, setting.norm)
-    )
+    forward = network(asked)
     if forward is not None:
         least, most = samples * forward.flops, None if known is None else 3 * known.work * samples * forward.flops
         if asked.teacher is not None:  # of whose width the work depends
@@ -100,7 +96,7 @@ def _on_the_toy(algorithm: Algorithm, epochs: int) -> _Toy:
         run = toy.finish(toy.run(algorithm, setting=setting))
         cost = run.progress.cost
         visited = int(drawn(setting, len(toy.SIZES), 0).times @ toy.SIZES)
-        forward = _forward(setting.model, toy.Toy.num_classes, toy.Toy().image_shape, setting.norm)
+        forward = footprint(run.task.model)
         work = cost.get("train_flops", 0.0) / max(cost.get("train_samples", 0.0), 1.0) / forward.flops
         sent = cost.get("bytes_up", 0.0) == cost.get("bytes_down", 0.0)
         found.append((cost.get("train_samples", 0.0) / visited, work, sent))
@@ -109,21 +105,9 @@ def _on_the_toy(algorithm: Algorithm, epochs: int) -> _Toy:
     return _Toy(passes if regular else None, max(one, other), alike and alike_again)
 
 
-@dataclass(frozen=True)
-class _Forward:
-    """A network that looks at one image."""
-
-    flops: int
-    nbytes: int
-    """Of its parameters."""
-
-
-@cache
-def _forward(model: str, num_classes: int, shape: tuple[int, ...], norm: str) -> _Forward:
-    import torch
-
-    network = models.build(model, num_classes, shape, norm)
-    params = network.init(keys.key(0, "meta"))
-    with Operations() as done:
-        network.logits(params["head"], network.features(params["body"], torch.zeros(1, *shape, device="meta")))
-    return _Forward(done.total, tree.nbytes(params))
+def network(asked: Asked) -> Footprint | None:
+    """Measure the network of a run; None where the images' shape is not known here."""
+    setting, dataset = asked.trained_by, asked.dataset
+    if dataset is None:
+        return None
+    return footprint(models.build(setting.model, dataset.num_classes, dataset.image_shape, setting.norm))

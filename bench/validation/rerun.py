@@ -40,7 +40,9 @@ _EXACT_COSTS = (
     "bytes_down", "bytes_up", "train_samples", "adaptation_samples", "server_samples", "client_state_bytes"
 )  # fmt: skip
 """Costs that depend on neither machine nor hour."""
-_FLOPS = ("train_flops", "adaptation_flops", "server_flops")
+_LATER = ("parameters", "model_bytes", "client_rounds")
+"""Such as earlier runs do not tell."""
+_FLOPS = ("train_flops", "adaptation_flops", "server_flops", "forward_flops")
 _OTHER_LIBRARY = 0.01
 """Share by which another version of torch may count FLOP otherwise."""
 _OF_THE_MACHINE = ("machine", "cpu", "gpu", "instructions")
@@ -249,7 +251,8 @@ def _untouched(record: Record, again: Record) -> list[str]:
     if record.fingerprint != again.fingerprint:
         found.append(f"fingerprint {again.fingerprint}, not {record.fingerprint}")
     same_library = _of(record.document, "versions", "torch") == _of(again.document, "versions", "torch")
-    for key in (*_EXACT_COSTS, *_FLOPS):
+    told = [key for key in (*_LATER, *_FLOPS) if key in record.cost]
+    for key in (*_EXACT_COSTS, *told):
         one, other = record.cost.get(key), again.cost.get(key)
         alike = one == other or (
             key in _FLOPS and not same_library and one is not None and other is not None
