@@ -35,6 +35,9 @@ class Exchange:
     cohort: str | None = None
     """Method that chooses who takes part instead: (task, server, drawn) -> client ids, of which () means no trip;
     `drawn` are those of the round's cohort, ascending."""
+    phase: str = ""
+    """Which of several it is, where clients do otherwise under one name in other rounds, such as train fewer layers:
+    what they compute is counted anew for each."""
     aside: bool = False
     """Whether parts ask it of clients besides (`bench.protocol.composed`): these are sent nothing else, and keep
     nothing of it. No method has such."""

@@ -163,7 +163,12 @@ def test_a_false_ledger_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         ("fedloge", "etf (fixed)", "etf", "Server keeps: etf, which two rounds leave as it was"),
         ("fedloge", "etf (fixed)", "etf (still)", "etf (still), not fixed or later"),
         ("fedpac", "counts (C)", "counts", "counts without its shape; found: (6,)"),
-        ("fedpac", "counts (C)", "counts (K)", "the ledger says K,, no formula of C, d, N, body, head, model, align"),
+        (
+            "fedpac",
+            "counts (C)",
+            "counts (K)",
+            "the ledger says K,, no formula of C, d, N, later, body, head, model, align",
+        ),
         ("scaffold", "control (model)", "control (head)", "control (head), 390 numbers here; found: 4550"),
         ("fedem", "body (components × body)", "body", "body as the model has it, 4160 numbers here; found: 12480"),
         ("fedrep", "E + head_epochs", "E", "of which between 1.00 at 1 epochs; found: 11.00"),

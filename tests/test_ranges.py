@@ -157,6 +157,9 @@ FIELDS: dict[str, dict[str, str]] = {
         "head_lr": FROM_0,
     },
     "scaffold": {"server_lr": FROM_0},
+    "unfreeze": {
+        "every": "a whole number from 0 to 10,000", "branch_rounds": SHARE, "order": "'last_first' or 'first_last'",
+    },
     "balanced_softmax": PRIOR,
     "calibrated": {**PRIOR, "tau": TO_100, "denominator": "'all' or 'others'"},
     "ccvr": {"features": COUNT, "epochs": EPOCHS},

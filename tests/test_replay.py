@@ -26,7 +26,7 @@ from bench.tree import Tree
 STACKABLE = [name for name in ALGORITHMS if ALGORITHMS[name]().stackable]
 WITH_LOSSES = ["fedavg+focal(gamma=1)", "fedavg+logit_adjustment", "fedavg+calibrated", "fedavg+lade"]
 WITH_PARTS = [*WITH_LOSSES, "fedrep+topk", "fedrep+sign", "fedavg+qsgd"]
-BY_ROUND = {"fed3r", "fedproc", "fedrela"}
+BY_ROUND = {"fed3r", "fedproc", "fedrela", "unfreeze"}
 """Methods whose clients look at the round, or work once."""
 ALIKE = {"fedncm": "fedncm(finetune=True)", "gbme": "gbme(together=1)"}
 """Methods that do otherwise in late rounds, doing in all the same."""

@@ -30,7 +30,10 @@ NO_MEAN_OF_BODIES = {
     "pefll": "as of pfedhn, and the gradient of what describes clients counts each alike",
     "pfedhn": "what clients changed goes back through the hypernetwork, each alike; a mean is of statistics only",
 }
-HEADS = {"lg_fedavg": "bodies stay with their clients, and heads are averaged"}
+HEADS = {
+    "lg_fedavg": "bodies stay with their clients, and heads are averaged",
+    "unfreeze": "bodies join later, and at first heads alone are sent",
+}
 BY_STEPS = {"fedcm": "an update is divided by its client's number of steps, whatever it weighs"}
 AFTER_THE_MEAN = {
     "elastic": "the server's step is shorter or longer than to the mean, by parameter",

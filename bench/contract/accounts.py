@@ -72,6 +72,7 @@ def _letters(run: Run) -> dict[str, Any]:
     size = {part: sum(leaf.numel() for leaf in tree.flatten(model[part]).values()) for part in ("body", "head")}
     known = {"C": run.task.num_classes, "d": run.task.model.feature_size, "N": run.population.training}
     known |= {} if run.task.teacher is None else {"T": run.task.teacher.shape[1]}
+    known[ledger.LATER] = 0
     return {**known, **size, "model": sum(size.values()), **vars(run.algorithm)}
 
 

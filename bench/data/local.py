@@ -152,6 +152,14 @@ class LocalData:
             return self._stream(steps, salt, weights, views, size)
         return itertools.islice(self._epochs(itertools.count(), salt, weights, views, size), steps)
 
+    def plain(self, batch: Batch) -> Tensor:
+        """Give the examples of one of its batches as they are, not augmented: of the form of `batch.x`.
+
+        For networks of which a part looks at this picture of an example, and another part at that of the batch. Nothing
+        is counted besides what the batch is: who puts both through a whole network asks for two views.
+        """
+        return self.images.plain(self.index[batch.example])
+
     def plain_batches(self, size: int = 256) -> Iterator[Batch]:
         """Give every example once, in its stored order, without augmentation."""
         mask, example = self.mask, torch.arange(len(self.index), device=self.index.device)

@@ -5,9 +5,9 @@
     Up             body, head, means (C, d), counts (C)
     Passes         E + 1/3; before the test 5
 
-What is kept and stands still is fixed, or moves later than in the first rounds. What is sent and no part of the model
-has its shape, or how many models or parts of one it is: `control (model)`, `body (3 × body)`; layers of a method's own
-may have none. Fields stand for their values.
+What is kept and stands still is fixed, or moves later than in the first rounds; what is sent is later, too, if it is
+not in these. What is sent and no part of the model has its shape, or how many models or parts of one it is:
+`control (model)`, `body (3 × body)`; layers of a method's own may have none. Fields stand for their values.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ LETTERS = (
 )
 """What its formulas are written in."""
 
-STANDS = ("fixed", "later")
+LATER = "later"
+"""Says of what is sent, as of what is kept, that there is nothing of it in the first rounds."""
+STANDS = ("fixed", LATER)
 """How what is kept stands still: for ever, or in the first rounds."""
 
 USUAL = "E"

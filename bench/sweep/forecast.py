@@ -5,6 +5,8 @@ the last round with the evaluation that ends a run. The rest is arithmetic.
 
     start + first round + rounds between x (their seconds a step) x (their steps) + evaluations + last round
 
+Of a method that does otherwise in some rounds than in others, rounds of each kind are tried.
+
 What was probed is kept in OUT/forecast.json, by cell and machine: the next dry run is instant.
 """
 
@@ -26,6 +28,7 @@ from typing import Any
 import torch
 
 from bench import tree
+from bench.algorithm import Exchange
 from bench.dataset import DataDamaged, DataMissing, Dataset
 from bench.files import source
 from bench.plugins import blame
@@ -298,14 +301,23 @@ def probe(run: Run) -> Forecast:
 
 def _seconds_between(going: rounds.Run, between: range) -> float:
     """Time some of the rounds between first and last, and forecast all: clients differ in their number of steps."""
+    alike: dict[tuple[Exchange, ...], list[int]] = {}
+    for r in between:
+        alike.setdefault(going.algorithm.exchanges(going.task_at(r)), []).append(r)
+    return sum(_seconds_of_alike(going, those) for those in alike.values())
+
+
+def _seconds_of_alike(going: rounds.Run, alike: Sequence[int]) -> float:
+    """Time some rounds of one kind, and forecast all of them."""
     spent, of_a_step = 0.0, []
-    for r in between[:_MOST_ROUNDS]:
+    for r in alike[:_MOST_ROUNDS]:
+        going.progress.round = r
         seconds = _timed(going.step)
         spent += seconds
         of_a_step.append(seconds / _steps(going, r))
         if spent >= _ENOUGH_SECONDS:
             break
-    return median(of_a_step) * sum(_steps(going, r) for r in between)
+    return median(of_a_step) * sum(_steps(going, r) for r in alike)
 
 
 def _steps(going: rounds.Run, r: int) -> float:

@@ -227,7 +227,8 @@ class Run:
             self.present.update(clients)
         verb: Verb = algorithm.client_verb(exchange.client)
         wrapped = with_own_statistics(verb) if self.own_statistics else verb
-        results = self.work("train", exchange.client, wrapped, task, shared, visits)
+        name = f"{exchange.client} {exchange.phase}" if exchange.phase else exchange.client
+        results = self.work("train", name, wrapped, task, shared, visits)
         arrived, uploads = [], []
         for k, (upload, private) in zip(clients, results, strict=True):
             if not exchange.aside:
@@ -249,7 +250,7 @@ class Run:
 
         Args:
             purpose: "train" or "adaptation": what it is counted as.
-            name: Of the verb: what is done under another one takes other operations.
+            name: Of the verb and its phase: what is done under another one takes other operations.
             verb: What to do.
             task: Of the round.
             shared: What every client is sent.

@@ -1,7 +1,8 @@
 """What a run must have cost, as far as that can be told without training it.
 
 How often a method trains on an image of its cohorts, how much it computes for each, and whether clients send as much as
-they are sent, is seen on the toy problem. The network of the run says how much one image takes at least.
+they are sent, is seen on the toy problem, with the run's own network where that has branches, which a method may train
+apart. The network of the run says how much one image takes at least.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from functools import cache
 from bench import models
 from bench.algorithm import Algorithm
 from bench.contract import toy
+from bench.plugins.registry import MODELS
 from bench.training.footprint import Footprint, footprint
 from bench.validation.expected import drawn
 from bench.validation.rebuilding import Asked
@@ -42,7 +44,9 @@ def implausible(
     setting, algorithm = asked.trained_by, asked.algorithm
     amounts = {key: 0.0 if value is None else value for key, value in cost.items()}
     samples, flops = amounts["train_samples"], amounts["train_flops"]
-    known = _on_the_toy(algorithm, setting.epochs) if setting.epochs <= _MOST_EPOCHS and not asked.outdated else None
+    known = None
+    if setting.epochs <= _MOST_EPOCHS and not asked.outdated:
+        known = _on_the_toy(algorithm, setting.epochs, setting.model)
     as_told = setting.lost == 0 and not setting.final_visit  # the toy problem has neither
     if known is not None and known.passes is not None and visited is not None and as_told:
         wanted = known.passes * visited
@@ -88,12 +92,19 @@ class _Toy:
     """Whether as much is sent up as down."""
 
 
+def _on_the_toy(algorithm: Algorithm, epochs: int, model: str) -> _Toy:
+    pictures = toy.Toy(enlarged=-(-MODELS[model].smallest // 8))
+    if not models.build(model, pictures.num_classes, pictures.image_shape).branches:
+        return _trained(algorithm, epochs, toy.SETTING.model, toy.Toy())
+    return _trained(algorithm, epochs, model, pictures)
+
+
 @cache
-def _on_the_toy(algorithm: Algorithm, epochs: int) -> _Toy:
+def _trained(algorithm: Algorithm, epochs: int, model: str, pictures: toy.Toy) -> _Toy:
     found = []
     for rounds in (2, 3):
-        setting = replace(toy.SETTING, rounds=rounds, epochs=epochs)
-        run = toy.finish(toy.run(algorithm, setting=setting))
+        setting = replace(toy.SETTING, rounds=rounds, epochs=epochs, model=model)
+        run = toy.finish(toy.run(algorithm, setting=setting, dataset=pictures))
         cost = run.progress.cost
         visited = int(drawn(setting, len(toy.SIZES), 0).times @ toy.SIZES)
         forward = footprint(run.task.model)
