@@ -310,9 +310,9 @@ class Task:
         """Give the task of a round, with batches of its own of the images at the server."""
         task = replace(self, round=round, lr=lr)
         if self.auxiliary is not None:
-            task = replace(task, auxiliary=self.auxiliary.anew(task.server_key("auxiliary")))
+            task = replace(task, auxiliary=self.auxiliary.anew(task.server_key("auxiliary")).after(round * self.epochs))
         if self.public is not None:
-            task = replace(task, public=self.public.anew(task.server_key("public")))
+            task = replace(task, public=self.public.anew(task.server_key("public")).after(round * self.epochs))
         return task
 
     def at_client(self) -> Task:

@@ -316,6 +316,7 @@ PATHS: dict[str, dict[str, Any]] = {
     "half precision": {"precision": "bf16"},
     "convolutions": {"model": "lenet5", "augment": "crop_flip"},
     "own statistics": {"model": "resnet8", "norm": "batch", "statistics": "personal", "augment": "batch_crop_flip"},
+    "orientations by passes": {"augment": "altflip"},
     "a last visit": {"final_visit": True, "client_weights": "uniform", "lost": 0.3},
 }
 

@@ -16,10 +16,12 @@ from torch import Tensor
 from bench import keys, tree
 from bench.dataset import Streamed
 
-AUGMENTATIONS = ("none", "crop", "crop_flip", "batch_crop_flip")
+AUGMENTATIONS = ("none", "crop", "crop_flip", "batch_crop_flip", "altflip")
 """`crop` and `crop_flip` draw for each image (black padding of 4 pixels, an eighth of images above 32);
 `batch_crop_flip` draws once for a whole batch and pads with the mean colour, which is what the CReFF family of codes
-does."""
+does. `altflip` shifts each image within its reflection of 2 pixels (a sixteenth above 32), and mirrors it in every
+second pass over it, from the first or from the second on; Jordan 2024, https://arxiv.org/abs/2404.00498, section 3.6.
+"""
 
 _AT_ONCE = 2**18
 """Numbers of a few batches that are made together: they stay in the cache until they are used."""
@@ -38,6 +40,8 @@ class Images:
         scale: The pixel value that stands for 1.0 (255, or 16 for digits; 1 for floating numbers).
         rows: (N,) int64, the row of `x` of each number, where the two are not the same.
         teacher: (N, d) float32, what a teacher makes of each, on the device; None: there is none.
+        mirrored: (N,) bool, which are mirrored in the first pass over them, on the device, where `augment` alternates;
+            None: none is.
     """
 
     def __init__(
@@ -50,12 +54,16 @@ class Images:
         scale: float = 255.0,
         rows: Tensor | None = None,
         teacher: Tensor | None = None,
+        mirrored: Tensor | None = None,
     ) -> None:
         self.y, self.augment, self.shape, self.rows = y, augment, tuple(x.shape[1:]), rows
         self.teacher = teacher
+        self.mirrored = torch.zeros_like(y, dtype=torch.bool) if mirrored is None else mirrored
         self.box = self.shape if len(self.shape) == 3 else (self.shape[0], 1, math.prod(self.shape[1:]))
         self.device = y.device
-        self.pad = 0 if augment == "none" else max(4, self.box[1] // 8)
+        self.pad = (
+            0 if augment == "none" else max(2, self.box[1] // 16) if self.alternates else max(4, self.box[1] // 8)
+        )
         colour = torch.tensor(mean) if augment.startswith("batch") else torch.zeros(len(mean))
         self.colour = (colour * scale).round().to(x.dtype).to(self.device)
         self.factor = (1.0 / (scale * torch.tensor(std))).to(self.device)
@@ -68,6 +76,11 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.y)
+
+    @property
+    def alternates(self) -> bool:
+        """Whether an image's orientation hangs on how often it was seen before."""
+        return self.augment == "altflip"
 
     def gather(self, index: Tensor) -> tuple[Images, Tensor]:
         """Make images resident: for code that cannot read a file, such as a mapped one.
@@ -84,6 +97,7 @@ class Images:
         resident = copy.copy(self)
         resident.y, resident.rows, resident.streamed = self.y[numbers], None, None
         resident.teacher = None if self.teacher is None else self.teacher[numbers]
+        resident.mirrored = self.mirrored[numbers]
         resident.x = self._padded(self._read(numbers))
         return resident, places
 
@@ -119,7 +133,7 @@ class Images:
         inner = self.x[:, self.pad : self.pad + height, self.pad : self.pad + width]
         return self._normalise(inner[index])
 
-    def augmented(self, index: Tensor, key: Tensor, example: Tensor) -> Tensor:
+    def augmented(self, index: Tensor, key: Tensor, example: Tensor, seen: Tensor | int = 0) -> Tensor:
         """Give randomly shifted and flipped images.
 
         Args:
@@ -127,6 +141,7 @@ class Images:
             key: () int64, of the client, round and epoch.
             example: (B,) what each draw depends on: the number of the example within its client, or its place in the
                 epoch where an example may come twice.
+            seen: () or (B,) int64, passes over each image before this one, where they alternate.
         """
         if self.augment == "none":
             return self.plain(index)
@@ -137,7 +152,8 @@ class Images:
         down, right = (draws >> 8) & 0xFFFF, (draws >> 24) & 0xFFFF
         column = torch.arange(width, device=index.device)
         if self.augment.endswith("flip"):
-            column = torch.where(((draws >> 40) & 1).bool()[:, None], width - 1 - column, column)
+            odd = (self.mirrored[index] + seen if self.alternates else draws >> 40) & 1
+            column = torch.where(odd.bool()[:, None], width - 1 - column, column)
         row = torch.arange(height, device=index.device) + (down % (2 * self.pad + 1))[:, None]
         column = column + (right % (2 * self.pad + 1))[:, None]
         pixels = self.x
@@ -156,6 +172,10 @@ class Images:
     def _padded(self, x: Tensor) -> Tensor:
         """Give images channels last, with a border: (B, height + 2 pad, width + 2 pad, channels)."""
         channels, height, width = self.box
+        if self.alternates:
+            down, across = (_reflected(side, self.pad, x.device) for side in (height, width))
+            upright = x.reshape(len(x), *self.box).permute(0, 2, 3, 1)
+            return tree.bring(upright[:, down][:, :, across].contiguous(), self.device)
         size = (len(x), height + 2 * self.pad, width + 2 * self.pad, channels)
         padded = self.colour.expand(size).clone(memory_format=torch.contiguous_format)
         padded[:, self.pad : self.pad + height, self.pad : self.pad + width] = x.reshape(len(x), *self.box).permute(
@@ -168,3 +188,9 @@ class Images:
         pixels = pixels * self.factor + self.offset if self.shift is None else (pixels - self.shift) * self.factor
         examples = pixels.permute(0, 3, 1, 2)
         return examples if self.box == self.shape else examples.reshape(len(examples), *self.shape)
+
+
+def _reflected(side: int, pad: int, device: torch.device) -> Tensor:
+    """Number the places of a line with its reflection at both ends, the ends themselves once: (side + 2 pad,) int64."""
+    place = torch.arange(-pad, side + pad, device=device).abs()
+    return (side - 1 - (side - 1 - place).abs()).clamp(min=0)

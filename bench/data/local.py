@@ -83,6 +83,9 @@ class LocalData:
     """Whether n may be less than L: no shape may then depend on it. Otherwise all L are real."""
     labelled: bool = True
     """Whether labels are known."""
+    passes: Tensor | None = None
+    """(L,) int64, passes that were made over each example before this round, where its orientation hangs on that
+    (`Images.alternates`); None: none."""
     views: int = 1
     """How often a batch has each example where nobody says: more than once for a loss part that compares views."""
 
@@ -258,6 +261,10 @@ class LocalData:
         """Give the same examples with the randomness of another key, and count what is processed from here on."""
         return replace(self, key=key, meter=Meter())
 
+    def after(self, epochs: int) -> LocalData:
+        """Give the same examples after so many more passes over them: what alternates goes on from there."""
+        return self if self.passes is None else replace(self, passes=self.passes + epochs)
+
     def samples(self) -> Tensor | float:
         """Count the samples that were processed, exactly, per view and batch taken: () float64 for a padded client, a
         number for any other, so that nobody waits for a GPU. For the loop.
@@ -279,7 +286,7 @@ class LocalData:
             for start in self.meter.along(len(order), size, views):
                 if start % (several * size) == 0:
                     part = slice(start, start + several * size)
-                    made = self._batch(order[part], mask[part], key, start, weights is not None, views)
+                    made = self._batch(order[part], mask[part], key, epoch, start, weights is not None, views)
                     ready = made.parts(size) if several > 1 else iter((made,))
                 yield next(ready)
 
@@ -296,7 +303,8 @@ class LocalData:
             weight = (place < self.n).to(torch.float32)
             self.meter.streams[this] = step + 1, size, views
             example = order[place.clamp(max=length - 1)]
-            yield self._batch(example, weight, drawing[passed[None]][0], turn * size, weights is not None, views)
+            key = drawing[passed[None]][0]
+            yield self._batch(example, weight, key, passed, turn * size, weights is not None, views)
 
     def _order(self, key: Tensor, weights: Tensor | None) -> Tensor:
         """Give the example at each place of an epoch: (L,) int64, of padding last."""
@@ -307,12 +315,21 @@ class LocalData:
         return keys.weighted(key, torch.where(weights.sum() > 0, weights, mask), len(weights))
 
     def _batch(
-        self, example: Tensor, weight: Tensor, key: Tensor, first: int | Tensor, again: bool, views: int
+        self,
+        example: Tensor,
+        weight: Tensor,
+        key: Tensor,
+        epoch: int | Tensor,
+        first: int | Tensor,
+        again: bool,
+        views: int,
     ) -> Batch:
         rows = self.index[example]
         # An example that comes again is another picture each time.
         own = first + torch.arange(len(example), device=example.device) if again else example
-        seen = [self.images.augmented(rows, of_view(key, view), own) for view in range(views)]
+        before = epoch if self.passes is None else self.passes[example] + epoch
+        # Two views are the two orientations of what alternates.
+        seen = [self.images.augmented(rows, of_view(key, view), own, before + view) for view in range(views)]
         y = self._labels(rows)
         if views == 1:
             return Batch(seen[0], y, weight, example, key, first)
@@ -322,7 +339,10 @@ class LocalData:
     def _where(self, chosen: Tensor, class_counts: Tensor, length: int) -> LocalData:
         """Give some examples, (L,) bool, as data of their own: `length` of them, which are all and maybe padding."""
         order = torch.argsort(~chosen, stable=True)[:length]
-        part = replace(self, index=self.index[order], n=chosen.sum(), class_counts=class_counts, meter=Meter())
+        passes = None if self.passes is None else self.passes[order]
+        part = replace(
+            self, index=self.index[order], n=chosen.sum(), class_counts=class_counts, meter=Meter(), passes=passes
+        )
         self.meter.parts.append(part)
         return part
 

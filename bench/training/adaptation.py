@@ -21,6 +21,8 @@ class _Stretch:
     stage: Adaptation
     first: bool
     """Whether the stage begins with it."""
+    begin: int
+    """Epochs that were made before it."""
     epochs: int
     """0 in a stage of steps."""
     salt: str
@@ -41,7 +43,7 @@ def _stretches(adaptation: tuple[Adaptation, ...]) -> Iterator[_Stretch]:
             budget = f"{stop} epochs" if stage.steps is None else f"{steps} steps"
             last = number + 1 == len(adaptation) and stop == end
             reported = last or stage.steps is not None or stop in curve
-            yield _Stretch(stage, epochs == begin, stop - epochs, salt, budget, reported)
+            yield _Stretch(stage, epochs == begin, epochs, stop - epochs, salt, budget, reported)
             epochs = stop
 
 
@@ -90,7 +92,7 @@ def adapt(
         moving, momentum = task.resume_sgd(
             _objective(stage, algorithm, task, model, seen),
             {part: model[part] for part in _moving(stage, model)},
-            seen.batches(epochs, stretch.salt, steps=stage.steps),
+            seen.after(stretch.begin).batches(epochs, stretch.salt, steps=stage.steps),
             None if stretch.first else momentum,
             (task.initial_lr or task.lr) * stage.lr_factor if stage.lr is None else stage.lr,
         )

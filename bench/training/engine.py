@@ -140,8 +140,9 @@ def _one_by_one(
     for visit in visits:
         n = torch.full((), len(visit.index), device=visit.index.device)
         data = LocalData(
-            images, visit.index, n, visit.key, visit.class_counts, task.batch_size, Meter(), visit.client_key
-        )
+            images, visit.index, n, visit.key, visit.class_counts, task.batch_size, Meter(), visit.client_key,
+            passes=visit.passes,
+        )  # fmt: skip
         here = task.at_client()
         result = verb(here, {**shared, **visit.sent}, visit.private, data)
         answers.append((result, float(data.samples() + here.samples())))
@@ -212,13 +213,17 @@ def _run_group(verb: Verb, task: Task, shared: Tree, images: Images, group: Sequ
         "client_key": torch.stack([visit.client_key for visit in group]),
         "counts": torch.stack([visit.class_counts for visit in group]),
     }
+    passes = [visit.passes for visit in group if visit.passes is not None]
+    if passes:
+        clients["passes"] = _padded(passes, task.batch_size)
 
     def mapped(task: Task, given: Tree) -> tuple[Any, Tensor]:
         def one(client: Tree) -> tuple[Any, Tensor]:
             of, n, key = client["index"], client["n"], client["key"]
             data = LocalData(
-                images, of, n, key, client["counts"], task.batch_size, Meter(), client["client_key"], padded=True
-            )
+                images, of, n, key, client["counts"], task.batch_size, Meter(), client["client_key"], padded=True,
+                passes=client.get("passes"),
+            )  # fmt: skip
             result = verb(task, {**given["shared"], **client["sent"]}, client["private"], data)
             samples = data.samples() + task.samples()
             assert isinstance(samples, Tensor)  # vmap must be given at least one tensor back

@@ -118,7 +118,9 @@ class Evaluator:
         unseen = clients[0] >= population.training
         labelled = population.setting.unseen_labels or not unseen
         sent = [algorithm.send(task, server, None if unseen else k) for k in clients]
-        visits = [population.visit(k, task.round, store[k], own) for k, own in zip(clients, sent, strict=True)]
+        visits = [
+            population.visit(k, task.round, store[k], own, trained=True) for k, own in zip(clients, sent, strict=True)
+        ]
         ask = partial(self._ask, labelled, task, shared)
         count = self.work if final else None
         known = set(store.clients())

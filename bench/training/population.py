@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 
@@ -91,7 +92,7 @@ class Population:
     ) -> None:
         self.key = keys.key(seed)
         self._keys = -1, self.key
-        self._drawn = 0, frozenset[int]()
+        self._drawn = 0, Counter[int]()
         self._cohort: tuple[int, tuple[int, ...]] = -1, ()
         self.device = device
         self.num_classes = dataset.num_classes
@@ -104,7 +105,9 @@ class Population:
         rows = used if splits.held is None else torch.searchsorted(splits.held, used)
         y, look = splits.train_y[used].to(device), (dataset.mean, dataset.std)
         taught = None if teacher is None else tree.bring(teacher[used], device)
-        self.images = Images(splits.train_x, y, *look, setting.augment, dataset.scale, rows, taught).resident(RESIDENT)
+        flips = first_mirrored(setting.augment, self.key, used, device)
+        everything = Images(splits.train_x, y, *look, setting.augment, dataset.scale, rows, taught, flips)
+        self.images = everything.resident(RESIDENT)
         self.test = Images(splits.test_x, splits.test_y.to(device), *look, "none", dataset.scale).resident(RESIDENT)
         self.index = [tree.bring(place[rows], device) for rows in split.clients]
         self.tests = [tree.bring(rows, device) for rows in split.tests]
@@ -137,12 +140,26 @@ class Population:
         chosen = keys.choice(keys.fold(self.key, "evaluated"), len(clients), self.setting.eval_clients)
         return tuple(clients[k] for k in chosen.tolist())
 
+    def _times(self, rounds: int) -> Counter[int]:
+        """Count how often each client was in the cohorts of the first rounds: the same for every algorithm."""
+        known, times = self._drawn if self._drawn[0] <= rounds else (0, Counter[int]())
+        for round in range(known, rounds):
+            times.update(self.cohort(round))
+        self._drawn = rounds, times
+        return times
+
     def drawn_by(self, rounds: int) -> Set[int]:
-        """Give the clients that were in the cohort of any of the first rounds: the same for every algorithm."""
-        known, clients = self._drawn if self._drawn[0] <= rounds else (0, frozenset[int]())
-        clients = clients.union(*(self.cohort(round) for round in range(known, rounds)))
-        self._drawn = rounds, clients
-        return clients
+        """Give the clients that were in the cohort of any of the first rounds."""
+        return frozenset(self._times(rounds))
+
+    def _passes(self, client: int, rounds: int, more: int) -> Tensor | None:
+        """Say how often a client has gone over its examples in the first rounds and some more, by cohorts and epochs of
+        the setting: (n,) int64; None where no image's orientation hangs on that.
+        """
+        if not self.images.alternates:
+            return None
+        passes = torch.tensor(self.setting.epochs * (self._times(rounds)[client] + more))
+        return tree.bring(passes, self.device).expand(len(self.index[client]))
 
     def tested(self, clients: Sequence[int], rounds: int) -> dict[str, int | list[int] | None]:
         """Say on what the personal metrics after some rounds rest: see `bench.training.outcome.Outcome`.
@@ -169,13 +186,17 @@ class Population:
         """Count labels, (n,), without asking for the largest one: (C,) int64."""
         return y.new_zeros(self.num_classes).scatter_add_(0, y, torch.ones_like(y))
 
-    def visit(self, client: int, round: int, private: Tree, sent: Tree | None = None) -> Visit:
-        """Make what a client brings to a verb in a round."""
+    def visit(
+        self, client: int, round: int, private: Tree, sent: Tree | None = None, *, trained: bool = False
+    ) -> Visit:
+        """Make what a client brings to a verb in a round; `trained`: when all training of the round is done."""
         if self._keys[0] != round:  # those of a round are drawn together
             clients = torch.arange(self.size, device=self.device)
             self._keys = round, keys.fold(tree.bring(self.key, self.device), f"round {round}", clients)
         key, client_key = self._keys[1][client], self._client_keys[client]
-        return Visit(private, self.index[client], key, client_key, self.class_counts(client), sent or {})
+        visited = trained and self.setting.final_visit and round + 1 == self.setting.rounds and client < self.training
+        passes = self._passes(client, round + trained, int(visited))
+        return Visit(private, self.index[client], key, client_key, self.class_counts(client), sent or {}, passes)
 
     def pooled_visit(self, round: int, private: Tree) -> Visit:
         """Make the visit of one pseudo-client that holds the union of all training data.
@@ -187,20 +208,31 @@ class Population:
         sizes = [sum(len(self.index[k]) for k in self.cohort(r)) for r in range(round + 1)]
         start, stop = sum(sizes[:-1]), sum(sizes)
         counts = self._counted(self.images.y[union])
+        seen = torch.arange(start, stop, device=self.device) // max(len(union), 1)
+        before = self.setting.epochs * seen if self.images.alternates else None
         if stop - start == len(union):  # all take part: one client that holds everything, to the bit
-            return replace(self.visit(0, round, private), index=union, class_counts=counts)
+            return replace(self.visit(0, round, private), index=union, class_counts=counts, passes=before)
         passes = range(start // len(union), -(-stop // len(union)))
         here = tree.bring(self.key, self.device)
         stream = torch.cat([union[keys.permutation(keys.fold(here, "pooled", p), len(union))] for p in passes])
         offset = start - passes.start * len(union)
         index = stream[offset : offset + stop - start]
         key = keys.fold(here, "pooled round", round)
-        return Visit(private, index, key, self._client_keys[0], counts)
+        return Visit(private, index, key, self._client_keys[0], counts, passes=before)
 
     def sizes(self, clients: Iterable[int]) -> Tensor:
         """Give the training examples of clients: (K,) float64; -1 stands for the union of all."""
         counts = [len(self.index[k]) if k >= 0 else sum(map(len, self.index[: self.training])) for k in clients]
         return tree.bring(torch.tensor(counts, dtype=tree.counting(self.device)), self.device)
+
+
+def first_mirrored(augment: str, key: Tensor, rows: Tensor, device: str) -> Tensor | None:
+    """Draw which images are mirrored in the first pass over them, by their rows in the dataset and not by whose they
+    are: (N,) bool on the device; None where orientations do not alternate.
+    """
+    if augment != "altflip":
+        return None
+    return tree.bring((keys.fold(key.to(rows.device), "flip", rows) & 1).bool(), device)
 
 
 def at_the_server(
@@ -219,14 +251,16 @@ def at_the_server(
 
     def data(purpose: str, rows: Tensor, y: Tensor) -> LocalData:
         look = dataset.mean, dataset.std, setting.augment, dataset.scale
+        flips = first_mirrored(setting.augment, key, rows, device)
         return LocalData(
-            images=Images(reserve.x, y.to(device), *look, rows),
+            images=Images(reserve.x, y.to(device), *look, rows, mirrored=flips),
             index=torch.arange(len(rows), device=device),
             n=torch.tensor(len(rows), device=device),
             key=keys.fold(key, purpose),
             class_counts=torch.bincount(y, minlength=dataset.num_classes).to(device),
             batch_size=setting.batch_size,
             client_key=keys.fold(key, purpose),
+            passes=None if flips is None else torch.zeros_like(rows, device=device),
         )
 
     return (

@@ -33,3 +33,5 @@ class Visit:
     """(C,) int64."""
     sent: Tree = field(default_factory=dict)
     """What this client is sent besides the broadcast."""
+    passes: Tensor | None = None
+    """(n,) int64, as of `LocalData`."""
