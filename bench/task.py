@@ -66,6 +66,8 @@ class Task:
     frozen_statistics: bool = False
     weights: Tree | None = None
     """Body that every model starts from, trained elsewhere; None: drawn."""
+    start: Tree | None = None
+    """Leaves of the body that follow from what clients told of their training images; None: the model asks nothing."""
     precision: torch.dtype = torch.float32
     still: bool = False
     """Set while models are adapted: norm layers outside the trained parameters are in evaluation mode."""
@@ -83,6 +85,8 @@ class Task:
     def init(self) -> Tree:
         """Give the initial model, the same for every algorithm of a run."""
         drawn = self.model.init(keys.fold(self.key, "model"))
+        if self.start is not None:
+            drawn = {**drawn, "body": tree.merge(drawn["body"], tree.clone(self.start))}
         return drawn if self.weights is None else {**drawn, "body": tree.clone(self.weights)}
 
     def network(self, name: str) -> Model:
@@ -90,6 +94,7 @@ class Task:
 
         Its trees, `.init(key)` at first, are state like any other: they travel, are counted and averaged. A method that
         keeps it under `teacher` scores images with `logits(w["teacher"]["head"], features(w["teacher"]["body"], x))`.
+        Nothing is asked of training images for it.
 
         Args:
             name: Key in `bench.models.MODELS`.

@@ -89,7 +89,7 @@ def test_commas_in_brackets_and_quotes_do_not_split() -> None:
         ("fedloge(sparsity=1.5)", "must be a number from 0 to below 1"),
         ("fedloge(personal_rule='P9')", "'P0', 'P1' or 'P2'"),
         ("1fed", "not a name or a call"),
-        (" , ", "is empty; there are afl, apfl, balancefl"),
+        (" , ", "is empty; there are afl, airbench, apfl, balancefl"),
     ],
 )
 def test_a_wrong_call_is_answered_in_a_sentence(text: str, said: str) -> None:
@@ -261,7 +261,7 @@ def test_fields_of_the_setting_are_replaced_and_the_run_knows_it() -> None:
         ({"clip": -1.0}, "above 0"),
         ({"model": "resnet9"}, "did you mean resnet8"),
         ({"partition": "dirichle"}, "did you mean dirichlet"),
-        ({"norm": "layer"}, "one of group, batch"),
+        ({"norm": "instance"}, "one of group, layer, batch"),
         ({"name": "mine"}, "cannot be set"),
         ({"clients": 5, "unseen": 5}, "unseen = 5"),
     ],

@@ -32,7 +32,7 @@ from tests.test_command import Bench
 from tests.test_command import bench as bench
 
 ENGINES = ("serial", "stacked")
-NORMED = [name for name in MODELS if name.startswith(("resnet", "mobilenet"))]
+NORMED = [name for name in MODELS if name.startswith(("resnet", "mobilenet", "airbench"))]
 SETTING = replace(toy.SETTING, model="resnet8", norm="layer", rounds=1, epochs=1, participation=1.0)
 FEW = (20, 13, 0, 0, 0, 0, 0, 0)
 """Examples of clients: batches of 16, 4 and 13, which stacked clients have padded."""

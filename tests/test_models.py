@@ -70,6 +70,7 @@ def fingerprint(model: models.Model) -> str:
         ("mobilenet_v2", "group", "37c0e30e4d5bf681"),
         ("adapter", "group", "c5f7349203b12fcb"),
         ("light_cnn", "group", "2cedd4b419ad16ca"),
+        ("airbench94", "batch", "900881835a8a8e1e"),
     ],
 )
 def test_initial_weights_are_those_of_the_stored_results(name: str, norm: str, expected: str) -> None:
@@ -148,7 +149,15 @@ def test_a_mobilenet_keeps_the_pixels_of_small_images() -> None:
 
 @pytest.mark.parametrize(
     ("name", "least"),
-    [("resnet18_64", 16), ("resnet50", 32), ("small_cnn", 8), ("lenet5", 16), ("resnet10", 8), ("light_cnn", 10)],
+    [
+        ("resnet18_64", 16),
+        ("resnet50", 32),
+        ("small_cnn", 8),
+        ("lenet5", 16),
+        ("resnet10", 8),
+        ("light_cnn", 10),
+        ("airbench94", 25),
+    ],
 )
 def test_images_that_are_too_small_for_a_network_are_refused(name: str, least: int) -> None:
     with pytest.raises(models.BadModel, match=f"{name} needs images of at least {least} pixels"):

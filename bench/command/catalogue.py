@@ -320,27 +320,35 @@ def _describe_model(name: str) -> dict[str, Any]:
     texts = (network.__doc__,) if name in BUILT_IN else (inspect.getmodule(network).__doc__, network.__doc__)
     documentation = "\n\n".join(inspect.cleandoc(text) for text in texts if text)
     version = {} if name in BUILT_IN else {"version": network.version}
+    learns = {} if network.learns is None else {"server learns": network.learns}
     said = {
         "images": f"of at least {network.smallest} pixels",
         "parameters": _count_parameters(name),
         "norm layers": _norm_layers(name),
+        **learns,
         **version,
     }
     return {"name": name, "kind": "models", "documentation": documentation, **said, **_footprint(name)}
 
 
 def _leaves(name: str) -> Mapping[str, Tensor]:
-    """Give the parameters of a network by their paths: shapes only, for nothing is drawn."""
+    """Give what a network is made of by paths, without running statistics: shapes only, for nothing is drawn."""
     from bench import keys, tree
+    from bench.models.layers import is_norm_statistic
 
-    return tree.flatten(tree.parameters(_example(name).init(keys.key(0, "meta"))))
+    leaves = tree.flatten(_example(name).init(keys.key(0, "meta")))
+    return {path: leaf for path, leaf in leaves.items() if not is_norm_statistic(path)}
 
 
 def _count_parameters(name: str) -> dict[str, int]:
+    from bench import tree
+
     leaves = _leaves(name)
     body = sum(leaf.numel() for path, leaf in leaves.items() if path.startswith("body/"))
     total = sum(leaf.numel() for leaf in leaves.values())
-    return {"total": total, "body": body, "head": total - body, "features": _example(name).feature_size}
+    fixed = sum(leaf.numel() for path, leaf in leaves.items() if tree.is_statistic(path))
+    counts = {"total": total, "body": body, "head": total - body, "features": _example(name).feature_size}
+    return counts | ({"fixed": fixed} if fixed else {})
 
 
 def _norm_layers(name: str) -> str:

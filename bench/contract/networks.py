@@ -19,7 +19,7 @@ from bench import keys, tree
 from bench.contract import toy
 from bench.contract.promises import Finding, findings, require
 from bench.models import BUILT_IN, Network, block_of, is_norm
-from bench.models.layers import NORMS, Recorder, training
+from bench.models.layers import NORMS, Recorder, is_norm_statistic, training
 from bench.plugins.registry import MODELS
 from bench.training import engine as engines
 from bench.training.rounds import Run
@@ -118,14 +118,14 @@ def norms_are_explicit(network: type[Network]) -> None:
         model = _model(network, norm)
         body = model.init(keys.key(1))["body"]
         layers = {path.rpartition("/norm/")[0] for path in tree.flatten(body) if is_norm(path)}
-        statistics = {path for path in tree.flatten(body) if tree.is_statistic(path)}
+        statistics = {path for path in tree.flatten(body) if is_norm_statistic(path)}
         wanted = {f"{layer}/norm/stats/{kind}" for layer in layers for kind in ("mean", "var") if norm == "batch"}
         require(statistics == wanted, f"with norm={norm} statistics are {_listed(statistics)}, not {_listed(wanted)}; "
                 "use bench.models.layers.norm_layer")  # fmt: skip
         x = keys.normal(keys.key(2), 4, *model.shape)
         with training(Recorder(torch.ones(4), padded=False, frozen=False)) as recorder:
             model.features(body, x)
-        moved = tree.flatten(recorder.following(tree.split(body, tree.is_statistic)[0]))
+        moved = tree.flatten(recorder.following(tree.split(body, is_norm_statistic)[0]))
         still = [path for path, leaf in moved.items() if torch.equal(leaf, tree.flatten(body)[path])]
         require(not still, f"training does not move {_listed(still)}; use bench.models.layers.norm")
     group, layer = (_model(network, norm) for norm in ("group", "layer"))
@@ -158,6 +158,27 @@ def gradients_are_everywhere(network: type[Network]) -> None:
         require(not unused, f"nothing trains {_listed(unused)}")
         finite = all(bool(slope.isfinite().all()) for slope in slopes if slope is not None)
         require(finite, f"with norm={norm} a gradient is not finite")
+
+
+def sums_are_over_images(network: type[Network]) -> None:
+    """What is asked of training images is a sum over them, nothing of none; what follows from it are leaves of the
+    body that are never differentiated.
+    """
+    if network.learns is None:
+        return
+    model = _model(network)
+    x = keys.normal(keys.key(2), 5, *model.shape)
+    none, whole, *parts = (model.summary(part) for part in (x[:0], x, x[:2], x[2:]))
+    require(none.ndim == 1 and whole.dtype == tree.counting("cpu"), "a summary is (s,) in float64: tree.in_float64")
+    require(not none.any(), "a summary of no images is not zero")
+    apart = (parts[0] + parts[1] - whole).abs().max() / (1 + whole.abs().max())
+    require(float(apart) < 1e-9, f"the summaries of two parts add up to another one than the whole's, by {apart:.1e}")
+    body, started = (tree.flatten(each) for each in (model.init(keys.key(1))["body"], model.started(whole)))
+    require(started.keys() <= body.keys(), f"what follows from the sum is {_listed(started)}; the body has "
+            f"{_listed(body)}")  # fmt: skip
+    fit = all((leaf.shape, leaf.dtype) == (body[path].shape, body[path].dtype) for path, leaf in started.items())
+    require(fit and all(map(tree.is_statistic, started)), "what follows from the sum has another form than in the "
+            "body, or lies outside of stats")  # fmt: skip
 
 
 def engines_agree(network: type[Network]) -> None:
@@ -248,6 +269,7 @@ PROMISES: Mapping[str, Callable[[type[Network]], None]] = {
     "norm layers are explicit": norms_are_explicit,
     "images are apart": examples_are_apart,
     "gradients are everywhere": gradients_are_everywhere,
+    "what is asked of images is a sum": sums_are_over_images,
     "engines agree": engines_agree,
     "clients stack": clients_stack,
     "stop and resume equals one go": resumes,

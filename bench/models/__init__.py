@@ -9,19 +9,22 @@ tells norm layers from the others: `tree.split(params, is_norm)`. Keys of a body
     lenet5                  conv1, conv2, hidden1, hidden2
     light_cnn               raw, augmented (block `branches`); fusion
     resnet...               stem; stage1_1, stage1_2, ... (block `stage1`); stage2_1, ... (`stage2`); ...
+    airbench94              whiten; group1; group2; group3
     mobilenet_v2            stem; stage1_1; stage2_1, stage2_2 (`stage2`); ... stage7_1; last
 
 A hidden layer and a convolution of the small networks hold `weight` and `bias`; a branch holds such layers: `conv1`,
 `conv2`, `scores`, and `model.branches` lists those that score images by themselves. The stem holds `conv` (no bias) and
 `norm`; a residual unit holds such layers: `first`, `second`, `third` in resnet50, `shortcut` where its shape changes,
 and `expand`, `depthwise`, `project` in mobilenet_v2. A `norm` holds `weight`, `bias` and, for batch norm, `stats`
-(`mean`, `var`); the trees of group and layer norm are alike, and `model.norm` tells them apart. Networks without a stem
-have no norm layers: `--set norm=...` changes nothing there.
+(`mean`, `var`); the trees of group and layer norm are alike, and `model.norm` tells them apart. In airbench94 a
+group holds `first` and `second`, a `norm` of batch norm no `weight`, and `whiten` has its filters under `stats`. Other
+networks without a stem have no norm layers: `--set norm=...` changes nothing there.
 """
 
 from __future__ import annotations
 
 from bench import keys, tree
+from bench.models.airbench import Airbench94
 from bench.models.layers import is_norm as is_norm
 from bench.models.light import LightCNN
 from bench.models.mobilenets import MobileNetV2
@@ -66,6 +69,7 @@ BUILT_IN: dict[str, type[Network]] = {
     "resnet18_64": ResNet18For64,
     "resnet50": ResNet50,
     "mobilenet_v2": MobileNetV2,
+    "airbench94": Airbench94,
     "frozen": Frozen,
     "adapter": Adapter,
 }

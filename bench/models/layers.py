@@ -103,11 +103,11 @@ def evaluating() -> Iterator[None]:
 
 
 def batch_norm(layer: Tree, x: Tensor, momentum: float = 0.1, eps: float = 1e-5) -> Tensor:
-    """Normalise (B, c, h, w) over batch and space; padding counts for nothing.
+    """Normalise (B, c, h, w) over batch and space; padding counts for nothing. A layer without `weight` has 1 there.
 
     Source: Ioffe, Szegedy 2015, https://arxiv.org/abs/1502.03167; running variance unbiased, as torch has it.
     """
-    weight, bias = layer["weight"], layer["bias"]
+    weight, bias = layer.get("weight"), layer["bias"]
     stats = layer[STATISTICS]
     mode = _recorder.get()
     if mode is None or mode.keeps(stats["mean"]):
@@ -129,7 +129,7 @@ def batch_norm(layer: Tree, x: Tensor, momentum: float = 0.1, eps: float = 1e-5)
             torch.where(usable, batch_var, stats["var"]),
         )
         y = (x - batch_mean[:, None, None]) * torch.rsqrt(batch_var + eps)[:, None, None]
-        y = y * weight[:, None, None] + bias[:, None, None]
+        y = (y if weight is None else y * weight[:, None, None]) + bias[:, None, None]
         unbiased = batch_var.detach() * count / (count - 1).clamp(min=1)
         mean = torch.where(usable, torch.lerp(stats["mean"], batch_mean.detach(), momentum), stats["mean"])
         var = torch.where(usable, torch.lerp(stats["var"], unbiased, momentum), stats["var"])

@@ -69,6 +69,16 @@ class Model(Protocol):
     def branches(self) -> tuple[Block, ...]:
         """As `Network` has them; mostly none."""
 
+    @property
+    def learns(self) -> str | None:
+        """What clients tell of their training images before the first round, in words; None: nothing."""
+
+    def summary(self, x: Tensor) -> Tensor:
+        """What of it is said of some images: (s,) float64, added up over all."""
+
+    def started(self, total: Tensor) -> Tree:
+        """Leaves of the body that follow from what all clients say together, (s,) float64 on the host."""
+
     def init(self, key: Tensor) -> Tree:
         """Draw initial weights: {"body": ..., "head": {"weight": (C, d), "bias": (C,)}}, float32."""
 
@@ -90,6 +100,10 @@ class Network(ABC):
     """Of a plug-in: raised when the same key gives other weights, or the same weights other features."""
     smallest: ClassVar[int] = 1
     """Pixels that images have at least."""
+    learns: ClassVar[str | None] = None
+    """Where weights start from a sum over training images: what that tells the server, in words. Each training client
+    sends its `summary` once, before the first round, and whatever a method begins with has what `started` makes of the
+    sum. None: nothing is asked."""
     any_shape: ClassVar[bool] = False
     """Whether it flattens what it is given, and takes other examples than images."""
 
@@ -130,6 +144,16 @@ class Network(ABC):
         """Draw initial weights of body and head."""
         head = linear(keys.fold(key, "head"), self.num_classes, self.feature_size)
         return {"body": self.init_body(keys.fold(key, "body")), "head": head}
+
+    def summary(self, x: Tensor) -> Tensor:
+        """Give what is added up over training images, of some of them, in `tree.in_float64`: (B, ...) -> (s,)."""
+        raise NotImplementedError(f"{self.name} asks nothing of images")
+
+    def started(self, total: Tensor) -> Tree:
+        """Give the leaves of the body, float32, that follow from the sum over all training images, (s,) float64 on the
+        host.
+        """
+        raise NotImplementedError(f"{self.name} asks nothing of images")
 
     def logits(self, head: Tree, z: Tensor) -> Tensor:
         """(B, d) -> (B, C)."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bench import keys, tree
 from bench.models import Model, is_norm
+from bench.models.layers import is_norm_statistic
 from bench.system import reading
 from bench.tree import Tree
 
@@ -53,7 +54,7 @@ def read(path: Path, model: Model) -> Tree:
     names = {place: f"body/{place}" if own else model.torchvision(place) for place in expected}
     known = set(names.values())
     superfluous = [name for name in found if name not in known and not _LEFT_OUT.fullmatch(name)]
-    of_images = any(map(is_norm, expected)) and not any(map(tree.is_statistic, expected))
+    of_images = any(map(is_norm, expected)) and not any(map(is_norm_statistic, expected))
     if of_images and any(re.search(r"\.running_|/stats/", name) for name in superfluous):
         statistics = f"{path} holds statistics of batch norm, and {model.name} has {model.norm} norm here"
         raise BadWeights(f"{statistics}; ask for batch norm with --set norm=batch ('bench data embed': --norm batch)")

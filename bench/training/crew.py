@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 from bench import tree
 from bench.algorithm import Algorithm
 from bench.task import Task
+from bench.training.asked import Told
 from bench.training.engine import Engine, Probe
 from bench.training.parcel import Memory
 from bench.training.population import Population
@@ -31,6 +32,8 @@ class Surroundings:
     engine: Engine
     fingerprint: str
     """Of the split."""
+    told: Told | None = None
+    """What clients said of their images before the first round; None: the network asks nothing."""
 
     def fixed(self) -> list[Memory]:
         """Give the memory, in one order everywhere, that results may lie in besides what they are made from."""

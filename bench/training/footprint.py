@@ -9,6 +9,7 @@ import torch
 
 from bench import keys, tree
 from bench.models import Model
+from bench.models.layers import is_norm_statistic
 from bench.training.operations import Operations
 
 OF_THE_NETWORK = ("parameters", "model_bytes", "forward_flops")
@@ -20,7 +21,7 @@ class Footprint:
     """Of one network."""
 
     parameters: int
-    """Numbers that are trained; running statistics are none."""
+    """Numbers that it is made of, fixed ones too; running statistics are none of them."""
     nbytes: int
     """Of all its tensors, running statistics included: what it takes to send it."""
     flops: int
@@ -42,5 +43,5 @@ def footprint(model: Model) -> Footprint:
     zeros = tree.map(lambda leaf: torch.zeros(leaf.shape, dtype=leaf.dtype), shapes)
     with Operations() as done:
         model.logits(zeros["head"], model.features(zeros["body"], torch.zeros(1, *model.shape)))
-    parameters = sum(leaf.numel() for leaf in tree.flatten(tree.parameters(shapes)).values())
+    parameters = sum(leaf.numel() for path, leaf in tree.flatten(shapes).items() if not is_norm_statistic(path))
     return Footprint(parameters, tree.nbytes(shapes), done.total)

@@ -15,6 +15,7 @@ from bench.splits.auxiliary import NEEDS, Reserve
 from bench.splits.split import Split
 from bench.task import Task
 from bench.training import engine as engines
+from bench.training.asked import tell
 from bench.training.crew import Surroundings
 from bench.training.population import Population, at_the_server
 from bench.tree import Tree
@@ -66,9 +67,11 @@ def surroundings(job: Job) -> Surroundings:
         raise BadConfig(f"{type(algorithm).__name__} needs a teacher, and this run has none")
     seen = None if teacher is None else teacher.images
     population = Population(dataset, job.splits, split, setting, job.seed, device, seen)
+    model = models.build(setting.model, dataset.num_classes, dataset.image_shape, setting.norm)
+    told = None if model.learns is None or job.weights is not None else tell(model, population)
     prior = split.class_counts / split.class_counts.sum() if "prior" in algorithm.needs else None
     task = Task(
-        model=models.build(setting.model, dataset.num_classes, dataset.image_shape, setting.norm),
+        model=model,
         num_classes=dataset.num_classes,
         num_clients=population.training,
         rounds=setting.rounds,
@@ -85,6 +88,7 @@ def surroundings(job: Job) -> Surroundings:
         teacher=None if teacher is None else tree.bring(teacher.texts, device),
         frozen_statistics=setting.statistics == "frozen",
         weights=None if job.weights is None else tree.to(job.weights, device),
+        start=None if told is None else tree.to(model.started(told.total), device),
         precision=PRECISIONS[job.precision],
     )
     if needs := algorithm.needs & NEEDS:
@@ -93,4 +97,4 @@ def surroundings(job: Job) -> Surroundings:
         auxiliary, public = at_the_server(job.reserve, needs, dataset, setting, task.key, device)
         task = replace(task, auxiliary=auxiliary, public=public)
     chosen = engines.BY_NAME["serial" if not algorithm.stackable else job.engine]
-    return Surroundings(algorithm, population, task, chosen, split.fingerprint)
+    return Surroundings(algorithm, population, task, chosen, split.fingerprint, told)

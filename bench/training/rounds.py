@@ -148,6 +148,9 @@ class Run:
         self.progress = loaded or Progress(0, server)
         if not self.resumed:
             self._spend("server_samples", float(self.task.samples()))
+            if here.told is not None:
+                self._spend("bytes_up", here.told.nbytes)
+                self._spend("train_flops", here.told.flops)
         self.saved = time.perf_counter()
         self.saving = 0.0
         self.present: set[int] = set()

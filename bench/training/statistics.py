@@ -34,5 +34,5 @@ def _put_in_and_take_out(verb: Verb, task: Task, shared: Tree, private: Tree, da
 def _put_in(shared: Tree, statistics: Tree) -> Tree:
     """Put statistics into the norm layers that were sent in this round."""
     sent = tree.flatten(shared)
-    own, _ = tree.split(statistics, lambda path: path.rpartition(tree.STATISTICS)[0] + "weight" in sent)
+    own, _ = tree.split(statistics, lambda path: path.rpartition(tree.STATISTICS)[0] + "bias" in sent)
     return tree.merge(shared, own)

@@ -15,6 +15,7 @@ from bench import models
 from bench.algorithm import Algorithm
 from bench.contract import toy
 from bench.plugins.registry import MODELS
+from bench.training.asked import size
 from bench.training.footprint import Footprint, footprint
 from bench.validation.expected import drawn
 from bench.validation.rebuilding import Asked
@@ -64,16 +65,26 @@ def implausible(
         peak = cost.get("peak_memory_bytes")
         if peak is not None and peak < forward.nbytes:
             yield "peak_memory_bytes", f"is {peak:.10g}, and the model alone takes {forward.nbytes}"
-    if known is not None and known.alike and clients is not None and cost["bytes_up"] != cost["bytes_down"] and as_told:
-        yield (
-            "bytes_up",
-            f"is {_count(cost['bytes_up'])}, and clients send what they are sent, {_count(cost['bytes_down'])}",
-        )
+    if known is not None and known.alike and clients is not None and as_told:
+        before = _told(asked, clients)
+        if amounts["bytes_up"] != amounts["bytes_down"] + before:
+            sent = f"clients send what they are sent, {_count(cost['bytes_down'])}"
+            once = f", and {before} bytes before the first round" if before else ""
+            yield "bytes_up", f"is {_count(cost['bytes_up'])}, and {sent}{once}"
     done = sum(amounts[f"{whose}_flops"] for whose in ("train", "adaptation", "server"))
     shortest = max(setting.rounds * _SHORTEST, done / _FASTEST)
     for key in ("wall_seconds", "device_seconds"):
         if amounts[key] < shortest:
             yield key, f"is {amounts[key]:.4g}, and no machine does that in less than {shortest:.4g} s"
+
+
+def _told(asked: Asked, clients: int) -> int:
+    """Count the bytes in which clients tell of their images before the first round."""
+    if asked.dataset is None or asked.own_weights:
+        return 0
+    setting = asked.setting
+    model = models.build(setting.model, asked.dataset.num_classes, asked.dataset.image_shape, setting.norm)
+    return 0 if model.learns is None else setting.training_clients(clients) * 8 * size(model)
 
 
 def _count(number: float | None) -> str:
