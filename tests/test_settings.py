@@ -123,6 +123,22 @@ PAPERS: dict[tuple[str, str], dict[str, tuple[object, str]]] = {
         "eval_every": (10, "ours: the code tests after each round"),
     },
 }
+PAPERS["airbench", "cifar10"] = {
+    "model": ("airbench94", "airbench94.py"),
+    "clients": (1, "not federated"),
+    "participation": (1.0, "not federated"),
+    "rounds": (10, "9.9 epochs, to the next whole one"),
+    "epochs": (1, "a round each"),
+    "batch_size": (1024, "airbench94.py"),
+    "lr": (1.5, "1024 examples x 11.5 / (1024 x (1 + 1 / 0.15)): the loss is summed there, and a mean here"),
+    "momentum": (0.85, "airbench94.py"),
+    "weight_decay": (0.0153 / 11.5, "0.0153 over the rate, and a mean in place of a sum"),
+    "augment": ("altflip", "airbench94.py: flips alternate, shifts of 2 pixels are reflected"),
+    "imbalance": (1.0, "all of CIFAR-10"),
+    "partition": ("iid", "one client"),
+    "alpha": (None, "one client"),
+    "eval_every": (10, "ours: the code tests after each epoch, outside its clock"),
+}
 PAPERS["fedloge", "cifar100"] = PAPERS["fedloge", "cifar10"] | {
     "model": ("resnet34", "logs e-h"),
     "clients": (20, "logs e-h"),
@@ -135,6 +151,15 @@ PAPERS["gbme", "cifar10"] = PAPERS["gbme", "cifar100"] | {
     "lr": (0.1, "the paper"),
     "alpha": (0.5, "the paper"),
 }
+
+
+def test_rates_of_airbench_are_the_codes_for_a_mean_in_place_of_a_sum() -> None:
+    found = named("airbench", DATASETS["cifar10"]())
+    scale = 1024 * (1 + 1 / (1 - 0.85))
+    assert scale == pytest.approx(7850.67, abs=0.01)
+    lr, decayed = 11.5 / scale, 0.0153 * 1024 / scale  # of a summed loss; what one step takes of a weight
+    assert (lr, decayed, decayed / lr) == pytest.approx((1.464844e-3, 1.995652e-3, 1.362365), rel=1e-6)
+    assert (found.lr, found.weight_decay) == pytest.approx((1024 * lr, decayed / lr / 1024), rel=1e-12)
 
 
 @pytest.mark.parametrize(("setting", "dataset"), PAPERS)
