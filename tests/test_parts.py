@@ -698,7 +698,9 @@ def test_which_methods_of_ours_refuse_what() -> None:
     refused = {
         (each, probe.kind) for each in ALGORITHMS for probe in probes.PROBES if refusal(ALGORITHMS[each](), probe)
     }
-    nothing_is_sent = {(each, kind) for each in ("local", "centralised") for kind in ("channel", "aggregation")}
+    nothing_is_sent = {
+        (each, kind) for each in ("local", "centralised", "airbench") for kind in ("channel", "aggregation")
+    }
     assert nothing_is_sent <= refused and not {each for each, _ in refused} & {"fedavg", "fedrep", "fedloge", "creff"}
 
 

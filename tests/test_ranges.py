@@ -36,6 +36,10 @@ PRIOR = {
 }
 
 FIELDS: dict[str, dict[str, str]] = {
+    "airbench": {
+        "nesterov": FLAG, "bias_scale": ABOVE_0, "smoothing": SHARE, "warmup": SHARE, "start": SHARE, "end": SHARE,
+        "lookahead_every": STEPS, "lookahead": SHARE, "views": "1, 2 or 6",
+    },
     "apfl": {"alpha": SHARE, "adapt": FLAG},
     "afl": {"dual_lr": FROM_0},
     "balancefl": {

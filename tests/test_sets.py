@@ -142,13 +142,15 @@ def test_the_contract_wants_a_family_that_there_is_and_one_of_ours_to_have_it(
 
 
 def test_a_set_is_its_algorithms_each_once() -> None:
-    assert [label(each) for each in parse_algorithms("set:references")] == ["centralised", "fedavg_prior", "local"]
+    assert [label(each) for each in parse_algorithms("set:references")] == [
+        "airbench", "centralised", "fedavg_prior", "local",
+    ]  # fmt: skip
     mixed = ask("fedprox(mu=0.5),set:generic,fedavg(),fedavg")
     runs = sweep("fedprox(mu=0.5),set:generic,fedavg(),fedavg").expand()
     assert [label(run.algorithm) for run in runs] == ["fedprox(mu=0.5)", *sorted(README["generic"])]
     assert [label(each) for each in mixed.optional] == sorted({*README["generic"]} - {"fedavg"})
     assert mixed.left_out == ()
-    assert unfold("set:references+focal(gamma=1)+topk")[0] == "centralised+focal(gamma=1)+topk"
+    assert unfold("set:references+focal(gamma=1)+topk")[0] == "airbench+focal(gamma=1)+topk"
     assert unfold("fedavg+topk") == ["fedavg+topk"]
 
 
@@ -156,7 +158,8 @@ def test_members_on_which_a_part_makes_no_sense_are_left_out_of_a_set_alone() ->
     asked = ask("set:references+topk")
     assert [label(each) for each in asked.algorithms] == ["fedavg_prior+topk"]
     assert [sentence.partition(": topk is")[0] for sentence in asked.left_out] == [
-        "left out of set:references+topk: centralised+topk", "left out of set:references+topk: local+topk",
+        "left out of set:references+topk: airbench+topk", "left out of set:references+topk: centralised+topk",
+        "left out of set:references+topk: local+topk",
     ]  # fmt: skip
     with pytest.raises(BadConfig, match=r"local\+topk: topk is of the kind channel"):
         ask("set:references+topk,local+topk")
@@ -219,7 +222,9 @@ def test_a_set_has_what_a_preset_has_of_it() -> None:
     asked = sweep("set:references", presets=(tuned,))
     assert [run.label for run in asked.expand()] == ["local [tuned, lr 0.1]"]
     said = [sentence.partition(";")[0] for sentence in asked.left_out()]
-    assert said == [f"left out of the set: preset tuned has no {name}" for name in ("centralised", "fedavg_prior")]
+    assert said == [
+        f"left out of the set: preset tuned has no {name}" for name in ("airbench", "centralised", "fedavg_prior")
+    ]
 
 
 # The commands -----------------------------------------------------------------------------------------------

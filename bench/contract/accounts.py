@@ -54,7 +54,7 @@ def ledger_is_true(plugin: Callable[[], Algorithm]) -> None:
     for task, exchange in toy.trips(run):
         down |= toy.received(run, 0, task.round, exchange)
         up |= toy.upload_once(run, 0, task, exchange)[0]
-    now = {"Server keeps": run.progress.server, "Client keeps": run.store[0]}
+    now = {"Server keeps": run.progress.server, "Client keeps": run.store[-1 if "pooled" in algorithm.needs else 0]}
     for title, tree_found in {**kept, "Down": down, "Up": up}.items():
         there, entries = ", ".join(sorted(tree_found)) or "nothing", ledger.entries(said[title])
         told = ", ".join(sorted(entries)) or "nothing"
