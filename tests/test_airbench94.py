@@ -25,6 +25,7 @@ from bench.training import asked
 from bench.training.job import surroundings
 from bench.training.operations import Operations
 from bench.training.rounds import Run
+from bench.training.statistics import _put_in
 from bench.validation.plausible import _told
 from tests.by_hand import data_of
 from tests.test_crew import hired
@@ -289,6 +290,9 @@ def test_statistics_of_ones_own_are_those_of_norm_layers_and_filters_are_everybo
     others = tree.flatten(run.store[1]["statistics"])
     changed = [path for path, leaf in kept.items() if not torch.equal(leaf, others[path])]
     assert len(changed) == len(kept)
+    own = tree.map(lambda leaf: leaf + 1, run.store[0]["statistics"])
+    put = tree.flatten(_put_in(run.progress.server, own))
+    assert all(torch.equal(put[path], leaf) for path, leaf in tree.flatten(own).items())
     assert torch.equal(
         run.progress.server["body"]["whiten"]["stats"]["weight"],
         run.task.model.started(told(run).total)["whiten"]["stats"]["weight"],
