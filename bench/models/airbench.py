@@ -63,7 +63,8 @@ class Airbench94(Network):
     def init(self, key: Tensor) -> Tree:
         """Draw initial weights of body and head; the head's bias is zero."""
         drawn = super().init(key)
-        return {**drawn, "head": {**drawn["head"], "bias": torch.zeros_like(drawn["head"]["bias"])}}
+        zeros = torch.zeros(self.num_classes, device=key.device)
+        return {**drawn, "head": {**drawn["head"], "bias": zeros}}
 
     def init_body(self, key: Tensor) -> Tree:
         """Draw the bias of the first layer, whose filters are those of white pixels, and the convolutions."""
