@@ -663,8 +663,10 @@ def test_bold_is_only_what_a_test_supports() -> None:
 
 
 def test_bold_needs_every_row_of_the_column_on_the_same_splits() -> None:
-    one = [*runs(CLEAR), record("new", seed=0, values={"personal": 0.1})]
-    assert best(leaderboards(one)[0]) == {}
+    other = [record("new", seed=seed, values={"personal": 0.1}, fingerprint=f"other {seed}") for seed in range(8)]
+    assert best(leaderboards([*runs(CLEAR), *other])[0]) == {}
+    screened = [*runs(CLEAR), *other[:4]]
+    assert best(leaderboards(screened)[0]) == {"personal": "good"}
     absent = [*runs(CLEAR), *runs({"headless": [None] * 8})]
     assert best(leaderboards(absent)[0]) == {"personal": "good"}
 

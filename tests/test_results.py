@@ -26,7 +26,9 @@ from torch import Tensor
 
 from bench.protocol.identity import canonical, identify
 from bench.results import records, table
-from bench.results.layout import columns, details, footnotes, remarks, spell
+from bench.results.among import separated_among_best
+from bench.results.comparison import compare
+from bench.results.layout import best, columns, details, footnotes, remarks, spell
 from bench.results.leaderboard import Leaderboard, leaderboards
 from bench.results.record import check
 from bench.results.records import Record
@@ -673,6 +675,33 @@ def test_a_board_says_on_what_its_personal_numbers_rest() -> None:
     nobody = {"clients": 0, "images": None, "worst_decile": 0, "drawn": 0, "never": 0}
     assert not any("rest on" in line for line in remarks(leaderboards([record("x", tested=nobody)])[0]))
     assert not any("rest on" in line for line in remarks(leaderboards([record("x", reason="broken")])[0]))
+
+
+def test_screened_rows_stand_below_those_that_have_an_interval_and_change_none_of_their_findings() -> None:
+    def seeds(name: str, mean: float, number: int, first: int = 0) -> list[Record]:
+        those = range(first, first + number)
+        return [record(name, seed=seed, values={"personal.balanced": mean + seed / 1000}) for seed in those]
+
+    full = [*seeds("good", 0.8, 8), *seeds("fair", 0.5, 8)]
+    (alone,), (both,) = (
+        leaderboards(full),
+        leaderboards([*full, *seeds("few", 0.9, 4), *seeds("odd", 0.95, 4, first=3)]),
+    )
+    assert [row.label for row in both.rows] == ["good", "fair", "few", "odd"]
+    assert [(row.ranks, row.screened, row.chosen) for row in both.rows[1:]] == [
+        (True, False, False), (False, True, False), (False, True, True)
+    ]  # fmt: skip
+    assert best(both) == best(alone) != {}
+    assert separated_among_best(both) == separated_among_best(alone)
+    notes = footnotes(both)[1]
+    assert "few: screening, not ranked: fewer than 5 seeds have no interval, and separate nothing." in notes
+    assert not any("screening" in note for note in footnotes(alone)[1])
+    (few,) = leaderboards(seeds("few", 0.9, 4))  # where nobody has more, they are what there is
+    assert few.rows[0].ranks
+    found = compare([both], "personal.balanced")
+    assert found.parts == compare([alone], "personal.balanced").parts
+    assert found.labels == ("good", "fair") and found.left_out[0].endswith(": 2 screened rows, unless named.")
+    assert compare([both], "personal.balanced", ["few", "good"]).labels == ("few", "good")
 
 
 def test_seeds_hold_for_one_subsample_and_one_test_set() -> None:

@@ -30,7 +30,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tails") / "results"
     for name, seeds, label in (
         ("fedrod", 3, None), ("fedavg", 2, None), ("fedrod+cross_entropy", 1, "fedrod+cross_entropy"),
-        ("centralised", 5, None), ("gamma", 2, None),
+        ("centralised", 4, None), ("gamma", 2, None),
     ):  # fmt: skip
         for seed in range(seeds):
             plant(out, name, seed, label=label)

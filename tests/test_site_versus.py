@@ -64,11 +64,11 @@ def test_a_pair_has_the_differences_and_tests_of_the_results_statistics(two: Pla
 
 
 def test_the_seeds_of_a_pair_are_differences_of_runs_of_one_seed(two: Planted) -> None:
-    shown = page(two.site, board_of(two.out), "alpha", "beta")
+    shown = page(two.site, board_of(two.out), "beta", "alpha")
     head, *rows = shown.tables[1]
     assert head == ["seed", *MEASURES] and [row[0] for row in rows] == ["0", "1", "2", "3"]
     for seed, *cells in rows:
-        one, other = (records.read(two.out / two.ids[f"{name} {seed}"]).metrics for name in ("alpha", "beta"))
+        one, other = (records.read(two.out / two.ids[f"{name} {seed}"]).metrics for name in ("beta", "alpha"))
         exact = [100 * ((one[key] or 0.0) - (other[key] or 0.0)) for key in MEASURES.values()]
         assert cells == [f"{value:+.1f}" for value in exact]
     drawn = shown.specs[0]["layer"][2]["data"]["values"]
@@ -88,10 +88,10 @@ def own(record: records.Record) -> dict[int, float]:
 def test_clients_are_paired_with_themselves(two: Planted) -> None:
     differences = []
     for seed in range(4):
-        one, other = (own(records.read(two.out / two.ids[f"{name} {seed}"])) for name in ("alpha", "beta"))
+        one, other = (own(records.read(two.out / two.ids[f"{name} {seed}"])) for name in ("beta", "alpha"))
         assert len(one) == len(other) == 11  # one client has nothing to test on
         differences += [one[client] - other[client] for client in one]
-    shown = page(two.site, board_of(two.out), "alpha", "beta")
+    shown = page(two.site, board_of(two.out), "beta", "alpha")
     better = sum(value > 1e-12 for value in differences) / len(differences)
     assert f"44 of them over 4 seeds: how many lie where. The first is better for {100 * better:.0f} %" in shown.text
     assert f"the median is {100 * median(differences):+.1f}." in shown.text
@@ -103,9 +103,9 @@ def test_clients_are_paired_with_themselves(two: Planted) -> None:
 
 
 def test_classes_are_paired_from_head_to_tail(two: Planted) -> None:
-    shown = page(two.site, board_of(two.out), "alpha", "beta")
+    shown = page(two.site, board_of(two.out), "beta", "alpha")
     head, *rows = shown.tables[3]
-    assert head == ["class", "group", "training images", "alpha", "beta", "difference"]
+    assert head == ["class", "group", "training images", "beta", "alpha", "difference"]
     assert [row[:3] for row in rows] == [
         ["0", "many", "400"], ["1", "medium", "90"], ["2", "medium", "30"], ["3", "few", "8"]
     ]  # fmt: skip
@@ -113,7 +113,7 @@ def test_classes_are_paired_from_head_to_tail(two: Planted) -> None:
         means = [
             math.fsum(records.read(two.out / two.ids[f"{name} {seed}"]).confusion("generic")[int(label), int(label)]
                       for seed in range(4)) / (4 * 50)
-            for name in ("alpha", "beta")
+            for name in ("beta", "alpha")
         ]  # fmt: skip
         assert [first, second] == [f"{100 * mean:.1f}" for mean in means]
         assert between == f"{100 * (means[0] - means[1]):+.1f}"
@@ -202,8 +202,8 @@ def chosen(browser: Browser) -> list[Any]:
 def test_an_address_names_two_rows_in_either_order_and_nonsense_is_told(two: Planted, browser: Browser) -> None:
     board = board_of(two.out)
     name, ids = page_of(board, 0).name, {row.label: id_of(row) for row in board.rows}
-    browser.open(two.site, f"versus.html?{name}&{ids['gamma']}&{ids['alpha']}")
-    assert squeezed(browser.find("h1").text) == "alphaagainstgamma" and chosen(browser) == ["gamma", "alpha"]
+    browser.open(two.site, f"versus.html?{name}&{ids['alpha']}&{ids['gamma']}")
+    assert squeezed(browser.find("h1").text) == "gammaagainstalpha" and chosen(browser) == ["alpha", "gamma"]
     browser.open(two.site, f"versus.html?{name}&{ids['gamma']}&{ids['gamma']}")
     assert browser.find("h1").text == "One row twice" and browser.find("#choice").is_displayed()
     browser.open(two.site, f"versus.html?{name}&{ids['gamma']}&00000000")

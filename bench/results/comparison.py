@@ -95,7 +95,7 @@ def compare(boards: Sequence[Leaderboard], metric: str, labels: Sequence[str] | 
     Args:
         boards: Leaderboards.
         metric: Key of a metric, one of `metrics(boards)`.
-        labels: Two or more of `entrants(boards)`; None: all.
+        labels: Two or more of `entrants(boards)`; None: all but screened ones.
     """
     tables = _tables(boards, metric, labels)
     known = tuple(labels or dict.fromkeys(label for _, scores in tables for label in scores))
@@ -107,6 +107,11 @@ def compare(boards: Sequence[Leaderboard], metric: str, labels: Sequence[str] | 
     parts = [_part(title(board), "seed", scores) for board, scores in tables if len(scores) > 1]
     overall = part_over_datasets(boards, metric, labels)
     together = len({board.protocol for board, scores in tables if len(scores) > 1}) > 1
+    left_out += [
+        f"{title(board)}: {few} screened row{'s' * (few > 1)}, unless named."
+        for board in boards
+        if not labels and (few := sum(row.screened for row in board.rows))
+    ]
     left_out += [f"There is no test over all of these leaderboards. {NOT_INDEPENDENT}"] * (together and overall is None)
     return Comparison(
         metric=metric,
@@ -213,12 +218,18 @@ def controls(boards: Sequence[Leaderboard], labels: Iterable[str]) -> Iterator[C
 def _tables(
     boards: Sequence[Leaderboard], metric: str, labels: Sequence[str] | None
 ) -> list[tuple[Leaderboard, _ByLabel]]:
-    """Give what the wanted algorithms were measured at on each leaderboard, in the order of the labels."""
+    """Give what the wanted algorithms were measured at on each leaderboard, in the order of the labels; where none is
+    named, of all that are not screened: whoever has few seeds would leave few to all that are ranked together.
+    """
     names = {id(row): label for label, rows in entrants(boards).items() for row in rows}
     tables = []
     for board in boards:
         known = measured(board, metric)
-        found = {names[id(row)]: known[row.label] for row in board.rows if row.label in known}
+        found = {
+            names[id(row)]: known[row.label]
+            for row in board.rows
+            if row.label in known and (labels or not row.screened)
+        }
         tables.append((board, {label: found[label] for label in labels or found if label in found}))
     return tables
 

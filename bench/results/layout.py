@@ -387,7 +387,9 @@ def _notes(board: Leaderboard, row: Row) -> list[str]:
     notes = [f"seed {seed} failed ({reason})" for seed, reason in row.failures]
     if set(board.seeds) - set(row.seeds) - failed:
         notes.append(f"{_seeds(row.seeds) or 'none'} of {_seeds(board.seeds)}")
-    if not row.ranks:
+    if row.screened:
+        notes.append(f"screening, not ranked: fewer than {FEWEST} seeds have no interval, and separate nothing")
+    if row.chosen:
         notes.append("not ranked: its seeds may have been chosen, and those of rows that rank are 0 to n - 1")
     if row.standing == "self-reported" and (again := sum(kind != row.standing for kind in row.standings)):
         notes.append(f"{again} of its {len(row.seeds)} runs were looked at by the board")

@@ -16,7 +16,7 @@ from bench.results.groups import Group, groups_of, stands, submission_of
 from bench.results.record import Record
 from bench.results.spent import with_derived
 from bench.results.standing import RANKED, ranked_with
-from bench.results.statistics import NOTHING, Estimate, estimates
+from bench.results.statistics import FEWEST, NOTHING, Estimate, estimates
 from bench.results.versions import lasting, stale, variant, version
 from bench.system.text import plain
 
@@ -77,12 +77,21 @@ class Row:
     """Of the runs, finished and failed."""
     runs: tuple[str, ...]
     """Ids of the finished ones, in the order of the seeds."""
+    screened: bool = False
+    """Whether it has too few seeds for an interval, in a leaderboard where others have enough."""
+
+    @property
+    def chosen(self) -> bool:
+        """Whether its seeds may have been chosen, and its numbers by them: they are not 0 to n - 1."""
+        tried = {*self.seeds, *(seed for seed, _ in self.failures)}
+        return tried != {*range(len(tried))}
 
     @property
     def ranks(self) -> bool:
-        """Whether it is ranked: whoever chooses seeds chooses numbers, so that they must be 0 to n - 1."""
-        tried = {*self.seeds, *(seed for seed, _ in self.failures)}
-        return tried == {*range(len(tried))}
+        """Whether it is ranked: no seeds were chosen, and others' means do not rest on more splits than an interval
+        wants where its own do not.
+        """
+        return not self.chosen and not self.screened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +121,8 @@ class Leaderboard:
     seeds: tuple[int, ...]
     """All seeds of any row, ascending."""
     rows: tuple[Row, ...]
-    """By the means of `RANKS_BY`, best first and absent last; best rounds never rank. Those with other seeds than 0 to
-    n - 1 come after those that rank."""
+    """By the means of `RANKS_BY`, best first and absent last; best rounds never rank. Those that do not rank come after
+    those that do: first screened ones, then those with other seeds than 0 to n - 1."""
     fingerprints: Mapping[int, tuple[str, ...]]
     """Of the split, by seed; more than one means that the rows did not see the same data."""
     commits: tuple[str, ...]
@@ -325,11 +334,13 @@ def _rows(groups: Sequence[Group], metric: str, old: Set[str], hidden: Mapping[s
         version = f" #{identify({'row': key})[:4]}" if len(variants[label]) > 1 else ""
         whose = f" @{submission}" if alike[label, key] > 1 and submission is not None else ""
         rows.append(_row(label, version + whose, group, old, hidden))
+    enough = any(len(row.seeds) >= FEWEST for row in rows)
+    rows = [replace(row, screened=enough and len(row.seeds) < FEWEST) for row in rows]
     ranking = "@last10" if metric == "last10" else ""
 
     def rank(row: Row) -> tuple[object, ...]:
         means = [row.metrics.get(f"{key}{ranking}", NOTHING).mean for key in RANKS_BY]
-        return (not row.ranks, *((mean is None, -(mean or 0.0)) for mean in means), row.label)
+        return (row.chosen, row.screened, *((mean is None, -(mean or 0.0)) for mean in means), row.label)
 
     return tuple(sorted(rows, key=rank))
 
