@@ -87,7 +87,7 @@ class Task:
         drawn = self.model.init(keys.fold(self.key, "model"))
         if self.start is not None:
             drawn = {**drawn, "body": tree.merge(drawn["body"], tree.clone(self.start))}
-        return drawn if self.weights is None else {**drawn, "body": tree.clone(self.weights)}
+        return drawn if self.weights is None else tree.merge(drawn, {"body": tree.clone(self.weights)})
 
     def network(self, name: str) -> Model:
         """Give another network for the same images and classes, with the same norm: a teacher, a smaller student.
@@ -102,7 +102,7 @@ class Task:
         Raises:
             BadModel: There is no such network, or the images are too small for it.
         """
-        return models.build(name, self.num_classes, self.model.shape, self.model.norm)
+        return models.build(name, self.num_classes, self.model.shape, self.model.norm, self.model.balanced)
 
     def server_key(self, purpose: str) -> Tensor:
         """Give randomness for the server's work of this round."""
@@ -258,14 +258,17 @@ class Task:
     def _recorded(self, loss: Loss, params: Tree, statistics: Tree, batch: Batch) -> tuple[Tensor, Tree]:
         """Compute a loss in training mode: its value, and the next running statistics and carried values."""
         moving = frozenset(map(id, tree.flatten(statistics).values())) if self.still else None
-        recorder = Recorder(batch.weight, self.stacked, self.frozen_statistics, moving)
+        balanced = self.model.balanced
+        recorder = Recorder(batch.weight, self.stacked, self.frozen_statistics, moving, balanced, batch.y)
         # Where nothing is cast, a context that does nothing would cost as much as a small layer.
         cast = torch.autocast(batch.x.device.type, self.precision) if self._mixed else nullcontext()
         with training(recorder), cast:
             value = loss(params, batch)
-        if isinstance(value, Tensor):
+        value, carried = (value, None) if isinstance(value, Tensor) else value
+        if balanced is not None and balanced.penalty:
+            value = value + balanced.penalty * recorder.penalty
+        if carried is None:
             return value, recorder.following(statistics) if recorder.seen else statistics
-        value, carried = value
         statistics = recorder.following(statistics)
         return value, tree.merge(statistics, tree.like(carried, statistics))
 

@@ -278,7 +278,7 @@ def test_runs_of_before_keep_their_identity(
 
 def test_what_a_partition_reads_is_told_where_it_is_read() -> None:
     assert not LATER.keys() & run().identity()["setting"].keys()
-    told = {key: run(partition="classes").fields().get(key) for key in LATER}
+    told = {key: run(partition="classes").fields().get(key) for key in READ_BY}
     assert told == {"classes_per_client": 2, "sizes": None, "users": None}
     assert run(partition="classes").id == run(partition="classes", classes_per_client=2, sizes="equal").id
     ids = {

@@ -33,6 +33,10 @@ from bench.validation.rerun import rerun
 OURS = {
     "norm": ("batch", "every code's networks have batch norm"),
     "statistics": ("shared", "every code averages the whole state dictionary"),
+    "kappa": (1.0, "one momentum, torch's"),
+    "server_momentum": (1.0, "every code replaces the state dictionary"),
+    "balance": (False, "nobody weighs classes in a norm layer"),
+    "penalty": (0.0, "likewise"),
     "unseen": (0, "nobody is held out"),
     "unseen_labels": (True, "nobody is held out"),
     "sampling": ("fixed", "uniform without replacement in every code"),

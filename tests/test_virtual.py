@@ -316,6 +316,15 @@ PATHS: dict[str, dict[str, Any]] = {
     "half precision": {"precision": "bf16"},
     "convolutions": {"model": "lenet5", "augment": "crop_flip"},
     "own statistics": {"model": "resnet8", "norm": "batch", "statistics": "personal", "augment": "batch_crop_flip"},
+    "balanced statistics": {
+        "model": "resnet8",
+        "norm": "batch",
+        "statistics": "balanced",
+        "kappa": 0.4,
+        "server_momentum": 0.3,
+        "balance": True,
+        "penalty": 0.1,
+    },
     "orientations by passes": {"augment": "altflip"},
     "a last visit": {"final_visit": True, "client_weights": "uniform", "lost": 0.3},
 }

@@ -16,15 +16,17 @@ A hidden layer and a convolution of the small networks hold `weight` and `bias`;
 `conv2`, `scores`, and `model.branches` lists those that score images by themselves. The stem holds `conv` (no bias) and
 `norm`; a residual unit holds such layers: `first`, `second`, `third` in resnet50, `shortcut` where its shape changes,
 and `expand`, `depthwise`, `project` in mobilenet_v2. A `norm` holds `weight`, `bias` and, for batch norm, `stats`
-(`mean`, `var`); the trees of group and layer norm are alike, and `model.norm` tells them apart. In airbench94 a
-group holds `first` and `second`, a `norm` of batch norm no `weight`, and `whiten` has its filters under `stats`. Other
-networks without a stem have no norm layers: `--set norm=...` changes nothing there.
+(`mean`, `var`), with balanced statistics maybe `balance` and, under `stats`, `steps`; the trees of group and layer norm
+are alike, and `model.norm` tells them apart. In airbench94 a group holds `first` and `second`, a `norm` of batch norm
+no `weight`, and `whiten` has its filters under `stats`. Other networks without a stem have no norm layers: `--set
+norm=...` changes nothing there.
 """
 
 from __future__ import annotations
 
 from bench import keys, tree
 from bench.models.airbench import Airbench94
+from bench.models.balanced import Balanced
 from bench.models.layers import is_norm as is_norm
 from bench.models.light import LightCNN
 from bench.models.mobilenets import MobileNetV2
@@ -77,8 +79,10 @@ for _name, _network in BUILT_IN.items():
     MODELS.add(_name, _network)
 
 
-def build(name: str, num_classes: int, shape: tuple[int, ...], norm: str = "group") -> Model:
-    """Build a model for images, or other examples, of a shape.
+def build(
+    name: str, num_classes: int, shape: tuple[int, ...], norm: str = "group", balanced: Balanced | None = None
+) -> Model:
+    """Build a model for images, or other examples, of a shape; `balanced` says how running statistics move.
 
     Raises:
         BadModel: No such name, images too small for it, or no images.
@@ -91,7 +95,7 @@ def build(name: str, num_classes: int, shape: tuple[int, ...], norm: str = "grou
         raise BadModel(f"{name} needs images (channels, height, width), and {these}; choose linear or mlp")
     if min(shape[1:], default=1) < network.smallest:
         raise BadModel(f"{name} needs images of at least {network.smallest} pixels, these have {shape[1]}×{shape[2]}")
-    return network(name, num_classes, shape, norm)
+    return network(name, num_classes, shape, norm, balanced)
 
 
 def has_norm(model: Model) -> bool:

@@ -22,12 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import keys, tree
+from bench.models.balanced import BALANCE, STEPS, Balanced, class_weights
 from bench.tree import STATISTICS, Tree
 
 NORMS = ("group", "layer", "batch")
 """Each image over groups of its channels; over all of it, which is one group; or channels over the batch."""
-STATISTICS_POLICIES = ("shared", "personal", "frozen")
-"""Running statistics of norm layers are averaged with the model, stay at each client, or keep their first values."""
+STATISTICS_POLICIES = ("shared", "personal", "frozen", "balanced")
+"""Running statistics of norm layers are averaged with the model, stay at each client, keep their first values, or are
+averaged and forget less of earlier steps and rounds (`bench.models.balanced`)."""
 
 
 def is_norm(path: str) -> bool:
@@ -61,12 +63,38 @@ class Recorder:
     """Whether statistics keep their values, and are used instead of the batch's."""
     moving: frozenset[int] | None = None
     """Identities of the leaves of statistics that may move, the others being as if frozen; None: all."""
+    balanced: Balanced | None = None
+    """How running statistics move; None: by one momentum."""
+    y: Tensor | None = None
+    """(B,) int64, labels of the examples, where classes are weighed."""
+    penalty: Tensor | float = 0.0
+    """(), how far the batch's statistics lie from the next running ones, over all layers: mean squares of both."""
     seen: dict[int, Tensor] = field(default_factory=dict)
     """Next value, by the identity of the leaf it replaces."""
 
     def keeps(self, leaf: Tensor) -> bool:
         """Tell whether a running statistic keeps its value."""
         return self.frozen or (self.moving is not None and id(leaf) not in self.moving)
+
+    def rate(self, statistics: Tree, momentum: float) -> Tensor | float:
+        """Give how much of the way a layer's running statistics go in this step: () where steps are counted."""
+        if self.balanced is None or STEPS not in statistics:
+            return momentum
+        steps: Tensor = statistics[STEPS]
+        return self.balanced.rate(momentum, steps + 1)
+
+    def penalises(self) -> bool:
+        """Tell whether a batch's statistics are held near the running ones."""
+        return self.balanced is not None and self.balanced.penalty > 0
+
+    def weights(self, x: Tensor, layer: Tree) -> tuple[Tensor, Tensor]:
+        """Give (B,) which of a layer's inputs are examples, and (B,) how much each counts, of the same sum."""
+        if len(self.weight) != len(x):  # other images than the batch's: nobody knows of which classes
+            ones = x.new_ones(len(x))
+            return ones, ones
+        if self.y is None or BALANCE not in layer:
+            return self.weight, self.weight
+        return self.weight, class_weights(layer[BALANCE], self.y, self.weight)
 
     def following(self, statistics: Tree) -> Tree:
         """Give the next value of all statistics; those that were not used keep theirs."""
@@ -112,14 +140,19 @@ def batch_norm(layer: Tree, x: Tensor, momentum: float = 0.1, eps: float = 1e-5)
     mode = _recorder.get()
     if mode is None or mode.keeps(stats["mean"]):
         return F.batch_norm(x, stats["mean"], stats["var"], weight, bias, False, 0.0, eps)
-    if not mode.padded:
+    rate = mode.rate(stats, momentum)
+    usable: Tensor | None = None
+    if not (mode.padded or BALANCE in layer or mode.penalises()):
         mean, var = stats["mean"].detach().clone(), stats["var"].detach().clone()
         if x.shape[0] * x.shape[2] * x.shape[3] == 1:  # one value a channel has no variance
             return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
-        y = F.batch_norm(x, mean, var, weight, bias, True, momentum, eps)
+        y = F.batch_norm(x, mean, var, weight, bias, True, rate if isinstance(rate, float) else 1.0, eps)
+        if not isinstance(rate, float):
+            mean, var = torch.lerp(stats["mean"], mean, rate), torch.lerp(stats["var"], var, rate)
     else:
-        w = mode.weight[:, None, None, None]
-        count = mode.weight.sum() * x.shape[2] * x.shape[3]
+        example, counted = mode.weights(x, layer)
+        w = counted[:, None, None, None]
+        count = example.sum() * x.shape[2] * x.shape[3]
         batch_mean = (x * w).sum((0, 2, 3)) / count.clamp(min=1)
         centred = x - batch_mean[:, None, None]
         batch_var = (centred.square() * w).sum((0, 2, 3)) / count.clamp(min=1)
@@ -130,10 +163,16 @@ def batch_norm(layer: Tree, x: Tensor, momentum: float = 0.1, eps: float = 1e-5)
         )
         y = (x - batch_mean[:, None, None]) * torch.rsqrt(batch_var + eps)[:, None, None]
         y = (y if weight is None else y * weight[:, None, None]) + bias[:, None, None]
-        unbiased = batch_var.detach() * count / (count - 1).clamp(min=1)
-        mean = torch.where(usable, torch.lerp(stats["mean"], batch_mean.detach(), momentum), stats["mean"])
-        var = torch.where(usable, torch.lerp(stats["var"], unbiased, momentum), stats["var"])
+        unbiased = batch_var * count / (count - 1).clamp(min=1)
+        mean = torch.where(usable, torch.lerp(stats["mean"], batch_mean.detach(), rate), stats["mean"])
+        var = torch.where(usable, torch.lerp(stats["var"], unbiased.detach(), rate), stats["var"])
+        if mode.penalises():
+            apart = (batch_mean - mean).square().mean() + (unbiased - var).square().mean()
+            mode.penalty = mode.penalty + torch.where(usable, apart, 0.0)
     mode.seen[id(stats["mean"])], mode.seen[id(stats["var"])] = mean, var
+    if STEPS in stats:
+        steps = stats[STEPS] + 1
+        mode.seen[id(stats[STEPS])] = steps if usable is None else torch.where(usable, steps, stats[STEPS])
     return y
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import keys
+from bench.models.balanced import Balanced
 from bench.models.layers import apply_linear, convolution, convolve, linear
 from bench.tree import Tree
 
@@ -56,6 +57,10 @@ class Model(Protocol):
     @property
     def norm(self) -> str:
         """One of `bench.models.layers.NORMS`; of a network without norm layers it says nothing."""
+
+    @property
+    def balanced(self) -> Balanced | None:
+        """As `Network` has it."""
 
     @property
     def feature_size(self) -> int:
@@ -112,6 +117,8 @@ class Network(ABC):
     shape: tuple[int, ...]
     """Channels, height, width of an image; `linear`, `mlp` and `frozen` take examples of any shape."""
     norm: str = "group"
+    balanced: Balanced | None = None
+    """How running statistics of batch norm move; None: by one momentum."""
 
     @property
     @abstractmethod
@@ -143,7 +150,8 @@ class Network(ABC):
     def init(self, key: Tensor) -> Tree:
         """Draw initial weights of body and head."""
         head = linear(keys.fold(key, "head"), self.num_classes, self.feature_size)
-        return {"body": self.init_body(keys.fold(key, "body")), "head": head}
+        drawn = {"body": self.init_body(keys.fold(key, "body")), "head": head}
+        return drawn if self.balanced is None else self.balanced.prepared(drawn, self.num_classes)
 
     def summary(self, x: Tensor) -> Tensor:
         """Give what is added up over training images, of some of them, in `tree.in_float64`: (B, ...) -> (s,)."""

@@ -12,9 +12,10 @@ from annotated_types import Interval
 from bench.data import AUGMENTATIONS
 from bench.dataset import Dataset
 from bench.models import MODELS
+from bench.models.balanced import Balanced
 from bench.models.layers import NORMS, STATISTICS_POLICIES
 from bench.protocol.refusal import BadConfig as BadConfig
-from bench.ranges import Momentum, Positive, SomeShare, Strength, settle
+from bench.ranges import Momentum, Positive, Share, SomeShare, Strength, settle
 
 PROFILES = ("exponential", "step", "pareto")
 SAMPLINGS = ("fixed", "independent")
@@ -47,7 +48,9 @@ NAMED = {
 """Fields of a setting that take one of some names."""
 READ_BY = {"classes_per_client": "classes", "sizes": "classes", "users": "users"}
 """Fields that one partition alone reads."""
-LATER: Mapping[str, object] = {"classes_per_client": None, "sizes": "equal", "users": "merge"}
+OF_BALANCED: Mapping[str, object] = {"kappa": 1.0, "server_momentum": 1.0, "balance": False, "penalty": 0.0}
+"""Fields that balanced statistics alone read, at the values with which these are shared ones."""
+LATER: Mapping[str, object] = {"classes_per_client": None, "sizes": "equal", "users": "merge", **OF_BALANCED}
 """Fields that came when results were stored already, and what runs did before. With this value they are left out of a
 run's identity and of what it stores, so that a run of then and the same of now are one."""
 _MANY = 100_000  # rounds, clients, examples of a batch: an end to what would not end
@@ -64,7 +67,17 @@ class Setting:
     norm: str = "group"
     """"group", "layer" or "batch", of networks that have norm layers."""
     statistics: str = "shared"
-    """What happens to batch norm's running statistics: "shared", "personal" or "frozen"."""
+    """What happens to batch norm's running statistics: "shared", "personal", "frozen", or "balanced", which is shared
+    with the four fields that follow."""
+    kappa: Share = 1.0
+    """How quickly the momentum of running statistics stops falling, over the steps of a client's visit and over rounds:
+    0 is the plain mean, 1 one momentum for all."""
+    server_momentum: SomeShare = 1.0
+    """How much of the averaged statistics the server takes up in a round, before kappa; 1 is all, unless that is 0."""
+    balance: bool = False
+    """Whether norm layers weigh the classes of a batch, by weights that are trained, sent and averaged."""
+    penalty: Strength = 0.0
+    """Times the distance of a batch's statistics from the running ones is added to every loss."""
     clients: _Many | None
     """All clients, held-out ones included; None: as many as the dataset has natural users."""
     unseen: Annotated[int, Interval(ge=0, lt=_MANY)] = 0
@@ -150,6 +163,13 @@ class Setting:
         for name, allowed in (*NAMED.items(),):
             value = getattr(self, name)
             _require(value in allowed, name, value, f"must be one of {', '.join(allowed)}")
+
+    @property
+    def balanced(self) -> Balanced | None:
+        """How running statistics move; None: by one momentum."""
+        if self.statistics != "balanced":
+            return None
+        return Balanced(**{field: getattr(self, field) for field in OF_BALANCED})
 
     def training_clients(self, clients: int) -> int:
         """Give how many of all clients may take part in training.

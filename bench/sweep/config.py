@@ -94,13 +94,20 @@ class Sweep:
         return [f"left out of the set: {why}" for why in dict.fromkeys(map(str, self._expanded[1]))]
 
     def unread(self) -> list[str]:
-        """Say where a field that was given changes no number: the kind of norm layers of a network that has none."""
-        if "norm" not in self.overrides:
-            return []
-        models = {run.setting.model: run for run in self.expand()}
-        without = [name for name, run in models.items() if not has_norm(_model(run.dataset, run.setting))]
-        said = "has no norm layers, so this changes no number"
-        return [f"norm = {self.overrides['norm']}: {name} {said} ('bench show {name}')" for name in without]
+        """Say where a field that was given changes no number: the kind of norm layers of a network that has none, or
+        what happens to running statistics that there are not.
+        """
+        asked, found = self.overrides, []
+        models = {run.setting.model: run for run in self.expand()} if {"norm", "statistics"} & asked.keys() else {}
+        for model, run in models.items():
+            normed = has_norm(_model(run.dataset, run.setting))
+            if "norm" in asked and not normed:
+                said = "has no norm layers, so this changes no number"
+                found.append(f"norm = {asked['norm']}: {model} {said} ('bench show {model}')")
+            if asked.get("statistics", "shared") != "shared" and (not normed or run.setting.norm != "batch"):
+                said = "so this changes no number; networks with norm layers have some with --set norm=batch"
+                found.append(f"statistics = {asked['statistics']}: {model} has no running statistics here, {said}")
+        return found
 
     @cached_property
     def _expanded(self) -> tuple[dict[str, Run], list[BadConfig]]:
@@ -196,7 +203,7 @@ class Sweep:
 
 
 def _model(dataset: Dataset, setting: Setting) -> Model:
-    return build(setting.model, dataset.num_classes, dataset.image_shape, setting.norm)
+    return build(setting.model, dataset.num_classes, dataset.image_shape, setting.norm, setting.balanced)
 
 
 def _both(asked: tuple[P, ...], grid: tuple[P, ...]) -> tuple[P, ...] | None:

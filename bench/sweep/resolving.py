@@ -9,7 +9,17 @@ from typing import Any
 from bench.dataset import Dataset
 from bench.models import MODELS
 from bench.plugins.names import meant, near
-from bench.protocol.settings import LATER, NAMED, READ_BY, SETTINGS, WITHOUT_ALPHA, BadConfig, Setting, named
+from bench.protocol.settings import (
+    LATER,
+    NAMED,
+    OF_BALANCED,
+    READ_BY,
+    SETTINGS,
+    WITHOUT_ALPHA,
+    BadConfig,
+    Setting,
+    named,
+)
 from bench.protocol.spelling import check_fields
 from bench.protocol.spelling import name as name
 from bench.protocol.spelling import parse_algorithms as parse_algorithms
@@ -86,6 +96,10 @@ def _reconcile(setting: Setting, dataset: Dataset, given: Mapping[str, Any], usu
         raise BadConfig(f"augment = {setting.augment}: {what} are no pictures to shift or mirror; leave it out")
     if not setting.unseen_labels and not setting.unseen:
         raise BadConfig("unseen_labels = False: no client is held out; say how many with --set unseen=4")
+    for key, usual_value in OF_BALANCED.items():
+        if setting.statistics != "balanced" and getattr(setting, key) != usual_value:
+            said = f"{key} = {getattr(setting, key)}: statistics = {setting.statistics} does not read it"
+            raise BadConfig(f"{said}; leave it out, or choose --set statistics=balanced")
     if setting.partition in WITHOUT_ALPHA:
         if given.get("alpha") is not None:
             instead = {"users": "clients are its natural users", "classes": "each client has some classes"}

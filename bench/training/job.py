@@ -67,7 +67,7 @@ def surroundings(job: Job) -> Surroundings:
         raise BadConfig(f"{type(algorithm).__name__} needs a teacher, and this run has none")
     seen = None if teacher is None else teacher.images
     population = Population(dataset, job.splits, split, setting, job.seed, device, seen)
-    model = models.build(setting.model, dataset.num_classes, dataset.image_shape, setting.norm)
+    model = models.build(setting.model, dataset.num_classes, dataset.image_shape, setting.norm, setting.balanced)
     told = None if model.learns is None or job.weights is not None else tell(model, population)
     prior = split.class_counts / split.class_counts.sum() if "prior" in algorithm.needs else None
     task = Task(

@@ -18,6 +18,7 @@ import torch
 from bench import tree
 from bench.algorithm import Exchange
 from bench.data import Uploads
+from bench.models.balanced import at_rest
 from bench.models.layers import is_norm_statistic
 from bench.splits.split import group_classes
 from bench.system import durable
@@ -34,7 +35,7 @@ from bench.training.keeping import Keeper, holds
 from bench.training.memory import peak_memory, reset_peak_memory
 from bench.training.outcome import Outcome, Progress, Report, Tally
 from bench.training.states import StatesDamaged, StatesUnwritable, store
-from bench.training.statistics import with_own_statistics
+from bench.training.statistics import taken_up, with_own_statistics
 from bench.training.visit import Verb, Visit
 from bench.tree import Tree
 
@@ -163,7 +164,10 @@ class Run:
         task = self.task_at(r)
         self.population.prefetch(r, min(r + 1, self.setting.rounds - 1))
         self.present.clear()
+        before, balanced = self.progress.server, self.task.model.balanced
         finite = all([self.exchange(task, exchange) for exchange in self.algorithm.exchanges(task)])
+        if balanced is not None:
+            self.progress.server = taken_up(balanced, before, self.progress.server, r)
         self._spend(CLIENT_ROUNDS, len(self.present))
         self._spend("server_samples", float(task.samples()))
         self._synchronise()
@@ -235,7 +239,7 @@ class Run:
         arrived, uploads = [], []
         for k, (upload, private) in zip(clients, results, strict=True):
             if not exchange.aside:
-                store[k] = private  # a client cannot know whether what it sent arrives
+                store[k] = self._rested(private)  # a client cannot know whether what it sent arrives
             if pooled or population.arrives(k, task.round):
                 arrived.append(k)
                 uploads.append(upload)
@@ -245,7 +249,7 @@ class Run:
             sizes = population.sizes(arrived)
             alike = (sizes > 0).to(sizes.dtype) if self.setting.client_weights == "uniform" else None
             taken = Uploads(uploads, sizes, ids, alike)
-            self.progress.server = self._serve(exchange, knowing, server, taken)
+            self.progress.server = self._rested(self._serve(exchange, knowing, server, taken))
         return tree.is_finite(*(private for _, private in results))
 
     def work(self, purpose: str, name: str, verb: Verb, task: Task, shared: Tree, visits: Sequence[Visit]) -> list[Any]:
@@ -324,7 +328,7 @@ class Run:
             results = self.work("adaptation", "local_update", verb, task, shared, visits)
             self._require_finite(tree.is_finite(*(private for _, private in results)), "in the final visit")
             for k, (_, private) in zip(clients, results, strict=True):
-                store[k] = private
+                store[k] = self._rested(private)
 
     def evaluate(self, task: Task, completed: int, last: bool) -> dict[str, float | None]:
         """Test all models, note counts and metrics, and give the metrics."""
@@ -370,6 +374,10 @@ class Run:
                 rows = torch.cat([torch.tensor(tested[kind])[k][None], torch.cat(answers[name], 1), known[None]])
                 self.progress.predictions.append(Tally(completed, name, rows.to(torch.int32)))
         return measured
+
+    def _rested(self, state: Tree) -> Tree:
+        """Give a state as it is between visits: where norm layers count steps, none are counted."""
+        return state if self.task.model.balanced is None else at_rest(state)
 
     def _require_finite(self, finite: bool, when: str) -> None:
         if not finite:

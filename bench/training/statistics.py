@@ -1,15 +1,40 @@
-"""The policy that running statistics of norm layers stay at each client."""
+"""Policies of running statistics: that they stay at each client, and that the server keeps some of what it had."""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from bench import tree
 from bench.data import LocalData
+from bench.models.balanced import Balanced, is_count
+from bench.models.layers import is_norm_statistic
 from bench.task import Task
 from bench.training.visit import Verb
 from bench.tree import Tree
+
+
+def taken_up(balanced: Balanced, before: Tree, after: Tree, round: int) -> Tree:
+    """Have a server take up some of the running statistics that a round brought, less in each round.
+
+    Args:
+        balanced: Says how much.
+        before: The server's state.
+        after: The same when the round is over.
+        round: 0 is the first.
+    """
+    if not balanced.keeps:
+        return after
+    rate, earlier = balanced.rate(balanced.server_momentum, float(round + 1)), tree.flatten(before)
+
+    def of(path: str, leaf: Tensor) -> Tensor:
+        moves = is_norm_statistic(path) and not is_count(path) and path in earlier
+        return torch.lerp(earlier[path], leaf, rate) if moves else leaf
+
+    return tree.map_paths(of, after)
 
 
 def with_own_statistics(verb: Verb) -> Verb:

@@ -272,7 +272,8 @@ class _Shapes:
 
 @lru_cache(maxsize=256)
 def _shapes(algorithm: Algorithm, dataset: Dataset, setting: Setting, clients: int) -> _Shapes | None:
-    model = models.build(setting.model, dataset.num_classes, dataset.image_shape, setting.norm)
+    shape, balanced = dataset.image_shape, setting.balanced
+    model = models.build(setting.model, dataset.num_classes, shape, setting.norm, balanced)
     if tree.nbytes(model.init(keys.key(0, "meta"))) > _MOST_BYTES:
         return None
     try:  # shapes only: nothing is drawn

@@ -132,4 +132,5 @@ def network(asked: Asked) -> Footprint | None:
     setting, dataset = asked.trained_by, asked.dataset
     if dataset is None:
         return None
-    return footprint(models.build(setting.model, dataset.num_classes, dataset.image_shape, setting.norm))
+    shape, balanced = dataset.image_shape, setting.balanced
+    return footprint(models.build(setting.model, dataset.num_classes, shape, setting.norm, balanced))
