@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bench import keys, losses, models, tree
+from bench.attacks import Ball
 from bench.data import Batch, LocalData
 from bench.models import Model
 from bench.models.layers import Recorder, training
@@ -63,6 +64,8 @@ class Task:
     """(C, d) float32, what a teacher that stands still makes of the classes, only for algorithms that declare the need
     "teacher"; of images it is `data.teacher`.
     """
+    ball: Ball | None = None
+    """What an attack may make of an image: the setting's; None where examples are not made of pixels."""
     frozen_statistics: bool = False
     weights: Tree | None = None
     """Body that every model starts from, trained elsewhere; None: drawn."""

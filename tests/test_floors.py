@@ -16,7 +16,7 @@ FLOORS = {
     # what needs nothing of ours
     0: "system plugins tree keys bits ranges dataset",
     # one batch, one client, one model: what an algorithm's author reads
-    1: "data losses models federated_features optim task part algorithm",
+    1: "data losses models federated_features optim attacks task part algorithm",
     # from files to labels; what a comparison holds equal; from labels to clients
     2: "files protocol splits",
     # one run

@@ -61,6 +61,11 @@ OURS = {
     "classes_per_client": (None, "nobody deals whole classes"),
     "sizes": ("equal", "likewise"),
     "users": ("merge", "no natural users"),
+    "attack": ("none", "no test under attack"),
+    "attack_epsilon": (8 / 255, "likewise; what is usual"),
+    "attack_step": (2 / 255, "likewise"),
+    "attack_steps": (None, "likewise"),
+    "attack_images": (1000, "likewise"),
 }
 """What holds for all that say nothing else: field to value and reason."""
 

@@ -56,7 +56,7 @@ class Images:
         teacher: Tensor | None = None,
         mirrored: Tensor | None = None,
     ) -> None:
-        self.y, self.augment, self.shape, self.rows = y, augment, tuple(x.shape[1:]), rows
+        self.y, self.augment, self.shape, self.rows, self.scale = y, augment, tuple(x.shape[1:]), rows, scale
         self.teacher = teacher
         self.mirrored = torch.zeros_like(y, dtype=torch.bool) if mirrored is None else mirrored
         self.box = self.shape if len(self.shape) == 3 else (self.shape[0], 1, math.prod(self.shape[1:]))

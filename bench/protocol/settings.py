@@ -9,6 +9,7 @@ from typing import Annotated, TypeAlias
 
 from annotated_types import Interval
 
+from bench.attacks import ATTACKS, EPSILON, STEP
 from bench.data import AUGMENTATIONS
 from bench.dataset import Dataset
 from bench.models import MODELS
@@ -44,13 +45,19 @@ NAMED = {
     "decayed": DECAYED,
     "sizes": SIZES,
     "users": USERS,
+    "attack": ATTACKS,
 }
 """Fields of a setting that take one of some names."""
 READ_BY = {"classes_per_client": "classes", "sizes": "classes", "users": "users"}
 """Fields that one partition alone reads."""
 OF_BALANCED: Mapping[str, object] = {"kappa": 1.0, "server_momentum": 1.0, "balance": False, "penalty": 0.0}
 """Fields that balanced statistics alone read, at the values with which these are shared ones."""
-LATER: Mapping[str, object] = {"classes_per_client": None, "sizes": "equal", "users": "merge", **OF_BALANCED}
+OF_AN_ATTACK: Mapping[str, object] = {"attack_steps": None, "attack_images": 1000}
+"""Fields that nothing reads where no test is attacked; how far a pixel moves is training's too."""
+LATER: Mapping[str, object] = {
+    "classes_per_client": None, "sizes": "equal", "users": "merge", **OF_BALANCED,
+    "attack": "none", "attack_epsilon": EPSILON, "attack_step": STEP, **OF_AN_ATTACK,
+}  # fmt: skip
 """Fields that came when results were stored already, and what runs did before. With this value they are left out of a
 run's identity and of what it stores, so that a run of then and the same of now are one."""
 _MANY = 100_000  # rounds, clients, examples of a batch: an end to what would not end
@@ -149,6 +156,17 @@ class Setting:
     """Rounds between evaluations; the last round is always evaluated."""
     eval_clients: _Many | None = None
     """Clients whose personal models are tested, drawn once by the seed; None: all."""
+    attack: str = "none"
+    """Whether models are tested on attacked images besides, after the last round: "none", "pgd", or "apgd", whose steps
+    adapt and which takes some 50 times as long: see `bench.attacks` and `bench.training.apgd`."""
+    attack_epsilon: Annotated[float, Interval(ge=0, le=1)] = EPSILON
+    """Most that an attack moves a pixel of those in [0, 1], in tests and in training against attacks: 8/255."""
+    attack_step: Annotated[float, Interval(ge=0, le=1)] = STEP
+    """That it moves a pixel in one step: 2/255; the steps of "apgd" are its own."""
+    attack_steps: Annotated[int, Interval(ge=1, le=10_000)] | None = None
+    """Steps of an attack on a test; None: 20 of "pgd", 100 of "apgd"."""
+    attack_images: _Many = 1000
+    """Test images that are attacked, drawn once by the seed; a client's own model on those of them that are its own."""
     auxiliary: str | None = None
     """Images at the server: `own:N` (N of each class that the tail cut away) or `DATASET:N`; only for algorithms that
     need some, and told with them, so that the others' results stand in the same table.

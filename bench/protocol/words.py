@@ -1,8 +1,9 @@
-"""Lists and numbers as they are typed, whatever they are of."""
+"""Lists and numbers as they are typed, whatever they are of, and what a setting says of attacks, in words."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 _EMBEDDED = re.compile(r"features\(path='(?:[^']*/)?(\w+)-([\w.]+)-[0-9a-f]{8}'\)")
 """Features in the folder that `bench data embed` names: of what, by which network, and the digest of its listing."""
@@ -41,3 +42,21 @@ def spell_imbalance(factor: float | None) -> str:
 def dataset_in_words(call: str) -> str:
     """Name a dataset in a heading: embedded images are `cifar10 features of resnet18`, all else is as it is typed."""
     return _EMBEDDED.sub(r"\1 features of \2", call)
+
+
+def attack_in_words(setting: Mapping[str, object]) -> str | None:
+    """Say what an attack does to test images, of a setting's stored fields, which lack those at their usual values.
+
+    Returns:
+        None where there is none.
+    """
+    told = {**_USUAL_ATTACK, **setting}
+    attack, epsilon, images = (told[key] for key in _USUAL_ATTACK)
+    if attack == "none" or not isinstance(epsilon, float):
+        return None
+    how = f"{attack} moves each pixel by up to {255 * epsilon:g}/255, along the slope of the model that is tested"
+    return f"{how}; on up to {images} test images, drawn by the seed"
+
+
+_USUAL_ATTACK: Mapping[str, object] = {"attack": "none", "attack_epsilon": 8 / 255, "attack_images": 1000}
+"""As the setting has it; that is read without torch here."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from bench.plugins.ledger import TIERS
+from bench.protocol.words import attack_in_words
 from bench.results import classes
 from bench.results.cautions import cautions
 from bench.results.leaderboard import Leaderboard, Row, measured, suffix
@@ -136,6 +137,14 @@ ACCURACY = (
     Column("unseen", "unseen"),
 )
 """In the order of a table."""
+ROBUST = (
+    Column("robust", "generic.robust"),
+    Column("robust few", "generic.robust.few"),
+    Column("robust balanced", "personal.robust.balanced"),
+    Column("robust personal", "personal.robust"),
+    Column("robust worst decile", "personal.robust.worst_decile"),
+)
+"""Of tests under attack, behind the others: there are none where nobody asked for an attack."""
 _WORK = (
     ("", "samples", "flops"),
     ("training", "train_samples", "train_flops"),
@@ -164,7 +173,7 @@ _ASKED_SAYS = (
 )
 _MAIN = (
     "generic", "generic.few", "personal.balanced", "personal", "personal.few", "personal.worst_decile",
-    "samples", "bytes", "wall_seconds",
+    "generic.robust", "personal.robust.balanced", "personal.robust", "samples", "bytes", "wall_seconds",
 )  # fmt: skip
 _PREFIXES = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 
@@ -172,7 +181,7 @@ _PREFIXES = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 def columns(board: Leaderboard) -> tuple[Column, ...]:
     """Choose the columns of a leaderboard: all of which any row has a number."""
     followed = suffix(board.metric)
-    accuracy = [replace(column, key=column.key + followed) for column in ACCURACY]
+    accuracy = [replace(column, key=column.key + followed) for column in (*ACCURACY, *ROBUST)]
     samples, flops = (_scaled(board, title, place) for place, title in ((1, "{0} {1} samples"), (2, "{1} {0}FLOP")))
     known = (*accuracy, *samples, Column("MB", "bytes", 1e6), *flops, *_TIME_AND_MEMORY)
     if board.shown:
@@ -297,6 +306,7 @@ def remarks(board: Leaderboard) -> list[str]:
         *_power(board),
         *board.lacks,
         *_derived(board),
+        *_attacked(board),
         *numbered,
     ]
 
@@ -313,6 +323,12 @@ def _derived(board: Leaderboard) -> list[str]:
     """Say what columns mean that stand there only because they were asked for."""
     asked = {column.key for column in _ASKED}.intersection(board.shown)
     return [classes.SAYS] * any(map(classes.is_derived, board.shown)) + [_ASKED_SAYS] * bool(asked)
+
+
+def _attacked(board: Leaderboard) -> list[str]:
+    """Say what was done to images, where models were tested under attack."""
+    how = attack_in_words(board.setting)
+    return [] if how is None else [f"robust: {how}, of a client's own model those that are its own."]
 
 
 def order(board: Leaderboard) -> str:

@@ -254,7 +254,7 @@ def front(points: Sequence[tuple[str, float, float]]) -> set[str]:
 
 def classes(counted: Counted) -> Figure | None:
     """Draw the accuracy of each class, the classes in the order of their training images; nothing without a model."""
-    models = _counted(counted.classes, ("generic", "personal"))
+    models = _counted(counted.classes, ("generic", "personal", "robust"))
     if not models:
         return None
     sizes = [part.size for part in counted.classes]

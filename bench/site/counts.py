@@ -14,7 +14,8 @@ MOST = 200
 OTHERS = "others"
 """The group of clients that are not in the worst decile."""
 
-_NAMES = {"generic": "generic", "personal": "personal", "personal.masked": "masked"}
+_NAMES = {"generic": "generic", "personal": "personal", "personal.masked": "masked", "generic.robust": "robust"}
+_OF_CLIENTS = ("personal", "masked")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,9 @@ def count(record: Record) -> Counted:
             members=1,
             group="worst decile" if place < worst else OTHERS,
             size=tests[client][1],
-            accuracy={name: value for name, value in _accuracies(sums["client"], client).items() if name != "generic"},
+            accuracy={
+                name: value for name, value in _accuracies(sums["client"], client).items() if name in _OF_CLIENTS
+            },
         )
         for place, client in enumerate(ranked)
     ]

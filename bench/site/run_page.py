@@ -46,6 +46,8 @@ _MODELS = (
     ("generic", "generic", ("many", "medium", "few")),
     ("personal", "personal", _PERSONAL),
     ("personal.masked", "masked", _PERSONAL),
+    ("generic.robust", "generic, attacked", ("many", "medium", "few")),
+    ("personal.robust", "personal, attacked", _PERSONAL),
     ("unseen", "unseen", ("balanced",)),
     ("unseen.masked", "unseen, masked", ("balanced",)),
 )

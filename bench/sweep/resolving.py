@@ -12,6 +12,7 @@ from bench.plugins.names import meant, near
 from bench.protocol.settings import (
     LATER,
     NAMED,
+    OF_AN_ATTACK,
     OF_BALANCED,
     READ_BY,
     SETTINGS,
@@ -94,12 +95,19 @@ def _reconcile(setting: Setting, dataset: Dataset, given: Mapping[str, Any], usu
     if setting.augment != "none" and not dataset.pictures:
         what = "features" if dataset.image_shape[1:] == (1, 1) else "these examples"
         raise BadConfig(f"augment = {setting.augment}: {what} are no pictures to shift or mirror; leave it out")
+    if setting.attack != "none" and not dataset.pictures:
+        said = f"attack = {setting.attack}: these examples are not made of pixels, which an attack moves"
+        raise BadConfig(f"{said}; leave it out, or choose a dataset of pictures")
     if not setting.unseen_labels and not setting.unseen:
         raise BadConfig("unseen_labels = False: no client is held out; say how many with --set unseen=4")
-    for key, usual_value in OF_BALANCED.items():
-        if setting.statistics != "balanced" and getattr(setting, key) != usual_value:
-            said = f"{key} = {getattr(setting, key)}: statistics = {setting.statistics} does not read it"
-            raise BadConfig(f"{said}; leave it out, or choose --set statistics=balanced")
+    for fields, reads, why, choose in (
+        (OF_BALANCED, setting.statistics == "balanced", f"statistics = {setting.statistics} does not read it",
+         "choose --set statistics=balanced"),
+        (OF_AN_ATTACK, setting.attack != "none", "no test is attacked", "say how with --set attack=pgd"),
+    ):  # fmt: skip
+        for key, usual_value in fields.items():
+            if not reads and getattr(setting, key) != usual_value:
+                raise BadConfig(f"{key} = {getattr(setting, key)}: {why}; leave it out, or {choose}")
     if setting.partition in WITHOUT_ALPHA:
         if given.get("alpha") is not None:
             instead = {"users": "clients are its natural users", "classes": "each client has some classes"}

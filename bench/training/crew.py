@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
+
+import torch
 
 from bench import tree
 from bench.algorithm import Algorithm
@@ -40,6 +43,13 @@ class Surroundings:
         named = {"weights": self.task.weights, "prior": self.task.prior, "teacher": self.task.teacher}
         leaves = tree.flatten({name: each for name, each in named.items() if each is not None})
         return [(leaf.untyped_storage(), 0) for leaf in leaves.values()]
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Have models score test images: in the run's precision, and differentiate nothing."""
+        precision = self.task.precision
+        with torch.no_grad(), torch.autocast(self.population.test.device.type, precision, precision != torch.float32):
+            yield
 
 
 class Crew(Protocol):

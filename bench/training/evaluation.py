@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -26,6 +25,7 @@ from bench.data import LocalData
 from bench.protocol.settings import BEYOND_TRAINING
 from bench.task import Task
 from bench.training import adaptation as tuning
+from bench.training import robustness
 from bench.training.counting import Answers, sparse
 from bench.training.crew import Crew, Surroundings, visit_all
 from bench.training.keeping import Keeper
@@ -58,8 +58,10 @@ class Evaluator:
     """By the memory of a body: the body, so that its memory is no other's meanwhile, and its features of all test
     images; `forget` empties it after each evaluation."""
 
-    def generic(self, task: Task, server: Tree) -> Answers:
-        """Test the one model of all clients, and its variants, on the whole official test set."""
+    def generic(self, task: Task, server: Tree, final: bool = False) -> Answers:
+        """Test the one model of all clients, and its variants, on the whole official test set; in the end the model
+        under attack too.
+        """
         algorithm = self.here.algorithm
         models = {"generic": algorithm.global_model(task, server)}
         models |= {f"generic:{name}": m for name, m in algorithm.global_variants(task, server).items()}
@@ -74,6 +76,8 @@ class Evaluator:
                 if self.keeper is not None:
                     self.keeper.put(name, model)
                 answers[name] = [self._test_on_all(task, model, _predictor(self.here, name))]
+        if final and (model := models.get("generic")) is not None:
+            answers |= self._under_attack("generic", task, [model], [-1])
         return answers
 
     def personal(self, task: Task, server: Tree, store: Store, clients: Sequence[int], final: bool) -> Answers:
@@ -171,7 +175,18 @@ class Evaluator:
             known = name == "personal" or (name == "unseen" and setting.unseen_labels)
             if known and setting.client_test not in BEYOND_TRAINING:
                 answers[f"{name}.masked"] = masked
+        if final and "personal" in named:
+            answers |= self._under_attack("personal", task, named["personal"], clients)
         return answers
+
+    def _under_attack(self, name: str, task: Task, models: list[Tree], clients: Sequence[int]) -> Answers:
+        """Test models on attacked images, where the setting says so."""
+        rows = self.here.population.attacked
+        if not rows:
+            return {}
+        own = [rows[client] for client in clients]
+        predictor = _predictor(self.here, name)
+        return {f"{name}.{robustness.ROBUST}": robustness.tested(self.here, self.crew, task, models, own, predictor)}
 
     def forget(self) -> None:
         """Drop the features kept for this evaluation; those of a body without weights, which cannot move, stay."""
@@ -237,7 +252,7 @@ class Evaluator:
         found: dict[int, Tensor] = {}
         for some in _portions_of(kept, [self.here.task.num_classes * len(rows[k]) for k in kept], _SCORES):
             given = [self._features_of(bodies[k], models[k]["body"]) for k in some]
-            with _inference(self.here):
+            with self.here.inference():
                 scores = [
                     self.here.task.model.logits(models[k]["head"], features[rows[k]]).float()
                     for k, features in zip(some, given, strict=True)
@@ -326,7 +341,7 @@ def _try(round: int, lr: float, predictor: str, here: Surroundings, shared: Tree
         return _compare(here, [scores], [rows], None if absent is None else absent[None])[0]
     task, test = here.task.at(round, lr), here.population.test
     predict = method_of(here.algorithm, predictor)
-    with _inference(here):
+    with here.inference():
         scores = torch.cat([predict(task, model, test.plain(part)) for part in rows.split(_SLICE)]).float()
     return _compare(here, [scores], [rows], None if absent is None else absent[None])[0]
 
@@ -334,21 +349,14 @@ def _try(round: int, lr: float, predictor: str, here: Surroundings, shared: Tree
 def _embed(here: Surroundings, body: Tree, rows: Tensor) -> Tensor:
     """Give the features of test images: (len(rows), d)."""
     network, test = here.task.model, here.population.test
-    with _inference(here):
+    with here.inference():
         return torch.cat([network.features(body, test.plain(part)) for part in rows.split(_SLICE)])
 
 
 def _logits(here: Surroundings, model: Tree, features: Tensor) -> Tensor:
     """Score features: (B, C) float32."""
-    with _inference(here):
+    with here.inference():
         return here.task.model.logits(model["head"], features).float()
-
-
-@contextmanager
-def _inference(here: Surroundings) -> Iterator[None]:
-    precision = here.task.precision
-    with torch.no_grad(), torch.autocast(here.population.test.device.type, precision, precision != torch.float32):
-        yield
 
 
 def _portions_of(items: list[int], sizes: Sequence[int], most: int) -> Iterator[list[int]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bench import keys, models, tree
+from bench import attacks, keys, models, tree
 from bench.algorithm import Algorithm
 from bench.dataset import Dataset, Splits
 from bench.models.teacher import Features
@@ -86,6 +86,7 @@ def surroundings(job: Job) -> Surroundings:
         clip=setting.clip,
         prior=None if prior is None else prior.float().to(device),
         teacher=None if teacher is None else tree.bring(teacher.texts, device),
+        ball=attacks.around(population.test, setting.attack_epsilon, setting.attack_step) if dataset.pictures else None,
         frozen_statistics=setting.statistics == "frozen",
         weights=None if job.weights is None else tree.to(job.weights, device),
         start=None if told is None else tree.to(model.started(told.total), device),

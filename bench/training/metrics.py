@@ -3,8 +3,9 @@
 The words are those of the table. `generic` is the one global model on the official test set, a mean over classes,
 `personal` client k's own model on client k's test data, `personal.balanced` the mean over the classes that are there,
 and then over clients, `personal.masked` the first with the classes that the client never trained on left out of the
-arg-max, `unseen` the personal models of clients held out of training. Clients' tests may overlap where they are drawn
-from one official test set: an image serves about two clients (1.7-2.3 with 20 of them).
+arg-max, `generic.robust` and `personal.robust` the two on attacked test images, `unseen` the personal models of clients
+held out of training. Clients' tests may overlap where they are drawn from one official test set: an image serves about
+two clients (1.7-2.3 with 20 of them).
 All values are fractions 0-1. What was not measured is None, never a number.
 
 Sums are exactly rounded (`math.fsum`), so a metric depends neither on the machine nor on the clients' order.
@@ -81,9 +82,9 @@ def over_time(
         num_classes = max((int(classes.max()) + 1 for classes in groups.values() if len(classes)), default=0)
         counts, drawn = (np.zeros((1, 0, num_classes), dtype=np.int64),) * 2, None
     match name.split(":")[0]:
-        case "generic":
+        case "generic" | "generic.robust":
             return _generic(name, *counts, groups)
-        case "personal" | "personal.masked":
+        case "personal" | "personal.masked" | "personal.robust":
             return _personal(name, *counts, groups, drawn)
         case "unseen" | "unseen.masked":
             correct, total = counts

@@ -45,6 +45,17 @@ def draw_cohort(setting: Setting, clients: int, key: Tensor, round: int) -> tupl
     return tuple(keys.choice(keys.fold(key, "cohort", round), training, size).tolist())
 
 
+def draw_attacked(setting: Setting, images: int, key: Tensor) -> Tensor:
+    """Draw the test images that are attacked: (n,) int64, ascending; the first of an order that is the key's alone.
+
+    Args:
+        setting: How many at most.
+        images: Of the official test part.
+        key: () int64, of the run's seed.
+    """
+    return keys.permutation(keys.fold(key, "attacked"), images)[: setting.attack_images].sort().values
+
+
 def rests_on(
     images: Mapping[int, int], classes: Mapping[int, int], drawn: Set[int]
 ) -> dict[str, int | list[int] | None]:
@@ -111,6 +122,13 @@ class Population:
         self.test = Images(splits.test_x, splits.test_y.to(device), *look, "none", dataset.scale).resident(RESIDENT)
         self.index = [tree.bring(place[rows], device) for rows in split.clients]
         self.tests = [tree.bring(rows, device) for rows in split.tests]
+        self.attacked: list[Tensor] = []
+        """Where tests are attacked: (n,) int64 of each client, its test images that are; the generic model's are last.
+        """
+        if setting.attack != "none":
+            chosen = draw_attacked(setting, len(self.test), self.key)
+            of_clients = [rows[torch.isin(rows, chosen)] for rows in split.tests]
+            self.attacked = [tree.bring(rows, device) for rows in (*of_clients, chosen)]
         self._counts: dict[int, Tensor] = {}
         self._client_keys = keys.fold(self.key.to(device), "client", torch.arange(self.size, device=device))
 

@@ -343,7 +343,7 @@ class Run:
         answers: Answers = {}
         tested: dict[str, Sequence[int]] = {"generic": (-1,)}
         if not self.own_statistics:  # a generic model would need statistics that nobody has
-            answers |= evaluator.generic(task, server)
+            answers |= evaluator.generic(task, server, last)
         if keeper is not None:
             keeper.close_server()
         for kind, clients in (

@@ -16,6 +16,7 @@ from bench.results.record import DOCUMENT, Record
 from bench.results.tables import COUNT_COLUMNS, COUNTS, PREDICTION_COLUMNS, PREDICTIONS, ROUNDS, together
 from bench.results.tables import curves as laid_out
 from bench.training import metrics
+from bench.training.robustness import ROBUST
 from bench.validation.expected import Cells, Numbers, countable, evaluations, first_drawn, tested_models
 from bench.validation.found import Inspected, brief, close
 from bench.validation.rebuilding import Asked
@@ -66,6 +67,11 @@ def _file(found: Inspected, name: str, round: int | None = None) -> str:
 def _kind(model: str) -> str:
     """Give whose test images a model is tested on: "generic", "personal" or "unseen"."""
     return model.split(":")[0].split(".")[0]
+
+
+def _tested_on(model: str) -> str:
+    """Give which images a model is tested on: those of its kind, or of these the ones that are attacked."""
+    return f"{_kind(model)}.{ROBUST}" if model.endswith(f".{ROBUST}") else _kind(model)
 
 
 def _rows_fit(found: Inspected, record: Record, name: str, frame: pandas.DataFrame) -> bool:
@@ -173,8 +179,8 @@ def _images(found: Inspected, tested: Mapping[tuple[int, str], Cells]) -> None:
     references = {} if found.dealt is None else dict(found.dealt.tested)
     whose = "of the other models" if found.dealt is None else "by the data"
     for (round, model), cells in tested.items():
-        reference = references.setdefault(_kind(model), cells)
-        found.tested.setdefault(_kind(model), cells)
+        reference = references.setdefault(_tested_on(model), cells)
+        found.tested.setdefault(_tested_on(model), cells)
         if not np.array_equal(cells, reference):
             what = f"has other test images than those {whose}: round {round}, model {model}"
             found.add(_file(found, COUNTS, round), "total", f"{what}, {apart_at(cells, reference)}")

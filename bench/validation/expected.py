@@ -23,7 +23,8 @@ from bench.protocol.settings import Setting
 from bench.splits import auxiliary
 from bench.splits.split import describe, make_split
 from bench.task import Task
-from bench.training.population import draw_cohort
+from bench.training.population import draw_attacked, draw_cohort
+from bench.training.robustness import ROBUST
 from bench.validation.rebuilding import Asked
 
 Numbers = npt.NDArray[np.int64]
@@ -46,7 +47,7 @@ class Dealt:
     described: Mapping[str, object]
     """Keys of run.json: fingerprint, clients, class_counts, groups, heterogeneity."""
     tested: Mapping[str, Cells]
-    """By "generic", "personal", "unseen": on how many images of which class, client by client."""
+    """By "generic", "personal", "unseen", "generic.robust" ...: on how many images of which class, client by client."""
     images: Mapping[int, int]
     """Test images of each client whose personal models are tested."""
     classes: Mapping[int, int]
@@ -82,6 +83,12 @@ def _dealt(dataset: Dataset, root: Path, setting: Setting, seed: int) -> Dealt:
         chosen = evaluated(setting, those, seed)
         rows = [split.tests[client].numpy() for client in chosen]
         tested[kind] = _cells(chosen, rows, labels, dataset.num_classes)
+    if setting.attack != "none":
+        attacked = draw_attacked(setting, len(labels.test), keys.key(seed)).numpy()
+        tested[f"generic.{ROBUST}"] = _cells([-1], [attacked], labels, dataset.num_classes)
+        chosen = evaluated(setting, kinds["personal"], seed)
+        rows = [np.intersect1d(split.tests[client].numpy(), attacked) for client in chosen]
+        tested[f"personal.{ROBUST}"] = _cells(chosen, rows, labels, dataset.num_classes)
     sizes = [len(rows) for rows in split.clients]
     visited = int(drawn(setting, clients, seed).times @ np.asarray(sizes, dtype=np.int64))
     described = {key: said[key] for key in ("fingerprint", "class_counts", "groups", "heterogeneity")}
@@ -175,7 +182,9 @@ def tested_models(asked: Asked) -> tuple[frozenset[str], frozenset[str]]:
     setting = asked.trained_by
     # All that decides which models there are, and which budgets of adaptation: those may follow the setting's epochs.
     told = {key: getattr(setting, key) for key in ("norm", "statistics", "rounds", "epochs", "unseen_labels")}
-    return _tested_models(asked.algorithm, replace(toy.SETTING, unseen=int(setting.unseen > 0), **told))
+    told["attack"] = "none" if setting.attack == "none" else "pgd"  # which one decides on no name
+    few = replace(toy.SETTING, unseen=int(setting.unseen > 0), attack_steps=1, **told)
+    return _tested_models(asked.algorithm, few)
 
 
 @cache
