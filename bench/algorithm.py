@@ -35,6 +35,8 @@ class Exchange:
     cohort: str | None = None
     """Method that chooses who takes part instead: (task, server, drawn) -> client ids, of which () means no trip;
     `drawn` are those of the round's cohort, ascending."""
+    broadcast: str = "broadcast"
+    """Method that chooses what is sent to all alike: (task, server) -> Tree."""
     phase: str = ""
     """Which of several it is, where clients do otherwise under one name in other rounds, such as train fewer layers:
     what they compute is counted anew for each."""
@@ -296,7 +298,8 @@ class Algorithm(Client, Server, Ranged):
     that everybody has), "teacher" (`task.teacher` and `data.teacher`, what a model that stands still makes of classes
     and of training images)."""
     refuses: ClassVar[Mapping[str, str]] = {}
-    """Kinds of parts that make no sense on it, each with the reason: {"channel": "nothing is sent"}."""
+    """Kinds of parts that make no sense on it, each with the reason: {"channel": "nothing is sent"}; "memory" are those
+    channels that keep what was not sent."""
     own_loss: ClassVar[bool] = False
     """True: its paper has a loss other than cross-entropy, which `task.criterion` is given as `usual`."""
 
@@ -319,7 +322,8 @@ class Algorithm(Client, Server, Ranged):
 
     def sends(self, exchange: Exchange, task: Task, server: Tree, clients: Sequence[int]) -> tuple[Tree, list[Tree]]:
         """Give what an exchange sends: to all alike, and to each client besides."""
-        return self.broadcast(task, server), [self.send(task, server, client) for client in clients]
+        shared: Tree = getattr(self, exchange.broadcast)(task, server)
+        return shared, [self.send(task, server, client) for client in clients]
 
     @property
     def corrects(self) -> frozenset[str]:

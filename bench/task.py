@@ -156,6 +156,21 @@ class Task:
         gradient = iter(_differentiate(value, list(tree.flatten(moving).values())))
         return value.detach(), tree.map(lambda _: next(gradient), moving), tree.merge(params, following)
 
+    @torch.no_grad()
+    def batch_statistics(self, params: Tree, batch: Batch) -> Tree:
+        """Measure on one batch what running statistics are a moving mean of, in training mode.
+
+        Args:
+            params: A model. Not changed in place.
+            batch: Of which padding counts for nothing.
+
+        Returns:
+            What lies below `stats` in the model: of norm layers the mean and the unbiased variance of what they are
+            given, or their running statistics where that is one value a channel; all else as it is.
+        """
+        statistics, _ = tree.split(params, tree.is_statistic)
+        return self._recorded(self.loss, params, statistics, batch, alone=True)[1]
+
     def sgd(
         self,
         loss: Loss,
@@ -258,11 +273,13 @@ class Task:
         # A client that has run out of batches stays where it is.
         return tree.merge(params, moved), tree.where(batch.real, following, kept)
 
-    def _recorded(self, loss: Loss, params: Tree, statistics: Tree, batch: Batch) -> tuple[Tensor, Tree]:
+    def _recorded(
+        self, loss: Loss, params: Tree, statistics: Tree, batch: Batch, alone: bool = False
+    ) -> tuple[Tensor, Tree]:
         """Compute a loss in training mode: its value, and the next running statistics and carried values."""
         moving = frozenset(map(id, tree.flatten(statistics).values())) if self.still else None
         balanced = self.model.balanced
-        recorder = Recorder(batch.weight, self.stacked, self.frozen_statistics, moving, balanced, batch.y)
+        recorder = Recorder(batch.weight, self.stacked, self.frozen_statistics, moving, alone, balanced, batch.y)
         # Where nothing is cast, a context that does nothing would cost as much as a small layer.
         cast = torch.autocast(batch.x.device.type, self.precision) if self._mixed else nullcontext()
         with training(recorder), cast:

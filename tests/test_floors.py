@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = {
     # what needs nothing of ours
-    0: "system plugins tree keys bits ranges dataset",
+    0: "system plugins tree keys bits sparse ranges dataset",
     # one batch, one client, one model: what an algorithm's author reads
     1: "data losses models federated_features optim attacks task part algorithm",
     # from files to labels; what a comparison holds equal; from labels to clients

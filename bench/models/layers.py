@@ -63,6 +63,8 @@ class Recorder:
     """Whether statistics keep their values, and are used instead of the batch's."""
     moving: frozenset[int] | None = None
     """Identities of the leaves of statistics that may move, the others being as if frozen; None: all."""
+    alone: bool = False
+    """Whether the next statistics are those of the batch alone, and not a moving mean."""
     balanced: Balanced | None = None
     """How running statistics move; None: by one momentum."""
     y: Tensor | None = None
@@ -78,6 +80,8 @@ class Recorder:
 
     def rate(self, statistics: Tree, momentum: float) -> Tensor | float:
         """Give how much of the way a layer's running statistics go in this step: () where steps are counted."""
+        if self.alone:
+            return 1.0
         if self.balanced is None or STEPS not in statistics:
             return momentum
         steps: Tensor = statistics[STEPS]

@@ -103,13 +103,18 @@ class Composed(Algorithm):
 
     def broadcast(self, task: Task, server: Tree) -> Tree:
         """Send what the method sends, and the sum of class counts."""
+        return self._broadcast("broadcast", task, server)
+
+    def _broadcast(self, verb: str, task: Task, server: Tree) -> Tree:
         own, kept = _part(server)
-        return _join(self.method.broadcast(task, own), {key: kept[key] for key in kept if key == "counts"})
+        shared = getattr(self.method, verb)(task, own)
+        return _join(shared, {key: kept[key] for key in kept if key == "counts"})
 
     def sends(self, exchange: Exchange, task: Task, server: Tree, clients: Sequence[int]) -> tuple[Tree, list[Tree]]:
         """Send the generic model in an epilogue, and else what the method sends."""
         if not exchange.aside:
-            return super().sends(exchange, task, server, clients)
+            sent = [self.send(task, server, client) for client in clients]
+            return self._broadcast(exchange.broadcast, task, server), sent
         return _join({}, self._generic(_place(exchange.client), task, server)), [{} for _ in clients]
 
     def _generic(self, place: int, task: Task, server: Tree) -> Tree:
@@ -153,7 +158,8 @@ class Composed(Algorithm):
 
     def _take(self, verb: str, task: Task, server: Tree, uploads: Uploads) -> Tree:
         own, kept = _part(server)
-        shared = self.method.broadcast(task, own)
+        sends = {each.server: each.broadcast for each in self.method.exchanges(task)}
+        shared = getattr(self.method, sends.get(verb, "broadcast"))(task, own)
         opened = [_part(upload) for upload in uploads.trees]
         received = copy.copy(uploads)
         received.trees = [
