@@ -167,7 +167,7 @@ def test_a_false_ledger_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
             "fedpac",
             "counts (C)",
             "counts (K)",
-            "the ledger says K,, no formula of C, d, N, later, body, head, model, align",
+            "the ledger says K,, no formula of C, d, N, later, weights, body, head, model, align",
         ),
         ("scaffold", "control (model)", "control (head)", "control (head), 390 numbers here; found: 4550"),
         ("fedem", "body (components × body)", "body", "body as the model has it, 4160 numbers here; found: 12480"),

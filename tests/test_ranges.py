@@ -161,6 +161,11 @@ FIELDS: dict[str, dict[str, str]] = {
         "head_lr": FROM_0,
     },
     "scaffold": {"server_lr": FROM_0},
+    "fedtiny": {
+        "density": SOME, "candidates": "a whole number from 1 to 100", "adjust": SHARE,
+        "every": "a whole number from 1 to 10,000", "until": SHARE,
+        "granularity": "'all', 'quarter', 'block' or 'layer'", "growth": "'batch' or 'all'",
+    },
     "unfreeze": {
         "every": "a whole number from 0 to 10,000", "branch_rounds": SHARE, "order": "'last_first' or 'first_last'",
     },

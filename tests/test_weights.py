@@ -31,6 +31,7 @@ NO_MEAN_OF_BODIES = {
     "pfedhn": "what clients changed goes back through the hypernetwork, each alike; a mean is of statistics only",
 }
 HEADS = {
+    "fedtiny": "bodies are averaged as they are sent, packed, and kept as they are unpacked",
     "lg_fedavg": "bodies stay with their clients, and heads are averaged",
     "unfreeze": "bodies join later, and at first heads alone are sent",
 }

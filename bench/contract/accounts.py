@@ -16,6 +16,7 @@ from bench.contract import toy
 from bench.contract.passes import passes
 from bench.contract.promises import ContractBroken, require
 from bench.plugins import ledger
+from bench.sparse import weights_of
 from bench.training.rounds import Run
 from bench.tree import Tree
 
@@ -72,7 +73,7 @@ def _letters(run: Run) -> dict[str, Any]:
     size = {part: sum(leaf.numel() for leaf in tree.flatten(model[part]).values()) for part in ("body", "head")}
     known = {"C": run.task.num_classes, "d": run.task.model.feature_size, "N": run.population.training}
     known |= {} if run.task.teacher is None else {"T": run.task.teacher.shape[1]}
-    known[ledger.LATER] = 0
+    known |= {ledger.LATER: 0, "weights": weights_of(model["body"]).total}
     return {**known, **size, "model": sum(size.values()), **vars(run.algorithm)}
 
 

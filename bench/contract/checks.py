@@ -305,7 +305,7 @@ def parts_act(plugin: Callable[[], Algorithm]) -> None:
     something where the method says that it has a loss of its own.
     """
     algorithm = plugin()
-    unknown = set(algorithm.refuses) - {probe.kind for probe in probes.PROBES}
+    unknown = set(algorithm.refuses) - {probe.kind for probe in probes.PROBES} - {"memory"}
     require(not unknown, f"it refuses {', '.join(sorted(unknown))}, which is no kind of a part")
     allowed = [probe for probe in probes.PROBES if refusal(algorithm, probe) is None]
     plain = probes.Plain()

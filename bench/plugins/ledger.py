@@ -30,7 +30,8 @@ TIERS: Mapping[str, str] = {
 """What the server learns or needs."""
 
 LETTERS = (
-    "C classes, d features (T of a teacher), N clients; body, head and model: their numbers. Passes (E where nothing "
+    "C classes, d features (T of a teacher), N clients; body, head and model: their numbers, and weights those of the "
+    "body's matrices and filters; // rounds down. Passes (E where nothing "
     "is said) go over a client's n examples in a round that it takes part in; E epochs, b a batch's share of them; one "
     "forward alone is a third."
 )
@@ -61,11 +62,17 @@ def sections(documentation: str) -> dict[str, str]:
     return {title: " ".join(lines) for title, lines in found.items()}
 
 
+_NESTED = r"[^()]*"
+for _ in range(3):
+    _NESTED = rf"[^()]*(?:\({_NESTED}\)[^()]*)*"
+"""What a formula may hold: brackets within brackets within brackets."""
+
+
 def entries(said: str) -> dict[str, str | None]:
     """Read what is kept or sent: by its key, the formula of its size, None where there is none."""
     if said == "nothing":
         return {}
-    found = re.findall(r"(\w+)(?: \(([^()]*(?:\([^()]*\)[^()]*)*)\))?(?:,|$)", said)
+    found = re.findall(rf"(\w+)(?: \(({_NESTED})\))?(?:,|$)", said)
     return {key: size or None for key, size in found}
 
 

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from bench.algorithm import Algorithm, is_usual
-from bench.part import Aggregation, Channel, Correction, LearnedCorrection, Loss, Part
+from bench.part import Aggregation, Channel, Compression, Correction, LearnedCorrection, Loss, Part
 from bench.plugins.registry import label, name
 from bench.protocol.composed import Composed
 from bench.protocol.settings import BadConfig
@@ -57,6 +57,8 @@ def refusal(method: Algorithm, part: Part) -> str | None:
         return "the data are pooled, and nothing is sent"
     if isinstance(part, Correction) and "head" in part.reads and not is_usual(method.predict, Algorithm.predict):
         return "it corrects a linear head, and this method predicts in its own way"
+    if isinstance(part, Compression) and part.remembers and "memory" in method.refuses:
+        return method.refuses["memory"]
     return method.refuses.get(part.kind)
 
 
