@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from bench.plugins.names import near
 from bench.protocol.refusal import BadConfig
-from bench.results import classes, layout
+from bench.results import budget, classes, layout
 from bench.results.leaderboard import Leaderboard, leaderboards, suffix
 from bench.results.record import Record
 
@@ -22,7 +22,7 @@ def boards(records: Iterable[Record], metric: str, asked: str, *, all_versions: 
         records: Finished and failed runs.
         metric: As for `leaderboards`: a metric without "@" is that of the last round, or as this says.
         asked: Names of metrics and costs, or titles of a table's columns, with commas between them; "f1" stands for
-            "generic.f1,personal.f1".
+            "generic.f1,personal.f1", and "generic@5MB" is of the last evaluation by which so much was sent.
         all_versions: As for `leaderboards`.
 
     Raises:
@@ -33,6 +33,7 @@ def boards(records: Iterable[Record], metric: str, asked: str, *, all_versions: 
     if not keys:
         raise BadConfig("--metrics: name at least one, such as generic,personal.balanced")
     records = classes.with_derived(records) if any(map(classes.is_derived, keys)) else list(records)
+    records = budget.with_budgets(records, keys)
     plain = leaderboards(records, metric, all_versions=all_versions)
     if not plain:
         return plain

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from bench.plugins.ledger import TIERS
 from bench.protocol.words import attack_in_words
-from bench.results import classes
+from bench.results import budget, classes
 from bench.results.cautions import cautions
 from bench.results.leaderboard import Leaderboard, Row, measured, suffix
 from bench.results.standing import WORDS
@@ -322,7 +322,8 @@ def _standing(board: Leaderboard) -> list[str]:
 def _derived(board: Leaderboard) -> list[str]:
     """Say what columns mean that stand there only because they were asked for."""
     asked = {column.key for column in _ASKED}.intersection(board.shown)
-    return [classes.SAYS] * any(map(classes.is_derived, board.shown)) + [_ASKED_SAYS] * bool(asked)
+    said = [classes.SAYS] * any(map(classes.is_derived, board.shown)) + [_ASKED_SAYS] * bool(asked)
+    return said + [budget.SAYS] * any(map(budget.asked, board.shown))
 
 
 def _attacked(board: Leaderboard) -> list[str]:

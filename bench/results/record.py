@@ -91,6 +91,9 @@ class Record:
     """Fractions 0-1; None where the algorithm has no such model. Empty if the run failed."""
     cost: dict[str, float | None] = field(default_factory=dict, repr=False)
     """Bytes, samples, FLOPs, seconds. Empty if the run failed."""
+    sent: dict[str, float] = field(default_factory=dict, repr=False)
+    """Bytes that were sent, up and down, by each evaluated round. Empty where nothing is sent, if the run failed, or
+    does not say."""
     groups: dict[str, list[int]] = field(default_factory=dict, repr=False)
     """The classes that are many, medium and few."""
     class_counts: list[int] = field(default_factory=list, repr=False)

@@ -123,7 +123,7 @@ def _execute(
         if again:
             _require_the_same(records.read(out / run.id), outcome.digest)
         described |= {"metrics": outcome.metrics, "cost": outcome.cost, "digest": outcome.digest}
-        described["tested"] = outcome.tested
+        described |= {"tested": outcome.tested, "sent": outcome.sent}
         if models is not None:
             described["models"] = outcome.models
         _write(out, run, described, outcome, models, force or again)

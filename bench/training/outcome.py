@@ -61,6 +61,8 @@ class Outcome:
     clients in the "worst_decile", with "one_class" only in training, "drawn" for any cohort and "never"."""
     models: dict[str, str]
     """SHA-256 of each file of kept models, by name; empty if none were to be kept."""
+    sent: dict[str, float] = field(default_factory=dict)
+    """Bytes that were sent, up and down, by each evaluated round; empty where nothing is sent."""
 
 
 @dataclass

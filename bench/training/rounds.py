@@ -46,6 +46,9 @@ CLIENT_ROUNDS = "client_rounds"
 _RATE = "flops of "
 """Begins the operations a sample, or of one time at the server, among what a checkpoint knows of costs."""
 
+_SENT = "bytes by round "
+"""Begins what was sent by an evaluation, up and down together, among them."""
+
 _TALLIED = ("counts", "predictions")
 """Of what a checkpoint holds."""
 
@@ -191,8 +194,9 @@ class Run:
             final[f"{key}@best"] = metrics.best(rows, key)
         cost: dict[str, float | None] = {**dict.fromkeys((*WORK, CLIENT_ROUNDS), 0.0), **self.progress.cost}
         for key in self.progress.cost:
-            if key.startswith(_RATE):
+            if key.startswith((_RATE, _SENT)):
                 del cost[key]
+        sent = {key.removeprefix(_SENT): value for key, value in self.progress.cost.items() if key.startswith(_SENT)}
         if "pooled" in self.algorithm.needs:
             cost |= dict.fromkeys(("bytes_down", "bytes_up", CLIENT_ROUNDS))  # nothing is sent: there is one place
         peak = peak_memory(self.device)
@@ -201,7 +205,8 @@ class Run:
         cost |= footprint(self.task.model).costs
         digest = tree.digest([self.progress.server, *self.store.all()])
         counts, predictions = self.progress.counts, self.progress.predictions
-        return Outcome(final, rows, counts, predictions, cost, digest, self._tested(), self.progress.models)
+        sent = {} if "pooled" in self.algorithm.needs else sent
+        return Outcome(final, rows, counts, predictions, cost, digest, self._tested(), self.progress.models, sent)
 
     def _tested(self) -> dict[str, int | list[int] | None]:
         """Say on what the personal metrics of the last evaluation rest."""
@@ -337,6 +342,8 @@ class Run:
         keeper = evaluator.keeper = Keeper(self.models, self.job) if last and self.models is not None else None
         if last and self.setting.final_visit and "pooled" not in self.algorithm.needs:
             self._visit_all_once_more(task)
+        sent = sum(self.progress.cost.get(f"bytes_{way}", 0.0) for way in ("down", "up"))
+        self.progress.cost[f"{_SENT}{completed}"] = sent
         if keeper is not None:
             keeper.put("server", server)
             keeper.put("clients/initial", self.store.initial)

@@ -12,7 +12,7 @@ from packaging.version import VERSION_PATTERN
 
 import bench
 from bench.dataset import DataDamaged, DataMissing
-from bench.protocol.settings import BadConfig
+from bench.protocol.settings import BadConfig, Setting
 from bench.results import packed
 from bench.results.record import DOCUMENT, FORMAT, MODELS, DamagedResult, Record, check, parse, stored
 from bench.results.tables import ROUNDS
@@ -24,7 +24,7 @@ from bench.training.footprint import OF_THE_NETWORK
 from bench.training.population import rests_on
 from bench.training.rounds import CLIENT_ROUNDS, WORK
 from bench.validation import beside, counted
-from bench.validation.expected import countable, dealt, ever_drawn, sent
+from bench.validation.expected import countable, dealt, evaluations, ever_drawn, sent
 from bench.validation.found import Inspected, brief, close
 from bench.validation.plausible import implausible, network
 from bench.validation.rebuilding import Asked, CannotRebuild, description, rebuild
@@ -347,6 +347,21 @@ def _cost(found: Inspected, record: Record, asked: Asked) -> None:
         found.add(
             DOCUMENT, "cost.bytes_up", f"is {_count(up)}, and " + ("nothing is sent" if pooled else "clients send")
         )
+    if record.sent:
+        _sent(found, record, asked.trained_by)
+
+
+def _sent(found: Inspected, record: Record, setting: Setting) -> None:
+    """What was sent by each evaluation grows, up to what was sent in all."""
+    sent = dict(sorted((int(round), amount) for round, amount in record.sent.items()))
+    if [*sent] != evaluations(setting):
+        found.add(DOCUMENT, "sent", f"is of the rounds {brief([*sent])}, and models are tested after others")
+    amounts = [0.0, *sent.values()]
+    if amounts != sorted(amounts):
+        found.add(DOCUMENT, "sent", "falls from one round to a later one, and what was sent stays sent")
+    both = sum(record.cost.get(key) or 0.0 for key in ("bytes_down", "bytes_up"))
+    if amounts[-1] != both:
+        found.add(DOCUMENT, "sent", f"ends with {_count(amounts[-1])}, and the bytes up and down are {_count(both)}")
 
 
 def _compare(found: Inspected, cost: Mapping[str, float | None], key: str, number: float | None) -> None:
