@@ -28,7 +28,8 @@ from bench.protocol.identity import canonical, identify
 from bench.results import records, table
 from bench.results.among import separated_among_best
 from bench.results.comparison import compare
-from bench.results.layout import best, columns, details, footnotes, remarks, spell
+from bench.results.footnotes import footnotes
+from bench.results.layout import best, columns, details, remarks, spell
 from bench.results.leaderboard import Leaderboard, leaderboards
 from bench.results.record import check
 from bench.results.records import Record
@@ -694,7 +695,7 @@ def test_screened_rows_stand_below_those_that_have_an_interval_and_change_none_o
     assert best(both) == best(alone) != {}
     assert separated_among_best(both) == separated_among_best(alone)
     notes = footnotes(both)[1]
-    assert "few: screening, not ranked: fewer than 5 seeds have no interval, and separate nothing." in notes
+    assert "2 rows: screening, not ranked: fewer than 5 seeds have no interval, and separate nothing." in notes
     assert not any("screening" in note for note in footnotes(alone)[1])
     (few,) = leaderboards(seeds("few", 0.9, 4))  # where nobody has more, they are what there is
     assert few.rows[0].ranks

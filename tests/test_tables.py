@@ -20,7 +20,8 @@ from bench.results.claims import claim
 from bench.results.comparison import compare
 from bench.results.discarding import discard
 from bench.results.entrants import entrants
-from bench.results.layout import footnotes, remarks, title
+from bench.results.footnotes import footnotes
+from bench.results.layout import remarks, title
 from bench.results.leaderboard import Leaderboard, leaderboards
 from bench.results.versions import stale, version
 from bench.site.rows import page_of

@@ -83,7 +83,7 @@ def _megabytes(size: int) -> str:
 
 
 def _describe(record: Record) -> str:
-    from bench.results.layout import moment
+    from bench.results.footnotes import moment
     from bench.results.versions import version
 
     when = f", {moment(record.finished)}" if record.finished else ""

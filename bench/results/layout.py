@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 from bench.plugins.ledger import TIERS
 from bench.protocol.words import attack_in_words
 from bench.results import budget, classes
 from bench.results.cautions import cautions
+from bench.results.footnotes import footnotes, spell_seeds
 from bench.results.leaderboard import Leaderboard, Row, measured, suffix
 from bench.results.standing import WORDS
 from bench.results.statistics import (
@@ -281,7 +282,7 @@ def details(board: Leaderboard) -> str:
         f"{board.clients or 'natural users as'} clients, {_percent(field('participation'))} a round",
         f"{field('rounds')} rounds of {epochs}, batch {field('batch_size')}, learning rate {field('lr')}",
         f"partition {field('partition')}",
-        _seeds(board.seeds),
+        spell_seeds(board.seeds),
         f"{board.engine} engine, {board.precision}, {board.device}",
     ]
     if field("eval_clients"):
@@ -361,7 +362,7 @@ def _rests(board: Leaderboard) -> list[str]:
 
 def _power(board: Leaderboard) -> list[str]:
     """Say what the seeds of a leaderboard can separate."""
-    counts = sorted((len(row.seeds) for row in board.rows if row.seeds), reverse=True)
+    counts = sorted((len(row.seeds) for row in board.rows if row.seeds and not row.screened), reverse=True)
     tested = [resolution(counts[1], len(counts))] if len(counts) > 1 and board.metric != "best" else []
     return [*tested, *([CONDITIONAL] if counts and counts[0] > 1 else [])]
 
@@ -382,41 +383,6 @@ def resolution(blocks: int, algorithms: int, unit: str = "seed") -> str:
         return f"{told} {fewest(pairs)} {unit}s could."
     whom = "two algorithms" if algorithms == 2 else f"two of {algorithms} algorithms"
     return f"{counted} can separate {whom} by the signed-rank test where one is nearly always better: {least}"
-
-
-def footnotes(board: Leaderboard) -> tuple[dict[str, str], list[str]]:
-    """Give what a reader must know about single rows.
-
-    Returns:
-        The marks of each row by its label (" [1]", or nothing), and the notes in the order of their numbers.
-    """
-    marks: dict[str, str] = {}
-    notes: list[str] = []
-    for row in board.rows:
-        own = _notes(board, row)
-        marks[row.label] = "".join(f" [{len(notes) + number}]" for number in range(1, len(own) + 1))
-        notes += [f"{row.label}: {note}." for note in own]
-    return marks, notes
-
-
-def _notes(board: Leaderboard, row: Row) -> list[str]:
-    failed = {seed for seed, _ in row.failures}
-    notes = [f"seed {seed} failed ({reason})" for seed, reason in row.failures]
-    if set(board.seeds) - set(row.seeds) - failed:
-        notes.append(f"{_seeds(row.seeds) or 'none'} of {_seeds(board.seeds)}")
-    if row.screened:
-        notes.append(f"screening, not ranked: fewer than {FEWEST} seeds have no interval, and separate nothing")
-    if row.chosen:
-        notes.append("not ranked: its seeds may have been chosen, and those of rows that rank are 0 to n - 1")
-    if row.standing == "self-reported" and (again := sum(kind != row.standing for kind in row.standings)):
-        notes.append(f"{again} of its {len(row.seeds)} runs were looked at by the board")
-    if " @" in row.label.removeprefix(row.words):
-        notes.append(f"handed in as {row.submission}: no row is made of the runs of several")
-    if " #" in row.label.removeprefix(row.words):
-        when = f", run {moment(row.finished)}" if row.finished else ""
-        known = "a newer version is in these results" if row.stale else "the newest version in these results"
-        notes.append(f"version {row.version} of {row.call}{when}; {known}")
-    return notes
 
 
 def provenance(board: Leaderboard) -> str:
@@ -454,13 +420,3 @@ def _short(commit: str) -> str:
 
 def _percent(share: object) -> str:
     return f"{100 * share:g} %" if isinstance(share, int | float) else str(share)
-
-
-def moment(written: str) -> str:
-    """Write the moment of an ISO 8601 text, which runs note in UTC, to the minute."""
-    return f"{written[:16].replace('T', ' ')} UTC"
-
-
-def _seeds(seeds: Sequence[int]) -> str:
-    """Name seeds; nothing if there are none."""
-    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" if seeds else ""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from bench.results.among import best_rows
 from bench.results.comparison import part_over_datasets
+from bench.results.footnotes import footnotes
 from bench.results.layout import (
     ABSENT,
     BRIEF,
@@ -20,7 +21,6 @@ from bench.results.layout import (
     Column,
     best,
     details,
-    footnotes,
     grid,
     main_columns,
     order,
