@@ -191,6 +191,19 @@ def test_an_image_is_broken_if_it_is_on_any_point_of_the_way() -> None:
     assert int(found) == (1 if first < 0.055 else 0)
 
 
+def test_the_image_itself_is_looked_at_and_the_end_of_the_last_step() -> None:
+    def hollow(x: Tensor) -> Tensor:
+        at = x.flatten(1)[:, :1]
+        return torch.cat([torch.zeros_like(at), torch.where(at.abs() < 1e-4, 1.0, -1.0) + 0 * at], 1)
+
+    x, y = torch.zeros(1, 1, 1, 1), torch.tensor([0])
+    assert robustness.by_pgd(hollow, x, y, ball(0.1), 3, KEYS[:1]).tolist() == [1]
+    score, x = linear([[1.0, -3.0], [0.0, 0.0]]), torch.tensor([0.2, 0.0]).expand(40, 1, 1, 2)
+    starts = score(ball(0.1).anywhere(x, KEYS)).argmax(1)
+    found = robustness.by_pgd(score, x, torch.zeros(40, dtype=torch.int64), ball(0.1, 0.5), 1, KEYS)
+    assert int((starts == 0).sum()) > 0 and found.tolist() == 40 * [1]
+
+
 def test_what_an_image_is_taken_for_hangs_on_no_other() -> None:
     score, x, y = network()
     for attack in (robustness.by_pgd, apgd.worst):
@@ -221,6 +234,15 @@ def test_it_breaks_what_pgd_breaks_and_more_and_steps_of_any_size_do() -> None:
     adapted = apgd.worst(score, x, y, ball(0.06), 30, KEYS)
     assert int((adapted == y).sum()) < int((plain == y).sum()) <= 40
     assert not ((adapted == y) & (plain != y)).any()
+
+
+def test_its_steps_are_halved_until_they_meet_what_lies_between() -> None:
+    def peak(x: Tensor) -> Tensor:
+        at = x.flatten(1)[:, :1]
+        return torch.cat([torch.zeros_like(at), 0.002 - (at - 0.0337).abs()], 1)
+
+    x, y = torch.zeros(40, 1, 1, 1), torch.zeros(40, dtype=torch.int64)
+    assert apgd.worst(peak, x, y, ball(0.1), 60, KEYS).tolist() == 40 * [1]
 
 
 def test_targets_are_tried_where_there_are_four_classes_and_more(monkeypatch: pytest.MonkeyPatch) -> None:
