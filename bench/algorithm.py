@@ -292,11 +292,11 @@ class Algorithm(Client, Server, Ranged):
     """Variants, global or personal, that are scored in another way than by `predict`: name of the variant to name of a
     method with its arguments and result."""
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Capabilities: "body" (a model with a body and a head), "prior" (`task.prior`, the global class
-    frequencies), "pooled" (one pseudo-client holds the union of all training data: the centralised
-    reference), "auxiliary" (`task.auxiliary`, labelled images at the server), "public" (`task.public`, unlabelled ones
-    that everybody has), "teacher" (`task.teacher` and `data.teacher`, what a model that stands still makes of classes
-    and of training images)."""
+    """Capabilities: "body" (a model with a body and a head), "pixels" (examples that are made of such, which an attack
+    moves within `task.ball`), "prior" (`task.prior`, the global class frequencies), "pooled" (one pseudo-client holds
+    the union of all training data: the centralised reference), "auxiliary" (`task.auxiliary`, labelled images at the
+    server), "public" (`task.public`, unlabelled ones that everybody has), "teacher" (`task.teacher` and `data.teacher`,
+    what a model that stands still makes of classes and of training images)."""
     refuses: ClassVar[Mapping[str, str]] = {}
     """Kinds of parts that make no sense on it, each with the reason: {"channel": "nothing is sent"}; "memory" are those
     channels that keep what was not sent."""

@@ -198,7 +198,7 @@ def test_stacks_means_and_sums_of_a_tensor_are_those_of_a_tree_of_one_leaf() -> 
     ("tier", "needs", "said"),
     [
         ("X", set(), "tier = 'X': must be one of S, L, A, V"),
-        ("S", {"priors", "body"}, "needs priors; what can be needed is body, prior"),
+        ("S", {"priors", "body"}, "needs priors; what can be needed is body, pixels, prior"),
         ("S", {"public"}, "needs public, which is tier A"),
     ],
 )

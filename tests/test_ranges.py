@@ -57,6 +57,9 @@ FIELDS: dict[str, dict[str, str]] = {
     },
     "ditto": {"pull": FROM_0},
     "elastic": {"tau": FROM_0, "decay": NOT_ALL},
+    "fat": {
+        "objective": "'at' or 'trades'", "steps": STEPS, "beta": FROM_0, "calibration": FROM_0, "scale": ABOVE_0,
+    },
     "fed3r": {"ridge": ABOVE_0},
     "fedadagrad": {"server_lr": ABOVE_0, "server_momentum": NOT_ALL, "eps": ABOVE_0},
     "fedadam": {"server_lr": ABOVE_0, "server_momentum": NOT_ALL, "square_momentum": NOT_ALL, "eps": ABOVE_0},

@@ -162,6 +162,9 @@ class Sweep:
             others = ", ".join(known for known in MODELS if known != setting.model)
             needs = f"{name(algorithm)} needs a model with a body and a head"
             raise BadConfig(f"{needs}, and {setting.model} has no body; choose among {others}")
+        if "pixels" in algorithm.needs and not dataset.pictures:
+            needs = f"{name(algorithm)} needs examples that are made of pixels, which it attacks"
+            raise BadConfig(f"{needs}, and those of {name(dataset)} are not; choose a dataset of pictures")
         rounds = matched_rounds(algorithm, setting) if setting.match == "samples" else setting.rounds
         return Run(
             algorithm=algorithm,
