@@ -326,6 +326,7 @@ PATHS: dict[str, dict[str, Any]] = {
         "penalty": 0.1,
     },
     "orientations by passes": {"augment": "altflip"},
+    "attacks": {"attack": "pgd", "attack_steps": 2},
     "a last visit": {"final_visit": True, "client_weights": "uniform", "lost": 0.3},
 }
 
