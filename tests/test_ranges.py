@@ -246,12 +246,13 @@ TOO_MUCH: dict[str, object] = {
     "clients": 100_001, "unseen": 100_000, "participation": 1.01, "lost": 1.0, "rounds": 100_001, "epochs": 1_001,
     "batch_size": 100_001, "lr": 1.1e6, "lr_decay": 1.01, "lr_steps": ((0.5, 1.1e6),), "momentum": 1.0,
     "weight_decay": 1.1e6, "clip": 1.1e6, "imbalance": 1.1e6, "alpha": 1.1e6, "classes_per_client": 100_001,
-    "split_seed": 2**32, "eval_every": 100_001, "eval_clients": 100_001,
+    "split_seed": 2**32, "eval_every": 100_001, "eval_clients": 100_001, "kappa": 1.01, "server_momentum": 1.01,
+    "penalty": 1.1e6, "attack_epsilon": 1.01, "attack_step": 1.01, "attack_steps": 10_001, "attack_images": 100_001,
 }  # fmt: skip
 """The nearest that is refused, of every field that has a number."""
 TOO_LITTLE: dict[str, object] = dict.fromkeys(TOO_MUCH, 0) | {
     "unseen": -1, "lost": -0.1, "lr_steps": ((0.0, 0.1),), "momentum": -0.1, "weight_decay": -0.1, "imbalance": 0.99,
-    "split_seed": -1,
+    "split_seed": -1, "kappa": -0.1, "penalty": -0.1, "attack_epsilon": -0.1, "attack_step": -0.1,
 }  # fmt: skip
 
 
