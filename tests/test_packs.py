@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -326,3 +327,11 @@ def test_a_rerun_of_a_packed_run_is_compared_whatever_the_order_of_its_curves(tm
     assert _bits(of_pack, run("fedavg_ft", seeds=[1], rounds=2, clients=6, out=tmp_path / "o", **OFF)[0])[-1:] == [
         "the curves are others"
     ]
+
+
+def test_a_rerun_sees_that_other_bytes_were_sent_by_an_evaluation(tmp_path: Path) -> None:
+    (record,) = run("fedavg", rounds=2, clients=6, out=tmp_path / "runs", **OFF)
+    assert record.sent and _bits(record, record) == []
+    less = replace(record, sent={round: amount - 1 for round, amount in record.sent.items()})
+    assert _bits(less, record) == ["the bytes by each evaluation are others"]
+    assert _bits(replace(record, sent={}), record) == []  # as runs were stored before

@@ -260,6 +260,8 @@ def _untouched(record: Record, again: Record) -> list[str]:
         )  # fmt: skip
         if not alike:
             found.append(f"cost.{key} {other}, not {one}")
+    if record.sent and record.sent != again.sent:  # of runs that were stored before it was
+        found.append("the bytes by each evaluation are others")
     images = ["round", "model", "client", "class", "total"]
     if not record.counts()[images].equals(again.counts()[images]):
         found.append("the tests are on other images")
