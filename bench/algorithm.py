@@ -74,6 +74,10 @@ class Adaptation:
     `predict`."""
     labels: bool = True
     """False: what the loss sees has no labels; y is -1 and class counts are 0."""
+    by: str | None = None
+    """Name of a method that does the stage itself, by steps of its own: (task, model, data) -> model, of the same keys,
+    `task.lr` being the stage's learning rate. `epochs` then says how often it goes over the examples with a gradient,
+    and of the curve 0 alone counts; what moves is the method's choice, and norm layers move as in training."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "steps"):
@@ -84,14 +88,17 @@ class Adaptation:
             raise ValueError(f"epochs = {self.epochs} and steps = {self.steps}: a stage has one of them; leave one out")
         if self.lr is not None and self.lr_factor != 1.0:
             raise ValueError(f"lr_factor = {self.lr_factor} and lr = {self.lr}: a stage has one of them; leave one out")
-        if not self.labels and self.loss is None:
+        if self.by is not None and (self.loss is not None or self.steps is not None):
+            raise ValueError(f"by = {self.by!r}: what the method does is its own; leave loss and steps out")
+        if not self.labels and self.loss is None and self.by is None:
             raise ValueError("labels = False: cross-entropy needs labels; name a loss of your own that does not")
 
     def __str__(self) -> str:
         """Say in words what is done: `5 epochs of body and head at 1 × lr`."""
         amount, unit = (self.epochs, "epoch") if self.steps is None else (self.steps, "step")
         rate = f"{self.lr_factor:g} × lr" if self.lr is None else f"lr {self.lr:g}"
-        how = "" if self.loss is None else f" by {self.loss}"
+        own = self.loss if self.by is None else self.by
+        how = "" if own is None else f" by {own}"
         known = "" if self.labels else " without labels"
         return f"{amount} {unit}{'s' * (amount != 1)} of {' and '.join(self.parts)} at {rate}{how}{known}"
 

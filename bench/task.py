@@ -15,7 +15,8 @@ from bench import keys, losses, models, tree
 from bench.attacks import Ball
 from bench.data import Batch, LocalData
 from bench.models import Model
-from bench.models.layers import Recorder, training
+from bench.models.balanced import united
+from bench.models.layers import Recorder, is_norm_statistic, training
 from bench.optim import Rule, Sgd
 from bench.tree import Tree
 
@@ -262,6 +263,26 @@ class Task:
         kept = rule.start(tree.parameters(params)) if kept is None else kept
         moved, kept = self._step(rule, params, gradient, kept, batch)
         return tree.where(batch.real, moved, params), kept
+
+    def statistics_of(self, model: Tree, data: LocalData) -> Tree:
+        """Take running statistics anew, over all of a client's examples as they are: a forward pass in training mode.
+
+        Of each batch a norm layer has its mean and variance under those of the layers before, and of all together
+        those of the union. Without examples they stay.
+
+        Returns:
+            The statistics of the norm layers of `model`, which has body and head.
+        """
+        start = found = tree.split(model, is_norm_statistic)[0]
+        count = data.n.new_zeros((), dtype=torch.float32)
+        for batch in data.plain_batches():
+            recorder = Recorder(batch.weight, self.stacked, frozen=False, alone=True)
+            with torch.no_grad(), training(recorder):
+                self.model.features(model["body"], batch.x)
+            here, n = recorder.following(start), batch.weight.sum()
+            share = n / (count + n).clamp(min=1)
+            found, count = tree.where(batch.real, united(found, here, share), found), count + n
+        return found
 
     @property
     def _mixed(self) -> bool:

@@ -282,6 +282,8 @@ def test_a_method_that_needs_one_is_refused_without_and_one_that_nobody_needs_to
     assert optional.left_out()[0].startswith("left out of the set: taught needs a teacher's features")
     with pytest.raises(BadConfig, match=r"--teacher clip\.safetensors: nothing that is run needs a teacher"):
         sweep("fedavg,ditto", clip).expand()
+    with pytest.raises(BadConfig, match="shift = blur: the teacher of taught saw the images as they are; leave the"):
+        only(clip, overrides={"shift": "blur"})
 
 
 def test_other_runs_are_what_they_were_and_stand_in_the_same_table(clip: Path, tmp_path: Path) -> None:

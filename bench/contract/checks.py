@@ -21,12 +21,11 @@ from bench import tree
 from bench.algorithm import Adaptation, Algorithm, is_usual, method_of, stages
 from bench.contract import accounts, datasets, extremes, probes, sayings, toy
 from bench.contract.promises import Finding, findings, require
+from bench.contract.toy import tested_models as tested_models
 from bench.data import Uploads
 from bench.dataset import Dataset
 from bench.protocol.composition import refusal
 from bench.training import engine as engines
-from bench.training.rounds import Run
-from bench.tree import Tree
 
 
 def check(plugin: type[Algorithm] | type[Dataset]) -> Iterator[Finding]:
@@ -235,14 +234,6 @@ def test_data_stay_out(plugin: Callable[[], Algorithm]) -> None:
     for client in (0, len(toy.SIZES) - 1):
         a, b = (tested_models(run, client) for run in runs)
         require(tree.largest_difference(a, b) == 0, "the personal model, or its adaptation, depends on the test data")
-
-
-def tested_models(run: Run, client: int) -> dict[str, Tree]:
-    """Give the personal models of a client as they are tested after a run, by name."""
-    task = run.task_at(run.setting.rounds - 1)
-    server = run.progress.server
-    named = run.evaluator.models(task, server, run.algorithm.broadcast(task, server), run.store, [client], True)
-    return {name: model for name, (model,) in named.items()}
 
 
 def newcomers_are_served(plugin: Callable[[], Algorithm]) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bench import tree
 from bench.algorithm import Algorithm
 from bench.contract import toy
 from bench.contract.accounts import ledger_of
@@ -63,7 +65,7 @@ def family_is_known(plugin: type[Algorithm]) -> None:
 
 def controls_are_rows(plugin: type[Algorithm]) -> None:
     """What it must be compared with are rows that there can be, each with what it answers; and at its defaults it is
-    another than they are, though maybe not in two rounds where something moves later.
+    another than they are, for clients held out at least, though maybe not in two rounds where something moves later.
     """
     if not plugin.controls:
         return
@@ -74,13 +76,21 @@ def controls_are_rows(plugin: type[Algorithm]) -> None:
         found = parse_algorithms(row)
         require(len(found) == 1 and found[0] != plugin(), f"controls: {row} is not one row, and another than its own")
         require(bool(answer.strip()), f"controls: {row} says nothing of what it answers")
-        require(later or _marks(found[0]) != own, f"controls: {row} gives what it gives at its defaults")
+        differs = later or _marks(found[0]) != own or _of_newcomer(found[0]) != _of_newcomer(plugin())
+        require(differs, f"controls: {row} gives what it gives at its defaults")
 
 
 def _marks(algorithm: Algorithm) -> tuple[object, ...]:
     """Give what two rounds of the toy problem end with."""
     outcome = toy.finish(toy.run(algorithm, setting=toy.SHORT)).outcome()
     return outcome.digest, outcome.metrics.get("personal"), outcome.metrics.get("generic")
+
+
+def _of_newcomer(algorithm: Algorithm) -> str:
+    """Give what a client held out is tested with after a round, of a network with running statistics."""
+    setting = replace(toy.SETTING, model="resnet8", norm="batch", rounds=1, epochs=1, unseen=1)
+    run = toy.finish(toy.run(algorithm, setting=setting))
+    return tree.digest([toy.tested_models(run, len(toy.SIZES) - 1)])
 
 
 def later_fields_have_defaults(plugin: type[Any]) -> None:

@@ -223,3 +223,11 @@ def upload_once(
     results, _ = engines.serial(verb, task, shared, population.images, [visit])
     upload, private = results[0]
     return upload, private
+
+
+def tested_models(run: Run, client: int) -> dict[str, Tree]:
+    """Give the personal models of a client as they are tested after a run, by name."""
+    task = run.task_at(run.setting.rounds - 1)
+    server = run.progress.server
+    named = run.evaluator.models(task, server, run.algorithm.broadcast(task, server), run.store, [client], True)
+    return {name: model for name, (model,) in named.items()}

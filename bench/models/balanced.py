@@ -110,3 +110,24 @@ def class_weights(balance: Tensor, y: Tensor, weight: Tensor) -> Tensor:
 def at_rest(state: Tree) -> Tree:
     """Give a state in which no steps are counted, as between two visits."""
     return tree.map_paths(lambda path, leaf: torch.zeros_like(leaf) if is_count(path) else leaf, state)
+
+
+def united(first: Tree, second: Tree, share: Tensor) -> Tree:
+    """Give running statistics of two sets of examples together, of those of each.
+
+    Args:
+        first: Statistics of norm layers.
+        second: Of the same layers.
+        share: () of the second among all examples.
+    """
+    one, other = tree.flatten(first), tree.flatten(second)
+
+    def of(path: str, leaf: Tensor) -> Tensor:
+        mixed = torch.lerp(leaf, other[path], share)
+        layer, _, name = path.rpartition("/")
+        if name != "var":
+            return mixed
+        apart = other[f"{layer}/mean"] - one[f"{layer}/mean"]
+        return mixed + share * (1 - share) * apart.square()
+
+    return tree.map_paths(of, first)

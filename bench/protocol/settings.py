@@ -30,6 +30,7 @@ DECAYED = ("all", "weights")
 MATCHED = ("rounds", "samples")
 SIZES = ("equal", "unequal")
 USERS = ("merge", "sample")
+SHIFTS = ("none", "colour", "contrast", "blur", "noise")
 WITHOUT_ALPHA = ("iid", "users", "classes")
 """Partitions that no concentration shapes."""
 NAMED = {
@@ -46,6 +47,7 @@ NAMED = {
     "sizes": SIZES,
     "users": USERS,
     "attack": ATTACKS,
+    "shift": SHIFTS,
 }
 """Fields of a setting that take one of some names."""
 READ_BY = {"classes_per_client": "classes", "sizes": "classes", "users": "users"}
@@ -54,9 +56,11 @@ OF_BALANCED: Mapping[str, object] = {"kappa": 1.0, "server_momentum": 1.0, "bala
 """Fields that balanced statistics alone read, at the values with which these are shared ones."""
 OF_AN_ATTACK: Mapping[str, object] = {"attack_steps": None, "attack_images": 1000}
 """Fields that nothing reads where no test is attacked; how far a pixel moves is training's too."""
+OF_SHIFT: Mapping[str, object] = {"severity": 1.0, "unseen_severity": None}
+"""Fields that a shift alone reads."""
 LATER: Mapping[str, object] = {
     "classes_per_client": None, "sizes": "equal", "users": "merge", **OF_BALANCED,
-    "attack": "none", "attack_epsilon": EPSILON, "attack_step": STEP, **OF_AN_ATTACK,
+    "attack": "none", "attack_epsilon": EPSILON, "attack_step": STEP, **OF_AN_ATTACK, "shift": "none", **OF_SHIFT,
 }  # fmt: skip
 """Fields that came when results were stored already, and what runs did before. With this value they are left out of a
 run's identity and of what it stores, so that a run of then and the same of now are one."""
@@ -91,6 +95,13 @@ class Setting:
     """Clients (the last ones) held out of training, tested after adaptation."""
     unseen_labels: bool = True
     """Whether their training images have labels; without, they can only adapt in ways that need none."""
+    shift: str = "none"
+    """How each client's pictures are changed, training and test images alike, by a draw of its own: "colour",
+    "contrast", "blur", "noise" or "none" (`bench.splits.shift`)."""
+    severity: Strength = 1.0
+    """How strong the shift is; 0 is none."""
+    unseen_severity: Strength | None = None
+    """Of clients held out of training; None: the same."""
     participation: SomeShare = 1.0
     """Share of the training clients drawn in each round, uniformly, without replacement."""
     sampling: str = "fixed"
@@ -188,6 +199,15 @@ class Setting:
         if self.statistics != "balanced":
             return None
         return Balanced(**{field: getattr(self, field) for field in OF_BALANCED})
+
+    @property
+    def shifts(self) -> bool:
+        """Whether any picture is changed."""
+        return self.shift != "none" and (self.severity_of(False) > 0 or self.severity_of(True) > 0)
+
+    def severity_of(self, unseen: bool) -> float:
+        """Give how strong a client's shift is."""
+        return self.unseen_severity if unseen and self.unseen_severity is not None else self.severity
 
     def training_clients(self, clients: int) -> int:
         """Give how many of all clients may take part in training.

@@ -9,7 +9,7 @@ from bench.results.leaderboard import Leaderboard, Row
 
 def cautions(board: Leaderboard) -> list[str]:
     """Give the sentences that apply to a leaderboard."""
-    return [*_untested(board), *_same_answers(board), *_mixed_versions(board), *_hidden(board)]
+    return [*_untested(board), *_held_out(board), *_same_answers(board), *_mixed_versions(board), *_hidden(board)]
 
 
 def _untested(board: Leaderboard) -> list[str]:
@@ -29,6 +29,17 @@ def _untested(board: Leaderboard) -> list[str]:
     whom = "clients" if asked == whole else "clients that were drawn for testing"
     have = "has no test images and is" if lacking == {1} else "have no test images and are"
     return [f"{span} of {asked} {whom} {have} in no mean of personal models."]
+
+
+def _held_out(board: Leaderboard) -> list[str]:
+    """Say what is known of the images of clients held out of training, on which their tuning hangs."""
+    unseen = _number(board.setting.get("unseen")) or 0
+    if not unseen:
+        return []
+    of = f"Of {unseen} {'client' if unseen == 1 else 'clients'} held out of training"
+    if board.setting.get("unseen_labels", True):
+        return [f"{of} the labels are known: unseen is after tuning by these, unless a method tunes without them."]
+    return [f"{of} no label is known: unseen is without any tuning, unless a method tunes without labels."]
 
 
 def _number(value: object) -> int | None:

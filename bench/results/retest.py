@@ -27,13 +27,16 @@ class Retested:
     """(K, C) int64."""
 
 
-def retest(kept: Kept, images: Images, rows: Sequence[Tensor] | None = None) -> dict[str, Retested]:
+def retest(
+    kept: Kept, images: Images, rows: Sequence[Tensor] | None = None, official: int | None = None
+) -> dict[str, Retested]:
     """Test all models that a run kept, by name.
 
     Args:
         kept: The models.
         images: Normalised as the run's were.
         rows: (n_k,) int64, for each client those of the images that its own models are tested on; None: all.
+        official: How many of the images, the first ones, the other models are tested on; None: all.
     """
     everything = torch.arange(len(images), device=images.device)
     found = {}
@@ -45,7 +48,7 @@ def retest(kept: Kept, images: Images, rows: Sequence[Tensor] | None = None) -> 
                 _count(kept.module(name, client), images, some) for client, some in zip(clients, own, strict=True)
             ]
         else:
-            tested = [_count(kept.module(name), images, everything)]
+            tested = [_count(kept.module(name), images, everything[:official])]
         correct, total = (torch.stack(column) for column in zip(*tested, strict=True))
         found[name] = Retested(tuple(clients) or (-1,), correct, total)
     return found

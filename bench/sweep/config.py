@@ -176,7 +176,7 @@ class Sweep:
             precision=self.precision,
             device=self.device,
             weights=self.weights,
-            teacher=self._taught(algorithm),
+            teacher=self._taught(algorithm, setting),
             data_root=self.data_root,
             plugins=self.plugins,
             lr=lr,
@@ -185,14 +185,17 @@ class Sweep:
             workers=self.workers,
         )
 
-    def _taught(self, algorithm: Algorithm) -> Teacher | None:
+    def _taught(self, algorithm: Algorithm, setting: Setting) -> Teacher | None:
         """Leave the teacher to algorithms that need one: for the others nothing is as it was not.
 
         Raises:
-            BadConfig: An algorithm needs one, and there is none.
+            BadConfig: An algorithm needs one, and there is none, or it saw other images.
         """
         if "teacher" not in algorithm.needs:
             return None
+        if setting.shifts:
+            said = f"shift = {setting.shift}: the teacher of {name(algorithm)} saw the images as they are"
+            raise BadConfig(f"{said}; leave the shift or the method out")
         if self._teacher is None:
             raise BadConfig(
                 f"{name(algorithm)} needs a teacher's features of all training images and classes; name their file "

@@ -14,6 +14,7 @@ from bench.protocol.settings import (
     NAMED,
     OF_AN_ATTACK,
     OF_BALANCED,
+    OF_SHIFT,
     READ_BY,
     SETTINGS,
     WITHOUT_ALPHA,
@@ -98,12 +99,18 @@ def _reconcile(setting: Setting, dataset: Dataset, given: Mapping[str, Any], usu
     if setting.attack != "none" and not dataset.pictures:
         said = f"attack = {setting.attack}: these examples are not made of pixels, which an attack moves"
         raise BadConfig(f"{said}; leave it out, or choose a dataset of pictures")
+    if setting.shift != "none" and not dataset.pictures:
+        raise BadConfig(f"shift = {setting.shift}: these examples are no pictures that a camera takes; leave it out")
+    if setting.unseen_severity is not None and not setting.unseen:
+        said = f"unseen_severity = {setting.unseen_severity}: no client is held out; say how many with --set unseen=4"
+        raise BadConfig(said)
     if not setting.unseen_labels and not setting.unseen:
         raise BadConfig("unseen_labels = False: no client is held out; say how many with --set unseen=4")
     for fields, reads, why, choose in (
         (OF_BALANCED, setting.statistics == "balanced", f"statistics = {setting.statistics} does not read it",
          "choose --set statistics=balanced"),
         (OF_AN_ATTACK, setting.attack != "none", "no test is attacked", "say how with --set attack=pgd"),
+        (OF_SHIFT, setting.shift != "none", "nothing is shifted", "choose --set shift=colour"),
     ):  # fmt: skip
         for key, usual_value in fields.items():
             if not reads and getattr(setting, key) != usual_value:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -37,7 +37,8 @@ def _stretches(adaptation: tuple[Adaptation, ...]) -> Iterator[_Stretch]:
     curve, epochs, steps = adaptation[0].curve, 0, 0
     for number, stage in enumerate(adaptation):
         begin, end = epochs, epochs + stage.epochs
-        for stop in sorted({end, *(budget for budget in curve if begin < budget < end)}):
+        between = () if stage.by is not None else (budget for budget in curve if begin < budget < end)
+        for stop in sorted({end, *between}):
             salt = f"adapt {epochs} {steps}" if steps else f"adapt {epochs}"
             steps += stage.steps or 0
             budget = f"{stop} epochs" if stage.steps is None else f"{steps} steps"
@@ -75,28 +76,34 @@ def require_possible(algorithm: Algorithm, adaptation: tuple[Adaptation, ...], m
             fixed = next((path for path, leaf in leaves.items() if not leaf.is_floating_point()), None)
             if fixed is not None:
                 raise Misnamed(f"{of} {fixed!r}, which holds whole numbers; name other parts in the stage")
-        if stage.loss is not None:
-            method_of(algorithm, stage.loss)
+        for name in (stage.loss, stage.by):
+            if name is not None:
+                method_of(algorithm, name)
 
 
 def adapt(
     adaptation: tuple[Adaptation, ...], algorithm: Algorithm, task: Task, shared: Tree, model: Tree, data: LocalData
 ) -> Tree:
     """Tune one client's model: by budget, the models that are reported."""
-    task, done = replace(task, still=True), {"0 epochs": model}
+    still, done = replace(task, still=True), {"0 epochs": model}
     momentum: Tree | None = None
     for stretch in _stretches(adaptation):
         stage = stretch.stage
         seen = data if stage.labels else data.unlabelled()
         epochs = stretch.epochs if stage.steps is None else None
-        moving, momentum = task.resume_sgd(
-            _objective(stage, algorithm, task, model, seen),
-            {part: model[part] for part in _moving(stage, model)},
-            seen.after(stretch.begin).batches(epochs, stretch.salt, steps=stage.steps),
-            None if stretch.first else momentum,
-            (task.initial_lr or task.lr) * stage.lr_factor if stage.lr is None else stage.lr,
-        )
-        model = {**model, **moving}
+        lr = (task.initial_lr or task.lr) * stage.lr_factor if stage.lr is None else stage.lr
+        if stage.by is not None:
+            itself: Callable[..., Tree] = getattr(algorithm.pieces[0], stage.by)
+            model = itself(replace(task, lr=lr), model, seen.after(stretch.begin))
+        else:
+            moving, momentum = still.resume_sgd(
+                _objective(stage, algorithm, still, model, seen),
+                {part: model[part] for part in _moving(stage, model)},
+                seen.after(stretch.begin).batches(epochs, stretch.salt, steps=stage.steps),
+                None if stretch.first else momentum,
+                lr,
+            )
+            model = {**model, **moving}
         if stretch.reported:
             done[stretch.budget] = model
     return {budget: done[budget] for budget in budgets(adaptation)}

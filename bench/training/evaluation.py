@@ -268,10 +268,11 @@ class Evaluator:
         return sparse(told[[0, 1]], sizes, classes), sparse(told[[0, 2]], sizes, classes)
 
     def _test_on_all(self, task: Task, model: Tree, predictor: str) -> Tensor:
-        """Test one model on all test images: (3, n) as in `Answers`."""
-        everything = torch.arange(len(self.here.population.test), device=self.here.population.device)
+        """Test one model on all official test images: (3, n) as in `Answers`."""
+        everything = torch.arange(self.here.population.official, device=self.here.population.device)
         if not _predicts(self.here, predictor):
-            scores = _logits(self.here, model, self._features_of(_memory(model), model["body"]))
+            features = self._features_of(_memory(model), model["body"])
+            scores = _logits(self.here, model, features[: len(everything)])
             found = _compare(self.here, [scores], [everything])
         else:
             items: list[_Item] = [({}, rows, None) for rows in self._portions(everything)]

@@ -12,6 +12,7 @@ from bench.dataset import Dataset, Splits
 from bench.models.teacher import Features
 from bench.protocol.settings import BadConfig, Setting
 from bench.splits.auxiliary import NEEDS, Reserve
+from bench.splits.shift import shifted
 from bench.splits.split import Split
 from bench.task import Task
 from bench.training import engine as engines
@@ -66,7 +67,9 @@ def surroundings(job: Job) -> Surroundings:
     if teacher is None and "teacher" in algorithm.needs:
         raise BadConfig(f"{type(algorithm).__name__} needs a teacher, and this run has none")
     seen = None if teacher is None else teacher.images
-    population = Population(dataset, job.splits, split, setting, job.seed, device, seen)
+    splits, seen_split = shifted(dataset, job.splits, split, setting, job.seed)
+    official = len(job.splits.test_y)
+    population = Population(dataset, splits, seen_split, setting, job.seed, device, seen, official)
     model = models.build(setting.model, dataset.num_classes, dataset.image_shape, setting.norm, setting.balanced)
     told = None if model.learns is None or job.weights is not None else tell(model, population)
     prior = split.class_counts / split.class_counts.sum() if "prior" in algorithm.needs else None

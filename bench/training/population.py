@@ -89,6 +89,7 @@ class Population:
         seed: Of the run. Cohorts and data order are functions of it, never of the algorithm.
         device: Where batches are made, and where images live that are in memory.
         teacher: (N, d) float32, what a teacher makes of the official training part; None: there is none.
+        official: How many of the test images, the first ones, generic models are tested on; None: all.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Population:
         seed: int,
         device: str,
         teacher: Tensor | None = None,
+        official: int | None = None,
     ) -> None:
         self.key = keys.key(seed)
         self._keys = -1, self.key
@@ -120,6 +122,7 @@ class Population:
         everything = Images(splits.train_x, y, *look, setting.augment, dataset.scale, rows, taught, flips)
         self.images = everything.resident(RESIDENT)
         self.test = Images(splits.test_x, splits.test_y.to(device), *look, "none", dataset.scale).resident(RESIDENT)
+        self.official = len(self.test) if official is None else official
         self.index = [tree.bring(place[rows], device) for rows in split.clients]
         self.tests = [tree.bring(rows, device) for rows in split.tests]
         self.attacked: list[Tensor] = []
