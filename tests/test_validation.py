@@ -662,6 +662,14 @@ def less_computed(out: Path) -> None:
     forger.save()
 
 
+def test_a_method_may_compute_a_little_more_a_sample_with_another_seed(out: Path) -> None:
+    """Rounds in which it does otherwise, and what a visit costs once, fall on clients of other sizes."""
+    forger = Forger(folder(out))
+    forger.document["cost"]["train_flops"] *= 1.007
+    forger.save()
+    assert not [each for each in validate(out, ROOT).problems if "train_flops" in str(each)]
+
+
 @tampering("cost.train_samples is")
 def other_epochs(out: Path) -> None:
     Forger(folder(out)).set("epochs", 3).save()

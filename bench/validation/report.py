@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 from bench.protocol.identity import canonical
@@ -139,10 +140,19 @@ def _splits_agree(done: Sequence[Inspected]) -> Iterator[Problem]:
 def _work_agrees(done: Sequence[Inspected]) -> Iterator[Problem]:
     """Compare what was sent and computed by runs that differ by their seed only: as many clients take part in each."""
     for members in _grouped(done, _all_but_seed):
-        for key, measure in _WORK.items():
-            values = {one.folder.name: _digits(measure(one)) for one in members}
-            for name in _odd({name: value for name, value in values.items() if value is not None}):
-                yield Problem(f"{name}/{DOCUMENT}", f"cost.{key}", "does not go with that of the run's other seeds")
+        odd = []
+        for key in ("bytes_down", "bytes_up"):
+            sent = {one.folder.name: _digits(_cost(one, key)) for one in members}
+            odd += [(name, key) for name in _odd({name: value for name, value in sent.items() if value is not None})]
+        rates = {one.folder.name: rate for one in members if (rate := _a_sample(one)) is not None}
+        usual = median(rates.values()) if rates else 0.0
+        odd += [(name, "train_flops") for name, rate in rates.items() if abs(rate - usual) > _APART * usual]
+        for name, key in odd:
+            yield Problem(f"{name}/{DOCUMENT}", f"cost.{key}", "does not go with that of the run's other seeds")
+
+
+def _cost(one: Inspected, key: str) -> float | None:
+    return one.record.cost.get(key) if one.record else None
 
 
 def _digits(value: float | None) -> str | None:
@@ -155,11 +165,9 @@ def _a_sample(one: Inspected) -> float | None:
     return flops / samples if flops is not None and samples else None
 
 
-_WORK: Mapping[str, Callable[[Inspected], float | None]] = {
-    "bytes_down": lambda one: one.record.cost.get("bytes_down") if one.record else None,
-    "bytes_up": lambda one: one.record.cost.get("bytes_up") if one.record else None,
-    "train_flops": _a_sample,
-}
+_APART = 0.05
+"""Share of the usual operations a sample by which a seed may differ: what a visit costs once, and the rounds in which a
+method does otherwise, fall on clients of other sizes."""
 
 
 def _copies(done: Sequence[Inspected]) -> Iterator[Problem]:
