@@ -7,8 +7,8 @@ Server keeps   body, head
 Client keeps   nothing
 Down           body, head
 Up             body, head
-Newcomers      never drawn, the generic model; held out, its body after the glide of statistics and so many epochs of
-               weights and biases of norm layers, in both cases of batch norm alone, without labels (paper: the target)
+Newcomers      never drawn, the generic model; held out, the same with running statistics that went to the client's and
+               weights and biases of norm layers trained for so many epochs, without labels (paper: the target)
 Departs        classes of images (paper: of pixels). Statistics of the target are those of all the client's images
                (paper: of a batch), and glide over the epochs (paper: over iterations, in which they are there after
                five). Weights and biases are drawn back by the proximal step of their absolute differences, so that what
