@@ -136,8 +136,10 @@ def test_the_entropy_of_an_answer() -> None:
 
 
 def test_statistics_are_those_of_all_images_however_they_are_batched(monkeypatch: pytest.MonkeyPatch) -> None:
-    task, data = task_of(), plain()
-    x = data.images.plain(data.index)
+    task, taken = task_of(), plain()
+    brighter = torch.linspace(-2, 2, 60)[:, None, None, None]  # so that batches have means of their own
+    x = taken.images.plain(taken.index) + brighter
+    data = replace(taken, images=Images(x, taken.y, (0.0,), (1.0,), scale=1.0), index=torch.arange(60))
     whole = task.statistics_of(task.init(), data)["body"]["first"]["norm"]["stats"]
     assert float(whole["mean"]) == pytest.approx(float(x.mean()), abs=1e-5)
     assert float(whole["var"]) == pytest.approx(float(x.var()), rel=1e-5)
@@ -212,6 +214,15 @@ def test_a_network_without_running_statistics_stays_as_it_is() -> None:
     task = toy.task(made())
     assert made().adapted(task, task.init(), plain()).keys() == task.init().keys()
     assert largest_difference(made().adapted(task, task.init(), plain()), task.init()) == 0
+
+
+def test_answers_are_made_surer_under_the_gliding_statistics_not_under_those_of_a_batch() -> None:
+    task, data = task_of(), plain().unlabelled()
+    model = trained(task)
+    other = tree.map_paths(lambda path, leaf: leaf + 1 if path.endswith("stats/mean") else leaf, model)
+    method = made(consistency=0.0, decay=0.0, epochs=1)
+    one, two = (method.adapted(task, each, data)["body"]["first"]["norm"]["bias"] for each in (model, other))
+    assert not torch.equal(one, two)
 
 
 # What the consistency is for ---------------------------------------------------------------------------------
