@@ -28,7 +28,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from bench import Algorithm, Batch, LocalData, Task, Tree, evaluating, keys, losses, register
-from bench.attacks import frozen
+from bench.attacks import divergences, frozen
 from bench.ranges import Positive, Steps, Strength
 
 
@@ -116,9 +116,3 @@ class FAT(Algorithm):
                 lambda x: losses.mean(divergences(plain, task.logits(model, x) + shift), batch),
                 batch.x, start, self.steps,
             )  # fmt: skip
-
-
-def divergences(logits: Tensor, others: Tensor) -> Tensor:
-    """Give the Kullback-Leibler divergence of what other logits make likely from what logits do: (B, C) -> (B,)."""
-    one, other = (each.float().log_softmax(1) for each in (logits, others))
-    return (one.exp() * (one - other)).sum(1)

@@ -103,3 +103,9 @@ def slope(value: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
 def frozen(params: tree.Tree) -> tree.Tree:
     """Give a model by whose parameters nothing is differentiated."""
     return tree.map(Tensor.detach, params)
+
+
+def divergences(logits: Tensor, others: Tensor) -> Tensor:
+    """Give the Kullback-Leibler divergence of what other logits make likely from what logits do: (B, C) -> (B,)."""
+    one, other = (each.float().log_softmax(1) for each in (logits, others))
+    return (one.exp() * (one - other)).sum(1)

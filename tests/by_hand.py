@@ -22,6 +22,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "fediic": {"spread_steps": 2},
     "fedloge": {"etf_steps": 10},
     "fedrep": {"head_epochs": 1},
+    "ltd": {"steps": 2},
     "pfedme": {"inner_steps": 2},
     "rucr": {"head_epochs": 1},
 }

@@ -148,6 +148,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "descriptor_size": f"{COUNT}, or None", "hidden_size": COUNT, "hidden_layers": "a whole number from 1 to 100",
         "server_lr": FROM_0,
     },
+    "ltd": {"temperature": ABOVE_0, "steps": STEPS, "beta": FROM_0, "teacher_rounds": SHARE, "personal_teacher": FLAG},
     "pfedfda": {"blend": f"{SHARE}, or None", "ridge": ABOVE_0},
     "mr_mtl": {"pull": FROM_0},
     "pfedhn": {

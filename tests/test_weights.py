@@ -35,6 +35,7 @@ HEADS = {
     "lg_fedavg": "bodies stay with their clients, and heads are averaged",
     "unfreeze": "bodies join later, and at first heads alone are sent",
 }
+TEACHERS = {"ltd": "a teacher is averaged at first, body and head, and the body of the model that is tested later"}
 BY_STEPS = {"fedcm": "an update is divided by its client's number of steps, whatever it weighs"}
 AFTER_THE_MEAN = {
     "elastic": "the server's step is shorter or longer than to the mean, by parameter",
@@ -79,7 +80,7 @@ def test_with_uniform_weights_no_server_looks_at_sizes_and_with_sizes_all_do_tha
 def test_a_mean_of_bodies_has_the_settings_weights(name: str) -> None:
     """In the first round, where momentum and controls of a server are still nothing."""
     clients, sizes = torch.tensor([0, 1, 2, 4]), torch.tensor([60.0, 44.0, 33.0, 9.0]).double()
-    part, found = "head" if name in HEADS else "body", 0
+    part, found = "head" if name in HEADS else "teacher" if name in TEACHERS else "body", 0
     run = toy.run(short(name), setting=replace(toy.SETTING, rounds=1, participation=1.0))
     for task, exchange in toy.trips(run):
         sent = [toy.upload_once(run, k, task, exchange)[0] for k in clients.tolist()]
