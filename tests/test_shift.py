@@ -157,6 +157,7 @@ def test_models_that_are_handed_in_are_tested_on_the_images_of_their_clients(tmp
     [
         ({"severity": 2.0}, "severity = 2.0: nothing is shifted; leave it out, or choose --set shift=colour"),
         ({"shift": "blur", "unseen_severity": 2.0}, "unseen_severity = 2.0: no client is held out; say how many"),
+        ({"shift": "blur", "attack": "pgd"}, "attack = pgd: images that are shifted (blur) are not attacked"),
         ({"shift": "fog"}, "shift = 'fog': must be one of none, colour, contrast, blur, noise"),
         ({"shift": "blur", "severity": math.inf}, "severity = inf: must be a number from 0"),
     ],

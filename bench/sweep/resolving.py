@@ -101,6 +101,9 @@ def _reconcile(setting: Setting, dataset: Dataset, given: Mapping[str, Any], usu
         raise BadConfig(f"{said}; leave it out, or choose a dataset of pictures")
     if setting.shift != "none" and not dataset.pictures:
         raise BadConfig(f"shift = {setting.shift}: these examples are no pictures that a camera takes; leave it out")
+    if "none" not in (setting.attack, setting.shift):
+        said = f"attack = {setting.attack}: images that are shifted ({setting.shift}) are not attacked"
+        raise BadConfig(f"{said}; leave one of both out")
     if setting.unseen_severity is not None and not setting.unseen:
         said = f"unseen_severity = {setting.unseen_severity}: no client is held out; say how many with --set unseen=4"
         raise BadConfig(said)
