@@ -59,8 +59,13 @@ def test_the_numbers_are_those_of_last_time(name: str) -> None:
     assert golden(name) == pytest.approx(expected["metrics"], abs=1e-4)
 
 
+AFTERWARDS = {"osuda"}
+"""Those that train as FedAvg does; what is their own comes to clients held out of training, and is tested in their files."""
+
+
 def test_no_algorithm_is_another_at_its_defaults() -> None:
-    runs = {name: toy.finish(toy.run(short(name), setting=toy.SHORT)).outcome() for name in ALGORITHMS}
+    told = sorted(set(ALGORITHMS) - AFTERWARDS)
+    runs = {name: toy.finish(toy.run(short(name), setting=toy.SHORT)).outcome() for name in told}
     marks = {name: (run.digest, run.metrics["personal"], run.metrics["generic"]) for name, run in runs.items()}
     assert len(set(marks.values())) == len(marks)
 

@@ -123,10 +123,10 @@ def test_a_run_whose_workers_are_killed_goes_on_from_its_checkpoint_and_ends_wit
     whole, _ = finish(start(*asked, "--ray", "off", "--out", "whole", cwd=here))
     (here / "pid-none").unlink()
     process = start(*asked, "--ray", "local", "--out", "killed", cwd=here)
-    for _ in range(2):
+    for how in (signal.SIGKILL, signal.SIGTERM):  # the second is what Ray ends workers by
         seen = checkpoints(here, whole["runs"][0]["id"])
         wait(lambda seen=seen: checkpoints(here, whole["runs"][0]["id"]) - seen)  # type: ignore[misc]
-        os.kill(number(here, "none"), signal.SIGKILL)
+        os.kill(number(here, "none"), how)
     killed, err = finish(process)
     assert digests(killed) == digests(whole)
     assert [run["status"] for run in killed["runs"]] == ["done", "done"]
