@@ -246,8 +246,8 @@ def _source(plugin: Path) -> bytes:
 def unpacked(payload: Payload) -> Iterator[Any]:
     """Give what was packed, in a worker; the files of its plug-ins are there as long.
 
-    From then on SIGTERM ends the worker at once, as SIGKILL does: the exception that Ray makes of it, where a machine or
-    a driver is taken away, would look like one of the plug-in's, and the run like one that failed.
+    From then on SIGTERM ends the worker at once, as SIGKILL does: the exception that Ray makes of it, where a machine
+    or a driver is taken away, would look like one of the plug-in's, and the run like one that failed.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
