@@ -60,7 +60,7 @@ def test_the_numbers_are_those_of_last_time(name: str) -> None:
 
 
 AFTERWARDS = {"osuda"}
-"""Those that train as FedAvg does; what is their own comes to clients held out of training, and is tested in their files."""
+"""Those that train as FedAvg does: what is their own comes to clients held out of training, as files of theirs test."""
 
 
 def test_no_algorithm_is_another_at_its_defaults() -> None:
