@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench import tree
@@ -258,6 +260,25 @@ class Client(ABC):
         nothing, five epochs of the head. None: not at all.
         """
         return self.adaptation(task) or HEAD_EPOCHS
+
+    def open_set(self, task: Task, model: Tree, z: Tensor, support: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Say of images which of a few classes each is of, and how surely it is of any: by how near it lies, among the
+        features of `model`, to the mean of a class's labelled shots.
+
+        Args:
+            task: Of the last round.
+            model: A client's, not tuned.
+            z: (B, d) float32, features of images.
+            support: (S, d) float32, features of labelled images.
+            labels: (S,) int64, their classes, 0..n-1, each of which is there.
+
+        Returns:
+            (B,) int64 classes, 0..n-1, and (B,) float32, larger is surer; of each image by itself.
+        """
+        of_class = F.one_hot(labels).to(support.dtype)
+        means = of_class.T @ support / of_class.sum(0)[:, None]
+        nearest = torch.cdist(z, means, compute_mode="donot_use_mm_for_euclid_dist").min(1)
+        return nearest.indices, -nearest.values
 
     def predict(self, task: Task, model: Tree, x: Tensor) -> Tensor:
         """Score images: (B, C), larger is likelier. To be overridden only where a model is not a body and a

@@ -250,13 +250,13 @@ TOO_MUCH: dict[str, object] = {
     "weight_decay": 1.1e6, "clip": 1.1e6, "imbalance": 1.1e6, "alpha": 1.1e6, "classes_per_client": 100_001,
     "split_seed": 2**32, "eval_every": 100_001, "eval_clients": 100_001, "kappa": 1.01, "server_momentum": 1.01,
     "penalty": 1.1e6, "attack_epsilon": 1.01, "attack_step": 1.01, "attack_steps": 10_001, "attack_images": 100_001,
-    "severity": 1.1e6, "unseen_severity": 1.1e6,
+    "severity": 1.1e6, "unseen_severity": 1.1e6, "open_classes": 100_000, "shots": 1_001, "ways": 100_000,
 }  # fmt: skip
 """The nearest that is refused, of every field that has a number."""
 TOO_LITTLE: dict[str, object] = dict.fromkeys(TOO_MUCH, 0) | {
     "unseen": -1, "lost": -0.1, "lr_steps": ((0.0, 0.1),), "momentum": -0.1, "weight_decay": -0.1, "imbalance": 0.99,
     "split_seed": -1, "kappa": -0.1, "penalty": -0.1, "attack_epsilon": -0.1, "attack_step": -0.1,
-    "severity": -0.1, "unseen_severity": -0.1,
+    "severity": -0.1, "unseen_severity": -0.1, "open_classes": -1,
 }  # fmt: skip
 
 

@@ -41,7 +41,7 @@ def test_forty_full_personal_resnets_on_cifar10_stay_under_two_gibibytes() -> No
         run.population.tests = [rows[:130] for rows in run.population.tests]
         test = run.population.test
         test.x, test.y = test.x[:1000], test.y[:1000]
-        run.population.official = 1000
+        run.population.official = torch.arange(1000)
         run.population.tests = [rows[rows < 1000] for rows in run.population.tests]
         run.step()
         assert len(run.store.clients()) == 40

@@ -124,7 +124,7 @@ def test_generic_models_are_tested_on_the_official_images_and_clients_on_their_o
     run = toy.run(ALGORITHMS["fedavg"](), setting=replace(SETTING, shift="contrast", severity=1.9))
     run.step()
     population, server = run.population, run.progress.server
-    assert population.official == 180 and len(population.test) == 180 + sum(map(len, SPLIT.tests))
+    assert len(population.official) == 180 and len(population.test) == 180 + sum(map(len, SPLIT.tests))
     task = run.task_at(0)
     (told,) = run.evaluator.generic(task, server)["generic"]
     assert int(told[2].sum()) == 180

@@ -58,9 +58,12 @@ OF_AN_ATTACK: Mapping[str, object] = {"attack_steps": None, "attack_images": 100
 """Fields that nothing reads where no test is attacked; how far a pixel moves is training's too."""
 OF_SHIFT: Mapping[str, object] = {"severity": 1.0, "unseen_severity": None}
 """Fields that a shift alone reads."""
+OF_OPEN: Mapping[str, object] = {"shots": 5, "ways": None}
+"""Fields that an open-set test alone reads."""
 LATER: Mapping[str, object] = {
     "classes_per_client": None, "sizes": "equal", "users": "merge", **OF_BALANCED,
     "attack": "none", "attack_epsilon": EPSILON, "attack_step": STEP, **OF_AN_ATTACK, "shift": "none", **OF_SHIFT,
+    "open_classes": 0, **OF_OPEN,
 }  # fmt: skip
 """Fields that came when results were stored already, and what runs did before. With this value they are left out of a
 run's identity and of what it stores, so that a run of then and the same of now are one."""
@@ -102,6 +105,13 @@ class Setting:
     """How strong the shift is; 0 is none."""
     unseen_severity: Strength | None = None
     """Of clients held out of training; None: the same."""
+    open_classes: Annotated[int, Interval(ge=0, lt=_MANY)] = 0
+    """Classes, drawn by the split's seed, of which no client has an image. Clients held out of training are asked about
+    them in an open-set test (`bench.training.open_set`)."""
+    shots: Annotated[int, Interval(ge=1, le=1_000)] = 5
+    """Of an open-set test: labelled images of each known class."""
+    ways: Annotated[int, Interval(ge=2, lt=_MANY)] | None = None
+    """Known classes of a client's open-set test at most, drawn; None: all of which it has so many images."""
     participation: SomeShare = 1.0
     """Share of the training clients drawn in each round, uniformly, without replacement."""
     sampling: str = "fixed"

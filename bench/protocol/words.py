@@ -58,5 +58,24 @@ def attack_in_words(setting: Mapping[str, object]) -> str | None:
     return f"{how}; on up to {images} test images, drawn by the seed"
 
 
+def open_set_in_words(setting: Mapping[str, object]) -> str | None:
+    """Say what an open-set test asks, of a setting's stored fields, which lack those at their usual values.
+
+    Returns:
+        None where there is none.
+    """
+    number, shots, ways = (
+        setting.get(key, usual) for key, usual in (("open_classes", 0), ("shots", 5), ("ways", None))
+    )
+    if not number:
+        return None
+    of = "each of its classes" if ways is None else f"each of up to {ways} of its classes"
+    return (
+        f"{number} classes, drawn by the seed, are withheld from all clients, and nothing else is tested on them; a "
+        f"client held out of training has {shots} labelled images of {of}, its model is not tuned, and it is asked of "
+        "its test images, and of as many of withheld classes, what they are and whether it knows them"
+    )
+
+
 _USUAL_ATTACK: Mapping[str, object] = {"attack": "none", "attack_epsilon": 8 / 255, "attack_images": 1000}
 """As the setting has it; that is read without torch here."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 from bench.plugins.ledger import TIERS
-from bench.protocol.words import attack_in_words
+from bench.protocol.words import attack_in_words, open_set_in_words
 from bench.results import budget, classes
 from bench.results.cautions import cautions
 from bench.results.footnotes import footnotes, spell_seeds
@@ -71,6 +71,12 @@ LEGEND = (
     "FLOP, of training, of adaptation before the test, at the server, and of all three together; wall seconds, peak "
     "memory of the process, state kept at all clients.",
     f"Tier, what the server learns or needs: {', '.join(f'{tier} {what}' for tier, what in TIERS.items())}.",
+)
+_OF_OPEN_SET = (
+    "closed: images of known classes taken for their own. AUROC: how often one of a known class is surer to be known "
+    "than one of a withheld class. OSCR: known ones accepted and right, averaged over the shares of withheld ones that "
+    "are accepted. open-set H: the harmonic mean of known ones accepted and right and withheld ones refused, by a "
+    "threshold that accepts 9 of 10 shots."
 )
 _MEANING = {
     "last": "the last round",
@@ -146,6 +152,13 @@ ROBUST = (
     Column("robust worst decile", "personal.robust.worst_decile"),
 )
 """Of tests under attack, behind the others: there are none where nobody asked for an attack."""
+OPEN = (
+    Column("closed", "unseen.closed"),
+    Column("AUROC", "unseen.auroc"),
+    Column("OSCR", "unseen.oscr"),
+    Column("open-set H", "unseen.h"),
+)
+"""Of an open-set test, likewise."""
 _WORK = (
     ("", "samples", "flops"),
     ("training", "train_samples", "train_flops"),
@@ -174,7 +187,8 @@ _ASKED_SAYS = (
 )
 _MAIN = (
     "generic", "generic.few", "personal.balanced", "personal", "personal.few", "personal.worst_decile",
-    "generic.robust", "personal.robust.balanced", "personal.robust", "samples", "bytes", "wall_seconds",
+    "generic.robust", "personal.robust.balanced", "personal.robust", "unseen.auroc", "unseen.h", "samples", "bytes",
+    "wall_seconds",
 )  # fmt: skip
 _PREFIXES = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 
@@ -182,7 +196,7 @@ _PREFIXES = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 def columns(board: Leaderboard) -> tuple[Column, ...]:
     """Choose the columns of a leaderboard: all of which any row has a number."""
     followed = suffix(board.metric)
-    accuracy = [replace(column, key=column.key + followed) for column in (*ACCURACY, *ROBUST)]
+    accuracy = [replace(column, key=column.key + followed) for column in (*ACCURACY, *ROBUST, *OPEN)]
     samples, flops = (_scaled(board, title, place) for place, title in ((1, "{0} {1} samples"), (2, "{1} {0}FLOP")))
     known = (*accuracy, *samples, Column("MB", "bytes", 1e6), *flops, *_TIME_AND_MEMORY)
     if board.shown:
@@ -308,6 +322,7 @@ def remarks(board: Leaderboard) -> list[str]:
         *board.lacks,
         *_derived(board),
         *_attacked(board),
+        *_open_set(board),
         *numbered,
     ]
 
@@ -331,6 +346,12 @@ def _attacked(board: Leaderboard) -> list[str]:
     """Say what was done to images, where models were tested under attack."""
     how = attack_in_words(board.setting)
     return [] if how is None else [f"robust: {how}, of a client's own model those that are its own."]
+
+
+def _open_set(board: Leaderboard) -> list[str]:
+    """Say what was asked about classes that are withheld, and what its four numbers are."""
+    how = open_set_in_words(board.setting)
+    return [] if how is None else [f"open set: {how}. {_OF_OPEN_SET}"]
 
 
 def order(board: Leaderboard) -> str:

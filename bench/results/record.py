@@ -94,6 +94,9 @@ class Record:
     sent: dict[str, float] = field(default_factory=dict, repr=False)
     """Bytes that were sent, up and down, by each evaluated round. Empty where nothing is sent, if the run failed, or
     does not say."""
+    open_set: dict[str, str] = field(default_factory=dict, repr=False)
+    """How images came out in an open-set test, a line of `bench.training.open_set` for each client held out of training
+    that had shots of two classes. Empty without one, and if the run failed."""
     groups: dict[str, list[int]] = field(default_factory=dict, repr=False)
     """The classes that are many, medium and few."""
     class_counts: list[int] = field(default_factory=list, repr=False)

@@ -28,7 +28,7 @@ class Retested:
 
 
 def retest(
-    kept: Kept, images: Images, rows: Sequence[Tensor] | None = None, official: int | None = None
+    kept: Kept, images: Images, rows: Sequence[Tensor] | None = None, official: Tensor | None = None
 ) -> dict[str, Retested]:
     """Test all models that a run kept, by name.
 
@@ -36,7 +36,7 @@ def retest(
         kept: The models.
         images: Normalised as the run's were.
         rows: (n_k,) int64, for each client those of the images that its own models are tested on; None: all.
-        official: How many of the images, the first ones, the other models are tested on; None: all.
+        official: (n,) int64, those that the other models are tested on; None: all.
     """
     everything = torch.arange(len(images), device=images.device)
     found = {}
@@ -48,7 +48,7 @@ def retest(
                 _count(kept.module(name, client), images, some) for client, some in zip(clients, own, strict=True)
             ]
         else:
-            tested = [_count(kept.module(name), images, everything[:official])]
+            tested = [_count(kept.module(name), images, everything if official is None else official)]
         correct, total = (torch.stack(column) for column in zip(*tested, strict=True))
         found[name] = Retested(tuple(clients) or (-1,), correct, total)
     return found

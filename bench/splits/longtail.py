@@ -102,7 +102,7 @@ def shuffled(labels: Tensor, num_classes: int) -> list[Rows]:
     return rows
 
 
-def group_classes(class_counts: Tensor, rule: str) -> dict[str, Tensor]:
+def group_classes(class_counts: Tensor, rule: str, withheld: Tensor | None = None) -> dict[str, Tensor]:
     """Name the classes with many, a medium number of, and few training images.
 
     Args:
@@ -111,9 +111,10 @@ def group_classes(class_counts: Tensor, rule: str) -> dict[str, Tensor]:
             two are left over both ends have one more. "count": above 100, 20 to 100, below 20 images. "cumulative":
             classes by size, largest first; the head ends with the class in which 75 % of all images are reached, the
             middle with the one in which 95 % are.
+        withheld: (n,) int64, classes that are in no group, as no client has an image of them; None: there are none.
 
     Returns:
-        Ascending classes under "many", "medium" and "few": every class once, a group may be empty.
+        Ascending classes under "many", "medium" and "few": every other class once, a group may be empty.
 
     Raises:
         ValueError: No such rule.
@@ -121,6 +122,9 @@ def group_classes(class_counts: Tensor, rule: str) -> dict[str, Tensor]:
     Source: "count" Liu et al. 2019, https://arxiv.org/abs/1904.05160; "cumulative" the released code of
     Fed-GraB and FedLoGe, which counts the clients' test images instead.
     """
+    if withheld is not None and len(withheld):
+        known = torch.nonzero(~torch.isin(torch.arange(len(class_counts)), withheld)).flatten()
+        return {group: known[classes] for group, classes in group_classes(class_counts[known], rule).items()}
     if rule == "thirds":
         everything = len(class_counts)
         place = torch.empty_like(class_counts)

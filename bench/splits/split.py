@@ -7,7 +7,7 @@ of the run's seed where there is one. Its fingerprint stands in every result.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from bench.splits.dealing import Pool, reseed
 from bench.splits.heterogeneity import measure
 from bench.splits.longtail import Rows, by_class, subsample
 from bench.splits.longtail import group_classes as group_classes
+from bench.splits.open_set import known_rows, open_classes
 from bench.splits.partition import PARTITIONS as PARTITIONS
 
 
@@ -40,6 +41,8 @@ class Split:
     """First 16 hexadecimal digits of the SHA-256 over the labels and all rows."""
     left_out: int = 0
     """Images of the long-tailed training set that are in no client, as their users were not drawn."""
+    open: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """(n,) int64, ascending classes that are withheld from all clients."""
 
 
 def make_split(labels: Labels, num_classes: int, setting: Setting, seed: int) -> Split:
@@ -51,12 +54,13 @@ def make_split(labels: Labels, num_classes: int, setting: Setting, seed: int) ->
     Args:
         labels: Of the official parts.
         num_classes: C.
-        setting: Its profile, imbalance, partition, alpha, clients, client_test, split_seed and the fields of `READ_BY`
-            are read.
+        setting: Its profile, imbalance, partition, alpha, clients, client_test, split_seed, open_classes and the
+            fields of `READ_BY` are read.
         seed: Of the run, 0..2^32-1.
 
     Raises:
-        PartitionFailed: The images cannot be dealt in this way, or there is no partition of that name.
+        PartitionFailed: The images cannot be dealt in this way, there is no partition of that name, or too few classes
+            would be known.
         DataDamaged: A label lies outside 0..C-1.
     """
     for part in (labels.train, labels.test):
@@ -68,7 +72,12 @@ def make_split(labels: Labels, num_classes: int, setting: Setting, seed: int) ->
     seed = setting.seed_of_split(seed)
     if setting.partition not in PARTITIONS:
         raise PartitionFailed(f"no partition is called {setting.partition!r}; {near(setting.partition, PARTITIONS)}")
+    if setting.open_classes > num_classes - 2:
+        said = f"open_classes = {setting.open_classes}: of {num_classes} classes"
+        raise PartitionFailed(f"{said} at most {max(num_classes - 2, 0)} can be withheld, so that two are known")
+    withheld = open_classes(setting, num_classes, seed)
     kept = subsample(labels.train, num_classes, setting.profile, setting.imbalance)
+    kept = kept[known_rows(labels.train[kept], withheld)]
     truth = labels.train.numpy()
     pool = Pool(truth[kept], num_classes, None if labels.users is None else labels.users.numpy()[kept])
     own = {field: getattr(setting, field) for field, partition in READ_BY.items() if partition == setting.partition}
@@ -77,7 +86,7 @@ def make_split(labels: Labels, num_classes: int, setting: Setting, seed: int) ->
     clients = [np.sort(kept[part]) for part in parts]
     dealt = np.concatenate(clients)
     if setting.client_test == "own":
-        tests = own_tests(labels, clients)
+        tests = [rows[known_rows(labels.test[rows], withheld)] for rows in own_tests(labels, clients)]
     else:
         tests = client_tests(truth, labels.test.numpy(), clients, num_classes, setting.client_test, seed)
     return Split(
@@ -86,6 +95,7 @@ def make_split(labels: Labels, num_classes: int, setting: Setting, seed: int) ->
         tests=tuple(map(torch.from_numpy, tests)),
         fingerprint=_fingerprint(labels, clients, tests),
         left_out=len(kept) - len(dealt),
+        open=withheld,
     )
 
 
@@ -210,7 +220,7 @@ def describe(labels: Labels, split: Split, num_classes: int, rule: str) -> dict[
         `bench.splits.heterogeneity.measure`), "fingerprint".
     """
     table = class_table(labels, split, num_classes)
-    groups = group_classes(split.class_counts, rule)
+    groups = group_classes(split.class_counts, rule, split.open)
     return {
         "class_counts": split.class_counts.tolist(),
         "clients": [

@@ -124,6 +124,7 @@ def _execute(
             _require_the_same(records.read(out / run.id), outcome.digest)
         described |= {"metrics": outcome.metrics, "cost": outcome.cost, "digest": outcome.digest}
         described |= {"tested": outcome.tested, "sent": outcome.sent}
+        described |= {"open_set": outcome.open_set} if run.setting.open_classes else {}
         if models is not None:
             described["models"] = outcome.models
         _write(out, run, described, outcome, models, force or again)
@@ -185,7 +186,7 @@ def document(run: Run, started: str | None) -> dict[str, Any]:
 
 
 def _describe_split(run: Run, labels: Labels, split: Split) -> dict[str, Any]:
-    groups = group_classes(split.class_counts, run.setting.groups)
+    groups = group_classes(split.class_counts, run.setting.groups, split.open)
     described = describe(labels, split, run.dataset.num_classes, run.setting.groups)
     return {
         "fingerprint": split.fingerprint,

@@ -14,6 +14,7 @@ from bench.protocol.settings import (
     NAMED,
     OF_AN_ATTACK,
     OF_BALANCED,
+    OF_OPEN,
     OF_SHIFT,
     READ_BY,
     SETTINGS,
@@ -104,6 +105,20 @@ def _reconcile(setting: Setting, dataset: Dataset, given: Mapping[str, Any], usu
     if "none" not in (setting.attack, setting.shift):
         said = f"attack = {setting.attack}: images that are shifted ({setting.shift}) are not attacked"
         raise BadConfig(f"{said}; leave one of both out")
+    if setting.open_classes:
+        said = f"open_classes = {setting.open_classes}"
+        if not setting.unseen:
+            raise BadConfig(
+                f"{said}: clients held out of training are asked about them; say how many with --set unseen=4"
+            )
+        if not setting.unseen_labels:
+            raise BadConfig(
+                f"{said}: shots have labels, and unseen_labels = False knows of none; leave one of both out"
+            )
+        if setting.attack != "none":
+            raise BadConfig(
+                f"{said}: no attack looks at classes that are withheld; leave out attack = {setting.attack}"
+            )
     if setting.unseen_severity is not None and not setting.unseen:
         said = f"unseen_severity = {setting.unseen_severity}: no client is held out; say how many with --set unseen=4"
         raise BadConfig(said)
@@ -113,6 +128,7 @@ def _reconcile(setting: Setting, dataset: Dataset, given: Mapping[str, Any], usu
         (OF_BALANCED, setting.statistics == "balanced", f"statistics = {setting.statistics} does not read it",
          "choose --set statistics=balanced"),
         (OF_AN_ATTACK, setting.attack != "none", "no test is attacked", "say how with --set attack=pgd"),
+        (OF_OPEN, setting.open_classes > 0, "there is no open-set test", "say how many with --set open_classes=3"),
         (OF_SHIFT, setting.shift != "none", "nothing is shifted", "choose --set shift=colour"),
     ):  # fmt: skip
         for key, usual_value in fields.items():

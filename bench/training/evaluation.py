@@ -25,7 +25,7 @@ from bench.data import LocalData
 from bench.protocol.settings import BEYOND_TRAINING
 from bench.task import Task
 from bench.training import adaptation as tuning
-from bench.training import robustness
+from bench.training import open_set, robustness
 from bench.training.counting import Answers, sparse
 from bench.training.crew import Crew, Surroundings, visit_all
 from bench.training.keeping import Keeper
@@ -54,6 +54,8 @@ class Evaluator:
     """Put around the verbs of personal models: where statistics stay at the client, it puts them in."""
     keeper: Keeper | None = None
     """Who writes what is tested to files; None: nobody."""
+    open_set: dict[int, str] = field(default_factory=dict)
+    """Of clients held out of training, how they came out in the last evaluation's open-set test, if there is one."""
     _features: dict[tuple[int, ...], tuple[Tree, Tensor]] = field(default_factory=dict)
     """By the memory of a body: the body, so that its memory is no other's meanwhile, and its features of all test
     images; `forget` empties it after each evaluation."""
@@ -141,6 +143,8 @@ class Evaluator:
         models = ask(algorithm.personal_model, visits, count)
         if models[0] is None:
             return named
+        if final and unseen and population.setting.open_classes:
+            self.open_set |= open_set.lines(self.here, self.crew, task, models, clients)
         if final and not unseen:
             named["personal:after"] = ask(partial(_after, algorithm), visits)
         listed = stages(algorithm.newcomer_adaptation(task) if unseen else algorithm.adaptation(task))
@@ -269,10 +273,10 @@ class Evaluator:
 
     def _test_on_all(self, task: Task, model: Tree, predictor: str) -> Tensor:
         """Test one model on all official test images: (3, n) as in `Answers`."""
-        everything = torch.arange(self.here.population.official, device=self.here.population.device)
+        everything = self.here.population.official
         if not _predicts(self.here, predictor):
             features = self._features_of(_memory(model), model["body"])
-            scores = _logits(self.here, model, features[: len(everything)])
+            scores = _logits(self.here, model, features[everything])
             found = _compare(self.here, [scores], [everything])
         else:
             items: list[_Item] = [({}, rows, None) for rows in self._portions(everything)]

@@ -12,6 +12,7 @@ from bench.dataset import Dataset, Splits
 from bench.models.teacher import Features
 from bench.protocol.settings import BadConfig, Setting
 from bench.splits.auxiliary import NEEDS, Reserve
+from bench.splits.open_set import known_rows
 from bench.splits.shift import shifted
 from bench.splits.split import Split
 from bench.task import Task
@@ -68,7 +69,7 @@ def surroundings(job: Job) -> Surroundings:
         raise BadConfig(f"{type(algorithm).__name__} needs a teacher, and this run has none")
     seen = None if teacher is None else teacher.images
     splits, seen_split = shifted(dataset, job.splits, split, setting, job.seed)
-    official = len(job.splits.test_y)
+    official = known_rows(job.splits.test_y, split.open)
     population = Population(dataset, splits, seen_split, setting, job.seed, device, seen, official)
     model = models.build(setting.model, dataset.num_classes, dataset.image_shape, setting.norm, setting.balanced)
     told = None if model.learns is None or job.weights is not None else tell(model, population)

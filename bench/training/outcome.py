@@ -63,6 +63,8 @@ class Outcome:
     """SHA-256 of each file of kept models, by name; empty if none were to be kept."""
     sent: dict[str, float] = field(default_factory=dict)
     """Bytes that were sent, up and down, by each evaluated round; empty where nothing is sent."""
+    open_set: dict[str, str] = field(default_factory=dict)
+    """How images came out in the open-set test, a line of `bench.training.open_set` a client; empty without one."""
 
 
 @dataclass
@@ -77,3 +79,5 @@ class Progress:
     cost: dict[str, float] = field(default_factory=dict)
     models: dict[str, str] = field(default_factory=dict)
     """As `Outcome` has them."""
+    open_set: dict[int, str] = field(default_factory=dict)
+    """Likewise, by client."""

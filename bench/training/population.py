@@ -15,6 +15,7 @@ from bench.data import Images, LocalData
 from bench.dataset import Dataset, Splits
 from bench.protocol.settings import Setting
 from bench.splits.auxiliary import Reserve
+from bench.splits.open_set import Episode, episode, known_rows
 from bench.splits.split import Split
 from bench.training.visit import Visit
 from bench.tree import Tree
@@ -89,7 +90,7 @@ class Population:
         seed: Of the run. Cohorts and data order are functions of it, never of the algorithm.
         device: Where batches are made, and where images live that are in memory.
         teacher: (N, d) float32, what a teacher makes of the official training part; None: there is none.
-        official: How many of the test images, the first ones, generic models are tested on; None: all.
+        official: (n,) int64, the test images that generic models are tested on; None: all of known classes.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class Population:
         seed: int,
         device: str,
         teacher: Tensor | None = None,
-        official: int | None = None,
+        official: Tensor | None = None,
     ) -> None:
         self.key = keys.key(seed)
         self._keys = -1, self.key
@@ -122,7 +123,10 @@ class Population:
         everything = Images(splits.train_x, y, *look, setting.augment, dataset.scale, rows, taught, flips)
         self.images = everything.resident(RESIDENT)
         self.test = Images(splits.test_x, splits.test_y.to(device), *look, "none", dataset.scale).resident(RESIDENT)
-        self.official = len(self.test) if official is None else official
+        known = known_rows(splits.test_y, split.open) if official is None else official
+        self.official = tree.bring(known, device)
+        self.open = tree.bring(torch.nonzero(torch.isin(splits.test_y, split.open)).flatten(), device)
+        """(m,) int64, test images of classes that are withheld from all clients."""
         self.index = [tree.bring(place[rows], device) for rows in split.clients]
         self.tests = [tree.bring(rows, device) for rows in split.tests]
         self.attacked: list[Tensor] = []
@@ -193,6 +197,11 @@ class Population:
         held = [(self.class_counts(k) > 0).sum() for k in clients]
         classes = dict(zip(clients, torch.stack(held).tolist() if held else [], strict=True))
         return rests_on(images, classes, self.drawn_by(rounds))
+
+    def episode(self, client: int) -> Episode | None:
+        """Choose what a client is asked in an open-set test; None: it has too few images for one."""
+        train, test = self.images.y[self.index[client]], self.test.y[self.tests[client]]
+        return episode(self.setting, self.key, client, train.cpu(), test.cpu(), len(self.open))
 
     def class_counts(self, client: int) -> Tensor:
         """Count a client's training images of each class: (C,) int64."""

@@ -25,7 +25,7 @@ from bench.system import durable
 from bench.task import Task
 from bench.training import checkpoint as checkpoints
 from bench.training import engine as engines
-from bench.training import metrics
+from bench.training import metrics, open_set
 from bench.training.counting import Answers, right
 from bench.training.crew import Alone, Crew, visit_all
 from bench.training.evaluation import Evaluator
@@ -127,7 +127,7 @@ class Run:
         self.population, self.task = here.population, here.task
         self.crew = Alone() if crew is None else crew
         self.crew.join(here)
-        self.groups = group_classes(job.split.class_counts, setting.groups)
+        self.groups = group_classes(job.split.class_counts, setting.groups, job.split.open)
         self.own_statistics = setting.norm == "batch" and setting.statistics == "personal"
         # Weakly: in a circle, the images of a run that is over would stay until the collector comes, many runs later.
         self.evaluator = Evaluator(here, self.crew, partial(Run.work, weakref.proxy(self), "adaptation"))
@@ -192,6 +192,8 @@ class Run:
         for key in metrics.FOLLOWED:
             final[f"{key}@last10"] = metrics.last_mean(rows, key)
             final[f"{key}@best"] = metrics.best(rows, key)
+        if self.setting.open_classes:
+            final |= open_set.measured(self.progress.open_set)
         cost: dict[str, float | None] = {**dict.fromkeys((*WORK, CLIENT_ROUNDS), 0.0), **self.progress.cost}
         for key in self.progress.cost:
             if key.startswith((_RATE, _SENT)):
@@ -206,7 +208,8 @@ class Run:
         digest = tree.digest([self.progress.server, *self.store.all()])
         counts, predictions = self.progress.counts, self.progress.predictions
         sent = {} if "pooled" in self.algorithm.needs else sent
-        return Outcome(final, rows, counts, predictions, cost, digest, self._tested(), self.progress.models, sent)
+        told = {str(client): line for client, line in sorted(self.progress.open_set.items())}
+        return Outcome(final, rows, counts, predictions, cost, digest, self._tested(), self.progress.models, sent, told)
 
     def _tested(self) -> dict[str, int | list[int] | None]:
         """Say on what the personal metrics of the last evaluation rest."""
@@ -361,6 +364,7 @@ class Run:
             if tested[kind]:
                 answers |= evaluator.personal(task, server, self.store, tested[kind], last)
         evaluator.forget()
+        self.progress.open_set = evaluator.open_set
         if keeper is not None:
             self.progress.models = keeper.finish(self.store)
         by_then = population.drawn_by(completed)
@@ -467,5 +471,6 @@ class Run:
             require({tally.round for tally in tallies} <= set(times))
             require(all(t.rows.dtype == torch.int32 and t.rows.dim() == 2 and len(t.rows) == 5 for t in tallies))
             saved[key] = tallies
+        require(all(type(client) is int and open_set.is_line(line) for client, line in saved["open_set"].items()))
         require(self.store.restore(stored))
         return Progress(**saved)

@@ -15,7 +15,7 @@ from bench.results.curves import curves as computed
 from bench.results.record import DOCUMENT, Record
 from bench.results.tables import COUNT_COLUMNS, COUNTS, PREDICTION_COLUMNS, PREDICTIONS, ROUNDS, together
 from bench.results.tables import curves as laid_out
-from bench.training import metrics
+from bench.training import metrics, open_set
 from bench.training.robustness import ROBUST
 from bench.validation.expected import Cells, Numbers, countable, evaluations, first_drawn, tested_models
 from bench.validation.found import Inspected, brief, close
@@ -253,6 +253,8 @@ def _measured(found: Inspected, record: Record, counts: pandas.DataFrame, curves
     final = {key: value for key, value in rows[-1].items() if key != "round"}
     for key in metrics.FOLLOWED:
         final |= {f"{key}@last10": metrics.last_mean(rows, key), f"{key}@best": metrics.best(rows, key)}
+    if found.asked is not None and found.asked.trained_by.open_classes:
+        final |= _open_set(found, record)
     for key in dict.fromkeys((*final, *record.metrics)):
         if key not in final:
             found.add(DOCUMENT, f"metrics.{key}", "is no metric of the stored counts")
@@ -263,6 +265,21 @@ def _measured(found: Inspected, record: Record, counts: pandas.DataFrame, curves
     for key, value in record.metrics.items():
         if value is not None and not 0 <= value <= 1:
             found.add(DOCUMENT, f"metrics.{key}", f"is {value}, and must lie between 0 and 1")
+
+
+def _open_set(found: Inspected, record: Record) -> dict[str, float | None]:
+    """Look at the lines of an open-set test, and compute its metrics anew."""
+    asked = {client: open_set.asked_of(written) for client, written in record.open_set.items()}
+    if odd := [client for client, written in record.open_set.items() if not open_set.is_line(written)]:
+        found.add(DOCUMENT, f"open_set.{odd[0]}", "is no line of an open-set test")
+        return dict.fromkeys(open_set.METRICS)
+    if found.dealt is not None:
+        wanted = {str(client): numbers for client, numbers in found.dealt.open_set.items()}
+        if asked != wanted:
+            client = next(c for c in dict.fromkeys((*asked, *wanted)) if asked.get(c) != wanted.get(c))
+            told = f"has {brief(asked.get(client))} images of known and of open classes"
+            found.add(DOCUMENT, f"open_set.{client}", f"{told}, and by the data it is {brief(wanted.get(client))}")
+    return open_set.measured(record.open_set)
 
 
 def _curves(found: Inspected, rows: Sequence[Mapping[str, float | int | None]], frame: pandas.DataFrame) -> None:

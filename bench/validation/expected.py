@@ -21,7 +21,8 @@ from bench.dataset import Dataset, Labels
 from bench.files import source
 from bench.protocol.settings import Setting
 from bench.splits import auxiliary
-from bench.splits.split import describe, make_split
+from bench.splits.open_set import episode, known_rows
+from bench.splits.split import Split, describe, make_split
 from bench.task import Task
 from bench.training.population import draw_attacked, draw_cohort
 from bench.training.robustness import ROBUST
@@ -54,6 +55,8 @@ class Dealt:
     """Classes among their training images."""
     held: Mapping[int, frozenset[int]]
     """Which classes are among the training images of each client that is tested, those held out of training too."""
+    open_set: Mapping[int, tuple[int, int]]
+    """Of each client that is asked in an open-set test: how many images of known classes, and of open ones."""
     visited: int
     """Training images that the cohorts of all rounds hold together."""
 
@@ -78,7 +81,7 @@ def _dealt(dataset: Dataset, root: Path, setting: Setting, seed: int) -> Dealt:
     clients = len(split.clients)
     training = setting.training_clients(clients)
     kinds = {"personal": range(training), "unseen": range(training, clients)}
-    tested = {"generic": _cells([-1], [np.arange(len(labels.test))], labels, dataset.num_classes)}
+    tested = {"generic": _cells([-1], [known_rows(labels.test, split.open).numpy()], labels, dataset.num_classes)}
     for kind, those in kinds.items():
         chosen = evaluated(setting, those, seed)
         rows = [split.tests[client].numpy() for client in chosen]
@@ -103,8 +106,20 @@ def _dealt(dataset: Dataset, root: Path, setting: Setting, seed: int) -> Dealt:
         held=held,
         described={**described, "clients": clients},
         tested=tested,
+        open_set=_asked(labels, split, setting, seed) if setting.open_classes else {},
         visited=visited,
     )
+
+
+def _asked(labels: Labels, split: Split, setting: Setting, seed: int) -> dict[int, tuple[int, int]]:
+    """Count what clients are asked in an open-set test."""
+    clients = range(setting.training_clients(len(split.clients)), len(split.clients))
+    there, found = int(torch.isin(labels.test, split.open).sum()), {}
+    for k in evaluated(setting, clients, seed):
+        train, test = labels.train[split.clients[k]], labels.test[split.tests[k]]
+        if (asked := episode(setting, keys.key(seed), k, train, test, there)) is not None:
+            found[k] = len(asked.known), len(asked.open)
+    return found
 
 
 @lru_cache(maxsize=2)

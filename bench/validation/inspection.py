@@ -18,6 +18,7 @@ from bench.results.record import DOCUMENT, FORMAT, MODELS, DamagedResult, Record
 from bench.results.tables import ROUNDS
 from bench.splits.auxiliary import NEEDS
 from bench.splits.longtail import group_classes
+from bench.splits.open_set import open_classes
 from bench.splits.split import PartitionFailed
 from bench.system import reading
 from bench.training.footprint import OF_THE_NETWORK
@@ -261,7 +262,8 @@ def _split(found: Inspected, record: Record, asked: Asked, root: Path) -> None:
     ):
         found.add(DOCUMENT, "class_counts", "are not a number of images for each class of the dataset")
         return
-    groups = group_classes(torch.tensor(counts), asked.setting.groups)
+    withheld = open_classes(asked.trained_by, len(counts), record.seed)
+    groups = group_classes(torch.tensor(counts), asked.setting.groups, withheld)
     for group, classes in groups.items():
         if record.groups.get(group) != classes.tolist():
             found.add(DOCUMENT, f"groups.{group}", f"is {brief(record.groups.get(group))}, and by class_counts it is "

@@ -15,6 +15,7 @@ from bench.files import source
 from bench.results.kept import load
 from bench.results.record import Record
 from bench.results.retest import retest
+from bench.splits.open_set import known_rows
 from bench.splits.shift import shifted
 from bench.splits.split import make_split
 from bench.validation.rebuilding import Asked
@@ -48,7 +49,7 @@ def recount(record: Record, asked: Asked, root: Path) -> list[str]:
     images = Images(seen.test_x, seen.test_y, network.mean, network.std, scale=asked.dataset.scale)
     frame = record.counts()
     last = frame[frame["round"] == frame["round"].max()]
-    found = retest(kept, images, split.tests, len(splits.test_y))
+    found = retest(kept, images, split.tests, known_rows(splits.test_y, split.open))
     said = [] if any(name.startswith("generic") or name.startswith("personal") for name in found) else ["no model"]
     for name, each in found.items():
         told = torch.zeros_like(each.correct), torch.zeros_like(each.total)

@@ -262,6 +262,8 @@ def _untouched(record: Record, again: Record) -> list[str]:
             found.append(f"cost.{key} {other}, not {one}")
     if record.sent and record.sent != again.sent:  # of runs that were stored before it was
         found.append("the bytes by each evaluation are others")
+    if record.open_set.keys() != again.open_set.keys():
+        found.append("the open-set test is of other clients")
     images = ["round", "model", "client", "class", "total"]
     if not record.counts()[images].equals(again.counts()[images]):
         found.append("the tests are on other images")
