@@ -77,7 +77,7 @@ def make_split(labels: Labels, num_classes: int, setting: Setting, seed: int) ->
         raise PartitionFailed(f"{said} at most {max(num_classes - 2, 0)} can be withheld, so that two are known")
     withheld = open_classes(setting, num_classes, seed)
     kept = subsample(labels.train, num_classes, setting.profile, setting.imbalance)
-    kept = kept[known_rows(labels.train[kept], withheld)]
+    kept = _known(kept, labels.train, withheld)
     truth = labels.train.numpy()
     pool = Pool(truth[kept], num_classes, None if labels.users is None else labels.users.numpy()[kept])
     own = {field: getattr(setting, field) for field, partition in READ_BY.items() if partition == setting.partition}
@@ -86,7 +86,7 @@ def make_split(labels: Labels, num_classes: int, setting: Setting, seed: int) ->
     clients = [np.sort(kept[part]) for part in parts]
     dealt = np.concatenate(clients)
     if setting.client_test == "own":
-        tests = [rows[known_rows(labels.test[rows], withheld)] for rows in own_tests(labels, clients)]
+        tests = [_known(rows, labels.test, withheld) for rows in own_tests(labels, clients)]
     else:
         tests = client_tests(truth, labels.test.numpy(), clients, num_classes, setting.client_test, seed)
     return Split(
@@ -106,6 +106,11 @@ def _clients(pool: Pool, setting: Setting) -> int:
     if pool.users is None:
         raise PartitionFailed("this dataset does not say whose images it has; say how many clients with --clients")
     return len(np.unique(pool.users))
+
+
+def _known(rows: Rows, labels: Tensor, withheld: Tensor) -> Rows:
+    """Leave out the rows of classes that are withheld."""
+    return rows[known_rows(labels[rows], withheld).numpy()] if len(withheld) else rows
 
 
 def client_tests(train: Rows, test: Rows, clients: list[Rows], num_classes: int, rule: str, seed: int) -> list[Rows]:
