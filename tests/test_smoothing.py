@@ -250,9 +250,11 @@ def test_a_robust_body_is_looked_at_in_evaluation_mode_and_a_body_of_its_own_tra
     assert reached and all(path.startswith("standard/") for path in reached)
 
 
-def test_a_loss_part_stands_in_both_losses() -> None:
-    (algorithm,) = parse_algorithms("smoothing(steps=1)+focal(gamma=3)")
-    composed, plain = toy.run(algorithm, setting=PLAIN), start(PLAIN, steps=1)
+@pytest.mark.parametrize("personal", ["head", "all"])
+def test_a_loss_part_stands_in_both_losses(personal: str) -> None:
+    once = replace(PLAIN, batch_size=64)  # of one step, so that no part sees what the other's loss has done
+    (algorithm,) = parse_algorithms(f"smoothing(steps=1, personal='{personal}')+focal(gamma=3)")
+    composed, plain = toy.run(algorithm, setting=once), start(once, steps=1, personal=personal)
     for found, usual in zip(toy.upload_once(composed), toy.upload_once(plain), strict=True):
         assert largest_difference(found, usual) > 1e-4
 
@@ -266,11 +268,14 @@ def test_a_client_that_never_took_part_predicts_as_the_generic_model_and_one_hel
     task, server = run.task_at(0), run.progress.server
     x = first(run).x
     model = toy.tested_models(run, new)["personal"]
+    assert largest_difference(model["standard"]["head"], server["head"]) == 0.0
     assert torch.equal(method(run).predict(task, model, x).argmax(1), task.logits(server, x).argmax(1))
     held = toy.tested_models(run, 7)["unseen"]
     for key in ("body", "head"):
         assert largest_difference(held[key], server[key]) == 0.0
     assert largest_difference(held["standard"]["head"], server["head"]) > 1e-2
+    other = toy.tested_models(done(start(setting, alpha=0.1)), 7)["unseen"]
+    assert largest_difference(other, held) == 0.0  # the share has no part in it
     one = start(setting, personal="all")
     assert one.algorithm.newcomer(task, server, data_of(run, 7))["standard"].keys() == {"body", "head"}
 
