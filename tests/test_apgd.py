@@ -56,8 +56,9 @@ def rare(step: int) -> float:
         (rare, (22, 41)),
         (lambda step: float(step if step <= 22 else step - 100), (41,)),
         (lambda step: rare(step) if step <= 22 else float(step), (22,)),
+        (lambda step: 200.0 if step == 41 else float(step if step <= 22 else -step), (41,)),
     ],
-    ids=["all gain", "rare gains", "most gain and none leads", "the same after a halving"],
+    ids=["all gain", "rare gains", "most gain and none leads", "the same after a halving", "rare gains later"],
 )  # fmt: skip
 def test_steps_are_halved_where_gains_are_rare_or_none_leads_and_go_on_from_the_best_point(
     worth: Callable[[int], float], halved: tuple[int, ...]
