@@ -26,8 +26,8 @@ from tests.by_hand import data_of, done, measured, method
 ENGINES = pytest.mark.parametrize("engine", ["serial", "stacked"])
 HOSTILE = replace(toy.SETTING, momentum=0.9, weight_decay=1e-2, clip=0.5, rounds=4)
 DEEP = replace(HOSTILE, model="lenet5", rounds=3, epochs=1, lr=0.01)
-NORMED = replace(HOSTILE, model="resnet8", norm="batch", rounds=1, epochs=1)
-FEW = (9, 5, 0, 0, 0, 0, 0, 0)
+NORMED = replace(HOSTILE, clients=3, participation=1.0, model="resnet8", norm="batch", rounds=1, epochs=1)
+FEW = (9, 5, 0)
 LARGE = toy.Toy(enlarged=2, test=30)
 
 
@@ -96,7 +96,7 @@ def test_with_a_mask_that_keeps_everything_it_is_fedavg_too(setting: Any, monkey
     run, fedavg = done(run), done(fedavg)
     mine = {key: run.progress.server[key] for key in ("body", "head")}
     assert largest_difference(mine, fedavg.progress.server) == 0.0
-    visits = run.progress.cost["client_rounds"] if "client_rounds" in run.progress.cost else 6 * setting.rounds
+    visits = setting.cohort_size(setting.clients) * setting.rounds
     assert spent(run)[1] == spent(fedavg)[1] and spent(run)[0] == spent(fedavg)[0] + visits * math.ceil(n / 8)
     module().planned.cache_clear()
 
@@ -382,8 +382,7 @@ def test_losses_are_of_training_images_weighted_by_size() -> None:
 
 
 def test_statistics_are_measured_averaged_and_judged_with() -> None:
-    setting = replace(NORMED, participation=1.0)
-    run = start(setting=setting, candidates=2)
+    run = start(setting=NORMED, candidates=2)
     server, task = run.progress.server, run.task_at(0)
     measure, judge, _ = run.algorithm.exchanges(task)
     masks = plan(run).masks(server["body"], torch.device("cpu"))
