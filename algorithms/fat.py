@@ -27,8 +27,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from bench import Algorithm, Batch, LocalData, Task, Tree, evaluating, keys, losses, register
-from bench.attacks import divergences, frozen
+from bench import Algorithm, Batch, LocalData, Task, Tree, evaluating, losses, register
+from bench.attacks import attacked, divergences, frozen
 from bench.ranges import Positive, Steps, Strength
 
 
@@ -99,20 +99,16 @@ class FAT(Algorithm):
 
     def attacked(self, task: Task, model: Tree, batch: Batch, shift: Tensor) -> Tensor:
         """Give the images of a batch after an attack on a model that stands still: of the form of `batch.x`."""
-        ball = task.ball
-        assert ball is not None  # what needs pixels does not run without
-        if not self.steps or (self.objective == "trades" and not self.beta):
+        if self.objective == "at":
+            return attacked(
+                task.ball, lambda x: losses.cross_entropy(task.logits(model, x) + shift, batch), batch, self.steps
+            )
+        if not (self.beta and self.steps):
             return batch.x
-        own = keys.fold(batch.keys, "attack")
         with evaluating():
-            if self.objective == "at":
-                start = ball.anywhere(batch.x, own)
-                return ball.ascended(
-                    lambda x: losses.cross_entropy(task.logits(model, x) + shift, batch), batch.x, start, self.steps
-                )
             plain = task.logits(model, batch.x) + shift
-            start = ball.beside(batch.x, own)
-            return ball.ascended(
-                lambda x: losses.mean(divergences(plain, task.logits(model, x) + shift), batch),
-                batch.x, start, self.steps,
-            )  # fmt: skip
+        return attacked(
+            task.ball,
+            lambda x: losses.mean(divergences(plain, task.logits(model, x) + shift), batch),
+            batch, self.steps, beside=True,
+        )  # fmt: skip

@@ -27,8 +27,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from bench import Algorithm, Batch, Exchange, LocalData, Task, Tree, evaluating, keys, losses, register, tree
-from bench.attacks import divergences, frozen
+from bench import Algorithm, Batch, Exchange, LocalData, Task, Tree, evaluating, losses, register, tree
+from bench.attacks import attacked, divergences, frozen
 from bench.ranges import Positive, Share, Steps, Strength
 
 
@@ -124,13 +124,7 @@ class LTD(Algorithm):
 
     def attacked(self, task: Task, model: Tree, batch: Batch, soft: Tensor) -> Tensor:
         """Give the images of a batch after an attack on a student that stands still: of the form of `batch.x`."""
-        ball = task.ball
-        assert ball is not None  # what needs pixels does not run without
-        if not self.steps:
-            return batch.x
-        start = ball.anywhere(batch.x, keys.fold(batch.keys, "attack"))
-        with evaluating():
-            return ball.ascended(lambda x: soft_entropy(soft, task.logits(model, x), batch), batch.x, start, self.steps)
+        return attacked(task.ball, lambda x: soft_entropy(soft, task.logits(model, x), batch), batch, self.steps)
 
     def global_variants(self, task: Task, server: Tree) -> dict[str, Tree]:
         """Report the teacher beside, the accurate and fragile end, where it is one for all."""

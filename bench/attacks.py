@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from bench import keys, tree
-from bench.data import Images
+from bench.data import Batch, Images
+from bench.models.layers import evaluating
 
 ATTACKS = ("none", "pgd", "apgd")
 """Of a test: none; projected gradient descent (Madry et al. 2018, https://arxiv.org/abs/1706.06083); or the worst of
@@ -90,6 +91,32 @@ def around(images: Images, epsilon: float, step: float) -> Ball:
     darkest, brightest = images.offset, white + images.offset
     epsilon_, step_, low, high = (part[:, None, None] for part in (epsilon * white, step * white, darkest, brightest))
     return Ball(epsilon_, step_, low, high)
+
+
+def attacked(
+    ball: Ball | None, value: Callable[[Tensor], Tensor], batch: Batch, steps: int, *, beside: bool = False
+) -> Tensor:
+    """Attack the images of a training batch: what clients train on, who train against attacks.
+
+    Models are in evaluation mode meanwhile: no step moves running statistics, or lets images of a batch hang together.
+
+    Args:
+        ball: Where an attack may go.
+        value: As of `Ball.ascended`, by a model that stands still (`frozen`).
+        batch: Whose images they are, and whose keys are drawn by.
+        steps: How many. 0: images stay as they are.
+        beside: Start a little beside each image, and not anywhere in the ball.
+
+    Returns:
+        Of the form of `batch.x`, detached.
+    """
+    assert ball is not None  # what needs pixels does not run without
+    if not steps:
+        return batch.x
+    own = keys.fold(batch.keys, "attack")
+    with evaluating():
+        start = ball.beside(batch.x, own) if beside else ball.anywhere(batch.x, own)
+        return ball.ascended(value, batch.x, start, steps)
 
 
 def slope(value: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:

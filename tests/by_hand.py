@@ -25,6 +25,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "ltd": {"steps": 2},
     "pfedme": {"inner_steps": 2},
     "rucr": {"head_epochs": 1},
+    "smoothing": {"steps": 2},
 }
 """Fields with which methods whose servers, heads or solvers take long take little; what is done is the same."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -40,6 +42,50 @@ def test_its_steps_are_halved_until_they_meet_what_lies_between(target: float) -
 
     x, y = torch.zeros(40, 1, 1, 1), torch.zeros(40, dtype=torch.int64)
     assert apgd.worst(peak, x, y, ball(0.1), 30, KEYS).tolist() == 40 * [1]
+
+
+def rare(step: int) -> float:
+    """Falls 21 times, and then leads."""
+    return 100.0 if step == 22 else -float(step)
+
+
+@pytest.mark.parametrize(
+    ("worth", "halved"),
+    [
+        (float, ()),
+        (rare, (22, 41)),
+        (lambda step: float(step if step <= 22 else step - 100), (41,)),
+        (lambda step: rare(step) if step <= 22 else float(step), (22,)),
+        (lambda step: 200.0 if step == 41 else float(step if step <= 22 else -step), (41,)),
+    ],
+    ids=["all gain", "rare gains", "most gain and none leads", "the same after a halving", "rare gains later"],
+)  # fmt: skip
+def test_steps_are_halved_where_gains_are_rare_or_none_leads_and_go_on_from_the_best_point(
+    worth: Callable[[int], float], halved: tuple[int, ...]
+) -> None:
+    """What a point is worth is told by its step, up to the second checkpoint; slopes go up and down by turns."""
+    points: list[float] = []
+
+    def loss(left: Tensor, logits: Tensor, y: Tensor) -> Tensor:
+        step, at = len(points), logits[:, 0]
+        points.append(float(at.detach()))
+        sign = 1.0 if step % 2 == 0 else -1.0
+        return worth(step) + sign * (at - at.detach())
+
+    nothing = torch.zeros(1, dtype=torch.int64)
+    apgd._run(lambda x: x.flatten(1), torch.zeros(1, 1, 1, 1), nothing, ball(1.0), 100, KEYS[:1], nothing, loss)
+    size = 2.0
+    for checkpoint in (22, 41):
+        best = max(range(checkpoint + 1), key=worth)
+        expected = {}
+        for shorter in (False, True):
+            at, of = (points[best], best) if shorter else (points[checkpoint], checkpoint)
+            ahead = min(max(at + (size / 2 if shorter else size) * (-1) ** of, -1.0), 1.0)
+            expected[shorter] = at + 0.75 * (ahead - at) + 0.25 * (at - points[checkpoint - 1])
+        found = checkpoint in halved
+        assert points[checkpoint + 1] == pytest.approx(min(max(expected[found], -1.0), 1.0), abs=1e-6)
+        assert abs(expected[True] - expected[False]) > 0.05
+        size = size / 2 if found else size
 
 
 def test_targets_are_tried_where_there_are_four_classes_and_more(monkeypatch: pytest.MonkeyPatch) -> None:

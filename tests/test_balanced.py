@@ -34,12 +34,14 @@ ALL: dict[str, Any] = {"kappa": 0.4, "server_momentum": 0.3, "balance": True, "p
 SETTING = replace(toy.SETTING, model="resnet8", norm="batch", rounds=1, epochs=1, batch_size=4, participation=1.0)
 FEW = (6, 0, 0, 0, 0, 0, 0, 3)
 """Examples of clients: batches of 4, 2 and 3, which stacked clients have padded."""
+SHOWN = toy.Toy(test=30)
+"""Test images are dear to a network with batch norm."""
 
 
 @cache
 def run_of(name: str, engine: str, **changed: Any) -> Run:
     setting = replace(SETTING, **{"statistics": "balanced", **changed})
-    return toy.finish(toy.run(ALGORITHMS[name](), engine, setting=setting, sizes=FEW))
+    return toy.finish(toy.run(ALGORITHMS[name](), engine, setting=setting, sizes=FEW, dataset=SHOWN))
 
 
 def layer_of(channels: int, balanced: Balanced, classes: int = 3) -> Tree:
@@ -330,9 +332,11 @@ def test_what_is_sent_more_is_counted() -> None:
 
 def test_a_run_goes_on_where_it_was(tmp_path: Path) -> None:
     setting = replace(SETTING, statistics="balanced", rounds=2, **ALL)
-    whole = toy.finish(toy.run(ALGORITHMS["fedavg"](), setting=setting, sizes=FEW)).outcome()
+    whole = toy.finish(toy.run(ALGORITHMS["fedavg"](), setting=setting, sizes=FEW, dataset=SHOWN)).outcome()
     for _ in range(2):
-        part = toy.run(ALGORITHMS["fedavg"](), setting=setting, sizes=FEW, checkpoint=tmp_path / "checkpoint")
+        part = toy.run(
+            ALGORITHMS["fedavg"](), setting=setting, sizes=FEW, dataset=SHOWN, checkpoint=tmp_path / "checkpoint"
+        )
         part.step()
         part._save(last=True)
     assert part.resumed and part.outcome().digest == whole.digest

@@ -128,6 +128,17 @@ def test_trades_adds_how_far_attacked_images_are_from_what_they_were_taken_for()
     assert gained[0] > 0.01 and abs(gained[1]) < 1e-6
 
 
+def test_trades_starts_beside_each_image_and_adversarial_training_anywhere_in_the_ball() -> None:
+    far = []
+    for objective in ("at", "trades"):
+        run = start(objective=objective, steps=1)
+        batch = first(run)
+        far.append((method(run).attacked(run.task_at(0), run.progress.server, batch, NONE) - batch.x).abs())
+    step = 0.03 / 0.2
+    assert float(far[1].max()) < step + 0.03 < 2 * step < float(far[0].max())
+    assert float((far[1] / step - 1).abs().median()) > 1e-3  # where it is flat at the image itself
+
+
 def test_calibrated_logits_are_attacked_as_they_are_and_fitted_ten_times_as_large(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

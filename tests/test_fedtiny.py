@@ -6,6 +6,7 @@ import importlib
 import itertools
 import math
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -25,8 +26,8 @@ from tests.by_hand import data_of, done, measured, method
 ENGINES = pytest.mark.parametrize("engine", ["serial", "stacked"])
 HOSTILE = replace(toy.SETTING, momentum=0.9, weight_decay=1e-2, clip=0.5, rounds=4)
 DEEP = replace(HOSTILE, model="lenet5", rounds=3, epochs=1, lr=0.01)
-NORMED = replace(HOSTILE, model="resnet8", norm="batch", rounds=1, epochs=1)
-FEW = (9, 5, 0, 0, 0, 0, 0, 0)
+NORMED = replace(HOSTILE, clients=3, participation=1.0, model="resnet8", norm="batch", rounds=1, epochs=1)
+FEW = (9, 5, 0)
 LARGE = toy.Toy(enlarged=2, test=30)
 
 
@@ -95,7 +96,7 @@ def test_with_a_mask_that_keeps_everything_it_is_fedavg_too(setting: Any, monkey
     run, fedavg = done(run), done(fedavg)
     mine = {key: run.progress.server[key] for key in ("body", "head")}
     assert largest_difference(mine, fedavg.progress.server) == 0.0
-    visits = run.progress.cost["client_rounds"] if "client_rounds" in run.progress.cost else 6 * setting.rounds
+    visits = setting.cohort_size(setting.clients) * setting.rounds
     assert spent(run)[1] == spent(fedavg)[1] and spent(run)[0] == spent(fedavg)[0] + visits * math.ceil(n / 8)
     module().planned.cache_clear()
 
@@ -329,6 +330,12 @@ def starved(shapes: Any, total: int, power: float) -> tuple[int, ...]:
     return *rest, last
 
 
+@cache
+def knowing() -> Tree:
+    """A network that federated averaging has trained."""
+    return done(start(setting=replace(DEEP, rounds=30, lr=0.05), name="fedavg")).progress.server
+
+
 @pytest.mark.parametrize("candidates", [1, 2])
 def test_a_candidate_that_cuts_a_network_through_is_never_chosen(
     candidates: int, monkeypatch: pytest.MonkeyPatch
@@ -336,7 +343,7 @@ def test_a_candidate_that_cuts_a_network_through_is_never_chosen(
     monkeypatch.setattr(module(), "counts", starved)
     module().planned.cache_clear()
     run = start(setting=replace(DEEP, participation=1.0), candidates=candidates, density=0.5, adjust=0.0)
-    trained = done(start(setting=replace(DEEP, rounds=30, lr=0.05), name="fedavg")).progress.server
+    trained = knowing()
     run.progress.server = {**run.progress.server, **trained}
     server = run.progress.server = {
         **run.progress.server,
@@ -375,8 +382,7 @@ def test_losses_are_of_training_images_weighted_by_size() -> None:
 
 
 def test_statistics_are_measured_averaged_and_judged_with() -> None:
-    setting = replace(NORMED, participation=1.0)
-    run = start(setting=setting, candidates=2)
+    run = start(setting=NORMED, candidates=2)
     server, task = run.progress.server, run.task_at(0)
     measure, judge, _ = run.algorithm.exchanges(task)
     masks = plan(run).masks(server["body"], torch.device("cpu"))
@@ -504,11 +510,16 @@ def test_channels_that_remember_are_refused(part: str) -> None:
         parse_algorithms(f"fedtiny+{part}")
 
 
+@cache
+def with_part(part: str) -> Run:
+    (algorithm,) = parse_algorithms(f"fedtiny(every=1){part}")
+    setting = replace(DEEP, rounds=2, eval_every=2)
+    return toy.finish(toy.run(algorithm, setting=setting, dataset=LARGE))
+
+
 @pytest.mark.parametrize("part", ["qsgd", "krum", "median", "focal", "tau_norm"])
 def test_parts_that_remember_nothing_act_on_what_is_kept(part: str) -> None:
-    algorithm, plain = parse_algorithms(f"fedtiny(every=1)+{part}, fedtiny(every=1)")
-    runs = [toy.run(each, setting=DEEP, dataset=LARGE) for each in (algorithm, plain)]
-    one, other = (toy.finish(run) for run in runs)
+    one, other = with_part(f"+{part}"), with_part("")
     body = tree.flatten(one.progress.server["body"])
     assert largest_difference(tree.unflatten(body), other.progress.server["body"]) > (
         1e-5 if part != "tau_norm" else -1

@@ -29,6 +29,8 @@ BATCH = replace(toy.SETTING, model="resnet8", norm="batch", rounds=1, epochs=1, 
 SETTING = replace(BATCH, unseen=1, unseen_labels=False)
 FEW = (6, 0, 0, 0, 0, 0, 0, 7)
 """Examples of clients; the last is held out."""
+SHOWN = toy.Toy(test=30)
+"""Test images are dear to a network with batch norm."""
 
 
 def module() -> Any:
@@ -42,7 +44,7 @@ def made(**fields: Any) -> Any:
 @cache
 def run_of(name: str = "osuda", engine: str = "serial", labels: bool = False, **fields: Any) -> Run:
     setting = replace(SETTING, unseen_labels=labels)
-    return toy.finish(toy.run(ALGORITHMS[name](**fields), engine, setting=setting, sizes=FEW))
+    return toy.finish(toy.run(ALGORITHMS[name](**fields), engine, setting=setting, sizes=FEW, dataset=SHOWN))
 
 
 def unseen(run: Run) -> dict[str, Tree]:

@@ -166,6 +166,10 @@ FIELDS: dict[str, dict[str, str]] = {
         "head_lr": FROM_0,
     },
     "scaffold": {"server_lr": FROM_0},
+    "smoothing": {
+        "alpha": SHARE, "scale_standard": ABOVE_0, "scale_robust": ABOVE_0, "adaptive": FLAG,
+        "personal": "'head' or 'all'", "steps": STEPS,
+    },
     "fedtiny": {
         "density": SOME, "candidates": "a whole number from 1 to 100", "adjust": SHARE,
         "every": "a whole number from 1 to 10,000", "until": SHARE,
