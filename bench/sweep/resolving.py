@@ -12,6 +12,7 @@ from bench.plugins.names import meant, near
 from bench.protocol.settings import (
     LATER,
     NAMED,
+    OF_ADAMW,
     OF_AN_ATTACK,
     OF_BALANCED,
     OF_SHIFT,
@@ -51,7 +52,9 @@ def resolve_setting(setting: str, dataset: Dataset, overrides: Mapping[str, obje
         if key in typed:
             typed[key] = _known(key, typed[key], known)
     typed |= {key: meant(typed[key], names) or typed[key] for key, names in NAMED.items() if key in typed}
-    return _reconcile(replace(named(setting, dataset), **typed), dataset, typed, SETTINGS[setting](dataset).alpha)
+    follows = OF_ADAMW if typed.get("optimiser") == "adamw" else {}
+    chosen = replace(named(setting, dataset), **{**follows, **typed})
+    return _reconcile(chosen, dataset, typed, SETTINGS[setting](dataset).alpha)
 
 
 def _known(kind: str, name: str, known: Collection[str]) -> str:
