@@ -97,7 +97,7 @@ class Task:
         return drawn if self.weights is None else tree.merge(drawn, {"body": tree.clone(self.weights)})
 
     def network(self, name: str) -> Model:
-        """Give another network for the same images and classes, with the same norm: a teacher, a smaller student.
+        """Give another network for the same images and classes, with the same norm if it can: a teacher, for example.
 
         Its trees, `.init(key)` at first, are state like any other: they travel, are counted and averaged. A method that
         keeps it under `teacher` scores images with `logits(w["teacher"]["head"], features(w["teacher"]["body"], x))`.
@@ -109,7 +109,8 @@ class Task:
         Raises:
             BadModel: There is no such network, or the images are too small for it.
         """
-        return models.build(name, self.num_classes, self.model.shape, self.model.norm, self.model.balanced)
+        norm = models.usual_norm(name, self.model.norm) if name in models.MODELS else None
+        return models.build(name, self.num_classes, self.model.shape, norm, self.model.balanced)
 
     def server_key(self, purpose: str) -> Tensor:
         """Give randomness for the server's work of this round."""
@@ -216,8 +217,7 @@ class Task:
         """Give the setting's rule of a step, at the round's learning rate or another."""
         lr = self.lr if lr is None else lr
         if self.update_rule == "adamw":
-            decay, vectors = self.weight_decay, self.decay_vectors
-            return Adam(lr, weight_decay=decay, clip=self.clip, clip_apart=clip_apart, decay_vectors=vectors)
+            return Adam(lr, (0.9, 0.999), 1e-8, self.weight_decay, self.clip, clip_apart, self.decay_vectors)
         return Sgd(lr, self.momentum, self.weight_decay, self.clip, clip_apart, self.decay_vectors)
 
     def train(

@@ -81,7 +81,8 @@ class Setting:
     model: str
     """Name in `bench.models.MODELS`."""
     norm: str = "group"
-    """"group", "layer" or "batch", of networks that have norm layers."""
+    """"group", "layer" or "batch", of networks that have norm layers; "layer" of those that can have no other, where
+    nothing is said."""
     statistics: str = "shared"
     """What happens to batch norm's running statistics: "shared", "personal", "frozen", or "balanced", which is shared
     with the four fields that follow."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from bench.dataset import Dataset
-from bench.models import MODELS
+from bench.models import MODELS, usual_norm
 from bench.plugins.names import meant, near
 from bench.protocol.settings import (
     LATER,
@@ -91,6 +91,8 @@ def _reconcile(setting: Setting, dataset: Dataset, given: Mapping[str, Any], usu
         usual: The named setting's alpha, before a partition without one was chosen.
     """
     of = f"{name(dataset)} is"
+    if "norm" not in given:
+        setting = replace(setting, norm=usual_norm(setting.model, setting.norm))
     if "imbalance" in given and given["imbalance"] is None and dataset.tail == "made":
         raise BadConfig(f"--imbalance natural: {of} balanced, so a number such as 50 is wanted")
     if given.get("imbalance") is not None and dataset.tail == "natural":
