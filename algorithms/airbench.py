@@ -39,7 +39,7 @@ class Airbench(Algorithm):
 
     family: ClassVar[str] = "references"
     tier: ClassVar[str] = "A"
-    needs: ClassVar[frozenset[str]] = frozenset({"pooled"})
+    needs: ClassVar[frozenset[str]] = frozenset({"pooled", "sgd"})
     own_loss: ClassVar[bool] = True
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]]] = {
         "bias_scale": (1.0, 256.0),

@@ -34,6 +34,7 @@ class FedCM(Algorithm):
     """The momentum is a linear term of the loss: its gradient is (1 - alpha) · momentum."""
 
     family: ClassVar[str] = "generic"
+    needs: ClassVar[frozenset[str]] = frozenset({"sgd"})
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]]] = {"alpha": [0.05, 0.1, 0.3, 0.5, 1.0]}
 
     alpha: SomeShare = 0.1

@@ -37,6 +37,7 @@ class FedDC(Algorithm):
     """SCAFFOLD's control variates, a pull, and drift, which moves both where clients are pulled and what is sent."""
 
     family: ClassVar[str] = "generic"
+    needs: ClassVar[frozenset[str]] = frozenset({"sgd"})
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]]] = {"alpha": [0.001, 0.005, 0.01, 0.1]}
     controls: ClassVar[Mapping[str, str]] = {
         "feddc(drift=False)": "whether drift does anything: left are control variates and a pull to the received model"

@@ -31,6 +31,7 @@ class FedNova(Algorithm):
     """Where all clients take as many steps it is FedAvg."""
 
     family: ClassVar[str] = "generic"
+    needs: ClassVar[frozenset[str]] = frozenset({"sgd"})
     controls: ClassVar[Mapping[str, str]] = {"fedavg": "what it is worth that clients take different numbers of steps"}
 
     def local_update(self, task: Task, shared: Tree, private: Tree, data: LocalData) -> tuple[Tree, Tree]:

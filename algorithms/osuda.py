@@ -40,6 +40,7 @@ class Osuda(Algorithm):
     """
 
     family: ClassVar[str] = "generic"
+    needs: ClassVar[frozenset[str]] = frozenset({"sgd"})
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]]] = {
         "decay": (0.0, 20.0),
         "eta": (0.0, 1.0),
@@ -85,7 +86,7 @@ class Osuda(Algorithm):
         affine, kept = start, None
         rule = replace(task.optimiser(), weight_decay=0.0)
         # What momentum does to the slope of the entropy, it does to the pull.
-        pull = self.consistency * rule.lr / (1 - rule.momentum)
+        pull = self.consistency * task.lr / (1 - task.momentum)
         for step, batch in enumerate(data.batches(self.epochs, "adapt") if self.entropy else ()):
             progress = (step / data.steps(self.epochs).clamp(min=1)).clamp(max=1)
             seen = tree.merge(model, {"body": self.glided(source, target, progress)})

@@ -32,6 +32,7 @@ class PerFedAvg(Algorithm):
     """FedAvg but for the gradient of a step, which is taken where a step of the client's own would lead."""
 
     family: ClassVar[str] = "pfl"
+    needs: ClassVar[frozenset[str]] = frozenset({"sgd"})
     paper: ClassVar[Mapping[str, object]] = {"inner_rate": 10.0}
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]]] = {
         "inner_rate": (0.1, 10.0),

@@ -37,6 +37,7 @@ class QFedAvg(Algorithm):
     """What is minimised is the mean of losses to the power q + 1; the server's step is as long as that allows."""
 
     family: ClassVar[str] = "generic"
+    needs: ClassVar[frozenset[str]] = frozenset({"sgd"})
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]]] = {"q": [0.001, 0.01, 0.1, 0.5, 1.0, 2.0, 5.0]}
     controls: ClassVar[Mapping[str, str]] = {
         "qfedavg(q=0)": "FedAvg bit for bit: what it is worth that clients count by their losses"

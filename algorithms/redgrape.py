@@ -36,7 +36,7 @@ class RedGrape(Algorithm):
 
     family: ClassVar[str] = "fedlt"
     tier: ClassVar[str] = "L"
-    needs: ClassVar[frozenset[str]] = frozenset({"body"})
+    needs: ClassVar[frozenset[str]] = frozenset({"body", "sgd"})
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]]] = {
         "balance": (0.01, 1.0),
         "per_class": [1, 2, 4, 8, 16],

@@ -34,6 +34,7 @@ class Scaffold(Algorithm):
     """The correction is a linear term of the loss: its gradient is c - c_k."""
 
     family: ClassVar[str] = "generic"
+    needs: ClassVar[frozenset[str]] = frozenset({"sgd"})
     version: ClassVar[int] = 2
 
     server_lr: Strength = 1.0

@@ -17,6 +17,9 @@ from torch import Tensor
 from bench import tree
 from bench.tree import Tree
 
+OPTIMISERS = ("sgd", "adamw")
+"""By which a setting lets clients train: `Sgd`, or `Adam` with its decoupled decay."""
+
 
 class Rule(Protocol):
     """How parameters follow a gradient."""
@@ -58,7 +61,7 @@ class Sgd:
     def step(self, params: Tree, gradient: Tree, kept: Tree) -> tuple[Tree, Tree]:
         """Take a step."""
         if self.clip is not None:
-            gradient = self._clipped(gradient, self.clip)
+            gradient = clipped(gradient, self.clip, self.clip_apart)
         if self.weight_decay:
             gradient = tree.map(lambda g, w: g + self.weight_decay * w if self.decays(w) else g, gradient, params)
         if self.momentum:
@@ -68,14 +71,6 @@ class Sgd:
     def decays(self, leaf: Tensor) -> bool:
         """Tell whether weight decay pulls at a leaf."""
         return self.decay_vectors or leaf.ndim > 1
-
-    def _clipped(self, gradient: Tree, clip: float) -> Tree:
-        together = {key: part for key, part in gradient.items() if key not in self.clip_apart}
-        clipped: Tree = {}
-        for group in (together, *({key: gradient[key]} for key in self.clip_apart if key in gradient)):
-            norm = tree.dot(group, group).sqrt()
-            clipped |= tree.scale(group, (clip / (norm + 1e-6)).clamp(max=1.0))
-        return {key: clipped[key] for key in gradient}
 
 
 @dataclass(frozen=True)
@@ -90,6 +85,12 @@ class Adam:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
+    clip: float | None = None
+    """Largest Euclidean norm of a gradient, before the moments; None for no clipping."""
+    clip_apart: tuple[str, ...] = ()
+    """Keys of the parameters that are clipped each by itself; all others together."""
+    decay_vectors: bool = True
+    """Whether weight decay pulls at biases and norm layers, which are vectors, as torch has it."""
 
     def start(self, params: Tree) -> Tree:
         """Start from moments of zero: "first" and "second", and the () number of "steps"."""
@@ -99,6 +100,8 @@ class Adam:
 
     def step(self, params: Tree, gradient: Tree, kept: Tree) -> tuple[Tree, Tree]:
         """Take a step."""
+        if self.clip is not None:
+            gradient = clipped(gradient, self.clip, self.clip_apart)
         one, two = self.betas
         steps = kept["steps"] + 1
         first = tree.map(lambda m, g: torch.lerp(g, m, one), kept["first"], gradient)
@@ -107,9 +110,14 @@ class Adam:
 
         def moved(w: Tensor, m: Tensor, v: Tensor) -> Tensor:
             towards = (m / share_one) / ((v / share_two).sqrt() + self.eps)
-            return w * (1 - self.lr * self.weight_decay) - self.lr * towards
+            kept = 1 - self.lr * self.weight_decay if self.decays(w) else 1.0
+            return w * kept - self.lr * towards
 
         return tree.map(moved, params, first, second), {"first": first, "second": second, "steps": steps}
+
+    def decays(self, leaf: Tensor) -> bool:
+        """Tell whether weight decay pulls at a leaf."""
+        return self.decay_vectors or leaf.ndim > 1
 
 
 @dataclass(frozen=True)
@@ -136,6 +144,20 @@ class Adaptive:
         second = tree.map(lambda v, g: self.squares(v, g.square()), kept["second"], gradient)
         moved = tree.map(lambda w, m, v: w - self.lr * m / (v.sqrt() + self.eps), params, first, second)
         return moved, {"first": first, "second": second}
+
+
+def clipped(gradient: Tree, clip: float, apart: tuple[str, ...] = ()) -> Tree:
+    """Shorten a gradient to a Euclidean norm of at most `clip`: keys in `apart` each by itself, all others together.
+
+    Returns:
+        A tree of the same structure and order.
+    """
+    together = {key: part for key, part in gradient.items() if key not in apart}
+    short: Tree = {}
+    for group in (together, *({key: gradient[key]} for key in apart if key in gradient)):
+        norm = tree.dot(group, group).sqrt()
+        short |= tree.scale(group, (clip / (norm + 1e-6)).clamp(max=1.0))
+    return {key: short[key] for key in gradient}
 
 
 def worst_nearby(params: Tree, gradient: Tree, rho: float, eta: float | None = None) -> Tree:

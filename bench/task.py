@@ -17,7 +17,7 @@ from bench.data import Batch, LocalData
 from bench.models import Model
 from bench.models.balanced import united
 from bench.models.layers import Recorder, is_norm_statistic, training
-from bench.optim import Rule, Sgd
+from bench.optim import Adam, Rule, Sgd
 from bench.tree import Tree
 
 Loss = Callable[[Tree, Batch], Tensor | tuple[Tensor, Tree]]
@@ -49,7 +49,10 @@ class Task:
     """() int64, randomness of the run."""
     initial_lr: float | None = None
     """Learning rate before any schedule, which tuning before the test is a multiple of; None: `lr`."""
+    update_rule: str = "sgd"
+    """By which clients train: one of `bench.optim.OPTIMISERS`."""
     momentum: float = 0.0
+    """Of SGD; 0 where another rule has moments of its own."""
     weight_decay: float = 0.0
     decay_vectors: bool = True
     """Whether weight decay pulls at biases and norm layers too."""
@@ -94,7 +97,7 @@ class Task:
         return drawn if self.weights is None else tree.merge(drawn, {"body": tree.clone(self.weights)})
 
     def network(self, name: str) -> Model:
-        """Give another network for the same images and classes, with the same norm: a teacher, a smaller student.
+        """Give another network for the same images and classes, with the same norm if it can: a teacher, for example.
 
         Its trees, `.init(key)` at first, are state like any other: they travel, are counted and averaged. A method that
         keeps it under `teacher` scores images with `logits(w["teacher"]["head"], features(w["teacher"]["body"], x))`.
@@ -106,7 +109,8 @@ class Task:
         Raises:
             BadModel: There is no such network, or the images are too small for it.
         """
-        return models.build(name, self.num_classes, self.model.shape, self.model.norm, self.model.balanced)
+        norm = models.usual_norm(name, self.model.norm) if name in models.MODELS else None
+        return models.build(name, self.num_classes, self.model.shape, norm, self.model.balanced)
 
     def server_key(self, purpose: str) -> Tensor:
         """Give randomness for the server's work of this round."""
@@ -182,8 +186,8 @@ class Task:
         edit: Edit | None = None,
         clip_apart: tuple[str, ...] = (),
     ) -> Tree:
-        """Train by mini-batch SGD with the task's momentum, weight decay and clipping; momentum starts at
-        zero.
+        """Train by mini-batches and the setting's rule of a step, SGD unless it says otherwise, with its weight decay
+        and clipping; momentum and other moments start at zero.
 
         Args:
             loss: Mean loss of a batch; may close over fixed trees. Whatever is not in `params` does not move.
@@ -206,12 +210,14 @@ class Task:
         momentum: Tree | None,
         lr: float | None = None,
     ) -> tuple[Tree, Tree]:
-        """Train like `sgd` from a given momentum (None: zero), and give the last momentum too."""
+        """Train like `sgd` from a given momentum, or whatever the rule keeps (None: zero), and give the last too."""
         return self.train(self.optimiser(lr), loss, params, batches, momentum)
 
-    def optimiser(self, lr: float | None = None, clip_apart: tuple[str, ...] = ()) -> Sgd:
+    def optimiser(self, lr: float | None = None, clip_apart: tuple[str, ...] = ()) -> Sgd | Adam:
         """Give the setting's rule of a step, at the round's learning rate or another."""
         lr = self.lr if lr is None else lr
+        if self.update_rule == "adamw":
+            return Adam(lr, (0.9, 0.999), 1e-8, self.weight_decay, self.clip, clip_apart, self.decay_vectors)
         return Sgd(lr, self.momentum, self.weight_decay, self.clip, clip_apart, self.decay_vectors)
 
     def train(

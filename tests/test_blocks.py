@@ -13,8 +13,8 @@ from torch import Tensor
 from bench import Algorithm, Batch, LocalData, Task, Tree, keys, models, tree
 from bench.contract import toy
 from bench.contract.toy import finish, states
-from bench.models import MODELS, BadModel, block_of, is_norm
-from bench.models.layers import NORMS, Recorder, apply_linear, is_norm_statistic, linear, training
+from bench.models import MODELS, BadModel, block_of, is_norm, usual_norm
+from bench.models.layers import Recorder, apply_linear, is_norm_statistic, linear, training
 from bench.plugins.registry import ALGORITHMS
 
 # Blocks of a body -------------------------------------------------------------------------------------------
@@ -29,6 +29,10 @@ BLOCKS = {
     **{"small_cnn": f"conv1 conv2 {HIDDEN}", "fedavg_cnn": f"conv1 conv2 {HIDDEN}"},
     **{"lenet5": "conv1 conv2 hidden1 hidden2", "mobilenet_v2": SEVEN, "light_cnn": "branches fusion"},
     **{"airbench94": "whiten group1 group2 group3"},
+    **{
+        f"vit_{size}": " ".join(["embed", *(f"block{n + 1}" for n in range(depth)), "last"])
+        for size, depth in (("tiny", 12), ("mini", 6))
+    },
     **{"resnet8": THREE, "resnet20": THREE, "resnet32": THREE, "resnet56": THREE},
     **{"resnet10": FOUR, "resnet18": FOUR, "resnet34": FOUR, "resnet18_64": FOUR, "resnet50": FOUR},
 }
@@ -53,11 +57,10 @@ def some_body(model: models.Model) -> Tree:
 
 
 each = pytest.mark.parametrize("name", list(MODELS))
-norms = pytest.mark.parametrize("norm", NORMS)
+normed = pytest.mark.parametrize(("name", "norm"), [(name, norm) for name in MODELS for norm in MODELS[name].norms])
 
 
-@each
-@norms
+@normed
 def test_features_are_the_blocks_one_after_the_other(name: str, norm: str) -> None:
     model = build(name, norm)
     body = some_body(model)
@@ -86,8 +89,7 @@ def test_the_small_networks_are_written_out() -> None:
         torch.testing.assert_close(model.features(body, x), linear(z, body["hidden"]))
 
 
-@each
-@norms
+@normed
 def test_blocks_cover_a_body_in_order_and_once(name: str, norm: str) -> None:
     model = build(name, norm)
     assert [block.name for block in model.blocks] == BLOCKS[name].split()
@@ -95,8 +97,7 @@ def test_blocks_cover_a_body_in_order_and_once(name: str, norm: str) -> None:
     assert covered == list(shapes(model)["body"]) and len(set(covered)) == len(covered)
 
 
-@each
-@norms
+@normed
 def test_every_leaf_is_in_a_block_or_in_the_head(name: str, norm: str) -> None:
     model = build(name, norm)
     for path in tree.flatten(shapes(model)):
@@ -123,19 +124,21 @@ def test_a_leaf_of_another_model_is_named(path: str) -> None:
         block_of(build("linear", "group"), path)
 
 
-@each
-@norms
+@normed
 def test_norm_layers_are_found_and_nothing_else(name: str, norm: str) -> None:
     leaves = tree.flatten(shapes(build(name, norm)))
     found = {path for path in leaves if is_norm(path)}
-    # by their shapes instead: a vector of channels beside a convolution that has no bias
+    # by their shapes instead: a vector of channels beside a convolution that has no bias, or before a dense layer
     layers = {path.removesuffix("conv/weight") for path in leaves if path.endswith("conv/weight")}
+    if name.startswith("vit"):
+        layers = {path.rpartition("norm/")[0] for path in leaves if path.endswith("norm/weight")}
+        assert {layer.split("/")[-2] for layer in layers} == {"attention", "dense", "last"}
     kinds = ["weight", "bias", *(["stats/mean", "stats/var"] if norm == "batch" else [])]
     if (name, norm) == ("airbench94", "batch"):
         kinds.remove("weight")
     assert found == {f"{layer}norm/{kind}" for layer in layers for kind in kinds}
     assert all(leaves[path].ndim == 1 for path in found)
-    assert bool(found) == name.startswith(("resnet", "mobilenet", "airbench"))
+    assert bool(found) == name.startswith(("resnet", "mobilenet", "airbench", "vit"))
     fixed = {"body/whiten/stats/weight"} if name == "airbench94" else set()
     assert {path for path in leaves if tree.is_statistic(path)} - fixed == {path for path in found if "/stats/" in path}
     assert {path for path in leaves if is_norm_statistic(path)} == {path for path in found if "/stats/" in path}
@@ -161,7 +164,7 @@ def test_kinds_go_by_the_path(path: str, norm: bool, statistic: bool) -> None:
 
 @each
 def test_a_model_pickles_small_whatever_it_was_asked(name: str) -> None:
-    model = build(name, "batch")
+    model = build(name, usual_norm(name, "batch"))
     before = pickle.dumps(model)
     assert len(model.blocks) == len(BLOCKS[name].split())
     assert pickle.dumps(model) == before and len(before) < 300

@@ -51,6 +51,8 @@ def typed(*words: str) -> str:
         ("light_cnn", (3, 32, 32), 19_622, 1_109_760),
         ("mlp", (1, 8, 8), 4_810, 64 * 64 + 640),
         ("resnet8", (3, 32, 32), 1_227_594, 194_710_016),
+        ("vit_tiny", (3, 32, 32), 5_361_216 + 3_850, 371_021_568),
+        ("vit_mini", (3, 32, 32), 682_464 + 1_930, 49_109_376),
     ],
 )
 def test_a_network_is_measured(name: str, shape: tuple[int, ...], parameters: int, products: int) -> None:

@@ -185,7 +185,7 @@ def test_a_broken_promise_is_found(known: type[Network]) -> None:
     assert bool(found) == bool(wanted), found
 
 
-@pytest.mark.parametrize("name", ["linear", "lenet5", "light_cnn", "adapter"])
+@pytest.mark.parametrize("name", ["linear", "lenet5", "light_cnn", "adapter", "vit_mini"])
 def test_built_in_networks_keep_the_contract(name: str) -> None:
     assert broken(MODELS[name]) == {}
 

@@ -71,6 +71,7 @@ def fingerprint(model: models.Model) -> str:
         ("adapter", "group", "c5f7349203b12fcb"),
         ("light_cnn", "group", "2cedd4b419ad16ca"),
         ("airbench94", "batch", "900881835a8a8e1e"),
+        ("vit_mini", "layer", "a71ec537315f0651"),
     ],
 )
 def test_initial_weights_are_those_of_the_stored_results(name: str, norm: str, expected: str) -> None:
@@ -157,6 +158,7 @@ def test_a_mobilenet_keeps_the_pixels_of_small_images() -> None:
         ("resnet10", 8),
         ("light_cnn", 10),
         ("airbench94", 25),
+        ("vit_tiny", 8),
     ],
 )
 def test_images_that_are_too_small_for_a_network_are_refused(name: str, least: int) -> None:

@@ -120,7 +120,10 @@ def test_attention(frozen: bool) -> None:
 
 @pytest.mark.parametrize(
     ("name", "norm", "device"),
-    [*((name, "group", "meta") for name in models.BUILT_IN if name != "frozen"), ("resnet8", "batch", "cpu")],
+    [
+        *((name, models.usual_norm(name), "meta") for name in models.BUILT_IN if name != "frozen"),
+        ("resnet8", "batch", "cpu"),
+    ],
 )
 def test_every_network_forward_and_backward(name: str, norm: str, device: str) -> None:
     model = models.build(name, 7, (3, 32, 32), norm)

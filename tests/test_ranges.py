@@ -55,6 +55,10 @@ FIELDS: dict[str, dict[str, str]] = {
     "creff": {
         "features_per_class": COUNT, "match_steps": STEPS, "match_lr": FROM_0, "head_epochs": EPOCHS, "head_lr": FROM_0,
     },
+    "deit_lt": {
+        "teacher": "'small_cnn', 'resnet8', 'resnet20', 'resnet32' or 'resnet18', or None", "teacher_rounds": SHARE,
+        "balanced": FLAG, "rho": FROM_0, "alpha": SHARE, "beta": NOT_ALL, "drw": SHARE, "erased": SHARE,
+    },
     "ditto": {"pull": FROM_0},
     "elastic": {"tau": FROM_0, "decay": NOT_ALL},
     "fat": {

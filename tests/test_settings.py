@@ -72,6 +72,7 @@ OURS = {
     "attack_step": (2 / 255, "likewise"),
     "attack_steps": (None, "likewise"),
     "attack_images": (1000, "likewise"),
+    "optimiser": ("sgd", "every code, for the method that its setting is of"),
 }
 """What holds for all that say nothing else: field to value and reason."""
 

@@ -72,7 +72,7 @@ import sys
 from bench import keys, models
 for name, shape in {**dict.fromkeys(models.BUILT_IN, (3, 32, 32)), "frozen": (64,)}.items():
     models.build(name, 10, shape).init(keys.key(0, "meta"))
-    models.build(name, 10, shape, "batch").init(keys.key(0, "meta"))
+    models.build(name, 10, shape, models.usual_norm(name, "batch")).init(keys.key(0, "meta"))
 print(*sys.modules)
 """
 

@@ -35,7 +35,9 @@ HEADS = {
     "lg_fedavg": "bodies stay with their clients, and heads are averaged",
     "unfreeze": "bodies join later, and at first heads alone are sent",
 }
-TEACHERS = {"ltd": "a teacher is averaged at first, body and head, and the body of the model that is tested later"}
+TEACHERS = dict.fromkeys(
+    ("deit_lt", "ltd"), "a teacher is averaged at first, body and head, and the body of the model that is tested later"
+)
 BY_STEPS = {"fedcm": "an update is divided by its client's number of steps, whatever it weighs"}
 AFTER_THE_MEAN = {
     "elastic": "the server's step is shorter or longer than to the mean, by parameter",

@@ -354,10 +354,11 @@ def _count_parameters(name: str) -> dict[str, int]:
 def _norm_layers(name: str) -> str:
     """Say how many norm layers a network has, and of which kinds they may be."""
     from bench.models import is_norm
-    from bench.models.layers import NORMS
 
     count = len({path.rpartition("/")[0] for path in _leaves(name) if is_norm(path)})
-    kinds = f"{count}, of the setting's kind: --set norm={' or '.join(NORMS)}"
+    norms = MODELS[name].norms
+    kinds = f"{count}, of the setting's kind: --set norm={' or '.join(norms)}"
+    kinds = f"{count}, of layer norm alone" if norms == ("layer",) else kinds
     return kinds if count else "none: --set norm changes nothing here"
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from bench import keys, tree
 from bench.contract import toy
 from bench.contract.promises import Finding, findings, require
-from bench.models import BUILT_IN, Network, block_of, is_norm
-from bench.models.layers import NORMS, Recorder, is_norm_statistic, training
+from bench.models import BUILT_IN, Network, block_of, is_norm, usual_norm
+from bench.models.layers import Recorder, is_norm_statistic, training
 from bench.plugins.registry import MODELS
 from bench.training import engine as engines
 from bench.training.rounds import Run
@@ -58,7 +58,7 @@ def shapes_fit(network: type[Network]) -> None:
     """Of images of one and three channels, square and not: features (B, d), logits (B, C), float32, finite."""
     least = max(network.smallest, 8)
     for channels, height, width in ((1, least, least), (3, least + 4, least), (3, max(32, least), max(32, least))):
-        model = network(_name(network), _CLASSES, (channels, height, width))
+        model = network(_name(network), _CLASSES, (channels, height, width), usual_norm(_name(network)))
         params = model.init(keys.key(1))
         of = f"of images {channels}×{height}×{width}"
         for count in (1, 3):
@@ -75,7 +75,7 @@ def key_decides(network: type[Network]) -> None:
     """The same key draws the same bits, another one others; no global generator is asked; shapes are known without
     drawing.
     """
-    for norm in NORMS:
+    for norm in network.norms:
         model = _model(network, norm)
         before = torch.get_rng_state()
         first, again, other = (model.init(keys.key(seed)) for seed in (1, 1, 2))
@@ -91,7 +91,7 @@ def key_decides(network: type[Network]) -> None:
 
 def parts_are_body_and_head(network: type[Network]) -> None:
     """The blocks one after the other are the body: each reads its own keys, and every leaf is in one of them."""
-    for norm in NORMS:
+    for norm in network.norms:
         model = _model(network, norm)
         params = model.init(keys.key(1))
         require(set(params) == {"body", "head"}, f"a model has the keys {_listed(params)}, not body and head")
@@ -114,7 +114,7 @@ def norms_are_explicit(network: type[Network]) -> None:
     """Norm layers are called `norm`; with norm=batch they hold statistics, which training moves and testing reads; with
     norm=group and norm=layer they hold none, and are of that kind.
     """
-    for norm in NORMS:
+    for norm in network.norms:
         model = _model(network, norm)
         body = model.init(keys.key(1))["body"]
         layers = {path.rpartition("/norm/")[0] for path in tree.flatten(body) if is_norm(path)}
@@ -128,6 +128,8 @@ def norms_are_explicit(network: type[Network]) -> None:
         moved = tree.flatten(recorder.following(tree.split(body, is_norm_statistic)[0]))
         still = [path for path, leaf in moved.items() if torch.equal(leaf, tree.flatten(body)[path])]
         require(not still, f"training does not move {_listed(still)}; use bench.models.layers.norm")
+    if not {"group", "layer"} <= set(network.norms):
+        return
     group, layer = (_model(network, norm) for norm in ("group", "layer"))
     body = group.init(keys.key(1))["body"]
     deaf = layers and torch.equal(group.features(body, x), layer.features(body, x))
@@ -136,7 +138,7 @@ def norms_are_explicit(network: type[Network]) -> None:
 
 def examples_are_apart(network: type[Network]) -> None:
     """Outside of training, an image's features do not depend on the others of its batch."""
-    for norm in NORMS:
+    for norm in network.norms:
         model = _model(network, norm)
         body = model.init(keys.key(1))["body"]
         x = keys.normal(keys.key(2), 4, *model.shape)
@@ -146,7 +148,7 @@ def examples_are_apart(network: type[Network]) -> None:
 
 def gradients_are_everywhere(network: type[Network]) -> None:
     """Every weight of body and head is trained: its gradient is finite, and not zero."""
-    for norm in NORMS:
+    for norm in network.norms:
         model = _model(network, norm)
         params = model.init(keys.key(1))
         moving = {path: leaf.requires_grad_() for path, leaf in tree.flatten(tree.parameters(params)).items()}
@@ -182,7 +184,7 @@ def sums_are_over_images(network: type[Network]) -> None:
 
 
 def engines_agree(network: type[Network]) -> None:
-    """Both engines train the same models, with group norm."""
+    """Both engines train the same models, with group norm, or what there is instead."""
     serial, stacked = (toy.states(toy.finish(_run(network, engine))) for engine in ("serial", "stacked"))
     require(tree.is_finite(serial), "a trained model is not finite")
     apart = tree.largest_difference(serial, stacked)
@@ -190,10 +192,10 @@ def engines_agree(network: type[Network]) -> None:
 
 
 def clients_stack(network: type[Network]) -> None:
-    """With batch norm, gradients and statistics of clients stacked and padded are those of each alone: in float64, as
-    with few images a batch rounding may grow without bound.
+    """With batch norm, if it can have that, gradients and statistics of clients stacked and padded are those of each
+    alone: in float64, as with few images a batch rounding may grow without bound.
     """
-    model = _model(network, "batch")
+    model = _model(network, usual_norm(_name(network), "batch"))
     clients = tree.stack([tree.map(Tensor.double, model.init(keys.key(seed))) for seed in (1, 2)])
     x, y = keys.normal(keys.key(3), 2, 6, *model.shape).double(), torch.arange(12).reshape(2, 6) % _CLASSES
     real = torch.tensor([[1.0] * 6, [1.0] * 4 + [0.0] * 2]).double()  # the second client has two images less
@@ -241,16 +243,16 @@ def _name(network: type[Network]) -> str:
     return next(name for name in MODELS if MODELS.entered().get(name) is network)
 
 
-def _model(network: type[Network], norm: str = "group") -> Network:
+def _model(network: type[Network], norm: str | None = None) -> Network:
     side = max(network.smallest, 8)
-    return network(_name(network), _CLASSES, (3, side, side), norm)
+    return network(_name(network), _CLASSES, (3, side, side), norm or usual_norm(_name(network)))
 
 
 def _run(network: type[Network], engine: str = "serial", checkpoint: Path | None = None) -> Run:
     """Set up two short rounds of plain federated averaging."""
     setting = replace(
-        toy.SETTING, model=_name(network), clients=len(_SIZES), participation=1.0, rounds=2, epochs=1,
-        lr=0.01, eval_every=2,
+        toy.SETTING, model=_name(network), norm=usual_norm(_name(network)), clients=len(_SIZES), participation=1.0,
+        rounds=2, epochs=1, lr=0.01, eval_every=2,
     )  # fmt: skip
     pictures = toy.Toy(test=12, enlarged=-(-network.smallest // 8))
     return toy.run(toy.Host(), engine, setting=setting, sizes=_SIZES, checkpoint=checkpoint, dataset=pictures)

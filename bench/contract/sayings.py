@@ -47,8 +47,8 @@ def tier_is_told(plugin: type[Algorithm]) -> None:
     tier and needs are known ones.
     """
     needs, tier = plugin().needs, plugin().tier
-    unknown = needs - (NEEDS | {"body", "pixels", "prior", "pooled", "teacher"})
-    known = "body, pixels, prior, pooled, auxiliary, public, teacher"
+    unknown = needs - (NEEDS | {"body", "pixels", "prior", "pooled", "sgd", "teacher"})
+    known = "body, pixels, prior, pooled, sgd, auxiliary, public, teacher"
     require(not unknown, f"needs {', '.join(sorted(unknown))}; what can be needed is {known}")
     require(tier in ledger.TIERS, f"tier = {tier!r}: must be one of {', '.join(ledger.TIERS)}")
     images = ", ".join(sorted(needs & NEEDS))

@@ -2,9 +2,10 @@
 
 A model is `{"body": ..., "head": {"weight": (C, d), "bias": (C,)}}`. Initial weights are a function of a key. Features
 are non-negative (the body ends in a ReLU and, for residual networks, average pooling), except for `linear` and
-`frozen`, which pass on what they are given. None of the plain ones here has norm layers; where there are some, they are
-GroupNorm unless layer or batch norm is asked for. A network of tokens would give features (B, tokens, d), of which
-`logits` makes (B, tokens, C) as it is; there is none yet.
+`frozen`, which pass on what they are given, and networks of tokens, which end in a norm layer. None of the plain ones
+here has norm layers; where there are some, they are GroupNorm unless layer or batch norm is asked for. Features of a
+network of two tokens are both side by side, so that one linear head on them is the mean of a head on either: d is
+`tokens` times what one has.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from bench import keys
 from bench.models.balanced import Balanced
-from bench.models.layers import apply_linear, convolution, convolve, linear
+from bench.models.layers import NORMS, apply_linear, convolution, convolve, linear
 from bench.tree import Tree
 
 
@@ -65,6 +66,10 @@ class Model(Protocol):
     @property
     def feature_size(self) -> int:
         """d."""
+
+    @property
+    def tokens(self) -> int:
+        """As `Network` has it."""
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -111,6 +116,11 @@ class Network(ABC):
     sum. None: nothing is asked."""
     any_shape: ClassVar[bool] = False
     """Whether it flattens what it is given, and takes other examples than images."""
+    norms: ClassVar[tuple[str, ...]] = NORMS
+    """Kinds of norm layers that it can have, or would if it had some; the first where nothing is said."""
+    tokens: ClassVar[int] = 1
+    """Parts of the features, of equal size and side by side, that a head of its own may be on: mostly one, all of them.
+    """
 
     name: str
     num_classes: int

@@ -15,6 +15,7 @@ from bench.dataset import Dataset
 from bench.models import MODELS
 from bench.models.balanced import Balanced
 from bench.models.layers import NORMS, STATISTICS_POLICIES
+from bench.optim import OPTIMISERS
 from bench.protocol.refusal import BadConfig as BadConfig
 from bench.ranges import Momentum, Positive, Share, SomeShare, Strength, settle
 
@@ -31,6 +32,8 @@ MATCHED = ("rounds", "samples")
 SIZES = ("equal", "unequal")
 USERS = ("merge", "sample")
 SHIFTS = ("none", "colour", "contrast", "blur", "noise")
+OF_ADAMW: Mapping[str, object] = {"momentum": 0.0, "lr": 0.001}
+"""What a setting that was written for SGD has instead with AdamW, where a person says nothing of it."""
 WITHOUT_ALPHA = ("iid", "users", "classes")
 """Partitions that no concentration shapes."""
 NAMED = {
@@ -48,6 +51,7 @@ NAMED = {
     "users": USERS,
     "attack": ATTACKS,
     "shift": SHIFTS,
+    "optimiser": OPTIMISERS,
 }
 """Fields of a setting that take one of some names."""
 READ_BY = {"classes_per_client": "classes", "sizes": "classes", "users": "users"}
@@ -63,7 +67,7 @@ OF_OPEN: Mapping[str, object] = {"shots": 5, "ways": None}
 LATER: Mapping[str, object] = {
     "classes_per_client": None, "sizes": "equal", "users": "merge", **OF_BALANCED,
     "attack": "none", "attack_epsilon": EPSILON, "attack_step": STEP, **OF_AN_ATTACK, "shift": "none", **OF_SHIFT,
-    "open_classes": 0, **OF_OPEN,
+    "open_classes": 0, **OF_OPEN, "optimiser": "sgd",
 }  # fmt: skip
 """Fields that came when results were stored already, and what runs did before. With this value they are left out of a
 run's identity and of what it stores, so that a run of then and the same of now are one."""
@@ -79,7 +83,8 @@ class Setting:
     model: str
     """Name in `bench.models.MODELS`."""
     norm: str = "group"
-    """"group", "layer" or "batch", of networks that have norm layers."""
+    """"group", "layer" or "batch", of networks that have norm layers; "layer" of those that can have no other, where
+    nothing is said."""
     statistics: str = "shared"
     """What happens to batch norm's running statistics: "shared", "personal", "frozen", or "balanced", which is shared
     with the four fields that follow."""
@@ -140,7 +145,11 @@ class Setting:
     half of the rounds on and a hundredth in the last quarter."""
     lr_cosine: bool = False
     """Whether the learning rate falls besides as half a cosine, to zero after the last round."""
+    optimiser: str = "sgd"
+    """By what clients train: "sgd", or "adamw" (beta 0.9 and 0.999, epsilon 1e-8, decoupled decay), whose moments start
+    at zero in each local training. It has no momentum, and the learning rate is 0.001 where nothing is said."""
     momentum: Momentum = 0.0
+    """Of SGD."""
     weight_decay: Strength = 0.0
     decayed: str = "all"
     """What weight decay pulls at: "all" parameters, or "weights", which leaves out biases and norm layers."""
@@ -202,6 +211,8 @@ class Setting:
         for name, allowed in (*NAMED.items(),):
             value = getattr(self, name)
             _require(value in allowed, name, value, f"must be one of {', '.join(allowed)}")
+        has_own = f"optimiser = {self.optimiser} has moments of its own and reads none; leave it out"
+        _require(self.optimiser == "sgd" or not self.momentum, "momentum", self.momentum, has_own)
 
     @property
     def balanced(self) -> Balanced | None:

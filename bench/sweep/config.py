@@ -165,6 +165,9 @@ class Sweep:
         if "pixels" in algorithm.needs and not dataset.pictures:
             needs = f"{name(algorithm)} needs examples that are made of pixels, which it attacks"
             raise BadConfig(f"{needs}, and those of {name(dataset)} are not; choose a dataset of pictures")
+        if "sgd" in algorithm.needs and setting.optimiser != "sgd":
+            needs = f"{name(algorithm)} reckons with steps of SGD, which follow the gradient"
+            raise BadConfig(f"{needs}, and optimiser = {setting.optimiser} takes others; leave one of both out")
         rounds = matched_rounds(algorithm, setting) if setting.match == "samples" else setting.rounds
         return Run(
             algorithm=algorithm,

@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from bench.dataset import Dataset
-from bench.models import MODELS
+from bench.models import MODELS, usual_norm
 from bench.plugins.names import meant, near
 from bench.protocol.settings import (
     LATER,
     NAMED,
+    OF_ADAMW,
     OF_AN_ATTACK,
     OF_BALANCED,
     OF_OPEN,
@@ -52,7 +53,9 @@ def resolve_setting(setting: str, dataset: Dataset, overrides: Mapping[str, obje
         if key in typed:
             typed[key] = _known(key, typed[key], known)
     typed |= {key: meant(typed[key], names) or typed[key] for key, names in NAMED.items() if key in typed}
-    return _reconcile(replace(named(setting, dataset), **typed), dataset, typed, SETTINGS[setting](dataset).alpha)
+    follows = OF_ADAMW if typed.get("optimiser") == "adamw" else {}
+    chosen = replace(named(setting, dataset), **{**follows, **typed})
+    return _reconcile(chosen, dataset, typed, SETTINGS[setting](dataset).alpha)
 
 
 def _known(kind: str, name: str, known: Collection[str]) -> str:
@@ -89,6 +92,8 @@ def _reconcile(setting: Setting, dataset: Dataset, given: Mapping[str, Any], usu
         usual: The named setting's alpha, before a partition without one was chosen.
     """
     of = f"{name(dataset)} is"
+    if "norm" not in given:
+        setting = replace(setting, norm=usual_norm(setting.model, setting.norm))
     if "imbalance" in given and given["imbalance"] is None and dataset.tail == "made":
         raise BadConfig(f"--imbalance natural: {of} balanced, so a number such as 50 is wanted")
     if given.get("imbalance") is not None and dataset.tail == "natural":

@@ -84,6 +84,7 @@ def surroundings(job: Job) -> Surroundings:
         lr=setting.lr,
         initial_lr=setting.lr,
         key=keys.fold(keys.key(job.seed), "run").to(device),
+        update_rule=setting.optimiser,
         momentum=setting.momentum,
         weight_decay=setting.weight_decay,
         decay_vectors=setting.decayed == "all",
