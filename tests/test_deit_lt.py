@@ -188,7 +188,7 @@ def test_labels_reach_one_head_and_the_teacher_the_other_and_nothing_the_teacher
 
 @BOTH
 def test_where_the_teacher_says_one_class_one_head_says_it_and_the_other_does_not(setting: Any) -> None:
-    run = saying(start(replace(setting, rounds=6, epochs=4), **AT_ONCE), 4)
+    run = saying(start(replace(setting, rounds=3, epochs=5), **AT_ONCE), 4)
     done(run)
     images = run.population.images
     index = torch.cat([rows for rows in run.population.index if len(rows)])
@@ -377,7 +377,7 @@ def test_without_a_share_or_without_an_image_nothing_is_blanked() -> None:
 
 
 def test_mean_either_head_and_teacher_are_reported_and_all_have_learnt() -> None:
-    setting = replace(PLAIN, optimiser="adamw", lr=0.005, rounds=10, epochs=4, participation=1.0, eval_every=10)
+    setting = replace(PLAIN, optimiser="adamw", lr=0.01, rounds=6, epochs=4, participation=1.0, eval_every=6)
     run = toy.finish(start(setting))
     mean, cls, dist, teacher = (measured(run, f"generic{which}") for which in ("", ":cls", ":dist", ":teacher"))
     assert min(mean, cls, dist, teacher) > 0.6 and len({mean, cls, dist, teacher}) > 1
