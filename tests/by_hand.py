@@ -16,6 +16,7 @@ from bench.training.rounds import Run
 SHORT: dict[str, dict[str, Any]] = {
     "clip2fl": {"features_per_class": 10, "match_steps": 2, "head_epochs": 1},
     "creff": {"features_per_class": 10, "match_steps": 2, "head_epochs": 1},
+    "dafos": {"episodes": 2},
     "fat": {"steps": 2},
     "fedcrac": {"steps": 2},
     "fedic": {"steps": 2},

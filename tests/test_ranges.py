@@ -61,6 +61,7 @@ FIELDS: dict[str, dict[str, str]] = {
     },
     "ditto": {"pull": FROM_0},
     "elastic": {"tau": FROM_0, "decay": NOT_ALL},
+    "dafos": {"episodes": STEPS, "shots": COUNT, "outlier": FROM_0, "triplet": FROM_0},
     "fat": {
         "objective": "'at' or 'trades'", "steps": STEPS, "beta": FROM_0, "calibration": FROM_0, "scale": ABOVE_0,
     },
