@@ -181,6 +181,12 @@ _OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
         {"metavar": "local|off|ADDRESS"},
     ),
     (
+        "--shared-out",
+        "The machines of a cluster write --out themselves, one folder at the same path on all; else results come home.",
+        {"is_flag": True},
+    ),
+    ("--no-ship", "The machines of a cluster have this package; else they are sent it.", {"is_flag": True}),
+    (
         "--out",
         "Folder of results.",
         {"type": _PATH, "default": Path("runs"), "show_default": True},

@@ -65,6 +65,8 @@ class Asked:
     jobs: int | None
     workers_per_run: int
     ray: str | None
+    shared_out: bool
+    no_ship: bool
     out: Path
     data_root: Path | None
     tracking_uri: str | None
@@ -172,16 +174,21 @@ def budget(asked: Asked) -> Budget | None:
 
 def pool(asked: Asked, device: str, todo: int, warn: Callable[[str], None]) -> Pool:
     """Choose where so many runs execute."""
+    from bench.protocol.settings import BadConfig
     from bench.sweep.cluster import has_ray
     from bench.sweep.on_ray import OnRay
     from bench.sweep.pool import InProcess
 
+    for option, said in (("--shared-out", asked.shared_out), ("--no-ship", asked.no_ship)):
+        if said and asked.ray in (None, "local", "off"):
+            raise BadConfig(f"{option}: runs are on this machine; leave it out, or name a cluster with --ray ADDRESS")
     if asked.ray == "off" or (asked.ray is None and todo <= 1):
         return InProcess()
     if asked.ray is None and not has_ray():
         warn("ray is not installed, so the runs follow each other here; pip install ray for several at once")
         return InProcess()
-    return OnRay(asked.ray or "local", asked.jobs, device, asked.workers_per_run)
+    where, workers, ship = asked.ray or "local", asked.workers_per_run, not asked.no_ship
+    return OnRay(where, asked.jobs, device, workers, shared_out=asked.shared_out, ship=ship, tell=warn)
 
 
 def mirror(asked: Asked, read: Sweep, todo: int, command: str, warn: Callable[[str], None]) -> Mirror | None:

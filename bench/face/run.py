@@ -56,6 +56,8 @@ def run(
     jobs: int | None = None,
     workers_per_run: int = 1,
     ray: str | None = None,
+    shared_out: bool = False,
+    no_ship: bool = False,
     out: Path | str = "runs",
     data_root: Path | str | None = None,
     tracking_uri: str | None = None,
@@ -99,6 +101,8 @@ def run(
         jobs: Runs at once.
         workers_per_run: Processes that share the clients of each run.
         ray: "local" (default for several runs), "off", or a cluster's address.
+        shared_out: Whether the machines of a cluster write `out` themselves.
+        no_ship: Whether these machines have this package; else they are sent it.
         out: Folder of results.
         data_root: Folder of datasets.
         tracking_uri: MLflow, by default SQLite beside the results; "off".

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from bench.plugins import cells
 from bench.plugins.registry import load_plugin
 from bench.protocol.settings import BadConfig
-from bench.sweep import limits, local_ray
+from bench.sweep import code, limits, local_ray
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -71,7 +71,9 @@ def need_ray(option: str, otherwise: str) -> None:
 
 
 @contextmanager
-def session(cpus: int, address: str = "local", shared_bytes: int = _LITTLE_BYTES) -> Iterator[Session]:
+def session(
+    cpus: int, address: str = "local", shared_bytes: int = _LITTLE_BYTES, ship: bool = False
+) -> Iterator[Session]:
     """Give Ray, connected to a cluster; what was started or joined here is left at the end.
 
     Nothing that Ray prints is seen meanwhile: it says on standard output, which is for results, what happened to its
@@ -82,6 +84,7 @@ def session(cpus: int, address: str = "local", shared_bytes: int = _LITTLE_BYTES
         address: "local" starts it on this machine, where it is private; another one joins a running cluster, whatever
             `cpus` says, with the user's own token.
         shared_bytes: Memory for what its processes hand each other.
+        ship: Whether the machines of a cluster are sent this package; else they have it.
 
     Raises:
         BadConfig: Nobody answers at the address.
@@ -95,7 +98,9 @@ def session(cpus: int, address: str = "local", shared_bytes: int = _LITTLE_BYTES
     with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
         if address != "local":
             try:
-                _init(ray, quiet | {"address": address})
+                with code.staged() if ship else nullcontext() as package:
+                    shipped = {} if package is None else {"runtime_env": {"py_modules": [str(package)]}}
+                    _init(ray, quiet | shipped | {"address": address})
                 yield Session(ray)
             finally:
                 ray.shutdown()
@@ -141,13 +146,14 @@ def lasting(
     cpus: int,
     address: str = "local",
     shared_bytes: int = _LITTLE_BYTES,
+    ship: bool = False,
     tell: Callable[[str], None] = lambda sentence: print(sentence, file=sys.stderr),
 ) -> Answer:
     """Have work done on Ray, and go on with it on another one if that dies, three times at most.
 
     Args:
         work: Given the session; goes on where it was when it is called again. It calls `require_alive`.
-        cpus, address, shared_bytes: As of `session`.
+        cpus, address, shared_bytes, ship: As of `session`.
         tell: Told in a sentence that Ray died.
 
     Raises:
@@ -156,7 +162,7 @@ def lasting(
     deaths = 0
     while True:
         try:
-            with session(cpus, address, shared_bytes) as here:
+            with session(cpus, address, shared_bytes, ship) as here:
                 return work(here)
         except RayDied as error:
             deaths += 1

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.protocol.settings import BadConfig
-from bench.results.claims import Claimed, claim
-from bench.system import durable
+from bench.sweep import scratch
 
 if TYPE_CHECKING:
     import psutil
@@ -80,12 +79,15 @@ def home() -> Iterator[Home]:
     Raises:
         BadConfig: No folder can be made.
     """
+    where = _place()
     with ExitStack() as held:
-        where = _place()
-        _tidy(where)
-        folder = _made(where, held)
-        held.callback(durable.remove, folder)
-        held.callback(_end, folder)
+        try:
+            folder = held.enter_context(scratch.folder(where, PREFIX, _end))
+        except OSError as error:
+            raise BadConfig(
+                f"--ray local: no folder can be made in {where} ({error.strerror}); have RAY_TMPDIR name another one, "
+                f"of at most {_LONGEST} characters"
+            ) from error
         token = folder / "token"
         with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
             stream.write(secrets.token_hex(32))
@@ -97,33 +99,6 @@ def _place() -> Path:
     """Choose where folders are made: the names of Unix sockets are short."""
     wanted = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     return Path(wanted if len(os.fsencode(wanted)) <= _LONGEST else "/tmp")
-
-
-def _made(where: Path, held: ExitStack) -> Path:
-    """Make a folder that is claimed as long as this process lives."""
-    while True:
-        try:
-            folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=where))
-        except OSError as error:
-            raise BadConfig(
-                f"--ray local: no folder can be made in {where} ({error.strerror}); have RAY_TMPDIR name another one, "
-                f"of at most {_LONGEST} characters"
-            ) from error
-        with suppress(Claimed, FileNotFoundError):  # somebody took it for one that was left, and removes it
-            held.enter_context(claim(folder))
-            return folder
-
-
-def _tidy(where: Path) -> None:
-    """Remove what drivers that were killed have left of ours."""
-    if not hasattr(os, "getuid"):
-        return
-    for folder in where.glob(f"{PREFIX}*"):
-        with suppress(OSError, Claimed):
-            if folder.lstat().st_uid == os.getuid() and folder.is_dir() and not folder.is_symlink():
-                with claim(folder):
-                    _end(folder)
-                    durable.remove(folder)
 
 
 @contextmanager

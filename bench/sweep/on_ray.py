@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.results.claims import Claimed
+from bench.sweep.away import Home, work
 from bench.sweep.cluster import (
     MODELS_BYTES,
     Payload,
@@ -38,19 +41,34 @@ class OnRay:
 
     Args:
         address: "local" starts Ray on this machine and stops it at the end; another address joins a running
-            cluster, whose machines must have this package, the data, and the output directory, at the same paths.
+            cluster. Data that its machines lack are sent there.
         jobs: Runs at once; None for what the machine or cluster holds. A GPU holds as many as their measured memory
             allows, and one of which nothing is known.
         device: "cpu" or "cuda".
         workers: Processes of each run; with more than one, a run starts the others itself.
+        shared_out: Whether the machines of a cluster write results themselves, to the folder that is at the same path
+            on all; else their files come home by Ray (`bench.sweep.away`).
+        ship: Whether they are sent this package; else they have it.
+        tell: Told in a sentence what has travelled between machines.
 
     Raises:
         BadConfig: Ray is not installed, or nobody answers at the address.
     """
 
-    def __init__(self, address: str = "local", jobs: int | None = None, device: str = "cpu", workers: int = 1) -> None:
+    def __init__(
+        self,
+        address: str = "local",
+        jobs: int | None = None,
+        device: str = "cpu",
+        workers: int = 1,
+        shared_out: bool = False,
+        ship: bool = True,
+        tell: Callable[[str], None] = lambda sentence: None,
+    ) -> None:
         need_ray(f"--ray {address}", "use --ray off")
         self.address, self.jobs, self.device, self.workers = address, jobs, device, workers
+        self.away = address != "local" and not shared_out
+        self.ship, self.tell = address != "local" and ship, tell
 
     def __call__(self, schedule: Schedule, out: Path, execute: Execute, watcher: Watcher) -> None:
         """Execute all runs; an interruption stops the workers at once and keeps what they have saved.
@@ -59,9 +77,12 @@ class OnRay:
             RayDied: Ray did, again and again; the runs that were going on wait.
         """
         shared = {} if self.workers == 1 else {"shared_bytes": MODELS_BYTES}
-        drive = _Drive(self.jobs, self.device, self.workers, schedule, out.resolve(), execute, watcher)
+        drive = _Drive(self.jobs, self.device, self.workers, schedule, out.resolve(), execute, watcher, self.away)
         # that Ray died is told of each run that waits for it
-        lasting(drive.go, self.cpus(len(schedule)), self.address, **shared, tell=lambda sentence: None)
+        lasting(drive.go, self.cpus(len(schedule)), self.address, **shared, ship=self.ship, tell=lambda sentence: None)
+        if drive.home is not None:
+            sent = (f"{nbytes / 1e6:,.1f} MB of {what}" for what, nbytes in drive.home.travelled.items())
+            self.tell(f"between machines travelled {' and '.join(sent)}")
 
     def cpus(self, runs: int) -> int:
         """Count the cores that Ray is started with for so many runs, if it is started here."""
@@ -82,9 +103,11 @@ class _Drive:
         out: Path,
         execute: Execute,
         watcher: Watcher,
+        away: bool = False,
     ) -> None:
         self.jobs, self.device, self.workers, self.schedule = jobs, device, workers, schedule
-        self.out, self.execute, self.watcher = out, execute, watcher
+        self.out, self.execute, self.watcher, self.away = out, execute, watcher, away
+        self.home: Home | None = None
         self.queue = Queue(schedule, out, watcher)
         self.running: dict[Any, Run] = {}
         self.tails: dict[str, Tail] = {}
@@ -114,11 +137,16 @@ class _Drive:
             for reference in self.running:
                 self.ray.cancel(reference, force=True)
             raise
+        finally:
+            if self.home is not None:
+                for run in self.running.values():
+                    self.home.loses(run)
 
     def _enter(self, here: Session) -> None:
         """See what a cluster has."""
         self.here, self.ray = here, here.ray
-        self.task = self.ray.remote(num_cpus=1, max_retries=0)(_work)
+        self.home = Home(here.ray, self.out) if self.away else None
+        self.task = self.ray.remote(num_cpus=1, max_retries=0)(_work if self.home is None else work)
         self.resources: dict[str, float] = self.ray.cluster_resources()
         gpus = self.resources.get("GPU", 0.0) if self.device == "cuda" else 0.0
         cores = self.resources.get("CPU", 1.0)
@@ -137,6 +165,22 @@ class _Drive:
         self.largest = max(nodes, default=0.0)
 
     def _begin(self, run: Run) -> None:
+        """Have a run done, unless another process is doing it, or has done it, since it was looked up."""
+        taken: tuple[Any, ...] = (str(self.out),)
+        if self.home is not None:
+            try:
+                taken = *self.home.sends(run), self.home.postbox
+            except Claimed:
+                self.queue.wait_for_another(run)
+                return
+            except OSError as error:
+                self.watcher.started(run)
+                self.watcher.ended(run, str(error))
+                return
+            if self.queue.has_been_done(run):
+                self.home.loses(run)
+                self.queue.find(run)
+                return
         alone = run.id in self.queue.alone
         share = 1.0 if alone and self.share else self._share(run)
         options = {"num_gpus": share}
@@ -147,7 +191,7 @@ class _Drive:
         if memory := min(self._peak(run), self.largest):
             options["memory"] = int(memory)
         payload = packed(run.plugins, (self.execute, run))
-        reference = self.task.options(**options).remote(payload, str(self.out))
+        reference = self.task.options(**options).remote(payload, *taken)
         self.running[reference] = run
         self.tails.setdefault(run.id, Tail(progress_file(self.out, run)))
         self.watcher.started(run)
@@ -158,6 +202,8 @@ class _Drive:
             time.sleep(POLL_SECONDS)
             return
         finished, _ = self.ray.wait(list(self.running), timeout=POLL_SECONDS)
+        if self.home is not None:
+            self.home.collect()
         for run in self.running.values():
             for report in self.tails[run.id].read():
                 completed = self.completed.get(run.id, 0)
@@ -173,7 +219,8 @@ class _Drive:
             self.room[place[0]] += place[1]
         errors = self.ray.exceptions
         try:
-            failure: Failure | None = self.ray.get(reference)
+            answer = self.ray.get(reference)
+            failure: Failure | None = answer if self.home is None else self.home.receives(run, answer)
         except errors.OutOfMemoryError:
             failure = Failure("the worker was stopped because memory ran out; fewer --jobs need less", "alone")
         except errors.RayTaskError as error:
@@ -186,6 +233,9 @@ class _Drive:
             if self.queue.survives(run, reason, self.completed.get(run.id, 0)):
                 return
             failure = Failure(f"{reason}, {DEATHS} times in a row; the same command tries again")
+        finally:
+            if self.home is not None:
+                self.home.loses(run)
         if failure is not None:
             self._blame(run, reference)
         if failure is None or not self.queue.again(run, failure):

@@ -37,9 +37,9 @@ class Failure:
 
     reason: str
     """In a sentence."""
-    again: Literal["never", "alone", "later", "found"] = "never"
+    again: Literal["never", "alone", "later", "found", "sent"] = "never"
     """"alone": memory ran out, so that it may end with all of it; "later": another process is doing it; "found": it has
-    done it.
+    done it; "sent": its machine lacked the data, which go along now.
     """
 
 
@@ -98,13 +98,17 @@ class Queue:
         """Give the next run that fits and that nobody else is doing."""
         self._look_elsewhere()
         while (run := self.schedule.take(fits)) is not None:
-            if run.id not in self._anew and self._is_done(run):
+            if self.has_been_done(run):
                 self.find(run)
             elif is_claimed(self.out / run.id):
                 self.wait_for_another(run)
             else:
                 return run
         return None
+
+    def has_been_done(self, run: Run) -> bool:
+        """Tell whether another process has done a run since the sweep began."""
+        return run.id not in self._anew and self._is_done(run)
 
     def is_over(self) -> bool:
         """Tell whether no run will begin any more."""
@@ -128,6 +132,9 @@ class Queue:
             return True
         if failure.again == "later":
             self.wait_for_another(run)
+            return True
+        if failure.again == "sent":
+            self.wait(run, failure.reason)
             return True
         if failure.again == "never" or run.id in self.alone:
             return False
