@@ -53,6 +53,7 @@ class DeiTLT(Algorithm):
     family: ClassVar[str] = "fedlt"
     stackable: ClassVar[bool] = False
     own_loss: ClassVar[bool] = True
+    trains_another: ClassVar[bool] = True
     predictors: ClassVar[Mapping[str, str]] = {"teacher": "taught"}
     space: ClassVar[Mapping[str, tuple[float, float] | list[object]]] = {
         "alpha": (0.1, 0.9),

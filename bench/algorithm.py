@@ -316,6 +316,9 @@ class Algorithm(Client, Server, Ranged):
     later: ClassVar[Mapping[str, object]] = {}
     """Fields that came when results were stored already, with their defaults, which are what runs did before. With
     these values they are left out of a run's identity and call, so that a run of then and the same of now are one."""
+    trains_another: ClassVar[bool] = False
+    """Whether clients train a network that is not the run's by itself, such as a smaller teacher: a sample then takes
+    less than a look at it by the run's, which validation would take for a forged cost."""
     predictors: ClassVar[Mapping[str, str]] = {}
     """Variants, global or personal, that are scored in another way than by `predict`: name of the variant to name of a
     method with its arguments and result."""

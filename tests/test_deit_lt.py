@@ -19,6 +19,8 @@ from bench.splits.longtail import class_sizes
 from bench.training.rounds import Run
 from bench.tree import largest_difference
 from tests.by_hand import FEW, data_of, done, measured, method
+from tests.test_command import Bench
+from tests.test_command import bench as bench
 
 HOSTILE = replace(toy.SETTING, momentum=0.9, weight_decay=1e-2, clip=0.5, rounds=2)
 PLAIN = replace(HOSTILE, momentum=0.0, weight_decay=0.0, clip=None, epochs=1)
@@ -323,6 +325,19 @@ def test_an_ordinary_teacher_is_fedavgs_model() -> None:
 def test_a_flat_teacher_takes_twice_the_work() -> None:
     flat, usual = (done(start(teacher_rounds=1.0, rho=rho)).progress.cost["train_flops"] for rho in (0.05, 0.0))
     assert flat / usual == pytest.approx(2.0, rel=0.01)
+
+
+def test_a_teacher_that_takes_less_than_the_student_is_no_forged_cost(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = (
+        "run", "--algos", "deit_lt(teacher_rounds=1.0)", "--model", "vit_mini", "--rounds", "1", "--participation",
+        "0.1", "--eval-clients", "1", "--ray", "off", "--tracking-uri", "off", "--out", "results",
+    )  # fmt: skip
+    bench(*asked)
+    assert "no problems" in bench("validate", "results").out
+    monkeypatch.setattr(ALGORITHMS["deit_lt"], "trains_another", False)
+    assert "cost.train_flops is" in bench("validate", "results").out
 
 
 # What switches it off -------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 How often a method trains on an image of its cohorts, how much it computes for each, and whether clients send as much as
 they are sent, is seen on the toy problem, with the run's own network where that has branches, which a method may train
-apart. The network of the run says how much one image takes at least.
+apart. The network of the run says how much one image takes at least, unless a method trains another one by itself.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def implausible(
         least, most = samples * forward.flops, None if known is None else 3 * known.work * samples * forward.flops
         if asked.teacher is not None:  # of whose width the work depends
             most = None
-        if flops < least:
+        if flops < least and not algorithm.pieces[0].trains_another:
             yield "train_flops", f"is {flops:.4g}, and as many samples take {least:.4g} to be looked at once"
         elif most is not None and flops > most:
             yield "train_flops", f"is {flops:.4g}, and as many samples take {most:.4g} at most"
