@@ -12,16 +12,17 @@ Passes         E + episodes * b
 Newcomers      never drawn or held out, norm layers of its own, trained under what the server has, as in FedBN
 Departs        a client is a domain, and norm layers stay with it. Before episodes come the setting's epochs, for the
                ordinary tests; an episode is a batch of what a client has (paper: 3 known and 3 unknown classes of each
-               of two domains), and steps are the setting's (paper: Adam). The network sees the three smallest distances
-               to prototypes, as the first and what the next are more (paper: all, in the order of classes), so that
-               names and number of classes do not matter; where there are fewer, the last stands for the others. No
-               samples are generated: classes of the client alone stand for unknown ones (paper: two generators
-               besides, of near and of far samples). No network tells domains apart, for the server must not learn
-               whose image it is, and prototypes of domains are not drawn together, for they would have to be sent.
-               Which images make a triple is ours. Weights are those of the authors' code
+               of two domains), and steps are the setting's (paper: Adam). To the nearest distance of an image the
+               network adds what it makes of the three smallest ones, the first and what the next are more (paper: of
+               all, in the order of classes), so that names and number of classes do not matter; where there are fewer,
+               the last stands for the others. No samples are generated: classes of the client alone stand for unknown
+               ones (paper: two generators besides, of near and of far samples). No network tells domains apart, for the
+               server must not learn whose image it is, and prototypes of domains are not drawn together, for they would
+               have to be sent. Which images make a triple is ours. Classes weigh 1, as cross-entropy
 Elsewhere      authors' code counts true negatives as hits, so that chance among four labels is 62.5 %, and compares
                predictions of the target domain with predictions. Its unknown test images are of known classes, its
-               norm layers tell domains by the place in a batch, and no gradient reaches its prototypes
+               norm layers tell domains by the place in a batch, its loss of classes is a negative probability, times
+               40, and no gradient reaches its prototypes
 """
 
 from collections.abc import Mapping
@@ -74,10 +75,11 @@ class Dafos(Algorithm):
     """Weight of triples (reference: 0.075 and 0.125 of two domains)."""
 
     def init_server(self, task: Task) -> Tree:
-        """Keep all but the norm layers, and the network."""
+        """Keep all but the norm layers, and the network, which at first says no more than the nearest distance."""
         model, key = task.init(), task.server_key("outlier")
         sizes = enumerate(zip(WIDTHS, (NEAREST, *WIDTHS), strict=False))
         layers = {str(k): linear(keys.fold(key, k), outputs, inputs) for k, (outputs, inputs) in sizes}
+        layers[str(len(layers) - 1)] = tree.map(lambda leaf: leaf.new_zeros(leaf.shape), layers[str(len(layers) - 1)])
         return {"body": tree.split(model["body"], is_norm)[1], "head": model["head"], "outlier": layers}
 
     def init_client(self, task: Task) -> Tree:
@@ -167,7 +169,7 @@ class Roles:
         """
         images = losses.one_hot(batch.y, num_classes) * batch.weight[:, None]
         several = images.sum(0) > 1
-        drawn = keys.permutation(keys.fold(keys.fold(batch.key, "known"), batch.first), num_classes)
+        drawn = keys.permutation(keys.fold(batch.key, "known"), num_classes)
         turn = torch.zeros_like(drawn).scatter(0, drawn, several[drawn].long().cumsum(0))  # 1.. of those with several
         known = several & (2 * turn <= several.sum() + 1)
         mine = images * known
@@ -192,7 +194,8 @@ def distances(z: Tensor, means: Tensor) -> Tensor:
 
 
 def surprise(network: Tree, apart: Tensor, known: Tensor) -> Tensor:
-    """Score how little an image seems to be of any known class, by its distances alone: (B,), a logit.
+    """Score how little an image seems to be of any known class, by its distances alone: (B,), a logit. It is the
+    smallest one, and what the network makes of them all.
 
     Args:
         network: Linear layers by number.
@@ -206,7 +209,7 @@ def surprise(network: Tree, apart: Tensor, known: Tensor) -> Tensor:
     x = apply_linear(first, torch.cat([least[:, :1], least[:, 1:] - least[:, :-1]], 1))
     for layer in others:
         x = apply_linear(layer, x.relu())
-    return x[:, 0].float()
+    return least[:, 0] + x[:, 0].float()
 
 
 def share(values: Tensor, of: Tensor) -> Tensor:
