@@ -275,6 +275,26 @@ def test_validation_sees_lines_that_are_others(finished: Path) -> None:
     assert any("is no line of an open-set test" in each for each in problems("good"))
 
 
+def test_closed_is_how_often_the_nearest_mean_of_shots_is_of_an_images_own_class() -> None:
+    dataset, setting = toy.Toy(), replace(toy.SETTING, rounds=2, unseen=3, open_classes=2, shots=2)
+    splits = dataset.load()
+    split = make_split(splits.labels, 6, setting, 0)
+    run = toy.finish(Run(Job(ALGORITHMS["fedavg"](), dataset, splits, split, setting, 0, "serial")))
+    population, server = run.population, run.progress.server
+    for client, written in run.progress.open_set.items():
+        asked = population.episode(client)
+        assert asked is not None
+        shots, tests = population.index[client][asked.shots], population.tests[client][asked.known]
+        support, z = (
+            run.task.model.features(server["body"], images.plain(rows))
+            for images, rows in ((population.images, shots), (population.test, tests))
+        )
+        labels = population.images.y[shots]
+        means = torch.stack([support[labels == label].mean(0) for label in labels.unique()])
+        taken = labels.unique()[(z[:, None] - means).square().sum(2).argmin(1)]
+        assert of_client(written)[0] == pytest.approx(float((taken == population.test.y[tests]).float().mean()))
+
+
 def test_both_engines_and_a_run_that_went_on_have_the_same_lines(tmp_path: Path) -> None:
     dataset, setting = toy.Toy(), replace(toy.SETTING, rounds=2, unseen=3, open_classes=2, shots=2)
     splits = dataset.load()
