@@ -283,6 +283,10 @@ class Composed(Algorithm):
         """Give the method's."""
         return self.method.newcomer_adaptation(task)
 
+    def open_set(self, task: Task, model: Tree, z: Tensor, support: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Say what the method says."""
+        return self.method.open_set(task, model, z, support, labels)
+
     def predict(self, task: Task, model: Tree, x: Tensor) -> Tensor:
         """Score as the method does."""
         return self.method.predict(task, model, x)

@@ -67,7 +67,7 @@ def _asked(round: int, lr: float, here: Surroundings, shared: Tree, item: tuple[
         def features(images: Images, rows: Tensor) -> Tensor:
             return torch.cat([task.model.features(model["body"], images.plain(part)) for part in rows.split(_SLICE)])
 
-        judge = partial(here.algorithm.pieces[0].open_set, task, model)
+        judge = partial(here.algorithm.open_set, task, model)
         support = features(population.images, mine)
         taken, sure = judge(features(population.test, rows), support, labels)
         least = threshold(judge, support, labels)
