@@ -326,9 +326,9 @@ class Algorithm(Client, Server, Ranged):
     """Capabilities: "body" (a model with a body and a head), "pixels" (examples that are made of such, which an attack
     moves within `task.ball`), "prior" (`task.prior`, the global class frequencies), "pooled" (one pseudo-client holds
     the union of all training data: the centralised reference), "sgd" (steps that follow the gradient, with which the
-    method reckons), "auxiliary" (`task.auxiliary`, labelled images at the
-    server), "public" (`task.public`, unlabelled ones that everybody has), "teacher" (`task.teacher` and `data.teacher`,
-    what a model that stands still makes of classes and of training images)."""
+    method reckons), "auxiliary" (`task.auxiliary`, labelled images at the server), "public" (`task.public`, unlabelled
+    ones that everybody has), "teacher" (`task.teacher` and `data.teacher`, what a model that stands still makes of
+    classes and of training images)."""
     refuses: ClassVar[Mapping[str, str]] = {}
     """Kinds of parts that make no sense on it, each with the reason: {"channel": "nothing is sent"}; "memory" are those
     channels that keep what was not sent."""

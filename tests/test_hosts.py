@@ -70,7 +70,9 @@ SWEEP = (
     "--clients", "6", "--imbalance", "4", "--json", "--tracking-uri", "off",
 )  # fmt: skip
 
-pytestmark = pytest.mark.skipif(lacking() is not None, reason=f"hosts cannot be made here: {lacking()}")
+LACKING = lacking()
+pytestmark = pytest.mark.skipif(LACKING is not None, reason=f"hosts cannot be made here: {LACKING}")
+"""Only who may make name spaces can: the root of a machine, or of a container that was given that right."""
 
 
 def fill(folder: Path) -> None:

@@ -25,7 +25,7 @@ from bench.sweep import scratch
 from bench.sweep.cluster import Payload, unpacked
 from bench.sweep.freight import Freight, Lacks, located, packed
 from bench.sweep.pool import Failure, attempt
-from bench.sweep.watch import append, progress_file
+from bench.sweep.watch import PROGRESS, append, progress_file
 from bench.system import durable
 from bench.training.outcome import Report
 
@@ -139,7 +139,7 @@ class Home:
                 folder = self.out / letter.run
                 with suppress(OSError):  # a full disk: a later one will do, or the run's end will say so
                     place_checkpoint(folder, letter.checkpoint)
-                    append(folder / "progress.jsonl", letter.report)
+                    append(folder / PROGRESS, letter.report)
                 self.travelled["results"] += size(letter.checkpoint)
 
     def receives(self, run: Run, returned: Returned) -> Failure | None:
@@ -176,7 +176,7 @@ def contents(folder: Path, models: bool = True) -> Files:
     found: Files = {}
     for path in sorted(folder.rglob("*")):
         first, *_ = path.relative_to(folder).parts
-        left = first in (CLAIM, "progress.jsonl", _UNFINISHED_MODELS) or first.startswith(".")
+        left = first in (CLAIM, PROGRESS, _UNFINISHED_MODELS) or first.startswith(".")
         if path.is_file() and not path.is_symlink() and not left and (models or first != MODELS):
             found[path.relative_to(folder).as_posix()] = path.read_bytes()
     return found

@@ -166,21 +166,9 @@ class _Drive:
 
     def _begin(self, run: Run) -> None:
         """Have a run done, unless another process is doing it, or has done it, since it was looked up."""
-        taken: tuple[Any, ...] = (str(self.out),)
-        if self.home is not None:
-            try:
-                taken = *self.home.sends(run), self.home.postbox
-            except Claimed:
-                self.queue.wait_for_another(run)
-                return
-            except OSError as error:
-                self.watcher.started(run)
-                self.watcher.ended(run, str(error))
-                return
-            if self.queue.has_been_done(run):
-                self.home.loses(run)
-                self.queue.find(run)
-                return
+        taken = (str(self.out),) if self.home is None else self._sent(self.home, run)
+        if taken is None:
+            return
         alone = run.id in self.queue.alone
         share = 1.0 if alone and self.share else self._share(run)
         options = {"num_gpus": share}
@@ -195,6 +183,23 @@ class _Drive:
         self.running[reference] = run
         self.tails.setdefault(run.id, Tail(progress_file(self.out, run)))
         self.watcher.started(run)
+
+    def _sent(self, home: Home, run: Run) -> tuple[Any, ...] | None:
+        """Give what a run takes along from here; None: it does not begin."""
+        try:
+            taken = home.sends(run)
+        except Claimed:
+            self.queue.wait_for_another(run)
+            return None
+        except OSError as error:
+            self.watcher.started(run)
+            self.watcher.ended(run, str(error))
+            return None
+        if not self.queue.has_been_done(run):
+            return *taken, home.postbox
+        home.loses(run)
+        self.queue.find(run)
+        return None
 
     def _wait(self) -> None:
         """Wait a moment for news, and pass it on."""

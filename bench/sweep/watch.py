@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from bench.sweep.run import Run
 
 
+PROGRESS = "progress.jsonl"
+"""In the folder of a run that is not finished."""
+
+
 class Watcher(Protocol):
     """Somebody who is told what happens in a sweep, always by the driver's main thread, which waits."""
 
@@ -39,7 +43,7 @@ class Watcher(Protocol):
 
 def progress_file(out: Path, run: Run) -> Path:
     """Give where a run's worker writes one JSON line a round, while it is not finished."""
-    return out / run.id / "progress.jsonl"
+    return out / run.id / PROGRESS
 
 
 def append(file: Path, report: Report) -> None:
