@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from bench import Tree, keys, models, tree
 from bench.contract import toy
 from bench.plugins.registry import ALGORITHMS, DATASETS
-from bench.protocol.settings import named
+from bench.protocol.bundles import named
 from bench.training.rounds import Run
 from tests.by_hand import FEW, method
 

@@ -29,7 +29,8 @@ from bench.data import Images
 from bench.files import data_root
 from bench.files.official import Official, agrees, read_idx, unpickle
 from bench.plugins.registry import DATASETS
-from bench.protocol.settings import SETTINGS, BadConfig
+from bench.protocol.bundles import SETTINGS
+from bench.protocol.settings import BadConfig
 from bench.system import durable, reading
 
 # Files ------------------------------------------------------------------------------------------------------

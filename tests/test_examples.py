@@ -23,7 +23,8 @@ from bench.files.moments import moments
 from bench.models import BadModel
 from bench.plugins.registry import DATASETS
 from bench.preparing.embedding import Embedding
-from bench.protocol.settings import SETTINGS, BadConfig, named
+from bench.protocol.bundles import SETTINGS, named
+from bench.protocol.settings import BadConfig
 from bench.splits.split import make_split
 from bench.sweep.resolving import resolve_setting
 from bench.training.population import Population

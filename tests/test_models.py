@@ -37,7 +37,7 @@ from bench.models.resnets import ResNet50
 from bench.models.weights import BadWeights
 from bench.plugins.registry import ALGORITHMS, DATASETS, label
 from bench.preparing.embedding import CHUNK, Embedding
-from bench.protocol.settings import SETTINGS, named
+from bench.protocol.bundles import SETTINGS, named
 from bench.training.engine import TOLERANCE
 from bench.training.rounds import Run
 from tests.by_hand import short

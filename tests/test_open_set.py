@@ -16,7 +16,8 @@ from bench import Algorithm, keys
 from bench.contract import toy
 from bench.dataset import Labels
 from bench.plugins.registry import ALGORITHMS
-from bench.protocol.settings import SETTINGS, BadConfig
+from bench.protocol.bundles import SETTINGS
+from bench.protocol.settings import BadConfig
 from bench.results import records
 from bench.results.layout import columns, remarks
 from bench.results.leaderboard import leaderboards

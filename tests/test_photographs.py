@@ -18,7 +18,7 @@ import torch
 from bench.dataset import DataDamaged, DataMissing
 from bench.plugins.registry import DATASETS, label
 from bench.preparing.preparation import Progress, prepare
-from bench.protocol.settings import SETTINGS
+from bench.protocol.bundles import SETTINGS
 from tests import trees
 from tests.kinds import CLASSES, INAT_JSON, INAT_TEXT, KINDS, USERS, Kind, complaint, contents, edit, official
 

@@ -29,7 +29,7 @@ def test_forty_full_personal_resnets_on_cifar10_stay_under_two_gibibytes() -> No
         from bench.plugins.registry import ALGORITHMS, DATASETS
         from bench.training.job import Job
         from bench.training.rounds import Run
-        from bench.protocol.settings import SETTINGS
+        from bench.protocol.bundles import SETTINGS
         from bench.splits.split import make_split
 
         dataset = DATASETS["cifar10"]()

@@ -17,7 +17,8 @@ from bench.command.main import main
 from bench.contract import toy
 from bench.models import is_norm
 from bench.plugins.registry import ALGORITHMS, DATASETS
-from bench.protocol.settings import FIELDS, SETTINGS, BadConfig, named
+from bench.protocol.bundles import SETTINGS, named
+from bench.protocol.settings import FIELDS, BadConfig
 from bench.protocol.spelling import parse_assignments
 from bench.results import records
 from bench.splits.longtail import class_sizes, group_classes

@@ -271,7 +271,7 @@ def _builtins(kind: str) -> Mapping[str, str]:
 
         return {PREFIX + name: said for name, said in SETS.items()}
     if kind == "settings":
-        from bench.protocol.settings import SETTINGS
+        from bench.protocol.bundles import SETTINGS
 
         return {name: _doc(setting) for name, setting in SETTINGS.items()}
     from bench.splits.split import PARTITIONS
@@ -292,7 +292,8 @@ def _suite(suite: suites.Suite) -> dict[str, Any]:
 
 
 def _setting_fields(name: str, dataset: Dataset) -> dict[str, dict[str, Any]]:
-    from bench.protocol.settings import Setting, named
+    from bench.protocol.bundles import named
+    from bench.protocol.settings import Setting
 
     values = asdict(named(name, dataset))
     described = field_descriptions(Setting)
@@ -305,7 +306,7 @@ def _setting_fields(name: str, dataset: Dataset) -> dict[str, dict[str, Any]]:
 def _default_setting(dataset: Dataset) -> dict[str, Any] | None:
     """Give the values that a run has by default; None where a user's own files would say and are not there."""
     from bench.dataset import DataMissing
-    from bench.protocol.settings import named
+    from bench.protocol.bundles import named
 
     try:
         return asdict(named(DEFAULT_SETTING, dataset))

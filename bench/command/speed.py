@@ -134,7 +134,7 @@ def _workloads(names: str) -> list[str]:
 
 def _both_engines(model: str, dataset: str, batch_size: int | None, plugin: Path | None) -> Any:
     from bench.plugins.registry import load_plugin
-    from bench.protocol.settings import named
+    from bench.protocol.bundles import named
     from bench.protocol.spelling import parse_dataset
     from bench.speed import engines
 

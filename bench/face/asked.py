@@ -85,8 +85,9 @@ def sweep(asked: Asked) -> Sweep:
     from bench.plugins.cells import note_sources
     from bench.plugins.names import meant
     from bench.plugins.registry import load_plugin
+    from bench.protocol.bundles import SETTINGS
     from bench.protocol.presets import parse_presets
-    from bench.protocol.settings import SETTINGS, BadConfig
+    from bench.protocol.settings import BadConfig
     from bench.protocol.spelling import ask, parse_assignments, parse_numbers
     from bench.protocol.words import split_list
     from bench.sweep import config

@@ -9,6 +9,7 @@ from typing import Any
 from bench.dataset import Dataset
 from bench.models import MODELS, usual_norm
 from bench.plugins.names import meant, near
+from bench.protocol.bundles import SETTINGS, named
 from bench.protocol.settings import (
     LATER,
     NAMED,
@@ -18,11 +19,9 @@ from bench.protocol.settings import (
     OF_OPEN,
     OF_SHIFT,
     READ_BY,
-    SETTINGS,
     WITHOUT_ALPHA,
     BadConfig,
     Setting,
-    named,
 )
 from bench.protocol.spelling import check_fields
 from bench.protocol.spelling import name as name

@@ -16,8 +16,9 @@ from bench.models.teacher import Features, Teacher
 from bench.models.weights import digest, read
 from bench.part import Part
 from bench.plugins.registry import source_digest, told
+from bench.protocol.bundles import named
 from bench.protocol.identity import identify
-from bench.protocol.settings import LATER, Setting, named
+from bench.protocol.settings import LATER, Setting
 from bench.protocol.spelling import label, name
 from bench.protocol.words import spell_imbalance
 from bench.splits import auxiliary

@@ -17,9 +17,10 @@ from bench.dataset import Dataset
 from bench.models import MODELS
 from bench.models.teacher import Teacher
 from bench.plugins.registry import ALGORITHMS, DATASETS, PARTS, BadPlugin, Registry, UnknownPlugin, call
+from bench.protocol.bundles import SETTINGS
 from bench.protocol.composition import compose
 from bench.protocol.identity import canonical, identify
-from bench.protocol.settings import SETTINGS, BadConfig, Setting
+from bench.protocol.settings import BadConfig, Setting
 from bench.protocol.spelling import label, name
 from bench.ranges import checked, hints, shown
 from bench.results.record import Record
