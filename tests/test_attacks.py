@@ -24,7 +24,7 @@ from bench.data import Images
 from bench.plugins.registry import ALGORITHMS, DATASETS
 from bench.protocol.settings import LATER, OF_AN_ATTACK, BadConfig
 from bench.protocol.words import _USUAL_ATTACK, attack_in_words
-from bench.results import layout
+from bench.results import columns, layout
 from bench.results.leaderboard import leaderboards
 from bench.site.rows import COLUMNS
 from bench.sweep.resolving import resolve_setting
@@ -364,15 +364,15 @@ def test_a_table_has_columns_of_attacks_where_there_was_one_and_a_dash_where_a_m
         record("fedrep", setting=told, values=values),
     ]
     (board,) = leaderboards(rows)
-    shown = {column.title: [column.show(row) for row in board.rows] for column in layout.columns(board)}
+    shown = {column.title: [column.show(row) for row in board.rows] for column in columns.columns(board)}
     assert sorted(shown["robust"]) == ["12.5", "–"] and shown["robust personal"] == ["50.0", "50.0"]
-    assert {"robust", "robust balanced", "robust personal"} <= {column.title for column in layout.main_columns(board)}
+    assert {"robust", "robust balanced", "robust personal"} <= {column.title for column in columns.main_columns(board)}
     said = "robust: pgd moves each pixel by up to 8/255, along the slope of the model that is tested; on up to 500 test"
     assert any(line.startswith(said) for line in layout.remarks(board))
     (plain,) = leaderboards([record("fedavg")])
-    assert not [column for column in layout.columns(plain) if "robust" in column.title]
+    assert not [column for column in columns.columns(plain) if "robust" in column.title]
     assert not [line for line in layout.remarks(plain) if "robust" in line]
-    assert {column.key for column in layout.ROBUST} <= {column.key for column, _ in COLUMNS}
+    assert {column.key for column in columns.ROBUST} <= {column.key for column, _ in COLUMNS}
 
 
 def test_what_is_usual_is_told_in_words_as_the_setting_has_it() -> None:

@@ -18,7 +18,7 @@ from bench.contract import toy
 from bench.models.networks import MLP, Block
 from bench.plugins.registry import ALGORITHMS
 from bench.protocol.settings import Setting
-from bench.results import chosen, layout, table
+from bench.results import chosen, columns, layout, table
 from bench.results.record import Record
 from bench.results.spent import with_derived
 from bench.training.footprint import OF_THE_NETWORK, footprint
@@ -165,14 +165,14 @@ def test_columns_are_there_for_who_asks_and_a_dash_for_runs_that_do_not_tell(wor
 
 def test_a_folder_of_earlier_runs_has_dashes_and_no_error() -> None:
     (board,) = chosen.boards([record("fedavg")], "last", "generic,parameters")
-    assert [column.show(board.rows[0]) for column in layout.columns(board)][1] == "–"
+    assert [column.show(board.rows[0]) for column in columns.columns(board)][1] == "–"
     with pytest.raises(Exception, match="the results have none of this name"):
         chosen.boards([record("fedavg")], "last", "parametres")
 
 
 def test_nobody_who_does_not_ask_sees_them() -> None:
     (board,) = table.leaderboards([NEW])
-    assert not {"k parameters", "kB up"} & {column.title for column in layout.columns(board)}
+    assert not {"k parameters", "kB up"} & {column.title for column in columns.columns(board)}
     assert layout.remarks(board) == layout.remarks(table.leaderboards([told()])[0])
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from bench.results import records
-from bench.results.layout import columns, remarks
+from bench.results.columns import columns
+from bench.results.layout import remarks
 from bench.results.leaderboard import leaderboards
 from bench.results.record import Lacking, Record
 from bench.results.table import FORMATS, render

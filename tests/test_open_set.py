@@ -19,7 +19,8 @@ from bench.plugins.registry import ALGORITHMS
 from bench.protocol.bundles import SETTINGS
 from bench.protocol.settings import BadConfig
 from bench.results import records
-from bench.results.layout import columns, remarks
+from bench.results.columns import columns
+from bench.results.layout import remarks
 from bench.results.leaderboard import leaderboards
 from bench.splits.longtail import group_classes
 from bench.splits.open_set import episode, known_rows, open_classes

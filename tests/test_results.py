@@ -27,9 +27,10 @@ from torch import Tensor
 from bench.protocol.identity import canonical, identify
 from bench.results import records, table
 from bench.results.among import separated_among_best
+from bench.results.columns import columns, spell
 from bench.results.comparison import compare
 from bench.results.footnotes import footnotes
-from bench.results.layout import best, columns, details, remarks, spell
+from bench.results.layout import best, details, remarks
 from bench.results.leaderboard import Leaderboard, leaderboards
 from bench.results.record import check
 from bench.results.records import Record

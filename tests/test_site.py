@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 from bench.command.site import site_command
 from bench.protocol.identity import identify
-from bench.results import classes, layout, packed, records, standing
+from bench.results import classes, columns, layout, packed, records, standing
 from bench.results.leaderboard import leaderboards
 from bench.results.standing import Standing
 from bench.site import build as building
@@ -348,7 +348,7 @@ def test_the_leaderboard_of_all_comparisons_has_every_row(planted: Planted) -> N
     head, *rows = pages(planted.site)["index.html"].tables[0]
     names = [squeezed(cell) for cell in head]
     assert [squeezed(row[1]) for row in rows] == [squeezed(row.label) for board in boards for row in board.rows]
-    personal = [layout.Column("", "personal").show(row) for board in boards for row in board.rows]
+    personal = [columns.Column("", "personal").show(row) for board in boards for row in board.rows]
     assert [squeezed(row[names.index("personal")]) for row in rows] == [squeezed(cell) for cell in personal]
 
 
@@ -468,7 +468,7 @@ def test_the_tables_of_pictures_hold_what_is_drawn(planted: Planted) -> None:
     lines = {(line[0], line[1]): line[2:] for line in followed.rows}
     of_seeds = [each.rounds().set_index("round")["personal.balanced"] for each in found
                 if each.algorithm == "gamma" and each.dataset == "digits"]  # fmt: skip
-    assert lines["gamma", "4"] == (f"{100 * math.fsum(seed[4] for seed in of_seeds) / 3:.1f}", layout.ABSENT)
+    assert lines["gamma", "4"] == (f"{100 * math.fsum(seed[4] for seed in of_seeds) / 3:.1f}", columns.ABSENT)
     drawn = {(value["round"], value["model"]): value["value"] for value in curves.specs[0]["data"]["values"]}
     assert drawn[8, "personal"] == pytest.approx(100 * personal, abs=1e-3)
     clients = [part.accuracy["personal"] or 0.0 for part in counted.clients]

@@ -196,7 +196,7 @@ def _print(record: Record, dataset: Dataset, part: str, dealt: bool, found: Mapp
     from rich.text import Text
 
     from bench.plugins.registry import label
-    from bench.results.layout import ABSENT
+    from bench.results.columns import ABSENT
 
     where = "new clients have their own images" if dealt else "every model has all images"
     title = plain(f"{record.label or record.call} ({record.id}) on {label(dataset)}, {part} part: {where}")

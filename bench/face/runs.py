@@ -13,8 +13,8 @@ from bench.face.shown import as_text
 from bench.plugins.names import near
 from bench.protocol.settings import BadConfig
 from bench.results import classes, records, table
+from bench.results.columns import main_columns
 from bench.results.entrants import choose
-from bench.results.layout import main_columns
 from bench.results.leaderboard import RANKS_BY, Leaderboard, leaderboards
 from bench.results.record import Record
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from bench.plugins.names import near
 from bench.protocol.refusal import BadConfig
-from bench.results import budget, classes, layout
+from bench.results import budget, classes
+from bench.results.columns import columns, to_be_asked
 from bench.results.leaderboard import Leaderboard, leaderboards, suffix
 from bench.results.record import Record
 
@@ -46,14 +47,14 @@ def _resolved(plain: Sequence[Leaderboard], word: str, metric: str) -> str:
     rows = [row for board in plain for row in board.rows]
     metrics = {key for row in rows for key in row.metrics}
     costs = {key for row in rows for key in row.cost}
-    titles = {column.title: column.key for board in plain for column in layout.columns(board)}
+    titles = {column.title: column.key for board in plain for column in columns(board)}
     if (followed := word + suffix(metric)) in metrics:
         return followed
     if word in costs or ("@" in word and word in metrics):
         return word
     if word in titles:
         return titles[word]
-    if (key := layout.to_be_asked(word)) is not None:
+    if (key := to_be_asked(word)) is not None:
         return key
     if word in metrics:
         raise BadConfig(f"--metrics {word}: it is known of the last round alone; leave --metric {metric} out")

@@ -9,7 +9,7 @@ import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 
-from bench.results.layout import ACCURACY, columns
+from bench.results.columns import ACCURACY, columns
 from bench.results.leaderboard import Leaderboard, Row, suffix
 from bench.results.statistics import NOTHING
 from bench.system.text import cell

@@ -11,23 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from bench.results.among import best_rows
+from bench.results.columns import ABSENT, Column, main_columns
 from bench.results.comparison import part_over_datasets
 from bench.results.footnotes import footnotes
-from bench.results.layout import (
-    ABSENT,
-    BRIEF,
-    LEGEND,
-    NO_RUNS,
-    Column,
-    best,
-    details,
-    grid,
-    main_columns,
-    order,
-    remarks,
-    title,
-    warnings,
-)
+from bench.results.layout import BRIEF, LEGEND, NO_RUNS, best, details, grid, order, remarks, title, warnings
 from bench.results.leaderboard import METRICS as METRICS
 from bench.results.leaderboard import RANKS_BY, Row, suffix
 from bench.results.leaderboard import Leaderboard as Leaderboard

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bench.results import comparison
-from bench.results.layout import ABSENT, columns
+from bench.results.columns import ABSENT, columns
 from bench.results.leaderboard import Leaderboard, Row
 from bench.results.statistics import FEWEST, NOTHING
 from bench.site import drawing

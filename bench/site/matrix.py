@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bench.results import classes
-from bench.results.layout import ABSENT
+from bench.results.columns import ABSENT
 from bench.results.record import Record
 from bench.site.charts import Figure
 from bench.site.drawing import Spec, percent

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 from bench.plugins.ledger import LETTERS
 from bench.results import table
+from bench.results.columns import columns
 from bench.results.comparison import compare
-from bench.results.layout import LEGEND, columns
+from bench.results.layout import LEGEND
 from bench.results.leaderboard import Leaderboard
 from bench.results.membership import suites_of
 from bench.results.standing import BELIEVED, ORDER, WORDS

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import bench
 from bench.plugins.ledger import TIERS
-from bench.results.layout import ABSENT
+from bench.results.columns import ABSENT
 from bench.system.text import lines, plain
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from bench.protocol.identity import identify
 from bench.protocol.words import spell_imbalance
+from bench.results.columns import Column
 from bench.results.footnotes import footnotes
-from bench.results.layout import Column, best, details, remarks, title, warnings
+from bench.results.layout import best, details, remarks, title, warnings
 from bench.results.leaderboard import Leaderboard, Row
 from bench.results.standing import SIGNS
 from bench.site.methods import Method, pieces

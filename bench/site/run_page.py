@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.plugins.ledger import TIERS
 from bench.results import older
-from bench.results.layout import ABSENT
+from bench.results.columns import ABSENT
 from bench.results.packing import packable
 from bench.results.record import DOCUMENT, Record
 from bench.results.spent import with_derived
