@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -12,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import bench
 from tests.hosts import Host, cluster, hosts, lacking
 from tests.processes import ROOT, digests, finish, start, wait
 
@@ -87,12 +87,23 @@ def fill(folder: Path) -> None:
     np.savez(folder / "data" / "pictures.npz", **arrays)
 
 
+def installed() -> Path | None:
+    """Find the package that the interpreter has by itself, which may be that of another checkout."""
+    code = "import bench; print(bench.__file__)"
+    there = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd="/", env=there, capture_output=True, text=True, check=False
+    )
+    return Path(found.stdout.strip()).parent if found.returncode == 0 else None
+
+
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[Host], str]]:
     """Three hosts of one cluster, of which the first has the checkout, the pictures and no core for runs."""
     folder = tmp_path_factory.mktemp("hosts")
-    package = Path(bench.__file__).parent  # in the checkout, unless it is installed by itself
-    with hosts(3, folder, hidden=[ROOT, *([] if package.is_relative_to(ROOT) else [package])]) as made:
+    package = installed()
+    away = [ROOT] if package is None or package.is_relative_to(ROOT) else [ROOT, package]
+    with hosts(3, folder, hidden=away) as made:
         fill(made[0].folder)
         yield made, cluster(made)
 
