@@ -151,7 +151,8 @@ def test_workers_hosts_cables_and_drivers_that_fail_cost_nothing_that_was_finish
     three: tuple[list[Host], str], tmp_path: Path
 ) -> None:
     made, _ = three
-    asked = ("--algos", "slow(seconds=0.1)", "--seeds", "4", "--rounds", "20")
+    # long enough for all that goes wrong: a round takes more than half a second, however fast the machine
+    asked = ("--algos", "slow(seconds=0.3)", "--seeds", "4", "--rounds", "25")
     out, at_work = made[0].folder / "faults", made[1].folder / "home" / "at work"
 
     def finished() -> dict[Path, int]:
@@ -183,5 +184,6 @@ def test_workers_hosts_cables_and_drivers_that_fail_cost_nothing_that_was_finish
     assert err.count("another one will go on") >= 2, "a worker and a host"
     assert {path: time for path, time in finished().items() if path in kept} == kept
     assert {run["status"] for run in printed["runs"]} <= {"done", "cached"}
-    assert digests(printed) == digests(here(tmp_path, *asked))
+    alone = here(tmp_path, "--algos", "slow", "--seeds", "4", "--rounds", "25")  # time changes no bit
+    assert [run["digest"] for run in printed["runs"]] == [run["digest"] for run in alone["runs"]]
     assert not [*out.glob("*/checkpoint*"), *out.glob("*/claim"), *out.glob("*/progress.jsonl")]
